@@ -1,0 +1,176 @@
+"""Measure whether a demo model's pictures show what their prompts ask for, beside what chance would give.
+
+    python demo/check.py demo/model                              foreground colour, background colour and shape
+    python demo/check.py demo/model --concept --lora FILE        the shape that only the LoRA has taught
+    python demo/check.py demo/model --shuffle-captions           must fail: each picture is judged by another's prompt
+
+Pictures are judged by counting pixels and matching drawn templates, not by a network. The exit code is 0 when every measure
+reaches its threshold, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from demo.pictures import COLOURS, CONCEPT, SHAPES, SIZE_PX, Scene, draw_shape
+
+ALL_SHAPES = (*SHAPES, CONCEPT)
+STEPS = 20
+GUIDANCE = 4.0
+SMALLEST_SHARE = 0.03  # of the picture; anything smaller is not a shape
+LARGEST_FRAME_SHARE = 0.3  # of the picture's frame; where more of it differs from the background, there is no plain background
+SMALLEST_OVERLAP = 0.65  # with a template; anything less alike is not one of our shapes
+THRESHOLDS = {"foreground": 0.75, "background": 0.85, "shape": 0.8}
+CHANCE = {"foreground": 1 / len(COLOURS), "background": 1 / len(COLOURS), "shape": 1 / len(SHAPES)}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a picture shows; None for what cannot be told."""
+
+    foreground: str | None
+    background: str
+    shape: str | None
+
+
+def judge(picture: Image.Image) -> Seen:
+    """Tell the colours and the shape of one shape on a plain background, wherever it stands and however large it is."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    edge = max(2, min(pixels.shape[:2]) // 20)
+    frame = np.ones(pixels.shape[:2], dtype=bool)
+    frame[edge:-edge, edge:-edge] = False
+    background = np.median(pixels[frame], axis=0)
+    distance = np.linalg.norm(pixels - background, axis=2)
+    # The shape's own colour is that of the pixels farthest from the background; half the way there is its edge.
+    mask = distance > max(40.0, np.quantile(distance, 0.95) / 2)
+    if mask.mean() < SMALLEST_SHARE or mask[frame].mean() > LARGEST_FRAME_SHARE:
+        return Seen(None, _nearest_colour(background), None)
+    return Seen(_nearest_colour(np.median(pixels[mask], axis=0)), _nearest_colour(background), _nearest_shape(mask))
+
+
+def prompts(count: int, *, shapes: Sequence[str] = SHAPES, seed: int = 0) -> list[Scene]:
+    """Scenes to ask for: shapes in turn, and two different colours at random."""
+    rng = random.Random(seed)
+    pairs = [rng.sample(list(COLOURS), 2) for _ in range(count)]
+    return [Scene(shapes[number % len(shapes)], foreground, background) for number, (foreground, background) in enumerate(pairs)]
+
+
+def generate(
+    model: Path, scenes: Sequence[Scene], *, lora: Path | None = None, steps: int = STEPS, guidance: float = GUIDANCE
+) -> list[Image.Image]:
+    """One 64 x 64 picture a scene, through diffusers' own SDXL pipeline on the CPU; picture n always starts from the noise of seed n."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    pictures: list[Image.Image] = []
+    for start in range(0, len(scenes), 16):
+        part = scenes[start : start + 16]
+        pictures += pipeline(
+            [scene.caption for scene in part],
+            height=SIZE_PX,
+            width=SIZE_PX,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(start + number) for number in range(len(part))],
+        ).images
+    return pictures
+
+
+def score(scenes: Sequence[Scene], seen: Sequence[Seen]) -> dict[str, float]:
+    """How often what is seen is what was asked for, by measure, in [0, 1]."""
+    return {
+        measure: sum(getattr(scene, measure) == getattr(sight, measure) for scene, sight in zip(scenes, seen, strict=True)) / len(scenes)
+        for measure in THRESHOLDS
+    }
+
+
+def shuffled(scenes: Sequence[Scene], seed: int = 0) -> list[Scene]:
+    """The same scenes in another order, so that pictures are judged by prompts they were not made from."""
+    return random.Random(seed).sample(list(scenes), len(scenes))
+
+
+def write_sheet(pictures: Sequence[Image.Image], scenes: Sequence[Scene], seen: Sequence[Seen], file: Path, *, columns: int = 12) -> None:
+    """Write all pictures as one PNG; a red frame marks those that do not show what was asked for."""
+    cell = SIZE_PX + 8
+    sheet = Image.new("RGB", (columns * cell, -(-len(pictures) // columns) * cell), "white")
+    for number, (picture, scene, sight) in enumerate(zip(pictures, scenes, seen, strict=True)):
+        left, top = number % columns * cell, number // columns * cell
+        if any(getattr(scene, measure) != getattr(sight, measure) for measure in THRESHOLDS):
+            ImageDraw.Draw(sheet).rectangle((left, top, left + cell - 1, top + cell - 1), fill=(220, 0, 0))
+        sheet.paste(picture, (left + 4, top + 4))
+    sheet.save(file)
+
+
+def _nearest_colour(rgb: np.ndarray) -> str:
+    return min(COLOURS, key=lambda name: float(np.linalg.norm(rgb - np.array(COLOURS[name]))))
+
+
+def _nearest_shape(mask: np.ndarray) -> str | None:
+    """The shape whose template, stretched to the mask's bounding box, overlaps it best (intersection over union), if any does."""
+    # Rows and columns with a few stray pixels do not belong to the box.
+    rows, columns = (np.flatnonzero(mask.sum(axis=axis) >= 2) for axis in (1, 0))
+    if not len(rows) or not len(columns):
+        return None
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+    def overlap(shape: str) -> float:
+        template = _template(shape, box.shape[1], box.shape[0])
+        return float((box & template).sum() / (box | template).sum())
+
+    best = max(ALL_SHAPES, key=overlap)
+    return best if overlap(best) >= SMALLEST_OVERLAP else None
+
+
+def _template(shape: str, width: int, height: int) -> np.ndarray:
+    """A shape that fills a box, as a (height, width) mask."""
+    scale = 8
+    picture = Image.new("L", (width * scale, height * scale))
+    draw_shape(ImageDraw.Draw(picture), shape, (0, 0, width * scale - 1, height * scale - 1), 255)
+    return np.asarray(picture.reduce(scale)) > 127
+
+
+def main() -> int:
+    options = _parse()
+    scenes = prompts(options.count, shapes=(CONCEPT,) if options.concept else SHAPES)
+    pictures = generate(options.model, scenes, lora=options.lora, steps=options.steps, guidance=options.guidance)
+    asked = shuffled(scenes) if options.shuffle_captions else scenes
+    seen = [judge(picture) for picture in pictures]
+    if options.sheet:
+        write_sheet(pictures, asked, seen, options.sheet)
+    scores = score(asked, seen)
+    for measure, value in scores.items():
+        # The concept is one of four shapes that can be seen.
+        chance = 1 / len(ALL_SHAPES) if options.concept and measure == "shape" else CHANCE[measure]
+        verdict = "ok" if value >= THRESHOLDS[measure] else "too low"
+        print(f"{measure:<10} {value:.2f}   chance {chance:.2f}, threshold {THRESHOLDS[measure]:.2f}: {verdict}")
+    return int(any(scores[measure] < THRESHOLDS[measure] for measure in THRESHOLDS))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a model in diffusers layout")
+    parser.add_argument("--lora", type=Path, help="a pytorch_lora_weights.safetensors to load on top")
+    parser.add_argument("--concept", action="store_true", help=f"ask for the shape of the LoRA data set: {CONCEPT}")
+    parser.add_argument("--shuffle-captions", action="store_true", help="judge each picture by another's prompt")
+    parser.add_argument("--sheet", type=Path, help="write all pictures to this PNG")
+    parser.add_argument("--count", type=int, default=48, help="number of pictures")
+    parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="guidance scale")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

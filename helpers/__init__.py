@@ -1,0 +1,1 @@
+"""SimpleTuner's parts: see documentation/ARCHITECTURE.md for the map."""

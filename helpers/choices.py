@@ -1,0 +1,14 @@
+"""Everything that can be chosen on the three axes, for whoever reads settings: the launcher and the trainer."""
+
+from __future__ import annotations
+
+from helpers import registry
+from helpers.config.read import FactsByAxis
+from helpers.families import FAMILIES
+from helpers.methods import METHODS
+from helpers.objectives import OBJECTIVES
+
+
+def known_facts() -> FactsByAxis:
+    """What every family, method and objective says of the settings; nothing heavy is imported for it."""
+    return FactsByAxis(registry.facts(FAMILIES), registry.facts(METHODS), registry.facts(OBJECTIVES))

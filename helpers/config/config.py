@@ -1,0 +1,135 @@
+"""The Config: everything a run was told, settled, with the origin of every value."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.declare import options_of, show
+from helpers.config.options import (
+    OPTIONS,
+    SECTIONS,
+    AdapterOptions,
+    CacheOptions,
+    CheckpointOptions,
+    DataOptions,
+    EmaOptions,
+    IgnoredOptions,
+    LaunchOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    ReportingOptions,
+    RunOptions,
+    ScheduleOptions,
+    TextEncoderOptions,
+    ValidationOptions,
+)
+from helpers.config.sources import DEFAULT
+
+__all__ = ["DEFAULT", "Config"]
+
+_URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One attribute per section of OPTIONS.md, and the data sets. Built once by `read_config`; every value is the effective one."""
+
+    model: ModelOptions
+    adapter: AdapterOptions
+    text_encoder: TextEncoderOptions
+    objective: ObjectiveOptions
+    data: DataOptions
+    cache: CacheOptions
+    run: RunOptions
+    optimizer: OptimizerOptions
+    schedule: ScheduleOptions
+    ema: EmaOptions
+    checkpoints: CheckpointOptions
+    validation: ValidationOptions
+    reporting: ReportingOptions
+    launch: LaunchOptions
+    ignored: IgnoredOptions
+    datasets: tuple[DatasetConfig, ...]
+    text_caches: tuple[TextCacheConfig, ...]
+    family_name: str  # key of the families registry: "sdxl"
+    method_name: str  # key of the methods registry: "full" or "lora"
+    objective_name: str  # key of the objectives registry: "diffusion"
+    given: frozenset[str]  # options that somebody set: a flag, a variable, a preset, or the family, method or objective
+    origins: Mapping[str, str]  # option -> "--seed", "TRAINING_SEED (sdxl-env.sh:12)", "demo/lora.json", "family sdxl", "default" ...
+    notes: tuple[str, ...]  # sentences to say aloud at the start
+    passed_variables: tuple[str, ...] = ()  # variables of the env file that are not ours, for the debug log
+
+    def values(self) -> dict[str, Any]:
+        """The effective value of every option, by name."""
+        sections = [(getattr(self, attribute), section) for attribute, section in SECTIONS.items()]
+        return {item.name: getattr(chosen, item.name) for chosen, section in sections for item in options_of(section)}
+
+    def describe(self) -> str:
+        """Every setting that somebody made and that is not the declared default, with its origin: the run's opening line."""
+        told = [
+            f"{name} {_on_one_line(_masked(show(value)))} ({self.origins[name]})"
+            for name, value in self.values().items()
+            if name in self.given and value != OPTIONS[name].default and not OPTIONS[name].means
+        ]
+        return " · ".join(told) if told else "all settings are the defaults"
+
+    def to_json(self) -> dict[str, Any]:
+        """What OUTPUT_DIR/config.json holds: every effective setting with its origin. Declared settings only, and no secret."""
+        return {
+            "family": self.family_name,
+            "method": self.method_name,
+            "objective": self.objective_name,
+            "settings": {name: {"value": _plain(value), "origin": self.origins[name]} for name, value in self.values().items()},
+            "datasets": [_entry(dataset) for dataset in self.datasets],
+            "text_caches": [_entry(text) for text in self.text_caches],
+        }
+
+    def replaced(self, origin: str, **values: Any) -> Config:
+        """The same Config with some options changed, for what only the running trainer can settle (a drawn seed, a CPU's precision)."""
+        attribute_of = {item.name: attribute for attribute, section in SECTIONS.items() for item in options_of(section)}
+        sections: dict[str, Any] = {}
+        for name, value in values.items():
+            attribute = attribute_of[name]
+            sections[attribute] = dataclasses.replace(sections.get(attribute, getattr(self, attribute)), **{name: value})
+        origins = {**self.origins, **dict.fromkeys(values, origin)}
+        return dataclasses.replace(self, origins=origins, given=self.given | values.keys(), **sections)
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    """The effective keys of a data set; those without effect or not available yet say nothing and are left out."""
+    return dict(_telling(entry))
+
+
+def _telling(entry: Entry) -> Iterator[tuple[str, Any]]:
+    declared = {item.name: item for item in options_of(type(entry))}
+    for field in dataclasses.fields(entry):
+        item = declared.get(field.name)
+        if item is None or not (item.secret or item.does_nothing or item.not_yet):
+            yield field.name, _plain(getattr(entry, field.name))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it."""
+    if isinstance(value, Path | str):
+        return _masked(str(value))
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _on_one_line(text: str) -> str:
+    """A prompt may have many lines; the first 80 characters tell which it is."""
+    shown = " ".join(text.split())
+    return shown if len(shown) <= 80 else shown[:79] + "…"
+
+
+def _masked(text: str) -> str:
+    """Text without the user and password of any address in it."""
+    return _URL_CREDENTIALS.sub("***", text)

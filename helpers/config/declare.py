@@ -1,0 +1,215 @@
+"""How an option is declared: one dataclass field gives the flag, the variable, the help line, the row of OPTIONS.md and the check."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.config.suggest import did_you_mean
+
+TRUE_WORDS = ("1", "true", "yes", "on")
+FALSE_WORDS = ("0", "false", "no", "off")
+_METADATA = "option"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What `option(...)` was told. `Option` adds what the field itself says."""
+
+    default: Any
+    help: str
+    env: tuple[str, ...] | None  # None: the field's name in capitals; (): a flag only
+    choices: tuple[str, ...]
+    spelt: Mapping[str, str]  # other spellings of choices -> the choice
+    at_least: float | None
+    above: float | None
+    at_most: float | None
+    not_yet: bool
+    later: tuple[str, ...]  # choices that are named but not available yet
+    means: tuple[str, str] | None  # (option, value): this switch is another way to say it
+    does_nothing: str  # why an accepted option has no effect
+    default_text: str  # the default in words, where it depends on other settings
+    aliases: tuple[str, ...]  # other spellings of a key in the dataloader JSON
+    inherits: str  # the option that a data set falls back to
+    secret: bool
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    env: str | tuple[str, ...] | None = None,
+    choices: tuple[str, ...] = (),
+    spelt: Mapping[str, str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    not_yet: bool = False,
+    later: tuple[str, ...] = (),
+    means: tuple[str, str] | None = None,
+    does_nothing: str = "",
+    default_text: str = "",
+    aliases: tuple[str, ...] = (),
+    inherits: str = "",
+    secret: bool = False,
+) -> Any:
+    """Declare one option; see `Declared` for the words. The flag has the field's name, and its type is the annotation.
+
+    `env` names historic variables, which are accepted beside the field's name in capitals; `env=()` makes a flag only.
+    A path whose real default depends on other settings has `default=None` and `default_text`; `settle` fills it in.
+    """
+    names = (env,) if isinstance(env, str) else env
+    declared = Declared(
+        default=default,
+        help=help,
+        env=names,
+        choices=choices,
+        spelt=spelt or {},
+        at_least=at_least,
+        above=above,
+        at_most=at_most,
+        not_yet=not_yet,
+        later=later,
+        means=means,
+        does_nothing=does_nothing,
+        default_text=default_text,
+        aliases=aliases,
+        inherits=inherits,
+        secret=secret,
+    )
+    return dataclasses.field(default=default, metadata={_METADATA: declared})
+
+
+@dataclass(frozen=True)
+class Option(Declared):
+    """One option, complete."""
+
+    name: str
+    section: str
+    kind: type  # bool, int, float, str, Path, or tuple for a comma list of str
+    optional: bool  # None is a value
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}"
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The variables that set it, the preferred one first."""
+        if self.env == ():
+            return ()
+        return tuple(dict.fromkeys((*(self.env or ()), self.name.upper())))
+
+    def parse(self, text: str) -> Any:
+        """The value that `text` (from a flag, a variable or a preset) stands for; ValueError says what is wrong with it."""
+        value = self._convert(text)
+        self.check(value)
+        return value
+
+    def _convert(self, text: str) -> Any:
+        stripped = text.strip()
+        if self.optional and (stripped in ("", "''", '""') or (self.kind is not str and stripped.lower() == "none")):
+            return None
+        if self.kind is bool:
+            return parse_bool(stripped)
+        if self.kind is tuple:
+            return tuple(self.spelt.get(part.strip(), part.strip()) for part in text.split(",") if part.strip())
+        if self.kind is Path:
+            return Path(text).expanduser()
+        if self.kind is str:
+            return self.spelt.get(text, text)
+        try:
+            return self.kind(stripped)
+        except ValueError:
+            raise ValueError(f"{text!r} is not {'a whole number' if self.kind is int else 'a number'}") from None
+
+    def check(self, value: Any) -> None:
+        """ValueError unless the value is one of the choices and within the declared range."""
+        for item in value if isinstance(value, tuple) else (value,):
+            if self.choices and item is not None and item not in self.choices:
+                raise ValueError(f"{item!r} is not one of {', '.join(self.choices)}{did_you_mean(str(item), self.choices)}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not a finite number")
+        if self.at_least is not None and value < self.at_least:
+            raise ValueError(f"{value} is below {self.at_least:g}")
+        if self.above is not None and value <= self.above:
+            raise ValueError(f"{value} is not above {self.above:g}")
+        if self.at_most is not None and value > self.at_most:
+            raise ValueError(f"{value} is above {self.at_most:g}")
+
+    def unavailable(self, value: Any) -> str | None:
+        """The part of a refusal after the option's name ("is not available yet ..."), or None when the value can be used."""
+        items = value if isinstance(value, tuple) else (value,)
+        late = [item for item in items if item in self.later]
+        if late:
+            built = ", ".join(choice for choice in self.choices if choice not in self.later)
+            return f"{late[0]!r} is not available yet" + (f"; today it can be {built}" if built else "")
+        if self.not_yet and value != self.default:
+            usual = f"leave it at {show(self.default)}" if self.default not in (None, "", ()) else "leave it out"
+            return f"is not available yet; {usual}"
+        return None
+
+
+def parse_bool(text: str) -> bool:
+    """ValueError unless `text` is 1, 0, true, false, yes, no, on or off, in any case."""
+    word = text.strip().lower()
+    if word in TRUE_WORDS:
+        return True
+    if word in FALSE_WORDS:
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+def show(value: Any) -> str:
+    """A value as a user would write it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
+
+
+def options_of(section: type) -> tuple[Option, ...]:
+    """The options a section's dataclass declares, in its order."""
+    hints = typing.get_type_hints(section)
+    return tuple(
+        Option(**_told(field), name=field.name, section=section.__name__, **_kind(hints[field.name]))
+        for field in dataclasses.fields(section)
+        if _METADATA in field.metadata
+    )
+
+
+def _told(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    declared = field.metadata[_METADATA]
+    return {item.name: getattr(declared, item.name) for item in dataclasses.fields(declared)}
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """`int | None` => {"kind": int, "optional": True}; tuple[str, ...] => {"kind": tuple, "optional": False}."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = [member for member in members if member is not type(None)]
+    if len(kinds) != 1:
+        raise TypeError(f"an option has one type, not {hint}")
+    kind = typing.get_origin(kinds[0]) or kinds[0]
+    return {"kind": kind, "optional": len(kinds) < len(members)}
+
+
+def by_name(sections: Iterable[type]) -> dict[str, Option]:
+    """All options of the sections; a name is declared once."""
+    table: dict[str, Option] = {}
+    for section in sections:
+        for item in options_of(section):
+            if item.name in table:
+                raise TypeError(f"{item.name} is declared twice: in {table[item.name].section} and {item.section}")
+            table[item.name] = item
+    return table

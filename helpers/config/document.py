@@ -1,0 +1,173 @@
+"""Options -> OPTIONS.md and --help.
+
+python -m helpers.config.document            writes OPTIONS.md
+python -m helpers.config.document --check    exits 1 when OPTIONS.md is not what the code declares
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+
+from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.declare import Option, options_of, show
+from helpers.config.options import SECTIONS, VARIABLES, WITHOUT_EFFECT, IgnoredOptions, Variable
+from helpers.config.sources import ABBREVIATIONS, REPOSITORY
+
+OPTIONS_MD = REPOSITORY / "OPTIONS.md"
+_NOT_YET = "*Not available yet.*"
+
+_INTRODUCTION = """\
+# Options
+
+This page is generated from `helpers/config`; do not edit it, run `python -m helpers.config.document`.
+
+Every option is a flag (`--learning_rate 1e-4` or `--learning_rate=1e-4`) and a variable of the env file
+(`LEARNING_RATE='1e-4'`). Where two variables are named, the first is the usual one and both are accepted. A switch is
+set by `--use_ema`, `--use_ema=true` or `USE_EMA='true'`, and turned off by `--no-use_ema`, `--use_ema=false` or
+`USE_EMA='false'`; 1/0, yes/no and on/off are accepted too. A variable that is empty counts as not set. Flags are
+written out in full{abbreviation}.
+
+The strongest setting counts: a flag, then `TRAINER_EXTRA_ARGS`, then a variable, then the demo's preset, then what the
+model family, method or objective prefers, then the default of this page. A run begins by saying every setting that is
+not the default and where it came from, and keeps all of them in `OUTPUT_DIR/config.json`. Relative paths mean the
+directory you called from.
+
+What is *not available yet* is refused by name when it is set to anything but its default.
+"""
+
+
+def help_text() -> str:
+    """What `--help` prints: every option by section."""
+    return "\n".join(_help_lines())
+
+
+def _help_lines() -> Iterator[str]:
+    yield "Train a diffusion model. Every option is also a variable of the env file: see OPTIONS.md."
+    for section in SECTIONS.values():
+        yield f"\n{section.__doc__}"
+        for item in options_of(section):
+            yield f"  {item.flag}{_shape(item)}"
+            text = f"{item.help} [{_default(item)}]{' Not available yet.' if item.not_yet else ''}"
+            yield textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _shape(item: Option) -> str:
+    """What stands after the flag: ` N`, ` {a,b}`; nothing for a switch."""
+    if item.choices:
+        return " {" + ",".join(item.choices) + "}"
+    return {bool: "", int: " N", float: " X", tuple: " A,B,..."}.get(item.kind, f" {item.kind.__name__.upper()}")
+
+
+def _default(item: Option) -> str:
+    return item.default_text or show(item.default)
+
+
+def options_page() -> str:
+    """The whole of OPTIONS.md."""
+    return "\n".join(_page()) + "\n"
+
+
+def _page() -> Iterator[str]:
+    short, full = next(iter(ABBREVIATIONS.items()))
+    yield _INTRODUCTION.format(abbreviation=f" (only `--{short}` stands for `--{full}`)")
+    for section in SECTIONS.values():
+        title, _, text = str(section.__doc__).partition(": ")
+        yield f"## {title}\n\n{text[:1].upper()}{text[1:]}\n"
+        if section is IgnoredOptions:
+            yield from _table(("Option", "Variable", "What it did", "Why it does nothing"), map(_ignored_row, options_of(section)))
+        else:
+            yield from _table(("Option", "Variable", "Default", "What it does"), map(_option_row, options_of(section)))
+    yield "## Variables that are no options\n"
+    yield from _table(("Variable", "What it does"), map(_variable_row, VARIABLES))
+    yield "These are accepted and do nothing:\n"
+    yield from _table(("Variable", "Instead"), map(_variable_row, WITHOUT_EFFECT))
+    yield "## Keys of the dataloader JSON\n"
+    yield "The file is a list of entries, each an object; comments and trailing commas are allowed.\n"
+    yield from _keys("Every entry", Entry, ())
+    yield from _keys("Image data sets", DatasetConfig, options_of(Entry))
+    yield from _keys("Entries with `dataset_type: text_embeds`", TextCacheConfig, options_of(Entry))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+    yield ""
+
+
+def _option_row(item: Option) -> tuple[str, ...]:
+    return f"`{item.flag}`", _variables(item), _code_or_words(item), _explained(item)
+
+
+def _ignored_row(item: Option) -> tuple[str, ...]:
+    return f"`{item.flag}`", _variables(item), item.help, f"{item.does_nothing[:1].upper()}{item.does_nothing[1:]}."
+
+
+def _variable_row(variable: Variable) -> tuple[str, ...]:
+    return f"`{variable.name}`", variable.help
+
+
+def _variables(item: Option) -> str:
+    return _list(item.variables) or "flag only"
+
+
+def _code_or_words(item: Option) -> str:
+    return item.default_text or f"`{show(item.default)}`"
+
+
+def _explained(item: Option) -> str:
+    available = [choice for choice in item.choices if choice not in item.later]
+    parts = [
+        item.help,
+        f"Choices: {_list(available)}." if available else "",
+        f"*Not available yet:* {_list(item.later)}." if item.later else "",
+        _range(item),
+        _NOT_YET if item.not_yet else "",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _range(item: Option) -> str:
+    bounds = [
+        f"at least {item.at_least:g}" if item.at_least is not None else "",
+        f"above {item.above:g}" if item.above is not None else "",
+        f"at most {item.at_most:g}" if item.at_most is not None else "",
+    ]
+    said = ", ".join(bound for bound in bounds if bound)
+    return f"{said[0].upper()}{said[1:]}." if said else ""
+
+
+def _keys(title: str, kind: type[Entry], left_out: Sequence[Option]) -> Iterator[str]:
+    known = {item.name for item in left_out}
+    yield f"### {title}\n"
+    yield from _table(("Key", "Default", "What it does"), (_key_row(item) for item in options_of(kind) if item.name not in known))
+
+
+def _key_row(item: Option) -> tuple[str, ...]:
+    default = f"`--{item.inherits}`" if item.inherits else _code_or_words(item)
+    nothing = f"Does nothing: {item.does_nothing}." if item.does_nothing else ""
+    return _list((item.name, *item.aliases)), default, f"{_explained(item)} {nothing}".strip()
+
+
+def main(argv: Sequence[str]) -> int:
+    if list(argv) == ["--check"]:
+        current = OPTIONS_MD.is_file() and OPTIONS_MD.read_text(encoding="utf-8") == options_page()
+        print(f"{OPTIONS_MD.name} is {'current' if current else 'not current: run python -m helpers.config.document'}")
+        return 0 if current else 1
+    if argv:
+        print(__doc__)
+        return 2
+    OPTIONS_MD.write_text(options_page(), encoding="utf-8")
+    print(f"wrote {OPTIONS_MD.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,26 @@
+"""What a family, a method or an objective says of the settings before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+Settings = Mapping[str, object]  # option name -> effective value, before the Config is built
+
+
+def no_objection(settings: Settings) -> Iterable[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One choice on an axis (a family, a method, an objective), as far as it can be told without torch.
+
+    `defaults` replace declared defaults of options the user did not set; `judge` yields one sentence for every setting that
+    this choice refuses, naming the option and the remedy.
+    """
+
+    name: str
+    title: str
+    defaults: Settings = field(default_factory=dict)
+    judge: Callable[[Settings], Iterable[str]] = no_objection

@@ -1,0 +1,79 @@
+"""What it is trained on, and what is prepared beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.config.declare import option
+
+CAPTION_STRATEGIES = ("filename", "textfile", "instanceprompt", "parquet", "jsonl", "csv")
+LATER_CAPTION_STRATEGIES = ("parquet", "jsonl", "csv")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data: the dataloader file, and what its data sets fall back to."""
+
+    data_backend_config: Path | None = option(
+        None, "The dataloader JSON: a list of data sets. Required.", env="DATALOADER_CONFIG", default_text="required"
+    )
+    train_batch_size: int = option(4, "Images in a micro-batch, per process.", at_least=1)
+    resolution: float = option(1.0, "Size that images are trained at, in the unit of --resolution_type.", above=0)
+    resolution_type: str = option(
+        "area", "Unit of all sizes: megapixels (area), or length of the shorter side (pixel).", choices=("area", "pixel")
+    )
+    aspect_bucket_alignment: int | None = option(None, "Sides are multiples of this: 64 or 8.", default_text="64; 8 below 0.25 megapixels")
+    minimum_image_size: float | None = option(
+        None, "Leave out smaller images: megapixels, or pixels of the shorter side.", env="MINIMUM_RESOLUTION", at_least=0
+    )
+    maximum_image_size: float | None = option(None, "Shrink larger images before cropping.", at_least=0, not_yet=True)
+    target_downsample_size: float | None = option(None, "The size they are shrunk to.", at_least=0, not_yet=True)
+    caption_strategy: str = option(
+        "filename",
+        "Where captions come from: the file's name, the .txt beside it, or --instance_prompt.",
+        env="DEFAULT_CAPTION_STRATEGY",
+        choices=CAPTION_STRATEGIES,
+        spelt={"instance_prompt": "instanceprompt"},
+        later=LATER_CAPTION_STRATEGIES,
+    )
+    instance_prompt: str | None = option(None, "The caption, or the beginning of it, for every image.")
+    prepend_instance_prompt: bool = option(False, "Put the instance prompt before each caption.")
+    only_instance_prompt: bool = option(False, "Use the instance prompt in place of every caption.")
+    caption_dropout_probability: float = option(
+        0.1, "Share of the samples trained without their caption, which guidance needs.", at_least=0, at_most=1
+    )
+    parquet_caption_column: str | None = option(None, "Caption column of a parquet table.", not_yet=True)
+    parquet_filename_column: str | None = option(None, "File name column of a parquet table.", not_yet=True)
+    sdxl_original_size: str = option(
+        "file",
+        "The original size SDXL is told: the file's after EXIF rotation, or the resized image's (intermediary).",
+        choices=("file", "intermediary"),
+    )
+    record_samples: bool = option(False, "Write one line for every trained sample to OUTPUT_DIR/samples.jsonl.")
+    accept_changed_data: bool = option(
+        False, "Resume although the data changed since the checkpoint; the next epoch is ordered over the new data."
+    )
+    aspect_bucket_disable_rebuild: bool = option(False, "Keep random aspects for the whole run.", not_yet=True)
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Caches: latents and text embeddings are encoded once, before training."""
+
+    cache_dir: Path = option(None, "Folder of all caches.", default_text="OUTPUT_DIR/cache")
+    cache_dir_vae: Path = option(None, "Latents of data sets that name no folder.", default_text="CACHE_DIR/latents")
+    cache_dir_text: Path = option(None, "Text embeddings, unless the JSON names a folder.", default_text="CACHE_DIR/text")
+    cache_dtype: str = option(
+        "auto", "Number format of cached tensors; auto is fp16, range checked.", choices=("auto", "fp16", "bf16", "fp32")
+    )
+    latent_sampling: str = option(
+        "mean",
+        "Latents are the mean of the VAE's distribution, or drawn anew each time (sample, twice the bytes).",
+        choices=("mean", "sample"),
+    )
+    vae_batch_size: int = option(4, "Images that the VAE encodes at once.", at_least=1)
+    vae_dtype: str = option(
+        "default", "Precision of the VAE.", choices=("default", "bf16", "fp16", "fp32"), default_text="bf16, and fp32 on a CPU"
+    )
+    vae_tiling: bool = option(False, "Encode and decode in tiles, for less memory.", not_yet=True)

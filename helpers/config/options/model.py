@@ -1,0 +1,99 @@
+"""Which network is trained, and which of its weights move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.config.declare import option
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model: which network is trained, and where it comes from."""
+
+    model_family: str = option(
+        "sdxl",
+        "Kind of network. The wrappers set it: train_sdxl.sh, train_sd2x.sh, train_sd3.sh.",
+        env="SIMPLETUNER_FAMILY",
+        choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
+        later=("sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
+    )
+    pretrained_model_name_or_path: str = option(
+        "", "The base model: a folder in diffusers layout or a hub name. Required.", env="MODEL_NAME", default_text="required"
+    )
+    model_type: str = option(
+        "full",
+        "Train all weights of the network (full) or a LoRA beside them (lora).",
+        choices=("full", "lora", "deepfloyd-full", "deepfloyd-lora", "deepfloyd-stage2", "deepfloyd-stage2-lora"),
+        later=("deepfloyd-full", "deepfloyd-lora", "deepfloyd-stage2", "deepfloyd-stage2-lora"),
+    )
+    revision: str | None = option(None, "Revision of the base model on the hub.")
+    variant: str | None = option(None, "Variant of the weight files, for example fp16.")
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "Another VAE, for example madebyollin/sdxl-vae-fp16-fix.", default_text="the base model's own"
+    )
+    pretrained_t5_model_name_or_path: str | None = option(None, "Another source for the T5 tokenizer and encoder (PixArt).", not_yet=True)
+    sd3: bool = option(False, "Train Stable Diffusion 3.", env="STABLE_DIFFUSION_3", not_yet=True)
+    sd3_uses_diffusion: bool = option(False, "Train SD3 with v-prediction instead of flow matching.", not_yet=True)
+    pixart_sigma: bool = option(False, "Train PixArt Sigma.", not_yet=True)
+    pixart_alpha: bool = option(False, "Train PixArt Alpha.", not_yet=True)
+    hunyuan_dit: bool = option(False, "Train Hunyuan-DiT.", not_yet=True)
+    controlnet: bool = option(False, "Train a ControlNet beside a frozen network.", not_yet=True)
+    controlnet_model_name_or_path: str | None = option(None, "ControlNet to start from.", not_yet=True)
+    freeze_unet_strategy: str = option(
+        "none", "bitfit trains only the parameters whose name contains 'bias'.", choices=("none", "bitfit"), later=("bitfit",)
+    )
+    use_bitfit: bool = option(False, "Same as --freeze_unet_strategy=bitfit.", means=("freeze_unet_strategy", "bitfit"))
+    tokenizer_max_length: int | None = option(
+        None, "Tokens of a T5 caption.", at_least=1, not_yet=True, default_text="what the family's diffusers pipeline uses"
+    )
+    long_captions: str = option(
+        "truncate",
+        "CLIP captions over 77 tokens: cut off (counted and reported), or encoded in chunks.",
+        choices=("truncate", "chunk"),
+        later=("chunk",),
+    )
+    data_aesthetic_score: float = option(7.0, "Aesthetic score the SDXL refiner is told.", not_yet=True)
+    enable_watermark: bool = option(False, "Keep SDXL's invisible watermark in the exported pipeline.", not_yet=True)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """LoRA: the small matrices that are trained beside the network."""
+
+    lora_rank: int = option(16, "Rank of the LoRA matrices; more learns more and weighs more.", at_least=1)
+    lora_alpha: float = option(16.0, "The adapter is scaled by lora_alpha / lora_rank.", above=0)
+    lora_dropout: float = option(0.1, "Share of the adapter's inputs dropped while training.", at_least=0, at_most=0.99)
+    lora_init_type: str = option(
+        "default",
+        "How the first matrix starts: kaiming uniform (default) or gaussian; the second starts at zero.",
+        choices=("default", "gaussian", "loftq"),
+        later=("loftq",),
+    )
+    lora_targets: tuple[str, ...] = option(
+        (), "Modules that get an adapter: name endings, or one regular expression.", default_text="the family's attention projections"
+    )
+    init_lora: Path | None = option(None, "Start the new run from this LoRA file.", not_yet=True)
+    use_dora: bool = option(False, "DoRA: train the magnitude of the weights beside the LoRA.", not_yet=True)
+
+
+@dataclass(frozen=True)
+class TextEncoderOptions:
+    """Text encoder training: the later layers of a CLIP text encoder."""
+
+    train_text_encoder: bool = option(False, "Train the text encoder too.", not_yet=True)
+    text_encoder_lr: float | None = option(
+        None, "Learning rate of the text encoder.", above=0, not_yet=True, default_text="--learning_rate"
+    )
+    freeze_encoder: bool = option(True, "Freeze a part of the text encoder.", not_yet=True)
+    freeze_encoder_strategy: str = option(
+        "after",
+        "Which layers stay frozen.",
+        env="TEXT_ENCODER_FREEZE_STRATEGY",
+        choices=("before", "between", "after", "outside"),
+        not_yet=True,
+    )
+    freeze_encoder_before: int = option(12, "Lower layer bound.", env="TEXT_ENCODER_FREEZE_BEFORE", not_yet=True)
+    freeze_encoder_after: int = option(17, "Upper layer bound.", env="TEXT_ENCODER_FREEZE_AFTER", not_yet=True)
+    text_encoder_limit: int = option(25, "Percentage of the run after which the text encoder stops training.", not_yet=True)

@@ -1,0 +1,73 @@
+"""Which loss moves the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helpers.config.declare import option
+
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Noise, timesteps and loss: what the network is asked to predict, and how much each sample counts."""
+
+    prediction_type: str | None = option(
+        None,
+        "What the network predicts.",
+        choices=("epsilon", "v_prediction", "sample"),
+        later=("sample",),
+        default_text="what the base model's scheduler says",
+    )
+    rescale_betas_zero_snr: bool | None = option(
+        None, "Zero terminal SNR: the last timestep is pure noise.", default_text="what the base model's scheduler says"
+    )
+    training_scheduler_timestep_spacing: str = option(
+        "trailing", "Timestep spacing of the training and the exported scheduler.", choices=SPACINGS
+    )
+    inference_scheduler_timestep_spacing: str = option("trailing", "Timestep spacing for validation images.", choices=SPACINGS)
+    loss: str = option("mse", "Distance between prediction and target.", choices=("mse", "huber"), later=("huber",))
+    huber_delta: float = option(0.1, "Where the Huber loss turns from square to linear.", above=0, not_yet=True)
+    loss_weighting: str = option(
+        "none",
+        "Weight of a sample by its timestep: min_snr is Hang et al. (2023), with --snr_gamma.",
+        choices=("none", "min_snr", "soft_min_snr", "debiased"),
+        later=("soft_min_snr", "debiased"),
+    )
+    snr_gamma: float | None = option(
+        None, "Gamma of min-SNR, usually 5; implies --loss_weighting=min_snr. 0 turns it off.", env="MIN_SNR_GAMMA", at_least=0
+    )
+    use_soft_min_snr: bool = option(False, "Same as --loss_weighting=soft_min_snr.", means=("loss_weighting", "soft_min_snr"))
+    soft_min_snr_sigma_data: float = option(1.0, "sigma_data of soft min-SNR.", above=0, not_yet=True)
+    snr_weight: float = option(1.0, "Factor on the loss where min-SNR is off.", above=0)
+    offset_noise: bool = option(False, "Add a constant offset to the noise of each channel.")
+    noise_offset: float = option(0.1, "Strength of the offset noise.", at_least=0)
+    noise_offset_probability: float = option(0.25, "Chance that a step gets offset noise.", at_least=0, at_most=1)
+    input_perturbation: float = option(0.0, "Extra noise that only the network's input gets, not its target.", at_least=0)
+    timestep_bias_strategy: str = option(
+        "none", "Train one part of the schedule more often.", choices=("earlier", "later", "range", "none"), not_yet=True
+    )
+    timestep_bias_multiplier: float = option(1.0, "How much more often.", above=0, not_yet=True)
+    timestep_bias_portion: float = option(0.25, "Size of that part.", at_least=0, at_most=1, not_yet=True)
+    timestep_bias_begin: int = option(0, "First timestep of the range.", at_least=0, not_yet=True)
+    timestep_bias_end: int = option(1000, "Timestep after the range.", at_least=1, not_yet=True)
+    disable_segmented_timestep_sampling: bool = option(
+        False, "Draw each timestep by itself, not one from each equal part of the schedule.", not_yet=True
+    )
+    refiner_training: bool = option(False, "Train on the low-noise end of the schedule only.", not_yet=True)
+    refiner_training_strength: float = option(0.2, "Size of that end.", above=0, at_most=1, not_yet=True)
+    refiner_training_invert_schedule: bool = option(False, "Train on all but that end.", not_yet=True)
+    sdxl_refiner_uses_full_range: bool = option(False, "Train the SDXL refiner on the whole schedule.", not_yet=True)
+    weighting_scheme: str = option(
+        "logit_normal",
+        "Flow matching: how timesteps are drawn and weighted.",
+        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap"),
+        not_yet=True,
+    )
+    logit_mean: float = option(0.0, "Mean of the logit-normal distribution.", not_yet=True)
+    logit_std: float = option(1.0, "Standard deviation of the logit-normal distribution.", above=0, not_yet=True)
+    mode_scale: float = option(1.29, "Scale of mode sampling.", not_yet=True)
+    flow_shift: float | None = option(
+        None, "Shift of the flow schedule towards noise.", above=0, not_yet=True, default_text="the model's own"
+    )

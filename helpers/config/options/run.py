@@ -1,0 +1,121 @@
+"""How a run advances: length, precision, optimiser, learning rate, average, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.config.declare import option
+
+OPTIMIZERS = ("auto", "adamw", "adamw_bf16", "adamw8bit", "adafactor", "dadaptation", "prodigy")
+LATER_OPTIMIZERS = ("adafactor", "dadaptation", "prodigy")
+SCHEDULES = ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Run: where it writes, how long it lasts, in what precision."""
+
+    output_dir: Path = option(Path("simpletuner-results"), "Folder that everything is written to.")
+    demo: str | None = option(None, "Train the embedded demo; --demo=photos trains on its photographs.", env=(), choices=("lora", "photos"))
+    seed: int = option(
+        42, "Order, noise and draws are computed from it. 0 or -1 draws one at the start of a run.", env="TRAINING_SEED", at_least=-1
+    )
+    max_train_steps: int | None = option(
+        None, "Optimiser steps. Give this or --num_train_epochs, not both.", env="MAX_NUM_STEPS", at_least=0
+    )
+    num_train_epochs: int = option(1, "Passes over the data.", env="NUM_EPOCHS", at_least=0)
+    max_train_seconds: float | None = option(None, "Save and stop after this time.", above=0, not_yet=True)
+    gradient_accumulation_steps: int = option(4, "Micro-batches of each process in one optimiser step.", at_least=1)
+    gradient_checkpointing: bool = option(
+        False, "Compute activations twice instead of keeping them: less memory, more time.", env="USE_GRADIENT_CHECKPOINTING"
+    )
+    mixed_precision: str = option(
+        "bf16", "Precision of the network's arithmetic. On a CPU bf16 becomes no.", choices=("bf16", "fp16", "no")
+    )
+    allow_tf32: bool = option(False, "Let fp32 matrix products use TF32 on NVIDIA GPUs.")
+    accelerator_cache_clear_interval: int | None = option(None, "Empty the accelerator's memory cache every so many steps.", at_least=1)
+    unet_attention_slice: bool = option(False, "Compute attention in slices, for less memory.", not_yet=True)
+    gradient_precision: str | None = option(
+        None, "Precision that gradients accumulate in.", choices=("unmodified", "fp32"), not_yet=True, default_text="the weights' own"
+    )
+    channels_last: bool = option(False, "Channels-last memory layout.", not_yet=True)
+    base_quantization: str = option("none", "Quantise the frozen base model.", choices=("none", "int8", "nf4", "fp8"), not_yet=True)
+    offload_param_path: Path | None = option(None, "Folder for DeepSpeed's parameter offload to NVMe.", not_yet=True)
+    plan: bool = option(False, "Tell what the run would do, and stop.", env=(), not_yet=True)
+    rehearse: bool = option(False, "Go through every stage of the run in small, and stop.", env=(), not_yet=True)
+    dataset_report: bool = option(False, "Scan the data, write the report, and stop.", env=(), not_yet=True)
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimiser: how a gradient becomes a step."""
+
+    optimizer: str = option(
+        "auto",
+        "adamw_bf16 keeps weights in bf16 with stochastic rounding; adamw8bit keeps 8-bit moments (bitsandbytes).",
+        choices=OPTIMIZERS,
+        spelt={"adamw_stochastic": "adamw_bf16"},
+        later=LATER_OPTIMIZERS,
+        default_text="adamw_bf16 where bf16 weights are trained, else adamw",
+    )
+    optimizer_args: str | None = option(None, "More arguments of the optimiser: 'key=value ...'.", not_yet=True)
+    adam_bfloat16: bool = option(False, "Same as --optimizer=adamw_bf16.", means=("optimizer", "adamw_bf16"))
+    use_8bit_adam: bool = option(False, "Same as --optimizer=adamw8bit.", means=("optimizer", "adamw8bit"))
+    use_adafactor_optimizer: bool = option(False, "Same as --optimizer=adafactor.", means=("optimizer", "adafactor"))
+    use_prodigy_optimizer: bool = option(False, "Same as --optimizer=prodigy.", means=("optimizer", "prodigy"))
+    use_dadapt_optimizer: bool = option(False, "Same as --optimizer=dadaptation.", means=("optimizer", "dadaptation"))
+    adam_beta1: float = option(0.9, "Decay of the first moment.", at_least=0, at_most=0.99999)
+    adam_beta2: float = option(0.999, "Decay of the second moment.", at_least=0, at_most=0.9999999)
+    adam_weight_decay: float = option(1e-2, "Weight decay, decoupled from the gradient.", at_least=0)
+    adam_epsilon: float = option(1e-8, "Added to the root of the second moment.", above=0)
+    max_grad_norm: float = option(2.0, "Clip the norm of the whole gradient to this; 0 turns clipping off.", at_least=0)
+    adafactor_relative_step: bool = option(False, "Adafactor chooses its own learning rate.", not_yet=True)
+    prodigy_beta3: float | None = option(None, "Prodigy's beta3.", at_least=0, not_yet=True)
+    prodigy_decouple: bool = option(True, "Decoupled weight decay.", not_yet=True)
+    prodigy_use_bias_correction: bool = option(True, "Adam's bias correction.", not_yet=True)
+    prodigy_safeguard_warmup: bool = option(True, "Leave warm-up out of the step size estimate.", not_yet=True)
+    prodigy_learning_rate: float = option(0.5, "Prodigy's d_coef.", above=0, not_yet=True)
+    prodigy_weight_decay: float = option(1e-2, "Prodigy's weight decay.", at_least=0, not_yet=True)
+    prodigy_epsilon: float = option(1e-8, "Prodigy's epsilon.", above=0, not_yet=True)
+    dadaptation_learning_rate: float = option(1.0, "Learning rate under D-Adaptation.", above=0, not_yet=True)
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """Learning rate: its peak, and how it changes over the run."""
+
+    learning_rate: float = option(4e-7, "Peak learning rate.", above=0)
+    lr_scheduler: str = option("sine", "Shape of the learning rate over the run.", env="LR_SCHEDULE", choices=SCHEDULES)
+    lr_warmup_steps: int = option(500, "Optimiser steps of warm-up; under sine, half a wave.", at_least=0)
+    lr_num_cycles: int = option(1, "Restarts of cosine_with_restarts.", at_least=1)
+    lr_power: float = option(0.8, "Power of the polynomial.", above=0)
+    lr_end: float = option(4e-7, "Where linear, cosine and polynomial end; the floor of sine.", env="LEARNING_RATE_END", at_least=0)
+    lr_scale: bool = option(False, "Multiply the learning rate by batch, accumulation and processes.", not_yet=True)
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    """EMA: an exponential moving average of the trained weights."""
+
+    use_ema: bool = option(False, "Keep an average of the trained weights; it is exported, the live weights beside it.")
+    ema_decay: float = option(
+        0.999, "Largest decay factor; update n uses min(ema_decay, (1 + n) / (10 + n)).", at_least=0, at_most=0.9999999
+    )
+    ema_device: str = option("cpu", "Where the average lives.", choices=("cpu", "accelerator"))
+    ema_cpu_only: bool = option(False, "Same as --ema_device=cpu.", means=("ema_device", "cpu"))
+    ema_update_interval: int = option(1, "Optimiser steps between updates.", at_least=1)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Checkpoints: what a run can be continued from."""
+
+    checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.", at_least=1)
+    checkpoints_total_limit: int | None = option(
+        None, "Keep this many of the newest checkpoints.", env="CHECKPOINTING_LIMIT", at_least=1, default_text="all"
+    )
+    keep_every: int | None = option(None, "Keep the checkpoints of these steps whatever the limit is: every N.", at_least=1)
+    resume_from_checkpoint: str | None = option(
+        "latest", "latest, the name of a checkpoint in OUTPUT_DIR, or none for a new run.", env="RESUME_CHECKPOINT"
+    )

@@ -1,0 +1,60 @@
+"""What shows that a run goes well: validation images, logs, uploads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.config.declare import option
+
+TRACKERS = ("tensorboard", "wandb", "comet", "none")
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Validation: images made before, during and after training."""
+
+    validation_prompt: str | None = option(None, "A prompt; its images are named 'validation'.")
+    user_prompt_library: Path | None = option(None, "JSON file of more prompts: {name: prompt}.")
+    validation_prompt_library: bool = option(False, "Use the built-in prompt library.", not_yet=True)
+    validation_negative_prompt: str = option("blurry, cropped, ugly", "What the images should not look like.")
+    validation_disable_unconditional: bool = option(False, "Make no image from an empty prompt.")
+    num_validation_images: int = option(1, "Images of each prompt and size.", at_least=1)
+    validation_steps: int = option(100, "Optimiser steps between validations; 0 validates only before and after training.", at_least=0)
+    validation_num_inference_steps: int = option(30, "Denoising steps of an image.", at_least=1)
+    validation_resolution: str | None = option(
+        None, "Comma list of sizes: 1024x768 or 1024 in pixels, 1.0 in megapixels.", default_text="the training size"
+    )
+    validation_guidance: float = option(7.5, "Strength of classifier-free guidance.", at_least=0)
+    validation_guidance_rescale: float = option(0.0, "Rescale guided noise; 0.7 for zero terminal SNR.", at_least=0, at_most=1)
+    validation_noise_scheduler: str = option(
+        "euler", "Sampler, also of the exported pipeline.", choices=("ddim", "ddpm", "euler", "euler-a", "unipc")
+    )
+    validation_seed: int | None = option(None, "Seed of the images.", at_least=0, default_text="--seed")
+    validation_randomize: bool = option(False, "Another seed each time.")
+    validation_seed_source: str = option("cpu", "Device that draws the noise.", choices=("cpu", "gpu"), later=("gpu",))
+    validation_using_datasets: bool = option(False, "Start from images of the data sets (img2img).", not_yet=True)
+    num_eval_images: int = option(4, "Images of each data set for that.", at_least=1, not_yet=True)
+    eval_dataset_id: str | None = option(None, "Take them from this data set only.", not_yet=True)
+    validation_torch_compile: bool = option(False, "Compile the pipeline.", not_yet=True)
+    validation_torch_compile_mode: str = option(
+        "max-autotune", "How it is compiled.", choices=("max-autotune", "reduce-overhead", "default"), not_yet=True
+    )
+
+
+@dataclass(frozen=True)
+class ReportingOptions:
+    """Reporting: who is told how the run goes."""
+
+    report_to: tuple[str, ...] = option(
+        ("tensorboard",), "Comma list of trackers; none turns them off.", choices=TRACKERS, spelt={"comet_ml": "comet"}
+    )
+    tracker_project_name: str = option("simpletuner", "Project in the tracker.")
+    tracker_run_name: str = option("simpletuner-testing", "Run in the tracker.")
+    logging_dir: Path = option(Path("logs"), "Tracker files; a relative path is inside OUTPUT_DIR.")
+    push_to_hub: bool = option(False, "Upload the result to the hub.", not_yet=True)
+    push_checkpoints_to_hub: bool = option(False, "Upload each checkpoint too; only with --push_to_hub.", env="PUSH_CHECKPOINTS")
+    hub_model_id: str | None = option(
+        None, "Repository on the hub; only with --push_to_hub.", env="HUB_MODEL_NAME", default_text="--tracker_project_name"
+    )
+    webhook_config: Path | None = option(None, "JSON file of a chat webhook.", not_yet=True)

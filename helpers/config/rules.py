@@ -1,0 +1,161 @@
+"""Pairs of settings that cannot be meant together, whatever is trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from helpers.config.datasets import DataConfig
+from helpers.config.sources import Setting
+
+LARGEST_MEGAPIXELS = 32  # nobody trains above it: the number is a length in pixels
+SMALLEST_PIXELS = 16  # nobody trains below it: the number is an area in megapixels
+_SIZE = re.compile(r"[1-9]\d*x[1-9]\d*|[1-9]\d*|\d*\.\d+|\d+\.", re.IGNORECASE)
+_TRACKER_LIBRARIES = {"tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "wandb"), "comet": ("comet_ml", "comet-ml")}
+
+Chosen = Mapping[str, Setting]
+
+
+def impossible(chosen: Chosen, data: DataConfig) -> Iterator[str]:
+    """One sentence for every combination that cannot be used, naming the options and the remedy."""
+    yield from _required(chosen)
+    yield from _sizes(chosen, data)
+    yield from _schedule(chosen)
+    yield from _precision(chosen)
+    yield from _captions(data)
+    yield from _files(chosen)
+    yield from _folders(chosen, data)
+    yield from _validation(chosen)
+    yield from _reporting(chosen)
+    yield from _launch(chosen)
+    yield from _libraries(chosen)
+
+
+def _required(chosen: Chosen) -> Iterator[str]:
+    if not chosen["pretrained_model_name_or_path"].value:
+        yield "The base model is missing: set MODEL_NAME or --pretrained_model_name_or_path, or try --demo."
+    if chosen["data_backend_config"].value is None:
+        yield "The data is missing: set DATALOADER_CONFIG or --data_backend_config, or try --demo."
+
+
+def _sizes(chosen: Chosen, data: DataConfig) -> Iterator[str]:
+    unit = chosen["resolution_type"].value
+    for name in ("resolution", "minimum_image_size"):
+        yield from _size(chosen[name].origin, chosen[name].value, unit, "--resolution_type=")
+    for dataset in data.datasets:
+        for name in ("resolution", "minimum_image_size"):
+            value = getattr(dataset, name)
+            if value != chosen[name].value or dataset.resolution_type != unit:
+                yield from _size(f"data set {dataset.id!r}, {name}", value, dataset.resolution_type, "resolution_type ")
+
+
+def _size(what: str, value: float | None, unit: str, remedy: str) -> Iterator[str]:
+    if value is None:
+        return
+    if unit == "area" and value > LARGEST_MEGAPIXELS:
+        yield f"{what}: {value:g} megapixels; did you mean {remedy}pixel?"
+    if unit == "pixel" and 0 < value < SMALLEST_PIXELS:
+        yield f"{what}: {value:g} pixels; did you mean {remedy}area?"
+
+
+def _schedule(chosen: Chosen) -> Iterator[str]:
+    kind, peak, end = (chosen[name].value for name in ("lr_scheduler", "learning_rate", "lr_end"))
+    warmup, steps = chosen["lr_warmup_steps"].value, chosen["max_train_steps"].value
+    if kind == "sine" and warmup == 0:
+        yield "--lr_scheduler=sine needs --lr_warmup_steps above 0: it is half the length of a wave."
+    if kind == "polynomial" and end >= peak:
+        yield f"--lr_end {end:g} must be below --learning_rate {peak:g} for --lr_scheduler=polynomial."
+    elif kind in ("linear", "cosine", "cosine_with_restarts", "sine") and end > peak:
+        yield f"--lr_end {end:g} is above --learning_rate {peak:g}; lower it."
+    if kind in ("linear", "cosine", "cosine_with_restarts", "polynomial") and steps and warmup >= steps:
+        yield f"--lr_warmup_steps {warmup} leaves no step of --max_train_steps {steps} for --lr_scheduler={kind}; lower it."
+
+
+def _precision(chosen: Chosen) -> Iterator[str]:
+    precision, optimizer = chosen["mixed_precision"].value, chosen["optimizer"].value
+    if optimizer == "adamw_bf16" and precision == "fp16":
+        yield "--optimizer=adamw_bf16 trains bf16 weights; it needs --mixed_precision=bf16, or choose --optimizer=adamw."
+
+
+def _captions(data: DataConfig) -> Iterator[str]:
+    for dataset in data.datasets:
+        uses = {
+            "caption_strategy=instanceprompt": dataset.caption_strategy == "instanceprompt",
+            "only_instance_prompt": dataset.only_instance_prompt,
+            "prepend_instance_prompt": dataset.prepend_instance_prompt,
+        }
+        for setting in (name for name, used in uses.items() if used and not dataset.instance_prompt):
+            yield f"data set {dataset.id!r}: {setting} needs an instance_prompt."
+        if dataset.only_instance_prompt and dataset.prepend_instance_prompt:
+            yield f"data set {dataset.id!r}: only_instance_prompt and prepend_instance_prompt exclude each other; remove one."
+
+
+def _files(chosen: Chosen) -> Iterator[str]:
+    library = chosen["user_prompt_library"].value
+    if library is not None and not library.is_file():
+        yield f"--user_prompt_library: there is no file {library}; check the path."
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        model = chosen[name].value
+        if model and _is_path(model) and not Path(model).expanduser().exists():
+            yield f"{chosen[name].origin}: there is no folder {model}; check the path."
+    output = chosen["output_dir"].value
+    if output.exists() and not output.is_dir():
+        yield f"{chosen['output_dir'].origin}: {output} is a file; name a folder."
+
+
+def _is_path(model: str) -> bool:
+    """Whether the name of a model can only be a path: `/models/x`, `./x`, `~/x`; `owner/name` may be on the hub."""
+    return model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+
+
+def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
+    """Nothing is ever written into a folder of images."""
+    written: list[tuple[str, Any]] = [(chosen["output_dir"].origin, chosen["output_dir"].value)]
+    written += [(f"--{name}", chosen[name].value) for name in ("cache_dir", "cache_dir_vae", "cache_dir_text")]
+    written += [(f"data set {dataset.id!r}, cache_dir_vae", dataset.cache_dir_vae) for dataset in data.datasets]
+    written += [(f"text_embeds {text.id!r}, cache_dir", text.cache_dir) for text in data.text_caches]
+    told = set()
+    for what, folder in written:
+        for dataset in data.datasets:
+            if dataset.instance_data_dir is None or folder in told:
+                continue
+            images = dataset.instance_data_dir.resolve()
+            if folder.resolve().is_relative_to(images):
+                told.add(folder)
+                yield f"{what}: {folder} is inside the images of data set {dataset.id!r} ({images}), which are never written to."
+
+
+def _validation(chosen: Chosen) -> Iterator[str]:
+    sizes = chosen["validation_resolution"]
+    for part in (sizes.value or "").split(","):
+        if part.strip() and not _SIZE.fullmatch(part.strip()):
+            yield f"{sizes.origin}: {part.strip()!r} is not a size; write 1024x768 or 1024 (pixels), or 1.0 (megapixels)."
+
+
+def _reporting(chosen: Chosen) -> Iterator[str]:
+    trackers = chosen["report_to"].value
+    if "none" in trackers and len(trackers) > 1:
+        yield "--report_to: none stands alone; remove it or the others."
+
+
+def _launch(chosen: Chosen) -> Iterator[str]:
+    try:
+        shlex.split(chosen["accelerate_extra_args"].value)
+    except ValueError as error:
+        yield f"{chosen['accelerate_extra_args'].origin}: cannot be split into words: {error}."
+    if chosen["training_num_machines"].value > chosen["training_num_processes"].value:
+        yield "training_num_processes counts the processes of all machines; it cannot be below training_num_machines."
+
+
+def _libraries(chosen: Chosen) -> Iterator[str]:
+    """What is asked for and not installed, said before hours of caching rather than after."""
+    wanted = [(name, _TRACKER_LIBRARIES[name]) for name in chosen["report_to"].value if name in _TRACKER_LIBRARIES]
+    if chosen["optimizer"].value == "adamw8bit":
+        wanted.append(("adamw8bit", ("bitsandbytes", "bitsandbytes")))
+    for name, (module, package) in wanted:
+        if importlib.util.find_spec(module) is None:
+            yield f"{name} needs the library {package}: install it with .venv/bin/pip install {package}, or choose another."

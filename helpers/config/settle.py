@@ -1,0 +1,132 @@
+"""From what was said to what it means: switches that stand for others, defaults that depend on other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from helpers.config.facts import Facts
+from helpers.config.options import OPTIONS
+from helpers.config.sources import Rank, Setting
+
+Chosen = dict[str, Setting]
+DEFAULT_SNR_GAMMA = 5.0  # Hang et al. (2023), section 4
+
+# What has an effect only beside another setting: (options, the other, the values of it that they need).
+DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
+    (("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_init_type"), "model_type", ("lora",)),
+    (("noise_offset", "noise_offset_probability"), "offset_noise", (True,)),
+    (("ema_decay", "ema_device", "ema_cpu_only", "ema_update_interval"), "use_ema", (True,)),
+    (("lr_power",), "lr_scheduler", ("polynomial",)),
+    (("lr_num_cycles",), "lr_scheduler", ("cosine_with_restarts",)),
+    (("lr_end",), "lr_scheduler", ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial")),
+    (("push_checkpoints_to_hub", "hub_model_id"), "push_to_hub", (True,)),
+    (("validation_seed",), "validation_randomize", (False,)),
+)
+
+
+def settle(chosen: Chosen, facts: Sequence[tuple[str, Facts]]) -> list[str]:
+    """Settle `chosen` in place and return what contradicts itself. `facts` are the run's choices, each with its axis."""
+    problems: list[str] = []
+    for axis, choice in facts:
+        _take_defaults(chosen, axis, choice)
+    _switches(chosen, problems)
+    _min_snr(chosen, problems)
+    _length(chosen, problems)
+    _resume(chosen)
+    _cache_folders(chosen)
+    return problems
+
+
+def _take_defaults(chosen: Chosen, axis: str, choice: Facts) -> None:
+    for name, value in choice.defaults.items():
+        if chosen[name].rank < Rank.FAMILY:
+            chosen[name] = Setting(value, f"{axis} {choice.name}", Rank.FAMILY)
+
+
+def _switches(chosen: Chosen, problems: list[str]) -> None:
+    """`--use_8bit_adam` and its like set the option they stand for."""
+    for item in OPTIONS.values():
+        if item.means and chosen[item.name].value:
+            target, value = item.means
+            _imply(chosen, target, value, chosen[item.name], problems)
+
+
+def _imply(chosen: Chosen, target: str, value: Any, by: Setting, problems: list[str]) -> None:
+    """Set `target` because of another setting, unless a stronger source says something else; as strong a one is a contradiction."""
+    there = chosen[target]
+    if there.value == value:
+        return
+    if there.rank == by.rank:
+        problems.append(f"{by.origin} means {target}={value}, but {there.origin} says {there.value}; remove one.")
+    elif by.rank > there.rank:
+        chosen[target] = Setting(value, by.origin, by.rank)
+
+
+def _min_snr(chosen: Chosen, problems: list[str]) -> None:
+    """A gamma asks for min-SNR weighting, and the weighting for a gamma; afterwards gamma is None or above 0."""
+    gamma, weighting = chosen["snr_gamma"], chosen["loss_weighting"]
+    if gamma.value:
+        if weighting.value != "soft_min_snr":  # it has a gamma too
+            _imply(chosen, "loss_weighting", "min_snr", gamma, problems)
+        return
+    if weighting.value == "min_snr":
+        if gamma.value == 0 and gamma.rank == weighting.rank:
+            problems.append(f"{gamma.origin} is 0, which turns min-SNR off, but {weighting.origin} asks for it; remove one.")
+        chosen["snr_gamma"] = Setting(DEFAULT_SNR_GAMMA, "from loss_weighting", Rank.DECLARED)
+    elif gamma.value == 0:
+        chosen["snr_gamma"] = Setting(None, gamma.origin, gamma.rank)
+
+
+def _length(chosen: Chosen, problems: list[str]) -> None:
+    """Afterwards one of max_train_steps and num_train_epochs is above 0, and the other is None or 0."""
+    steps, epochs = chosen["max_train_steps"], chosen["num_train_epochs"]
+    if steps.value and epochs.value and epochs.rank > Rank.DECLARED and steps.rank == epochs.rank:
+        problems.append(
+            f"{steps.origin} ({steps.value}) and {epochs.origin} ({epochs.value}) both say when training ends; set one of them to 0."
+        )
+    if not steps.value and not epochs.value:
+        problems.append("max_train_steps and num_train_epochs are both 0; say with one of them how long to train.")
+    elif steps.value and steps.rank >= epochs.rank:
+        chosen["num_train_epochs"] = Setting(0, "max_train_steps is set", Rank.DECLARED)
+    elif epochs.value:
+        chosen["max_train_steps"] = Setting(None, "num_train_epochs is set", Rank.DECLARED)
+    else:  # epochs=0 from a stronger source than the steps: it does not take them back
+        chosen["num_train_epochs"] = Setting(0, epochs.origin, epochs.rank)
+
+
+def _resume(chosen: Chosen) -> None:
+    asked = chosen["resume_from_checkpoint"]
+    if asked.value is not None and asked.value.lower() == "none":
+        chosen["resume_from_checkpoint"] = Setting(None, asked.origin, asked.rank)
+
+
+def _cache_folders(chosen: Chosen) -> None:
+    """Caches live under OUTPUT_DIR unless a folder is named."""
+    _take_folder(chosen, "cache_dir", chosen["output_dir"].value / "cache", "inside output_dir")
+    _take_folder(chosen, "cache_dir_vae", chosen["cache_dir"].value / "latents", "inside cache_dir")
+    _take_folder(chosen, "cache_dir_text", chosen["cache_dir"].value / "text", "inside cache_dir")
+
+
+def _take_folder(chosen: Chosen, name: str, folder: Path, origin: str) -> None:
+    if chosen[name].value is None:
+        chosen[name] = Setting(folder, origin, Rank.DECLARED)
+
+
+def without_effect(chosen: Mapping[str, Setting]) -> Iterator[str]:
+    """One sentence for every setting the user made that changes nothing."""
+    for item in OPTIONS.values():
+        setting = chosen[item.name]
+        if item.does_nothing and setting.value != item.default:
+            yield f"{setting.origin} does nothing: {item.does_nothing}."
+    for names, other, needed in DEPENDENT:
+        if chosen[other].value in needed:
+            continue
+        for setting in (chosen[name] for name in names):
+            if setting.rank > Rank.PRESET and setting.value not in (False, None):
+                yield f"{setting.origin} does nothing while {other} is {_word(chosen[other].value)}."
+
+
+def _word(value: Any) -> str:
+    return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)

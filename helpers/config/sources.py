@@ -1,0 +1,192 @@
+"""Where settings come from: flags, variables, a demo's preset. Each source gives settings with their origin, and problems."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from helpers.config.declare import FALSE_WORDS, TRUE_WORDS, Option
+from helpers.config.env_file import EnvFile
+from helpers.config.json_file import read_json
+from helpers.config.options import OPTIONS
+from helpers.config.suggest import did_you_mean
+from helpers.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXTRA_ARGS = ("DEBUG_EXTRA_ARGS", "TRAINER_EXTRA_ARGS")  # a later one wins
+DEFAULT = "default"  # the origin of a declared default
+ABBREVIATIONS = {"train_batch": "train_batch_size"}  # the one that wrappers of the June 2024 release relied on
+
+
+class Rank(IntEnum):
+    """How strong a source is; the strongest setting of an option counts."""
+
+    DECLARED = 0
+    FAMILY = 1
+    PRESET = 2
+    VARIABLE = 3
+    EXTRA_ARGS = 4
+    FLAG = 5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it came from, in words: `--seed`, `TRAINING_SEED (sdxl-env.sh:12)`, `default`."""
+
+    value: Any
+    origin: str
+    rank: Rank
+
+
+@dataclass
+class Source:
+    """What one source sets, and what is wrong in it."""
+
+    settings: dict[str, Setting] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def take(self, item: Option, text: str, origin: str, rank: Rank) -> None:
+        """Set the option to what `text` stands for, or note why it cannot be."""
+        try:
+            self.settings[item.name] = Setting(item.parse(text), origin, rank)
+        except ValueError as error:
+            self.problems.append(f"{origin}: {error}.")
+
+
+def from_flags(argv: Sequence[str], rank: Rank = Rank.FLAG, through: str = "") -> Source:
+    """Read `--name value`, `--name=value`, `--switch`, `--no-switch`. `through` names the variable that carried them."""
+    source = Source()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, has_value, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            source.problems.append(f"{_shortened(word)!r} is not an option; a value with spaces stands in quotes{_by(through)}.")
+            continue
+        item = _option(name)
+        if item is None:
+            source.problems.append(f"--{name} is not an option{did_you_mean(name, OPTIONS, prefix='--')}{_by(through)}.")
+            if not has_value and words and not words[0].startswith("--"):
+                words.pop(0)  # most likely its value
+            continue
+        text = value if has_value else _value_of(item, name, words)
+        if text is None:
+            source.problems.append(f"--{name} needs a value{_by(through)}.")
+        else:
+            source.take(item, text, f"--{name}" + (f" in {through}" if through else ""), rank)
+    return source
+
+
+def _option(name: str) -> Option | None:
+    """The option that a flag without its dashes means; `no-` turns a switch off."""
+    if name.startswith("no-"):
+        item = OPTIONS.get(name.removeprefix("no-"))
+        return item if item is not None and item.kind is bool else None
+    return OPTIONS.get(ABBREVIATIONS.get(name, name))
+
+
+def _value_of(item: Option, name: str, words: list[str]) -> str | None:
+    """The value of a flag without `=`, taken from the words that follow; None when there is none."""
+    if name.startswith("no-"):
+        return "false"
+    if item.kind is bool:
+        follows = bool(words) and words[0].lower() in (*TRUE_WORDS, *FALSE_WORDS)
+        return words.pop(0) if follows else "true"
+    if item.name == "demo":
+        return words.pop(0) if words and words[0] in item.choices else "lora"
+    if not words or _is_flag(words[0]):
+        return None
+    return words.pop(0)
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") and _option(word[2:].partition("=")[0]) is not None
+
+
+def from_extra_args(environ: Mapping[str, str], env_file: EnvFile) -> Source:
+    """Flags carried by DEBUG_EXTRA_ARGS and TRAINER_EXTRA_ARGS, split once by the shell's rules."""
+    source = Source()
+    for variable in EXTRA_ARGS:
+        origin = env_file.origin(variable)
+        try:
+            words = shlex.split(environ.get(variable, ""))
+        except ValueError as error:
+            source.problems.append(f"{origin}: cannot be split into words: {error}.")
+            continue
+        found = from_flags(words, Rank.EXTRA_ARGS, origin)
+        source.settings.update(found.settings)
+        source.problems.extend(found.problems)
+    return source
+
+
+def from_variables(environ: Mapping[str, str], env_file: EnvFile) -> Source:
+    """Read every option's variables. One that is set but empty counts as not set."""
+    source = Source()
+    for item in OPTIONS.values():
+        given = [name for name in item.variables if environ.get(name, "").strip()]
+        values = {environ[name] for name in given}
+        if len(values) > 1:
+            both = " and ".join(env_file.origin(name) for name in given)
+            source.problems.append(f"{both} are the same setting and differ; remove one.")
+        if given:
+            source.take(item, environ[given[0]], env_file.origin(given[0]), Rank.VARIABLE)
+    return source
+
+
+def from_preset(name: str, repository: Path = REPOSITORY) -> Source:
+    """The settings of an embedded demo, `demo/<name>.json`: {option: value}, with paths relative to the repository root."""
+    path = repository / "demo" / f"{name}.json"
+    origin = f"demo/{name}.json"
+    try:
+        values = read_json(path).value
+    except ConfigError as error:
+        return Source(problems=list(error.problems))
+    if not isinstance(values, dict):
+        return Source(problems=[f"{origin}: must be an object of options."])
+    source = Source()
+    for key, value in values.items():
+        item = OPTIONS.get(key)
+        if item is None:
+            source.problems.append(f"{origin}: {key} is not an option{did_you_mean(key, OPTIONS)}.")
+        else:
+            source.take(item, _text(item, value, repository), origin, Rank.PRESET)
+    return source
+
+
+def _text(item: Option, value: Any, repository: Path) -> str:
+    """A JSON value as text, paths made absolute."""
+    if isinstance(value, list):
+        return ",".join(str(element) for element in value)
+    if value is None:
+        return ""
+    text = str(value)
+    is_path = item.kind is Path and item.name != "logging_dir"  # relative to OUTPUT_DIR
+    if is_path or (item.name.endswith("_name_or_path") and (repository / text).exists()):
+        return str(repository / text)
+    return text
+
+
+def strongest(sources: Sequence[Source]) -> dict[str, Setting]:
+    """For every option the strongest setting, or its declared default."""
+    chosen = {item.name: Setting(item.default, DEFAULT, Rank.DECLARED) for item in OPTIONS.values()}
+    for name, setting in _all(sources):
+        if setting.rank >= chosen[name].rank:
+            chosen[name] = setting
+    return chosen
+
+
+def _all(sources: Sequence[Source]) -> Iterator[tuple[str, Setting]]:
+    for source in sources:
+        yield from source.settings.items()
+
+
+def _by(through: str) -> str:
+    return f" (in {through})" if through else ""
+
+
+def _shortened(word: str) -> str:
+    return word if len(word) <= 40 else word[:37] + "..."

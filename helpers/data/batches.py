@@ -1,0 +1,147 @@
+"""From a micro-batch number to the tensors that the network is trained on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from helpers.data.draws import StepDraws, uniform
+from helpers.data.order import MicroBatch
+from helpers.data.sample import Geometry, Sample
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, on the CPU. B samples, all of one shape; B is at least 1."""
+
+    latents: Tensor  # (B, C, h, w) float32
+    text: dict[str, Tensor]  # what the family's text encoders gave, each (B, ...), in the dtype of the cache
+    captions: tuple[str, ...]  # trained under; "" where the caption was dropped and the text is the family's unconditional
+    samples: tuple[Sample, ...]
+    geometry: tuple[Geometry, ...]
+    loss_weight: Tensor  # (B,) float32, of the data set
+    draws: StepDraws  # the randomness of these samples in this step
+    epoch: int  # from 0
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Positions from 0 in the global step, independent of the number of processes."""
+        return self.draws.places
+
+    @property
+    def global_samples(self) -> int:
+        """Samples of the whole step, over all processes and rounds: the divisor of the loss."""
+        return self.draws.step_samples
+
+
+class TrainingRecords(Protocol):
+    """Everything that is known of the rows of a plan."""
+
+    def sample(self, row: int) -> Sample: ...
+
+    def geometry(self, row: int) -> Geometry: ...
+
+    def loss_weight(self, row: int) -> float: ...
+
+    def latents(self, row: int) -> dict[str, Tensor]:
+        """What the image codec gave for the row, without a batch dimension: "mean", and "std" where latents are sampled."""
+        ...
+
+    def text(self, row: int, caption: str | None) -> Mapping[str, Tensor]:
+        """What the text encoders gave for a caption of the row, without a batch dimension; None is the unconditional."""
+        ...
+
+
+class BatchMaker:
+    """Makes batches of micro-batches; the choice and the dropping of captions are drawn by address."""
+
+    def __init__(self, records: TrainingRecords, seed: int, caption_dropout: float = 0.0) -> None:
+        self.records = records
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+
+    def make(self, micro: MicroBatch, step: int) -> Batch:
+        """The batch of a micro-batch of step `step`, counted from 0."""
+        rows = [int(row) for row in micro.samples]
+        samples = tuple(self.records.sample(row) for row in rows)
+        captions = [self._caption(sample, micro.epoch, int(repeat)) for sample, repeat in zip(samples, micro.repeats, strict=True)]
+        draws = StepDraws(self.seed, step, micro.places, micro.step_samples)
+        return Batch(
+            latents=_latents([self.records.latents(row) for row in rows], draws),
+            text=_stacked([self.records.text(row, caption) for row, caption in zip(rows, captions, strict=True)]),
+            captions=tuple(caption or "" for caption in captions),
+            samples=samples,
+            geometry=tuple(self.records.geometry(row) for row in rows),
+            loss_weight=torch.tensor([self.records.loss_weight(row) for row in rows], dtype=torch.float32),
+            draws=draws,
+            epoch=micro.epoch,
+        )
+
+    def _caption(self, sample: Sample, epoch: int, repeat: int) -> str | None:
+        """The caption for one appearance of a sample, or None where it is dropped."""
+        address = (self.seed, epoch, sample.dataset, sample.key, repeat)
+        if uniform("caption_dropout", *address) < self.caption_dropout:
+            return None
+        return sample.captions[int(uniform("caption", *address) * len(sample.captions))]
+
+
+def _latents(records: Sequence[Mapping[str, Tensor]], draws: StepDraws) -> Tensor:
+    """(B, C, h, w) float32: the means, or a draw from the posterior where the codec kept its width."""
+    stacked = _stacked(records)
+    mean = stacked["mean"].float()
+    if "std" not in stacked:
+        return mean
+    return mean + stacked["std"].float() * draws.normal("posterior", *mean.shape[1:])
+
+
+def _stacked(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([record[name] for record in records]) for name in records[0]}
+
+
+def prefetched(produce: Callable[[], Iterator[Item]], ahead: int) -> Iterator[Item]:
+    """The items of `produce()`, made in a background thread that stays at most `ahead` items in front of the reader.
+
+    An error in the thread is raised here, in its place among the items. Closing the iterator, as leaving a `for` loop does,
+    ends the thread.
+    """
+    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=max(ahead, 1))
+    closed = threading.Event()
+
+    def put(item: Item | None, error: BaseException | None) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue  # look again whether the reader has left
+
+    def work() -> None:
+        try:
+            for item in produce():
+                if closed.is_set():
+                    return
+                put(item, None)
+            put(None, StopIteration())
+        except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
+            put(None, error)
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]  # an item that comes without an error is one of `produce`
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,303 @@
+"""Tensors under a key, in sealed shards with a SQLite index. What has no row in the index does not exist.
+
+Several processes may read and write one cache: each writer fills shards of its own, and a shard enters the index in one commit
+after it is durable. A killed process loses its open shard and nothing else. Processes must share the machine: SQLite's
+write-ahead log is not for network file systems used by several machines.
+
+The first record of a key stays. Two identical images are encoded beside different neighbours and differ in the last bits, and which
+of them a run trains on must not depend on when it was killed. To replace a record, discard it first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from helpers.data.shards import (
+    SUFFIX,
+    UNSEALED,
+    DamagedShardError,
+    Packed,
+    Placed,
+    map_file,
+    owned,
+    pack,
+    read_header,
+    sealed_shard,
+    unpack,
+)
+from helpers.errors import StorageError
+
+INDEX = "index.sqlite"
+SHARD_BYTES = 64 * 2**20
+SEAL_AFTER_SECONDS = 30.0
+_SHARD_NAME = re.compile(rf"\d{{20}}-\d+-\d+-\d+{re.escape(SUFFIX)}({re.escape(UNSEALED)})?")
+_MAPPED_SHARDS = 4096  # kept mapped at a time; the kernel allows a process 65,530 mappings
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS shards (number INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, size INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS layouts (number INTEGER PRIMARY KEY, layout TEXT UNIQUE NOT NULL);
+CREATE TABLE IF NOT EXISTS records (key BLOB PRIMARY KEY, shard INTEGER NOT NULL, layout INTEGER NOT NULL,
+    offset INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS origins (subject TEXT PRIMARY KEY, facts TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+# Where a record lies; `shard` is 0 where there is none. Packed, for a plan of millions of rows.
+LOCATION = np.dtype([("shard", "i4"), ("layout", "i4"), ("offset", "i8"), ("size", "i8"), ("crc", "u4")])
+Locations = NDArray[np.void]
+
+
+class DamagedRecordError(Exception):
+    """A record that no longer reads as it was written; it can be discarded and made again. The message names its file."""
+
+
+def record_key(*parts: str) -> bytes:
+    """A key of 16 bytes that depends on every part and on where one ends and the next begins."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+
+
+class Cache:
+    """The records in a folder. Safe to use from several threads.
+
+    `notes` tells, in words for the user, what was found amiss and put right when the cache was opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes: list[str] = []
+        self._lock = threading.RLock()
+        self._maps: dict[int, memoryview] = {}
+        self._layouts: dict[int, str] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{folder}: the cache folder cannot be made: {error.strerror}.") from error
+        self._index = self._open_index()
+        self._drop_rows_of_lost_shards()
+        self._take_in_strays()
+
+    def find(self, keys: Iterable[bytes]) -> Locations:
+        """Where the records of the keys lie, in their order; field "shard" is 0 where a key has none."""
+        with self._using_index() as index:
+            query = "SELECT shard, layout, offset, size, crc FROM records WHERE key = ?"
+            rows = [index.execute(query, (key,)).fetchone() or (0, 0, 0, 0, 0) for key in keys]
+        return np.array(rows, dtype=LOCATION)
+
+    def read(self, location: np.void) -> dict[str, Tensor]:
+        """The tensors of a record, as copies. DamagedRecordError when they are not what was written."""
+        shard, layout, offset, size, crc = location.item()
+        payload = bytearray(self._mapped(shard)[offset : offset + size])
+        if zlib.crc32(payload) != crc:
+            raise DamagedRecordError(f"{self._shard_path(shard)[0]}: a record has changed since it was written")
+        return unpack(self._layout(layout), payload)
+
+    def get(self, key: bytes) -> dict[str, Tensor] | None:
+        """The tensors under a key, or None. DamagedRecordError when they are not what was written."""
+        location = self.find([key])[0]
+        return self.read(location) if location["shard"] else None
+
+    def discard(self, key: bytes) -> None:
+        """Make a key missing, so that it is made again."""
+        with self._using_index() as index:
+            index.execute("DELETE FROM records WHERE key = ?", (key,))
+
+    def changed_fact(self, subject: str, facts: Mapping[str, str]) -> str:
+        """Why the record of a subject is missing: the first fact that differs from when it was last written.
+
+        "new" where nothing is known of the subject, "lost" where nothing differs.
+        """
+        with self._using_index() as index:
+            row = index.execute("SELECT facts FROM origins WHERE subject = ?", (subject,)).fetchone()
+        if row is None:
+            return "new"
+        earlier = json.loads(row[0])
+        return next((name for name, value in facts.items() if earlier.get(name) != value), "lost")
+
+    def close(self) -> None:
+        with self._lock:
+            self._index.close()
+            self._maps.clear()
+
+    # -- writing: see Writer --------------------------------------------------------------------------------------------
+
+    def commit(self, shard: Path, placed: Sequence[Placed], origins: Mapping[str, Mapping[str, str]]) -> None:
+        """Enter a durable shard into the index, with the origins of its records, all or nothing."""
+        with self._using_index() as index:
+            index.execute("BEGIN IMMEDIATE")
+            try:
+                self._insert_shard(index, shard, placed)
+                rows = [(subject, json.dumps(facts)) for subject, facts in origins.items()]
+                index.executemany("INSERT OR REPLACE INTO origins VALUES (?, ?)", rows)
+                index.execute("COMMIT")
+            except BaseException:
+                if index.in_transaction:  # SQLite ends some failed transactions itself
+                    index.execute("ROLLBACK")
+                raise
+
+    def _insert_shard(self, index: sqlite3.Connection, shard: Path, placed: Sequence[Placed]) -> None:
+        size = shard.stat().st_size
+        number = index.execute("INSERT INTO shards (name, size) VALUES (?, ?)", (shard.name, size)).lastrowid
+        layouts = {}
+        for layout in {record.layout for record in placed}:
+            index.execute("INSERT OR IGNORE INTO layouts (layout) VALUES (?)", (layout,))
+            layouts[layout] = index.execute("SELECT number FROM layouts WHERE layout = ?", (layout,)).fetchone()[0]
+        rows = [(record.key, number, layouts[record.layout], record.offset, record.size, record.crc) for record in placed]
+        index.executemany("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    # -- the index ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _using_index(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._index
+            except sqlite3.Error as error:
+                raise StorageError(f"{self.folder / INDEX}: the cache's index cannot be used: {error}.") from error
+
+    def _open_index(self) -> sqlite3.Connection:
+        path = self.folder / INDEX
+        try:
+            return _connect(path)
+        except sqlite3.OperationalError as error:
+            raise StorageError(f"{path}: the cache's index cannot be opened: {error}.") from error
+        except sqlite3.DatabaseError as error:  # not a database any more: what it said stands in the shards too
+            self.notes.append(f"{path} was damaged ({error}) and has been made again from the shards.")
+            for suffix in ("", "-wal", "-shm"):
+                path.with_name(INDEX + suffix).unlink(missing_ok=True)
+            return _connect(path)
+
+    def _drop_rows_of_lost_shards(self) -> None:
+        with self._using_index() as index:
+            for number, name, size in index.execute("SELECT number, name, size FROM shards").fetchall():
+                path = self.folder / name
+                if path.is_file() and path.stat().st_size == size:
+                    continue
+                self.notes.append(f"{path} is gone or cut off; what it held will be made again.")
+                index.execute("DELETE FROM records WHERE shard = ?", (number,))
+                index.execute("DELETE FROM shards WHERE number = ?", (number,))
+
+    def _take_in_strays(self) -> None:
+        """Files without a row, from killed processes or a lost index: whole shards enter the index, the rest is removed.
+
+        Oldest first, as they were written. Files with other names are left alone.
+        """
+        for path in sorted(self.folder.iterdir()):
+            if not _SHARD_NAME.fullmatch(path.name) or self._knows(path):
+                continue
+            with owned(path) as mine:
+                if not mine or self._knows(path):  # it may have been committed before the lock was free
+                    continue
+                if path.name.endswith(UNSEALED):
+                    path.unlink()
+                    continue
+                try:
+                    self.commit(path, read_header(path), {})
+                    self.notes.append(f"{path} was not in the index and has been taken in.")
+                except DamagedShardError as error:
+                    path.unlink()
+                    self.notes.append(f"{path} was not in the index, and has been removed because {error}.")
+
+    def _knows(self, path: Path) -> bool:
+        with self._using_index() as index:
+            return index.execute("SELECT 1 FROM shards WHERE name = ?", (path.name,)).fetchone() is not None
+
+    # -- reading --------------------------------------------------------------------------------------------------------
+
+    def _mapped(self, shard: int) -> memoryview:
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            path, size = self._shard_path(shard)
+            try:
+                mapped = map_file(path, size)
+            except DamagedShardError as error:
+                raise DamagedRecordError(f"{path}: {error}") from error
+            with self._lock:
+                if len(self._maps) >= _MAPPED_SHARDS:
+                    del self._maps[next(iter(self._maps))]
+                self._maps[shard] = mapped
+        return mapped
+
+    def _shard_path(self, shard: int) -> tuple[Path, int]:
+        with self._using_index() as index:
+            row = index.execute("SELECT name, size FROM shards WHERE number = ?", (shard,)).fetchone()
+        if row is None:
+            raise DamagedRecordError(f"{self.folder}: a shard of the cache was removed while it was in use")
+        return self.folder / row[0], row[1]
+
+    def _layout(self, number: int) -> str:
+        layout = self._layouts.get(number)
+        if layout is None:
+            with self._using_index() as index:
+                layout = self._layouts[number] = index.execute("SELECT layout FROM layouts WHERE number = ?", (number,)).fetchone()[0]
+        return layout
+
+
+class Writer:
+    """Adds records to a cache; leaving the `with` block seals what is open, also when the block is left by an error.
+
+    A shard is sealed when it is full, or when the next record comes `SEAL_AFTER_SECONDS` after its first.
+    """
+
+    def __init__(self, cache: Cache, rank: int = 0) -> None:
+        self.cache = cache
+        self.rank = rank
+        self._sealed = 0
+        self._begin()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, StorageError):  # a store that has just failed would fail again
+            self.seal()
+
+    def add(self, key: bytes, tensors: Mapping[str, Tensor], subject: str | None = None, facts: Mapping[str, str] | None = None) -> None:
+        """Keep tensors (on the CPU; they are copied) under a key. `subject` and `facts` are for `Cache.changed_fact`."""
+        if subject is not None:
+            self._origins[subject] = facts or {}
+        if key in self._records:
+            return
+        record = pack(key, tensors)
+        if self._records and (self._size + len(record.payload) > SHARD_BYTES or time.monotonic() - self._began > SEAL_AFTER_SECONDS):
+            self.seal()
+        self._records[key] = record
+        self._size += len(record.payload)
+
+    def seal(self) -> None:
+        """Make durable and visible to all what has been added. StorageError when that cannot be done; earlier shards stay."""
+        if not self._records:
+            return
+        path = self.cache.folder / f"{time.time_ns():020d}-{self.rank}-{os.getpid()}-{self._sealed}{SUFFIX}"
+        with sealed_shard(path, list(self._records.values())) as placed:
+            self.cache.commit(path, placed, self._origins)
+        self._sealed += 1
+        self._begin()
+
+    def _begin(self) -> None:
+        self._records: dict[bytes, Packed] = {}
+        self._origins: dict[str, Mapping[str, str]] = {}
+        self._size = 0
+        self._began = time.monotonic()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Autocommit: transactions are begun where they are needed. A minute's patience for other processes' commits.
+    index = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+    index.execute("PRAGMA journal_mode = WAL")
+    index.execute("PRAGMA synchronous = FULL")
+    index.executescript(_SCHEMA)
+    return index

@@ -1,0 +1,200 @@
+"""What is in the data sets: every file found once, its size and caption, or the reason why it is left out.
+
+A SQLite database of ours, never in a data folder. It holds facts read from files, each valid as long as the file's size and
+modification time are, and a verdict on each image under the data set's present rules. A scan opens only what is new or changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helpers.data.sample import LeftOut, Sample, Size
+from helpers.errors import DataError, StorageError
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE files (
+    id INTEGER PRIMARY KEY,
+    dataset TEXT NOT NULL,
+    key TEXT NOT NULL,
+    kind TEXT NOT NULL,             -- image, caption or other
+    stem TEXT NOT NULL,             -- the key without its ending: what an image and its caption share
+    size INTEGER NOT NULL,          -- bytes; size, modified_ns and etag tell whether the file is the one that was read
+    modified_ns INTEGER NOT NULL,
+    etag TEXT NOT NULL,
+    was_read INTEGER NOT NULL DEFAULT 0,
+    width INTEGER, height INTEGER,  -- of an image as shown
+    text TEXT,                      -- of a caption file
+    problem TEXT,                   -- why the file cannot be used, whatever the rules
+    undecodable TEXT,               -- why the pixels could not be decoded, found out while encoding
+    content TEXT,                   -- SHA-256 of the bytes, filled in by whoever reads them all
+    caption TEXT,                   -- the verdict: what the image is trained under ...
+    left_out TEXT,                  -- ... or why it is not trained on
+    UNIQUE (dataset, key)
+);
+CREATE INDEX files_by_stem ON files (dataset, stem);
+CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The used images of one data set in key order: row ids and sizes as shown, arrays of equal length."""
+
+    rows: NDArray[np.int64]
+    width: NDArray[np.int64]
+    height: NDArray[np.int64]
+
+
+class Catalogue:
+    """The store of samples. One process scans, any number read and add content hashes; threads may share one object."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens the database, or makes it. StorageError when that is impossible, DataError when the file is another's."""
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Transactions are explicit (isolation_level None); a second process waits for the first one's commit.
+            self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise StorageError(f"{self.path} could not be opened: {error}") from error
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise _explained(error, self.path) from error
+
+    def __enter__(self) -> Catalogue:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._database.close()
+
+    # What the plan and the caches read: images in use, in key order.
+
+    def columns(self, dataset: str) -> Columns:
+        rows = self._select("SELECT id, width, height FROM used WHERE dataset = ? ORDER BY key", dataset)
+        table = np.fromiter((value for row in rows for value in row), np.int64).reshape(-1, 3)
+        return Columns(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy())
+
+    def keys(self, dataset: str) -> Iterator[str]:
+        for (key,) in self._select("SELECT key FROM used WHERE dataset = ? ORDER BY key", dataset):
+            yield key
+
+    def contents(self, dataset: str) -> Iterator[str | None]:
+        """SHA-256 of each image's bytes in hex; None where nobody has read the file yet, or it has changed since."""
+        for (content,) in self._select("SELECT content FROM used WHERE dataset = ? ORDER BY key", dataset):
+            yield content
+
+    def captions(self, dataset: str) -> Iterator[str]:
+        """Each distinct caption in use, sorted."""
+        for (caption,) in self._select("SELECT DISTINCT caption FROM used WHERE dataset = ? ORDER BY caption", dataset):
+            yield caption
+
+    def captions_by_image(self, dataset: str) -> Iterator[str]:
+        """The caption of each image in use, in key order."""
+        for (caption,) in self._select("SELECT caption FROM used WHERE dataset = ? ORDER BY key", dataset):
+            yield caption
+
+    def sample(self, row: int) -> Sample:
+        """One image by its row id. KeyError when there is none."""
+        found = next(self._select("SELECT dataset, key, width, height, caption FROM files WHERE id = ?", int(row)), None)
+        if found is None:
+            raise KeyError(row)
+        dataset, key, width, height, caption = found
+        return Sample(dataset, key, Size(width, height), (caption,))
+
+    def content(self, row: int) -> str | None:
+        """SHA-256 of one image's bytes in hex, or None when it is not known. KeyError when there is no such row."""
+        found = next(self._select("SELECT content FROM files WHERE id = ?", int(row)), None)
+        if found is None:
+            raise KeyError(row)
+        return found[0]
+
+    def set_content(self, digests: Iterable[tuple[int, str]]) -> None:
+        """Remember the SHA-256 (hex) of images' bytes, as (row, digest) pairs, in one transaction."""
+        with self.transaction() as database:
+            database.executemany("UPDATE files SET content = ? WHERE id = ?", ((digest, int(row)) for row, digest in digests))
+
+    def set_undecodable(self, row: int, reason: str) -> None:
+        """Remember that an image's header is sound but its pixels are not. The next scan may leave it out; the file is not touched."""
+        with self.transaction() as database:
+            database.execute("UPDATE files SET undecodable = ? WHERE id = ?", (reason, int(row)))
+            database.execute("DELETE FROM verdicts WHERE dataset = (SELECT dataset FROM files WHERE id = ?)", (int(row),))
+
+    # What reports read.
+
+    def left_out(self, dataset: str) -> Iterator[LeftOut]:
+        """Every file found that is not trained on, in key order, with its reason as "kind: detail"."""
+        for key, reason in self._select("SELECT key, left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key", dataset):
+            yield LeftOut(key, reason)
+
+    def used(self, dataset: str) -> int:
+        """The number of images in use."""
+        return next(self._select("SELECT count(*) FROM used WHERE dataset = ?", dataset))[0]
+
+    def left_out_kinds(self, dataset: str) -> Counter[str]:
+        """How many files are left out for each kind of reason."""
+        return Counter(entry.reason.partition(":")[0] for entry in self.left_out(dataset))
+
+    # What the scan writes with.
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that is written inside is kept, or none of it. A full disk is a StorageError."""
+        with self._lock:
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._database
+                except BaseException:
+                    self._database.execute("ROLLBACK")
+                    raise
+                self._database.execute("COMMIT")
+            except sqlite3.DatabaseError as error:
+                raise _explained(error, self.path) from error
+
+    def _select(self, query: str, *values: object) -> Iterator[tuple]:
+        """Rows in bounded memory. The lock is held for a block of rows at a time."""
+        with self._lock:
+            cursor = self._database.execute(query, values)
+        while True:
+            with self._lock:
+                block = cursor.fetchmany(4096)
+            if not block:
+                return
+            yield from block
+
+    def _prepare(self) -> None:
+        database = self._database
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")  # WAL: a crash never corrupts; the last commits are read again
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version == _VERSION:
+            pass
+        elif version == 0 and not database.execute("SELECT 1 FROM sqlite_master").fetchone():
+            database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        else:
+            raise DataError(f"{self.path} is not a catalogue of this version; move it away and it is built anew from the images.")
+        database.execute("CREATE TEMP VIEW used AS SELECT * FROM files WHERE kind = 'image' AND caption IS NOT NULL")
+
+
+def _explained(error: sqlite3.DatabaseError, path: Path) -> Exception:
+    """A full disk or a lock that is never freed is the machine's; a file that is no database is the user's to move away."""
+    if isinstance(error, sqlite3.OperationalError):
+        return StorageError(f"{path} could not be written: {error}")
+    return DataError(f"{path} is damaged or no catalogue ({error}); move it away and it is built anew from the images.")

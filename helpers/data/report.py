@@ -1,0 +1,45 @@
+"""What became of the files of every data set: for people one line, for programs dataset_report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from helpers.data.buckets import BucketPlan
+from helpers.data.catalogue import Catalogue
+from helpers.data.scan import ScanResult
+
+
+def dataset_report(results: Sequence[ScanResult], plan: BucketPlan, catalogue: Catalogue) -> dict[str, Any]:
+    """The content of dataset_report.json, data sets in the order of `results`, which is the plan's.
+
+    `upscaled` counts images resized to more pixels than they have; `cropped_share` is the mean share of a resized image's area that
+    the cut removes, from 0 to 1.
+    """
+    return {"datasets": [_entry(index, result, plan, catalogue) for index, result in enumerate(results)]}
+
+
+def _entry(index: int, result: ScanResult, plan: BucketPlan, catalogue: Catalogue) -> dict[str, Any]:
+    rows = plan.columns[plan.columns["dataset"] == index]
+    counts = np.bincount(rows["shape"], minlength=len(plan.shapes))
+    areas = np.array([shape.area for shape in plan.shapes], np.float64)
+    kept = areas[rows["shape"]] / (rows["resized_width"].astype(np.float64) * rows["resized_height"])
+    return {
+        "id": result.dataset,
+        "found": result.found,
+        "used": result.used,
+        "left_out": [{"key": entry.key, "reason": entry.reason} for entry in catalogue.left_out(result.dataset)],
+        "buckets": {str(shape): int(count) for shape, count in zip(plan.shapes, counts, strict=True) if count},
+        "upscaled": int(rows["upscaled"].sum()),
+        "cropped_share": round(float(1 - kept.mean()), 4),
+    }
+
+
+def summary(result: ScanResult, shapes: int) -> str:
+    """One line for the console, such as `portraits: 31 files = 29 used + 2 left out (2 unreadable) · 4 shapes`."""
+    line = f"{result.dataset}: {result.found:,} files = {result.used:,} used + {result.left_out:,} left out"
+    if result.kinds:
+        line += " (" + ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) + ")"
+    return line + f" · {shapes:,} shape{'s' if shapes != 1 else ''}"

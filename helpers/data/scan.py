@@ -1,0 +1,260 @@
+"""From a folder of files to a catalogue: list everything, open what is new or changed, judge every image under the rules.
+
+Found = used + left out. What counts as found is every file outside system folders, but for a .txt beside an image of the same
+name, which is part of that image. A .txt without an image is left out like any other stray file.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from helpers.data.buckets import ResolutionRule, too_small
+from helpers.data.captions import CAPTION_EXTENSION, MAX_CAPTION_BYTES, CaptionError, CaptionRule, caption_of, decode_caption
+from helpers.data.catalogue import Catalogue
+from helpers.data.images import EXTENSIONS, ImageError, read_size
+from helpers.data.sample import Size
+from helpers.errors import DataError, Interrupted, StorageError
+from helpers.storage.backend import Entry, SourceBackend
+
+_BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
+_SHARE = 64  # files a thread takes at once, and the longest wait for a stop to be noticed
+_NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
+
+
+@dataclass(frozen=True)
+class DatasetRules:
+    """What decides which images of a data set are trained on, and under what caption."""
+
+    dataset: str  # id
+    resolution: ResolutionRule
+    captions: CaptionRule
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What a scan found: numbers of files. found = used + left_out."""
+
+    dataset: str
+    found: int
+    used: int
+    left_out: int
+    kinds: dict[str, int]  # files left out for each kind of reason, most frequent first
+    new: int  # files the catalogue had not seen, captions included
+    changed: int
+    removed: int
+    opened: int  # files opened by this scan; 0 on a warm start
+
+
+def scan(
+    backend: SourceBackend,
+    rules: DatasetRules,
+    catalogue: Catalogue,
+    *,
+    threads: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    leave_out_undecodable: bool = True,
+) -> ScanResult:
+    """Bring the catalogue's rows of one data set up to date. Source files are read, never written.
+
+    Killed at any moment it loses at most the last `_BLOCK` files read. `on_progress(done, total)` counts the files to open. When
+    `should_stop()` turns true, Interrupted is raised after what was read has been kept. `leave_out_undecodable` leaves out what
+    `Catalogue.set_undecodable` noted; a run that is resumed passes False, so that its plan stays the one it began with.
+    DataError when there is nothing to train on; StorageError when the store fails while it is read.
+    """
+    new, changed, removed = _compare(backend, rules.dataset, catalogue)
+    opened = 0
+    pending = _count_pending(catalogue, rules)
+    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
+        while block := _pending(catalogue, rules):
+            for facts in _read_block(backend, block, pool, catalogue, should_stop):
+                opened += facts
+                if on_progress is not None:
+                    on_progress(opened, pending)
+    _judge(catalogue, rules, leave_out_undecodable, stale=bool(new or changed or removed or opened))
+    used, kinds = catalogue.used(rules.dataset), catalogue.left_out_kinds(rules.dataset)
+    left_out = kinds.total()
+    if not used:
+        raise DataError(_nothing_left(backend, rules.dataset, catalogue, kinds))
+    return ScanResult(rules.dataset, used + left_out, used, left_out, dict(kinds.most_common()), new, changed, removed, opened)
+
+
+# 1. The listing against the catalogue.
+
+
+def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tuple[int, int, int]:
+    """Take over the listing in one transaction: numbers of new, changed and removed files. Changed files lose their facts."""
+    with catalogue.transaction() as database:
+        database.execute("DROP TABLE IF EXISTS temp.listed")
+        database.execute(
+            "CREATE TEMP TABLE listed"
+            " (key TEXT PRIMARY KEY, kind TEXT, stem TEXT, size INTEGER, modified_ns INTEGER, etag TEXT, problem TEXT)"
+        )
+        database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?, ?, ?, ?, ?)", map(_listed, backend.list()))
+        removed = database.execute("DELETE FROM files WHERE dataset = ? AND key NOT IN (SELECT key FROM listed)", (dataset,)).rowcount
+        changed = database.execute(
+            "UPDATE files SET size = l.size, modified_ns = l.modified_ns, etag = l.etag, was_read = 0, width = NULL, height = NULL,"
+            " text = NULL, problem = l.problem, undecodable = NULL, content = NULL, caption = NULL, left_out = NULL"
+            " FROM listed l WHERE dataset = ? AND files.key = l.key"
+            " AND (files.size, files.modified_ns, files.etag) IS NOT (l.size, l.modified_ns, l.etag)",
+            (dataset,),
+        ).rowcount
+        new = database.execute(
+            "INSERT OR IGNORE INTO files (dataset, key, kind, stem, size, modified_ns, etag, problem)"
+            " SELECT ?, key, kind, stem, size, modified_ns, etag, problem FROM listed ORDER BY key",
+            (dataset,),
+        ).rowcount
+        database.execute("DROP TABLE temp.listed")
+    return new, changed, removed
+
+
+def _listed(entry: Entry) -> tuple[str, str, str, int, int, str, str | None]:
+    """An entry as a row of the listing; `kind` by the ending of its name, `problem` for what is neither image nor caption."""
+    stem, ending = posixpath.splitext(entry.key)
+    kind, problem = "other", None
+    try:
+        entry.key.encode()
+    except UnicodeEncodeError:  # shown with its stray bytes as \xNN; such a name can be stored and reported nowhere else
+        key = entry.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return key, kind, key, entry.size, entry.modified_ns, entry.etag, "file name is not UTF-8: rename the file"
+    if ending.lower() in EXTENSIONS:
+        kind = "image"
+    elif ending.lower() == CAPTION_EXTENSION:
+        kind = "caption"
+    else:
+        problem = f"not an image: its name ends in {ending}" if ending else "not an image: its name has no ending"
+    return entry.key, kind, stem, entry.size, entry.modified_ns, entry.etag, problem
+
+
+# 2. Facts from files.
+
+_PENDING = "dataset = ? AND was_read = 0 AND (kind = 'image' OR (kind = 'caption' AND ?))"
+
+
+def _count_pending(catalogue: Catalogue, rules: DatasetRules) -> int:
+    with catalogue.transaction() as database:
+        return database.execute(f"SELECT count(*) FROM files WHERE {_PENDING}", (rules.dataset, rules.captions.reads_files)).fetchone()[0]
+
+
+def _pending(catalogue: Catalogue, rules: DatasetRules) -> list[tuple[int, str, str]]:
+    """The next files to open: id, kind and key."""
+    with catalogue.transaction() as database:
+        query = f"SELECT id, kind, key FROM files WHERE {_PENDING} LIMIT {_BLOCK}"
+        return database.execute(query, (rules.dataset, rules.captions.reads_files)).fetchall()
+
+
+def _read_block(
+    backend: SourceBackend,
+    block: list[tuple[int, str, str]],
+    pool: ThreadPoolExecutor,
+    catalogue: Catalogue,
+    should_stop: Callable[[], bool],
+) -> Iterator[int]:
+    """Read a block of files and keep what they say. Yields the number of files read since it last did."""
+
+    def read(share: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
+        return [] if should_stop() else [_facts(backend, *file) for file in share]
+
+    facts: list[dict[str, Any]] = []
+    try:
+        for share in pool.map(read, (block[start : start + _SHARE] for start in range(0, len(block), _SHARE))):
+            facts += share
+            yield len(share)
+    finally:
+        with catalogue.transaction() as database:
+            database.executemany(
+                "UPDATE files SET was_read = 1, width = :width, height = :height, text = :text, problem = :problem,"
+                " modified_ns = coalesce(:modified_ns, modified_ns) WHERE id = :id",
+                facts,
+            )
+    if should_stop():
+        raise Interrupted("stopped while the data sets were scanned; start again to go on")
+
+
+def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, Any]:
+    """What one file says: an image's size or a caption's text, or the problem with it."""
+    facts: dict[str, Any] = dict.fromkeys(("width", "height", "text", "problem", "modified_ns"))
+    facts["id"] = row
+    try:
+        with backend.open(key) as stream:
+            if kind == "image":
+                facts["width"], facts["height"] = read_size(stream)
+            else:
+                facts["text"] = decode_caption(stream.read(MAX_CAPTION_BYTES + 1), key)
+    except (ImageError, CaptionError) as error:
+        facts["problem"] = str(error)
+    except (FileNotFoundError, PermissionError) as error:
+        facts["problem"] = f"cannot be opened: {error.strerror or error}"
+        facts["modified_ns"] = _NEVER
+    except OSError as error:
+        raise StorageError(f"{backend.name}: {key} could not be read: {error.strerror or error}") from error
+    return facts
+
+
+# 3. The verdict.
+
+
+def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: bool, stale: bool) -> None:
+    """Give every file its caption or its reason, unless that was done under the same rules and nothing has changed since."""
+    stated = json.dumps([asdict(rules), leave_out_undecodable], sort_keys=True)
+    with catalogue.transaction() as database:
+        judged = database.execute("SELECT rules FROM verdicts WHERE dataset = ?", (rules.dataset,)).fetchone()
+        if judged == (stated,) and not stale:
+            return
+        database.execute("UPDATE files SET left_out = problem WHERE dataset = ? AND kind = 'other'", (rules.dataset,))
+        database.execute(
+            "UPDATE files SET left_out = CASE WHEN EXISTS (SELECT 1 FROM files image WHERE image.dataset = files.dataset"
+            " AND image.stem = files.stem AND image.kind = 'image') THEN NULL ELSE 'caption without an image: no image has this name' END"
+            " WHERE dataset = ? AND kind = 'caption'",
+            (rules.dataset,),
+        )
+        for images in _images(database, rules.dataset):
+            verdicts = (_verdict(image, rules, leave_out_undecodable) for image in images)
+            database.executemany("UPDATE files SET caption = ?, left_out = ? WHERE id = ?", verdicts)
+        database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (rules.dataset, stated))
+
+
+def _images(database: sqlite3.Connection, dataset: str) -> Iterator[list[tuple[Any, ...]]]:
+    """Blocks of images joined with their caption files; the rows of a block may be updated before the next is asked for."""
+    last = ""
+    query = (
+        "SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, t.text, t.problem"
+        " FROM (SELECT * FROM files WHERE dataset = :dataset AND kind = 'image' AND key > :last ORDER BY key LIMIT :block) i"
+        # "cat.TXT" may stand beside "cat.txt": the first by name counts.
+        " LEFT JOIN files t ON t.id = (SELECT id FROM files c WHERE c.dataset = :dataset AND c.stem = i.stem AND c.kind = 'caption'"
+        " ORDER BY c.key LIMIT 1) ORDER BY i.key"
+    )
+    while block := database.execute(query, {"dataset": dataset, "last": last, "block": _BLOCK}).fetchall():
+        yield block
+        last = block[-1][0]
+
+
+def _verdict(image: tuple[Any, ...], rules: DatasetRules, leave_out_undecodable: bool) -> tuple[str | None, str | None, int]:
+    """Caption or reason, and the row id."""
+    key, row, width, height, problem, undecodable, text, text_problem = image
+    reason = problem or (undecodable if leave_out_undecodable else None) or too_small(Size(width, height), rules.resolution)
+    if reason is None and rules.captions.reads_files:
+        reason = text_problem
+    if reason is not None:
+        return None, reason, row
+    try:
+        return caption_of(key, text, rules.captions), None, row
+    except CaptionError as error:
+        return None, str(error), row
+
+
+def _nothing_left(backend: SourceBackend, dataset: str, catalogue: Catalogue, kinds: Counter[str]) -> str:
+    if not kinds:
+        return f"data set {dataset!r}: {backend.name} holds no files; put images there, or point instance_data_dir elsewhere."
+    first = next(catalogue.left_out(dataset))
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return (
+        f"data set {dataset!r}: all {kinds.total():,} files in {backend.name} are left out ({counts}), such as {first.key}: {first.reason}."
+    )

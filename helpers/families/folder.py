@@ -1,0 +1,117 @@
+"""Finding a model: a folder in diffusers layout, local or fetched from the hub, and what its weights are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import ModelError
+from helpers.storage.atomic import write_json
+
+
+def locate(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of a model, fetched from the hub unless `name` is a folder. Raises ModelError when it is neither."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(f"--pretrained_model_name_or_path: {folder} is not a model in diffusers layout: it has no model_index.json.")
+        return folder
+    if folder.is_file():
+        raise ModelError(
+            f"--pretrained_model_name_or_path: {folder} is a single file; convert it to a diffusers folder first "
+            "(StableDiffusionXLPipeline.from_single_file(...).save_pretrained(...))."
+        )
+    return _fetch(name, revision, variant)
+
+
+def _fetch(name: str, revision: str | None, variant: str | None) -> Path:
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor a model that the Hugging Face Hub gives us ({reason})."
+        ) from error
+
+
+def model_index(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "model_index.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder. Raises ModelError naming the file when it is missing or broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object.")
+    return content
+
+
+def require_components(folder: Path, components: Sequence[str]) -> None:
+    """Refuse a folder that lacks a part of the model, before hours are spent on the other parts."""
+    missing = [name for name in components if not (folder / name).is_dir()]
+    if missing:
+        raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
+
+
+def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant: str | None) -> Any:
+    """A module by `from_pretrained`, in the dtype asked for; the plain weights when the variant's are not there."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()  # their bars for files of a second would run through ours
+    transformers.utils.logging.disable_progress_bar()
+    arguments = {"subfolder": subfolder, "local_files_only": True, "use_safetensors": True}
+    # diffusers and transformers spell the argument differently.
+    arguments["dtype" if kind.__module__.startswith("transformers") else "torch_dtype"] = dtype
+    try:
+        if variant and any((folder / subfolder).glob(f"*.{variant}*.safetensors")):
+            arguments["variant"] = variant
+        return kind.from_pretrained(folder, **arguments)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / subfolder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+class WeightsHashes:
+    """Hashes of weight files, remembered by (path, size, time) so that a warm start reads no weights."""
+
+    def __init__(self, memory: Path) -> None:
+        self.memory = memory
+        self.known: dict[str, str] = {}
+        if memory.is_file():
+            try:
+                self.known = json.loads(memory.read_text(encoding="utf-8"))
+            except ValueError:
+                self.known = {}  # only a memory: the files themselves are hashed again
+
+    def of(self, *folders: Path) -> str:
+        """One hash over every weight and configuration file of these folders."""
+        digest = hashlib.sha256()
+        for folder in folders:
+            for path in sorted(folder.rglob("*")):
+                if path.suffix in (".safetensors", ".json", ".txt", ".model"):
+                    digest.update(f"{path.relative_to(folder)} {self._file(path)}\n".encode())
+        return digest.hexdigest()
+
+    def _file(self, path: Path) -> str:
+        state = path.stat()
+        name = f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+        if name not in self.known:
+            with path.open("rb") as stream:
+                self.known[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.memory, self.known)
+        return self.known[name]
+
+
+def fingerprint(facts: Mapping[str, object]) -> str:
+    """A short name for a set of facts; another name for anything else."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,0 +1,127 @@
+"""The wrappers become this program: judge the settings, then become the trainer, or watch over several of them.
+
+    python helpers/launch.py [flags of train.py]
+
+Only the standard library and the settings are imported, so a mistake is told in a fraction of a second, before torch or accelerate.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    # Python put this file's folder first; `helpers` is found from the one above, and nothing in here may hide a library.
+    sys.path[0] = str(ROOT)
+
+from helpers.choices import known_facts  # noqa: E402
+from helpers.config.options import LaunchOptions  # noqa: E402
+from helpers.config.read import read_config  # noqa: E402
+from helpers.errors import EXIT_REFUSED, ConfigError  # noqa: E402
+from helpers.ranks import PROCESSES_VARIABLE  # noqa: E402
+
+# Flags of accelerate launch that choose how processes work together; with one of them, `--multi_gpu` would be a second choice.
+STRATEGIES = frozenset(("--multi_gpu", "--use_deepspeed", "--use_fsdp", "--use_megatron_lm", "--use_parallelism_config", "--tpu"))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start the trainer under accelerate."""
+
+    arguments: tuple[str, ...]  # of accelerate launch, before the trainer's own
+    variables: Mapping[str, str]
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+    try:
+        # The trainer reads the same settings again: a fifth of a second, and it can be started without this program.
+        config = read_config(argv, environ, known_facts())
+    except ConfigError as mistake:
+        print(*(f"error: {problem}" for problem in mistake.problems), sep="\n", file=sys.stderr)
+        return EXIT_REFUSED
+    trainer = [str(ROOT / "train.py"), *argv]
+    launch = plan_launch(config.launch, environ, wants_file=config.run.demo is None)
+    if launch is None:
+        # One process: this one. Its id, and with it signals and the exit code, are the trainer's own.
+        os.execve(sys.executable, [sys.executable, *trainer], dict(environ))
+    from helpers.supervisor import supervise
+
+    # -P: the caller's folder must not be searched for modules, a file of theirs may be called like one.
+    command = [sys.executable, "-P", "-m", "accelerate.commands.launch", *launch.arguments, *trainer]
+    return supervise(command, {**environ, **launch.variables})
+
+
+def plan_launch(options: LaunchOptions, environ: Mapping[str, str], wants_file: bool = True) -> Launch | None:
+    """None when one plain process is all that is asked for.
+
+    accelerate's own configuration file, as `accelerate config` writes it, counts when it asks for more than that. Where it is used,
+    it also says how many processes there are, unless TRAINING_NUM_PROCESSES says more than one.
+    """
+    extra = shlex.split(options.accelerate_extra_args)
+    file = accelerate_file(environ) if wants_file else None
+    processes, machines = options.training_num_processes, options.training_num_machines
+    if processes == 1 and machines == 1 and not extra and file is None:
+        return None
+    own_strategy = file is not None or "--config_file" in extra or not STRATEGIES.isdisjoint(extra)
+    arguments: list[str] = []
+    variables: dict[str, str] = {}
+    if file is not None:
+        print(f"launch     as {file} says", file=sys.stderr)
+        arguments += ["--config_file", str(file)]
+    if not own_strategy:
+        # Left out, accelerate warns; the trainer itself says which precision it computes in.
+        arguments += ["--mixed_precision", "no", "--dynamo_backend", options.training_dynamo_backend]
+        arguments += ["--multi_gpu"] if processes > 1 else []
+        if not torch_has_a_gpu():
+            # accelerate's own --cpu would quietly run a single process.
+            variables["ACCELERATE_USE_CPU"] = "true"
+    if not own_strategy or processes > 1:
+        arguments += ["--num_processes", str(processes), "--num_machines", str(machines)]
+        variables[PROCESSES_VARIABLE] = str(processes)
+    if machines == 1 and file is None and "--config_file" not in extra:
+        arguments += ["--main_process_port", str(free_port())]
+    return Launch((*arguments, *extra), variables)  # accelerate takes the last of two equal flags: the user's
+
+
+def accelerate_file(environ: Mapping[str, str]) -> Path | None:
+    """accelerate's configuration file at its usual place, if it asks for anything but one plain process."""
+    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(environ.get("HF_HOME") or Path(cache) / "huggingface").expanduser() / "accelerate"
+    for file in (folder / "default_config.yaml", folder / "default_config.json"):
+        if file.is_file():
+            import yaml
+
+            asks = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            plain = asks.get("distributed_type", "NO") == "NO" and asks.get("num_processes", 1) == 1
+            return None if plain else file
+    return None
+
+
+def torch_has_a_gpu() -> bool:
+    """Whether the installed torch is built for one; read from its version file, since importing it takes seconds."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    return re.search(r"^(cuda|hip)\b.*= '", version, re.MULTILINE) is not None
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on, so that two runs do not meet on the same one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

@@ -1,0 +1,10 @@
+"""Which weights move. One file a method, one line here."""
+
+from __future__ import annotations
+
+from helpers.registry import Registry
+
+METHODS: Registry = {
+    "full": "helpers.methods.full:FullFineTune",
+    "lora": "helpers.methods.lora:Lora",
+}

@@ -1,0 +1,80 @@
+"""Full fine-tuning: every weight of the denoiser moves."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.config.facts import Facts
+from helpers.protocols import Parts, Trainable
+from helpers.storage.atomic import atomic_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from helpers.config.options import AdapterOptions
+    from helpers.protocols import ModelFamily
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+class FullFineTune:
+    """Trains the whole denoiser, in float32 unless the optimiser is made for bfloat16 weights."""
+
+    facts = Facts(name="full", title="full fine-tune")
+
+    def __init__(self, options: AdapterOptions, family: ModelFamily) -> None:
+        self.family = family
+
+    def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
+        import torch
+
+        # Small updates vanish in half-precision weights, unless the optimiser rounds stochastically.
+        return torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32
+
+    def default_optimizer(self, mixed_precision: str) -> str:
+        return "adamw_bf16" if mixed_precision == "bf16" else "adamw"
+
+    def attach(self, parts: Parts) -> Trainable:
+        parts.denoiser.requires_grad_(True).train()
+        parameters = dict(parts.denoiser.named_parameters())
+        count = sum(parameter.numel() for parameter in parameters.values())
+        dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+        return Trainable(parts.denoiser, parameters, f"full fine-tune of {count / 1e6:,.1f} M parameters in {dtype}", parts.denoiser_folder)
+
+    def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
+        """Write `<unet|transformer><label>/` as diffusers does, so that the folder loads by itself."""
+        from safetensors.torch import save_file
+
+        target = folder / f"{trainable.role}{label}"
+        target.mkdir(parents=True)
+        trainable.denoiser.save_config(target)
+        tensors = {**trainable.denoiser.state_dict(), **(weights or {})}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / WEIGHTS_FILE, {"format": "pt"})
+        return [target]
+
+    def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        tensors = load_file(folder / f"{trainable.role}{label}" / WEIGHTS_FILE)
+        return {name: tensors[name] for name in trainable.parameters}
+
+    def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
+        """Write `pipeline/`, of the average if there is one, with the live denoiser beside it as `<unet|transformer>_live/`."""
+        written = []
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as aside:
+            [denoiser] = self.save(trainable, Path(aside), average)
+            with atomic_folder(folder / "pipeline") as pipeline:
+                self.family.export_pipeline(denoiser, schedule, pipeline)
+            written.append(folder / "pipeline")
+            if average is not None:
+                live = folder / f"{trainable.role}_live"
+                with atomic_folder(live) as final:
+                    [denoiser] = self.save(trainable, Path(aside), label="_live")
+                    shutil.copytree(denoiser, final, dirs_exist_ok=True)
+                written.append(live)
+        return written

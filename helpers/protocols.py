@@ -1,0 +1,233 @@
+"""The architecture on one page: a run = Family x Method x Objective, over Data.
+
+Four axes and one observer. Each axis is a protocol, a registry of one line an entry and one file a choice; nothing outside
+`families/sdxl.py` knows that SDXL exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from helpers.config.facts import Facts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from helpers.data.batches import Batch
+    from helpers.data.draws import StepDraws
+
+TextTensors = dict[str, "Tensor"]  # what text encoders give for one caption, by name, without a batch dimension
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The tensors a family trains on: `channels` at 1/`downsampling` of the pixels' width and height."""
+
+    channels: int
+    downsampling: int
+
+
+class ImageCodec(Protocol):
+    """Pixels to what the network sees and back. For pixel models the identity."""
+
+    fingerprint: str  # changes with anything that changes the bytes of `encode`: weights, dtype, scaling
+
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """pixels (B, 3, H, W) in [-1, 1] => {"mean": (B, C, h, w)} and, when latents are sampled, "std"; scaled and shifted."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, C, h, w), as `encode` gave them => pixels (B, 3, H, W) in [-1, 1]."""
+        ...
+
+
+class TextEncoders(Protocol):
+    """Captions to conditioning tensors, the same function for the cache and for live training."""
+
+    fingerprint: str
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """B captions => tensors by name, each (B, ...)."""
+        ...
+
+
+@dataclass
+class Parts:
+    """The modules of a loaded model that a method may train, by role. Not loaded until asked for by the family."""
+
+    denoiser: nn.Module
+    denoiser_folder: str  # its name in a diffusers folder: "unet" or "transformer"
+
+
+@dataclass
+class Trainable:
+    """What moves, and how to run it."""
+
+    denoiser: nn.Module  # what `predict` calls; wrapped by the engine for several processes
+    parameters: dict[str, nn.Parameter]  # the weights that move, by the name they keep in checkpoints
+    description: str  # "LoRA rank 16, 23.2 M of 2,567.5 M parameters"
+    role: str  # the denoiser's name in a diffusers folder: "unet" or "transformer"
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the weights that move, in place and in their own precision."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(weights[name])
+
+
+class ModelFamily(Protocol):
+    """A kind of network: how to load it, feed it and save it. One file per family; its facts import without torch."""
+
+    facts: Facts
+    latents: LatentSpec
+    name: str  # model folder or hub name, for messages and cards
+    identity: str  # a hash of the denoiser's weights: a run goes on only with the model it began with
+    lora_targets: tuple[str, ...]  # module name endings that an adapter goes to unless the user names others
+    scheduler_config: Mapping[str, Any]  # the checkpoint's own noise schedule
+
+    def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]: ...
+
+    def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]: ...
+
+    def unconditional(self, encoders: TextEncoders) -> TextTensors:
+        """What a dropped caption becomes."""
+        ...
+
+    def load(self, dtype: torch.dtype) -> Parts: ...
+
+    def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """Everything the network is told besides the noisy latents, each tensor (B, ...), on the device."""
+        ...
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """noisy (B, C, h, w), timesteps (B,) => the network's answer (B, C, h, w)."""
+        ...
+
+    def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        """A diffusers pipeline that goes from embeddings to latents: it holds no text encoders and no VAE."""
+        ...
+
+    def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
+        """The pipeline's call arguments for one prompt, each with a batch dimension of 1."""
+        ...
+
+    def kohya_name(self, module: str) -> str | None:
+        """A denoiser module's name in kohya's layout; None where the family has no such layout."""
+        ...
+
+    def modelspec(self, kind: str) -> dict[str, str]:
+        """`modelspec.*` metadata (Stability AI's model specification 1.0.0) for a file of this kind ("lora")."""
+        ...
+
+    def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
+        """Write a complete diffusers folder around a saved denoiser, which other tools load."""
+        ...
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """Latents as the network is to see them, and the right answer. B samples."""
+
+    noisy: Tensor  # (B, C, h, w)
+    timesteps: Tensor  # (B,) in the network's units
+    target: Tensor  # (B, C, h, w) what it should answer
+    weight: Tensor  # (B,) loss weight
+
+
+class Objective(Protocol):
+    """What a network is asked to predict, and how much each sample counts."""
+
+    facts: Facts
+    scheduler_config: Mapping[str, Any]  # for a sampler that agrees with the training schedule
+
+    def corrupt(self, latents: Tensor, draws: StepDraws) -> Corrupted: ...
+
+    def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
+        """(B,) the weighted loss of each sample, float32; reduction is the caller's."""
+        ...
+
+
+class TrainingMethod(Protocol):
+    """Which weights move. Created for a family, and refuses there what that family cannot do."""
+
+    facts: Facts
+
+    def default_optimizer(self, mixed_precision: str) -> str:
+        """What `--optimizer=auto` means for the weights that move."""
+        ...
+
+    def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
+        """In what precision the base model is loaded."""
+        ...
+
+    def attach(self, parts: Parts) -> Trainable: ...
+
+    def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
+        """Write the weights that move into `folder` in the formats others load, and say which files or folders that made.
+
+        `weights` (an average, say) replaces the live ones; `label` is appended to the names, so that both can stand side by side.
+        """
+        ...
+
+    def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
+        """Exactly the weights that `save` wrote, by parameter name, on the CPU."""
+        ...
+
+    def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
+        """Write what the user came for into OUTPUT_DIR, of the average where there is one, and say what that made."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened in one optimiser step, over all processes."""
+
+    step: int  # from 1
+    epoch: int  # from 0
+    loss: float  # weighted mean over the samples of the global step
+    learning_rate: float
+    grad_norm: float  # before clipping
+    seconds: float
+    data_seconds: float  # of them, waiting for data
+    samples: int
+    skipped: bool = False  # the gradient or the loss was not finite, and the weights stayed as they were
+
+
+@dataclass(frozen=True)
+class ValidationImage:
+    """One picture made during training."""
+
+    prompt_name: str
+    prompt: str
+    path: Path
+
+
+class Reporter:
+    """Watches a run; returns nothing and steers nothing. Every event does nothing unless a reporter cares."""
+
+    def started(self, settings: Mapping[str, Any], total_steps: int) -> None: ...
+
+    def chapter(self, title: str, text: str) -> None:
+        """One line of the run's story: `dataset`, `latents`, `training` ..."""
+
+    def progress(self, title: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]] | None:
+        """A bar for long work; the function it gives is told how many more units are done."""
+        return None
+
+    def stepped(self, result: StepResult) -> None: ...
+
+    def sampled(self, rows: Iterable[Mapping[str, Any]]) -> None: ...
+
+    def validated(self, step: int, images: Sequence[ValidationImage]) -> None: ...
+
+    def saved(self, step: int, folder: Path) -> None: ...
+
+    def finished(self, step: int, outputs: Sequence[Path]) -> None: ...
+
+    def failed(self, reason: str) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,163 @@
+"""What a run says on the terminal: a line a chapter, a bar for long work, and at the end what was made and where."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from helpers.protocols import Reporter, StepResult, ValidationImage
+
+PLAIN_EVERY_S = 15.0  # where there is no terminal, a line of progress at most this often
+
+
+class Rate(ProgressColumn):
+    """Units a second, or seconds a unit when it is slow."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(rate(task.speed or 0.0, self.unit))
+
+
+def rate(per_second: float, unit: str) -> str:
+    if per_second <= 0:
+        return "-"
+    return f"{per_second:,.1f} {unit}/s" if per_second >= 1 else f"{1 / per_second:,.1f} s/{unit.rstrip('s')}"
+
+
+class Console(Reporter):
+    """Speaks for the main process."""
+
+    def __init__(self) -> None:
+        self.out = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.total_steps = 0
+        self.training: Progress | None = None
+        self.task: TaskID | None = None
+        self.last_plain = 0.0
+
+    def chapter(self, title: str, text: str) -> None:
+        self.out.print(f"[bold]{title:<11}[/bold]", end="")
+        self.out.print(text, markup=False)
+
+    @contextmanager
+    def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        bar = self._bar(unit)
+        if not self.out.is_terminal:
+            yield self._plain(title, total, unit)
+            return
+        with bar:
+            task = bar.add_task(title, total=total)
+            yield lambda done: bar.advance(task, done)
+
+    def started(self, settings: Mapping[str, Any], total_steps: int) -> None:
+        self.total_steps = total_steps
+
+    def stepped(self, result: StepResult) -> None:
+        facts = f"loss {result.loss:.4f} · lr {result.learning_rate:.2e} · grad {result.grad_norm:.3f}"
+        if not self.out.is_terminal:
+            self._plain_step(result, facts)
+            return
+        if self.training is None:
+            self.training = self._bar("steps", TextColumn("{task.fields[facts]}"))
+            self.task = self.training.add_task("training", total=self.total_steps, completed=result.step - 1, facts="")
+            self.training.start()
+        assert self.task is not None
+        self.training.update(self.task, completed=result.step, facts=facts)
+
+    def validated(self, step: int, images: Sequence[ValidationImage]) -> None:
+        self.chapter(
+            "validation",
+            f"step {step:,}: {len(images)} picture{'s' if len(images) != 1 else ''} in {images[0].path.parent}"
+            if images
+            else f"step {step:,}: stopped",
+        )
+
+    def saved(self, step: int, folder: Path) -> None:
+        self.chapter("checkpoint", f"{folder} ({_megabytes(folder)})")
+
+    def finished(self, step: int, outputs: Sequence[Path]) -> None:
+        self._stop_bar()
+        self.chapter("finished", f"{step:,} steps. Made:")
+        for path in outputs:
+            self.out.print(f"  {path}", markup=False)
+
+    def failed(self, reason: str) -> None:
+        self._stop_bar()
+        self.out.print("[bold red]stopped[/bold red]    ", end="")
+        self.out.print(reason, markup=False)
+
+    def close(self) -> None:
+        self._stop_bar()
+
+    def _stop_bar(self) -> None:
+        if self.training is not None:
+            self.training.stop()
+            self.training = None
+
+    def _bar(self, unit: str, *more: Any) -> Progress:
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Rate(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        return Progress(*columns, *more, console=self.out)
+
+    def _plain(self, title: str, total: int, unit: str) -> Callable[[int], None]:
+        started = last = time.monotonic()
+        done = 0
+
+        def advance(more: int) -> None:
+            nonlocal done, last
+            done += more
+            now = time.monotonic()
+            if now - last >= PLAIN_EVERY_S or (done == total and now - started >= PLAIN_EVERY_S):
+                last = now
+                speed = done / max(now - started, 1e-9)
+                print(
+                    f"{title:<11}{done:,} of {total:,} · {rate(speed, unit)} · {(total - done) / speed:,.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        return advance
+
+    def _plain_step(self, result: StepResult, facts: str) -> None:
+        now = time.monotonic()
+        total = self.total_steps
+        if now - self.last_plain >= PLAIN_EVERY_S or result.step == total:
+            self.last_plain = now
+            left = (total - result.step) * result.seconds
+            print(
+                f"{'training':<11}step {result.step:,} of {total:,} · {facts} · {result.seconds:.2f} s/step · {left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _megabytes(path: Path) -> str:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,41 @@
+"""The loss of a run as a picture: every step, and a running mean that can be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from helpers.reporting.records import METRICS
+
+CURVE = "loss_curve.png"
+
+
+def write_loss_curve(output_dir: Path) -> Path | None:
+    """Draw metrics.jsonl as loss_curve.png; nothing for a run without steps."""
+    rows = [json.loads(line) for line in (output_dir / METRICS).read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if not row.get("skipped")]
+    if not rows:
+        return None
+    from matplotlib.figure import Figure
+
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    figure = Figure(figsize=(9, 4.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, linewidth=0.8, alpha=0.35, label="each step")
+    axes.plot(steps, running_mean(losses, max(1, len(losses) // 20)), linewidth=2, label="running mean")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = output_dir / CURVE
+    figure.savefig(path)
+    return path
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Each value's mean with up to `window` - 1 values before it."""
+    means, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        means.append(total / min(index + 1, window))
+    return means

@@ -1,0 +1,57 @@
+"""metrics.jsonl and samples.jsonl: one JSON object a line, each step once however often the run was stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from helpers.protocols import Reporter, StepResult
+from helpers.storage.atomic import write_file
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+class Records(Reporter):
+    """Appends to the files of one OUTPUT_DIR, after cutting them back to the step that the run goes on from."""
+
+    def __init__(self, output_dir: Path, resumed_at: int, record_samples: bool) -> None:
+        self._files: list[IO[str]] = []
+        self._metrics = self._continue(output_dir / METRICS, resumed_at)
+        self._samples = self._continue(output_dir / SAMPLES, resumed_at) if record_samples else None
+
+    def stepped(self, result: StepResult) -> None:
+        _append(self._metrics, asdict(result))
+
+    def sampled(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        if self._samples is not None:
+            for row in rows:
+                _append(self._samples, row)
+
+    def close(self) -> None:
+        for stream in self._files:
+            stream.close()
+
+    def _continue(self, path: Path, step: int) -> IO[str]:
+        cut_back(path, step)
+        stream = path.open("a", encoding="utf-8")
+        self._files.append(stream)
+        return stream
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the lines up to and with `step`: later ones will be written again. A half line that a kill left goes too."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        write_file(path, b"".join(kept))
+
+
+def _append(stream: IO[str], row: Mapping[str, Any]) -> None:
+    stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    stream.flush()  # what a reader sees is whole lines; a kill loses at most the last

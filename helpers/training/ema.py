@@ -1,0 +1,61 @@
+"""Exponential moving average of the weights that move, always in float32: in bfloat16 it would never move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from helpers.config.options import EmaOptions
+
+
+def warmed_decay(decay: float, update: int) -> float:
+    """Decay of update n (from 1): min(decay, (1 + n) / (10 + n)), so that the random start is forgotten soon."""
+    return min(decay, (1 + update) / (10 + update))
+
+
+class Average:
+    """A float32 shadow of the parameters, updated every `interval` optimiser steps with the decay of all of them."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], options: EmaOptions) -> None:
+        self.parameters = parameters
+        self.decay = options.ema_decay
+        self.interval = options.ema_update_interval
+        device = torch.device("cpu") if options.ema_device == "cpu" else None
+        self.shadow = {
+            name: parameter.detach().to(device or parameter.device, torch.float32, copy=True) for name, parameter in parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self, optimizer_step: int) -> None:
+        """After optimiser step n, from 1: shadow <- d shadow + (1 - d) weights, d = decay(n)^interval."""
+        if optimizer_step % self.interval:
+            return
+        decay = warmed_decay(self.decay, optimizer_step) ** self.interval
+        for name, parameter in self.parameters.items():
+            shadow = self.shadow[name]
+            shadow.lerp_(parameter.detach().to(shadow.device, torch.float32), 1 - decay)
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, shadow in self.shadow.items():
+            shadow.copy_(tensors[name])
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The network runs on the average inside; the live weights are put back, bit for bit, afterwards."""
+        live = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        try:
+            self._put(self.shadow)
+            yield
+        finally:
+            self._put(live)
+
+    @torch.no_grad()
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,100 @@
+"""How a step of many micro-batches becomes one update of the weights, on any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from helpers.data.draws import seed_of
+from helpers.protocols import Trainable
+from helpers.training.optimizers import create_optimizer, optimizer_state, restore_optimizer
+from helpers.training.runtime import Runtime
+from helpers.training.schedules import Schedule
+
+if TYPE_CHECKING:
+    from helpers.config.options import OptimizerOptions
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser step did."""
+
+    loss: float  # sum over the samples of the global step / their number
+    grad_norm: float  # of the whole gradient, before clipping
+    learning_rate: float
+    taken: bool  # False: the gradient was not finite, and the weights stay as they were
+    finite_loss: bool
+    stop_asked: bool  # by any process, so that all of them stop at the same step
+
+
+class Engine:
+    """Backward, all-reduce, clip, finite check and optimiser step, over accelerate.
+
+    The loss of a step is sum(weight x loss) over its samples divided by the samples of the *global* step, so a short
+    micro-batch weighs what it holds. Accumulation is driven here: the gradients of all but the last micro-batch stay local.
+    """
+
+    def __init__(self, runtime: Runtime, trainable: Trainable, optimizer: str, options: OptimizerOptions, schedule: Schedule) -> None:
+        self.runtime = runtime
+        self.options = options
+        self.schedule = schedule
+        self.parameters: Mapping[str, nn.Parameter] = trainable.parameters
+        self.accelerator = runtime.accelerator
+        trainable.denoiser.to(runtime.device)
+        self.optimizer = create_optimizer(optimizer, options, trainable.parameters)
+        self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser)
+        self._loss = torch.zeros((), dtype=torch.float64, device="cpu" if runtime.device.type == "mps" else runtime.device)
+
+    def backward(self, losses: Tensor, weights: Tensor, global_samples: int, last: bool) -> None:
+        """Add a micro-batch's gradient. losses, weights (B,); `last` marks the step's last micro-batch on this process.
+
+        DDP takes the mean over processes, so the world size is multiplied in here.
+        """
+        total = (losses * weights).sum()
+        self._loss += total.detach().double().to(self._loss.device)
+        scaled = total * (self.runtime.world_size / global_samples)
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.denoiser):
+            self.accelerator.backward(scaled)
+
+    def seed_dropout(self, seed: int, step: int, micro_batch: int) -> None:
+        """Dropout masks depend on the micro-batch's place in the global step alone, not on what was drawn before."""
+        torch.manual_seed(seed_of("dropout", seed, step, micro_batch))
+
+    def step(self, seed: int, step: int, updates: int, global_samples: int) -> Update:
+        """Apply the accumulated gradient. `updates` counts the optimiser steps taken so far: the schedule's clock."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        limit = self.options.max_grad_norm
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit if limit > 0 else float("inf"), foreach=False)
+        finite = bool(torch.isfinite(grad_norm))
+        loss_sum, bad, stop = self.runtime.sum(self._loss.item(), float(not finite), float(self.runtime.stop.asked))
+        learning_rate = self.schedule(updates)
+        finite_loss = bool(torch.isfinite(torch.tensor(loss_sum)))
+        taken = not bad and finite_loss
+        if taken:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            torch.manual_seed(seed_of("rounding", seed, step))  # the same on every process: each updates its own copy of the weights
+            self.optimizer.step()
+        if scaler is not None:
+            scaler.update()  # halves the scale where `unscale_` met an overflow
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss.zero_()
+        return Update(loss_sum / global_samples, float(grad_norm), learning_rate, taken, finite_loss, bool(stop))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Optimiser tensors by name, and the numbers beside them, for a checkpoint."""
+        tensors, numbers = optimizer_state(self.optimizer, self.parameters)
+        scaler = self.accelerator.scaler
+        return tensors, {"optimizer": numbers, "scaler": scaler.state_dict() if scaler is not None else None}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        restore_optimizer(self.optimizer, self.parameters, tensors, numbers["optimizer"])
+        if self.accelerator.scaler is not None and numbers["scaler"]:
+            self.accelerator.scaler.load_state_dict(numbers["scaler"])

@@ -1,0 +1,172 @@
+"""Processes, device and precision of a run, and what all of its processes must agree on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+
+from helpers.errors import ConfigError, Interrupted, UserError
+from helpers.ranks import PROCESSES_VARIABLE, announce_rank
+from helpers.training.lock import lock_output
+from helpers.training.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from helpers.config.options import RunOptions
+
+# A collective may have to wait for the slowest process to cache its share of the data; hung processes are the launcher's to end.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass
+class Runtime:
+    """Where this process stands, and the few things it asks the others."""
+
+    accelerator: Accelerator
+    stop: StopRequest
+    mixed_precision: str  # "no", "bf16" or "fp16", after what the device allows
+    notes: list[str]  # what was adjusted to the machine, to be told aloud
+    lock: IO[str] | None  # held by the main process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def wait_for_everyone(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each number added up over all processes, in float64."""
+        total = torch.tensor(numbers, dtype=torch.float64, device="cpu" if self.device.type != "mps" else None)
+        if self.world_size == 1:
+            return total.tolist()
+        total = total.to(self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def any_of(self, flag: bool) -> bool:
+        """True on every process if it is true on one of them."""
+        return bool(self.sum(float(flag))[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks, on all of them. Plain data only."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def clear_cache(self) -> None:
+        """Give the accelerator's cached memory back to it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # All processes finish or are interrupted together, and then leave together: a process group taken down while others
+        # still use it aborts them. After any other error the others may never come; the launcher ends them.
+        if kind is None or issubclass(kind, Interrupted):
+            self.wait_for_everyone()
+            self.accelerator.end_training()
+
+
+def start_runtime(options: RunOptions, chosen: Collection[str]) -> Runtime:
+    """Join the other processes, settle the precision for the device, take the lock on OUTPUT_DIR, and listen for signals.
+
+    `chosen` are the options the user set, as opposed to defaults. Raises UserError when the output folder is in use or the
+    precision is impossible here.
+    """
+    stop = StopRequest().listen()
+    configure_logging()
+    state = PartialState(timeout=PATIENCE)
+    wanted = int(os.environ.get(PROCESSES_VARIABLE) or state.num_processes)
+    if state.num_processes != wanted:
+        # Two runs that each believe they are alone would write over each other.
+        raise RuntimeError(f"{wanted} processes were asked for, but the launcher made a group of {state.num_processes}.")
+    announce_rank(os.environ)
+    mixed_precision, note = settle_precision(options.mixed_precision, "mixed_precision" in chosen, state.device)
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
+    runtime = Runtime(accelerator, stop, mixed_precision, [note] if note else [], None)
+    refusals = runtime.gather(_take_lock(runtime, options.output_dir))
+    if refusal := next(filter(None, refusals), None):
+        raise UserError(refusal)
+    return runtime
+
+
+def _take_lock(runtime: Runtime, folder: Path) -> str | None:
+    """The main process locks for all; the refusal goes to everybody, so that no process waits for one that has left."""
+    if not runtime.is_main:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        runtime.lock = lock_output(folder)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"--output_dir={folder} cannot be written to: {error.strerror}."
+    return None
+
+
+def settle_precision(asked: str, chosen: bool, device: torch.device) -> tuple[str, str | None]:
+    """The precision to train in on this device, and what to tell the user about it. Raises ConfigError for fp16 on a CPU."""
+    if device.type != "cpu" or asked == "no":
+        return asked, None
+    if asked == "fp16":
+        raise ConfigError("--mixed_precision=fp16 is not possible on a CPU: use no, or bf16.")
+    if chosen:
+        return asked, None
+    return "no", "mixed_precision settles to no: this machine trains on its CPU, where float32 is the fast precision"
+
+
+def configure_logging() -> None:
+    """Log levels from SIMPLETUNER_LOG_LEVEL; libraries speak from warnings up, less two notes that concern nobody here."""
+    level = os.environ.get("SIMPLETUNER_LOG_LEVEL", "INFO").upper()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("helpers").setLevel(level)
+    # transformers says on every import that it does image work without torchvision, and so do we.
+    logging.getLogger("transformers").addFilter(lambda record: "torchvision" not in record.getMessage())
+
+
+@contextmanager
+def undisturbed(*modules: torch.nn.Module) -> Iterator[None]:
+    """Whatever happens inside, training goes on bit for bit as if it had not: modes and random states are put back."""
+    modes = [(module, module.training) for parent in modules for module in parent.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            for module in modules:
+                module.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,93 @@
+"""Learning-rate schedules as pure functions of the optimiser step: nothing to save, the same on any number of processes.
+
+t = optimiser step from 0, N = steps of the run, w = warm-up steps, L = learning rate, E = its floor (`lr_end`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.config.options import ScheduleOptions
+
+WITHOUT_WARMUP = ("constant", "sine")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`schedule(t)` is the learning rate of optimiser step t, counted from 0."""
+
+    name: str
+    rate: float
+    floor: float
+    warmup_steps: int
+    total_steps: int
+    cycles: float = 1.0
+    power: float = 1.0
+
+    @classmethod
+    def create(cls, options: ScheduleOptions, total_steps: int) -> Schedule:
+        return cls(
+            name=options.lr_scheduler,
+            rate=options.learning_rate,
+            floor=options.lr_end,
+            warmup_steps=options.lr_warmup_steps,
+            total_steps=total_steps,
+            cycles=options.lr_num_cycles,
+            power=options.lr_power,
+        )
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps and self.name not in WITHOUT_WARMUP:
+            return self.rate * (step + 1) / self.warmup_steps
+        return _SHAPES[self.name](self, step)
+
+    @property
+    def bends_with_length(self) -> bool:
+        """Whether another number of steps changes the rates of steps already taken."""
+        return self.name in ("linear", "cosine", "cosine_with_restarts", "polynomial")
+
+    def progress(self, step: int) -> float:
+        """p in [0, 1]: how far step t is between the end of the warm-up and the end of the run."""
+        length = max(1, self.total_steps - self.warmup_steps)
+        return min(1.0, (step - self.warmup_steps) / length)
+
+
+def _constant(schedule: Schedule, step: int) -> float:
+    return schedule.rate
+
+
+def _linear(schedule: Schedule, step: int) -> float:
+    return schedule.rate + (schedule.floor - schedule.rate) * schedule.progress(step)
+
+
+def _cosine(schedule: Schedule, step: int) -> float:
+    return schedule.floor + (schedule.rate - schedule.floor) * (1 + math.cos(math.pi * schedule.progress(step))) / 2
+
+
+def _cosine_with_restarts(schedule: Schedule, step: int) -> float:
+    fraction = math.modf(schedule.progress(step) * schedule.cycles)[0]
+    return schedule.floor + (schedule.rate - schedule.floor) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+def _polynomial(schedule: Schedule, step: int) -> float:
+    return schedule.floor + (schedule.rate - schedule.floor) * (1 - schedule.progress(step)) ** schedule.power
+
+
+def _sine(schedule: Schedule, step: int) -> float:
+    """A wave from the floor, at its peak every 2w steps from step w on. The settings refuse w = 0."""
+    return schedule.floor + (schedule.rate - schedule.floor) * (1 - math.cos(math.pi * step / schedule.warmup_steps)) / 2
+
+
+_SHAPES: dict[str, Callable[[Schedule, int], float]] = {
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine_with_restarts": _cosine_with_restarts,
+    "polynomial": _polynomial,
+    "sine": _sine,
+}

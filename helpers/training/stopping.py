@@ -1,0 +1,31 @@
+"""Signals: the first asks the run to finish its step, save and leave; a second one leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+from helpers.errors import EXIT_LEFT_AT_ONCE
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+class StopRequest:
+    """`asked` becomes true with the first signal. Whoever does long work looks at it now and then."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.by = ""
+
+    def listen(self) -> StopRequest:
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            os._exit(EXIT_LEFT_AT_ONCE)  # no clean-up may delay a user who asks twice; half-written files lie aside anyway
+        self.asked = True
+        self.by = signal.Signals(number).name
+        os.write(2, f"\n{self.by}: finishing this step, then saving. Once more to leave at once without saving.\n".encode())

@@ -1,0 +1,169 @@
+"""Pictures made before, during and after training, always from the same prompts and noise."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from helpers.data.sample import Size
+from helpers.errors import ConfigError
+from helpers.families.samplers import sampler
+from helpers.protocols import ModelFamily, Objective, TextTensors, Trainable, ValidationImage
+from helpers.storage.atomic import write_file
+from helpers.training.runtime import Runtime, undisturbed
+
+if TYPE_CHECKING:
+    from helpers.config.options import ValidationOptions
+
+FOLDER = "validation_images"
+UNCONDITIONAL = "unconditional"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with the short name its files carry; None asks for the picture of no prompt at all."""
+
+    name: str
+    text: str | None
+
+
+def read_prompts(options: ValidationOptions) -> list[Prompt]:
+    """The prompts in the order of their pictures: unconditional, the user's library, `--validation_prompt`."""
+    named: dict[str, str] = {}
+    if options.user_prompt_library is not None:
+        named.update(_library(options.user_prompt_library))
+    if options.validation_prompt:
+        named["validation"] = options.validation_prompt
+    blank = [] if options.validation_disable_unconditional else [Prompt(UNCONDITIONAL, None)]
+    return blank + [Prompt(name, text) for name, text in named.items()]
+
+
+def _library(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--user_prompt_library: {path} cannot be read: {error}.") from error
+    if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
+        raise ConfigError(f"--user_prompt_library: {path} must hold an object of names and prompts.")
+    odd = [name for name in content if not name or set(name) & set('/\\:*?"<>|') or name.startswith(".")]
+    if odd:
+        raise ConfigError(f"--user_prompt_library: {path}: {odd[0]!r} cannot be part of a file name.")
+    return content
+
+
+def parse_sizes(text: str | None, trained: Size, alignment: int) -> list[Size]:
+    """`--validation_resolution`: a comma list of WxH or an edge in pixels, or megapixels when there is a decimal point.
+
+    Rounded to the network's alignment; without a setting the size that is trained.
+    """
+    if not text:
+        return [trained]
+    return [_size(part.strip(), alignment) for part in text.split(",") if part.strip()]
+
+
+def _size(text: str, alignment: int) -> Size:
+    try:
+        if "x" in text.lower():
+            width, height = (int(side) for side in text.lower().split("x"))
+        else:
+            width = height = round(math.sqrt(float(text) * 1e6)) if "." in text else int(text)
+    except ValueError:
+        raise ConfigError(f"--validation_resolution={text}: write 1024x768, 1024 (pixels) or 1.0 (megapixels).") from None
+    if min(width, height) < alignment:
+        raise ConfigError(f"--validation_resolution={text} is below {alignment} pixels; megapixels need a decimal point (1.0).")
+    return Size(*(max(alignment, round(side / alignment) * alignment) for side in (width, height)))
+
+
+class Validator:
+    """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
+
+    Training is bit-identical whether pictures were made or not.
+    """
+
+    def __init__(
+        self,
+        options: ValidationOptions,
+        timestep_spacing: str,
+        family: ModelFamily,
+        objective: Objective,
+        runtime: Runtime,
+        prompts: Sequence[Prompt],
+        sizes: Sequence[Size],
+        text: Callable[[str | None], TextTensors],
+        output_dir: Path,
+        seed: int,
+    ) -> None:
+        self.options = options
+        self.timestep_spacing = timestep_spacing
+        self.family = family
+        self.objective = objective
+        self.runtime = runtime
+        self.prompts = prompts
+        self.sizes = sizes
+        self.text = text
+        self.folder = output_dir / FOLDER
+        self.seed = options.validation_seed if options.validation_seed is not None else seed
+
+    def due(self, step: int) -> bool:
+        return bool(self.options.validation_steps) and step % self.options.validation_steps == 0
+
+    def missing(self, step: int) -> bool:
+        """Whether a picture of this step is not there yet; a run that was stopped meanwhile makes it when it goes on."""
+        return any(not self._path(step, prompt, size, index).is_file() for prompt, size, index in self._wanted())
+
+    def run(self, trainable: Trainable, step: int) -> list[ValidationImage]:
+        """Write the pictures of a step and return them. An asked-for stop ends it after the picture at hand."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        images = []
+        with undisturbed(trainable.denoiser), torch.no_grad(), self.family.image_codec(self.runtime.device) as codec:
+            for prompt, size, index in self._wanted():
+                if self.runtime.stop.asked:
+                    break
+                path = self._path(step, prompt, size, index)
+                _write_picture(codec.decode(self._latents(trainable, prompt, size, index)), path)
+                images.append(ValidationImage(prompt.name, prompt.text or "", path))
+        return images
+
+    def _wanted(self) -> Iterator[tuple[Prompt, Size, int]]:
+        return itertools.product(self.prompts, self.sizes, range(self.options.num_validation_images))
+
+    def _latents(self, trainable: Trainable, prompt: Prompt, size: Size, index: int) -> torch.Tensor:
+        options = self.options
+        schedule = sampler(options.validation_noise_scheduler, self.objective.scheduler_config, self.timestep_spacing)
+        pipeline = self.family.pipeline(trainable.denoiser, schedule)
+        pipeline.set_progress_bar_config(disable=True)
+        negative = self.text(options.validation_negative_prompt if prompt.text else None)
+        arguments = self.family.prompt_arguments(self.text(prompt.text), negative)
+        seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
+        return pipeline(
+            **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in arguments.items()},
+            width=size.width,
+            height=size.height,
+            num_inference_steps=options.validation_num_inference_steps,
+            guidance_scale=options.validation_guidance,
+            guidance_rescale=options.validation_guidance_rescale,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+        ).images
+
+    def _path(self, step: int, prompt: Prompt, size: Size, index: int) -> Path:
+        number = f"_{index + 1}" if self.options.num_validation_images > 1 else ""
+        return self.folder / f"step_{step}_{prompt.name}_{size}{number}.png"
+
+
+def _write_picture(pixels: torch.Tensor, path: Path) -> None:
+    """pixels (1, 3, H, W) in [-1, 1] => a PNG, whole or not at all."""
+    array = ((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    encoded = io.BytesIO()
+    Image.fromarray(array).save(encoded, "PNG")
+    write_file(path, encoded.getvalue())

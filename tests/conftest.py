@@ -1,0 +1,39 @@
+"""What every test stands on: one thread, no network, no state of the user's own."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported anywhere: it reads these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+# A busy machine is slow in bursts, which says nothing about the code; the same examples every time keep a failure reproducible.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root."""
+    return REPOSITORY
+
+
+@pytest.fixture(autouse=True, scope="session")
+def home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees or changes the settings and caches of whoever runs it."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("HF_HOME", str(home / "huggingface"))
+        patch.delenv("XDG_CACHE_HOME", raising=False)
+        yield

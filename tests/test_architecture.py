@@ -1,0 +1,200 @@
+"""Imports point down, and a few things stand in one place only (documentation/ARCHITECTURE.md says why)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROGRAMS = {"train", "demo", "toolkit", "benchmarks"}
+MODULES = sorted(path for name in ("helpers", *PROGRAMS) for path in (*REPOSITORY.glob(f"{name}/**/*.py"), *REPOSITORY.glob(f"{name}.py")))
+
+# Part of helpers => the parts it may import. What stands in neither column is imported by nothing but train.py and other programs.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "storage": {"errors"},
+    "ranks": {"errors"},
+    "supervisor": {"errors", "ranks"},
+    "registry": {"config"},
+    "data": {"errors", "config", "storage"},
+    "protocols": {"errors", "config", "data"},
+    "families": {"errors", "config", "storage", "data", "protocols", "registry"},
+    "methods": {"errors", "config", "storage", "data", "protocols", "registry"},
+    "objectives": {"errors", "config", "storage", "data", "protocols", "registry"},
+    "training": {"errors", "config", "storage", "data", "protocols", "registry", "families", "methods", "objectives", "ranks"},
+    "reporting": {"errors", "config", "storage", "data", "protocols", "registry", "families", "methods", "objectives"},
+    "choices": {"config", "registry", "families", "methods", "objectives"},
+    "launch": {"errors", "config", "ranks", "supervisor", "choices"},
+}
+# Libraries beside the standard one that a light part may use.
+LIGHT = {
+    "errors": set(),
+    "config": {"pydantic", "json5"},
+    "storage": {"boto3", "botocore"},
+    "ranks": set(),
+    "supervisor": set(),
+    "launch": {"yaml"},
+}
+HEAVY_HOMES = {  # library => the parts that may import it
+    "diffusers": {"families", "methods", "objectives", "training"},
+    "transformers": {"families", "methods", "training"},
+    "peft": {"families", "methods"},
+    "accelerate": {"training", "reporting"},
+}
+READS_ENVIRONMENT = {"helpers/config/read.py", "helpers/training/runtime.py", "helpers/launch.py", "train.py"}
+PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` as imported by `by`, at `line`; `typing_only` when it stands under TYPE_CHECKING."""
+
+    by: Path
+    line: int
+    module: str
+    typing_only: bool
+
+    @property
+    def library(self) -> str:
+        return self.module.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.by.relative_to(REPOSITORY)}:{self.line} imports {self.module}"
+
+
+def part_of(path: Path) -> str:
+    """`helpers/data/images.py` is of the part `data`, `helpers/errors.py` of `errors`, `train.py` of none."""
+    inside = path.relative_to(REPOSITORY).parts
+    return Path(inside[1]).stem if inside[0] == "helpers" else ""
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Every import of a module, those inside functions too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        id(inner)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for inner in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively; say helpers.…"
+            # `from helpers import errors` names the module in the second half.
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "helpers" else [node.module or ""]
+        else:
+            continue
+        for name in names:
+            yield Import(path, node.lineno, name, id(node) in guarded)
+
+
+EVERY_IMPORT = [found for path in MODULES for found in imports(path)]
+
+
+def test_every_part_of_helpers_has_its_place_in_the_layers() -> None:
+    parts = {part_of(path) for path in MODULES} - {"", "__init__"}
+    assert parts <= set(ALLOWED)
+
+
+def test_imports_point_down_and_siblings_do_not_import_one_another() -> None:
+    wrong = []
+    for found in EVERY_IMPORT:
+        here = part_of(found.by)
+        if found.library != "helpers" or here in ("", "__init__"):
+            continue
+        there = found.module.split(".")[1]
+        names_a_type = found.typing_only and there == "protocols"  # what data receives is described above it
+        if there != here and there not in ALLOWED[here] and not names_a_type:
+            wrong.append(str(found))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_imports_the_programs_on_top() -> None:
+    wrong = [str(found) for found in EVERY_IMPORT if found.library in PROGRAMS | {"tests"} and part_of(found.by)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_light_parts_need_hardly_more_than_the_standard_library() -> None:
+    wrong = [
+        str(found)
+        for found in EVERY_IMPORT
+        if part_of(found.by) in LIGHT
+        and found.library not in sys.stdlib_module_names | {"helpers"} | LIGHT[part_of(found.by)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_big_libraries_are_imported_only_where_they_belong() -> None:
+    wrong = [
+        str(found)
+        for found in EVERY_IMPORT
+        if found.library in HEAVY_HOMES and part_of(found.by) and part_of(found.by) not in HEAVY_HOMES[found.library]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_pickles() -> None:
+    wrong = [str(found) for found in EVERY_IMPORT if found.library in PICKLING]
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            written = ast.unparse(node) if isinstance(node, ast.Attribute | ast.keyword) else ""
+            if written in {"torch.load", "torch.save", "allow_pickle=True"}:
+                wrong.append(f"{path.relative_to(REPOSITORY)}:{node.lineno} {written}")  # type: ignore[attr-defined]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    wrong = []
+    for path in MODULES:
+        name = str(path.relative_to(REPOSITORY))
+        if not name.startswith("helpers/") and name != "train.py" or name in READS_ENVIRONMENT:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in {"os.environ", "os.getenv"}:
+                wrong.append(f"{name}:{node.lineno} reads {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
+
+
+WITHOUT_LIBRARIES = """
+import importlib, pathlib, sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "peft", "safetensors"}:
+            raise ImportError(f"{name} is hidden")
+
+sys.meta_path.insert(0, Hidden())
+for part in ("errors", "ranks", "supervisor", "launch", *sys.argv[1:]):
+    importlib.import_module("helpers." + part)
+from helpers.choices import known_facts
+assert known_facts()
+"""
+
+
+def test_settings_can_be_judged_where_torch_cannot_be_imported() -> None:
+    light = [
+        ".".join(path.relative_to(REPOSITORY / "helpers").with_suffix("").parts).removesuffix(".__init__")
+        for folder in ("config", "storage")
+        for path in sorted((REPOSITORY / "helpers" / folder).rglob("*.py"))
+        if path.stem not in ("s3", "__main__")
+    ]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARIES, *light], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "source", ["import helpers.families.sdxl", "def late():\n    from helpers.families import sdxl", "from helpers import families"]
+)
+def test_an_import_that_points_up_is_noticed(tmp_path: Path, source: str) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(source)
+    assert [found.module.split(".")[1] for found in imports(module)] == ["families"]

@@ -1,0 +1,54 @@
+"""Learning rates against the formulas of the documentation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from helpers.training.schedules import Schedule
+
+L, E, W, N = 1e-3, 1e-5, 10, 110
+
+
+def schedule(name: str, **more: float) -> Schedule:
+    return Schedule(name=name, rate=L, floor=E, warmup_steps=W, total_steps=N, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
+def test_warm_up_rises_in_equal_steps_to_the_peak(name: str) -> None:
+    rates = [schedule(name)(step) for step in range(W)]
+    assert rates == pytest.approx([L * (step + 1) / W for step in range(W)])
+    assert schedule(name)(W) == pytest.approx(L)
+
+
+@pytest.mark.parametrize(
+    ("name", "middle", "end"),
+    [
+        ("constant", L, L),
+        ("constant_with_warmup", L, L),
+        ("linear", (L + E) / 2, E),
+        ("cosine", (L + E) / 2, E),
+        ("polynomial", E + (L - E) * 0.5**0.8, E),
+    ],
+)
+def test_middle_and_end_of_the_run(name: str, middle: float, end: float) -> None:
+    rates = schedule(name, power=0.8)
+    assert rates(60) == pytest.approx(middle)
+    assert rates(N) == pytest.approx(end)
+    assert rates(N + 50) == pytest.approx(end)
+
+
+def test_restarts_begin_at_the_peak_again() -> None:
+    rates = schedule("cosine_with_restarts", cycles=2)
+    assert rates(60) == pytest.approx(L)
+    assert rates(59) == pytest.approx(E + (L - E) * (1 + math.cos(math.pi * 0.98)) / 2)
+
+
+def test_sine_starts_at_its_floor_and_peaks_every_two_warm_ups() -> None:
+    rates = schedule("sine")
+    assert [rates(step) for step in (0, W, 2 * W, 3 * W)] == pytest.approx([E, L, E, L])
+
+
+def test_constant_knows_no_warm_up() -> None:
+    assert schedule("constant")(0) == L

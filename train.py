@@ -1,0 +1,327 @@
+#!/usr/bin/env python3
+"""Train a diffusion model: the story of a run, from its settings to the files it hands over.
+
+`python train.py --help` lists the options; the wrappers (`train_sdxl.sh` ...) start this with the settings of an env file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers import ranks, registry
+from helpers.config.config import DEFAULT, Config
+from helpers.config.read import FactsByAxis, read_config
+from helpers.errors import (
+    EXIT_FAULT,
+    EXIT_FINISHED,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    ConfigError,
+    Interrupted,
+    StorageError,
+    UserError,
+)
+from helpers.families import FAMILIES
+from helpers.methods import METHODS
+from helpers.objectives import OBJECTIVES
+from helpers.storage.atomic import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from helpers.data.batches import Batch
+    from helpers.data.prepare import DataSettings, TrainingData, Workers
+    from helpers.protocols import Corrupted, ModelFamily, Objective, TextTensors, TrainingMethod
+    from helpers.reporting import Reporters
+    from helpers.training.checkpoints import Checkpointer, Found
+    from helpers.training.learner import Learner
+    from helpers.training.runtime import Runtime
+    from helpers.training.state import TrainState
+    from helpers.training.validation import Prompt, Validator
+
+MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a finite gradient; fp16 first has to find its loss scale
+
+
+def facts() -> FactsByAxis:
+    """What every family, method and objective says of the settings; nothing heavy is imported for it."""
+    return FactsByAxis(registry.facts(FAMILIES), registry.facts(METHODS), registry.facts(OBJECTIVES))
+
+
+def main() -> int:
+    """Run, and say how it ended by the exit code (helpers/errors.py)."""
+    ranks.tie_to_launcher(os.environ)
+    try:
+        config = read_config(sys.argv[1:], os.environ, facts())  # all mistakes at once, before torch is imported
+    except ConfigError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return ranks.record_exit(os.environ, EXIT_REFUSED)
+
+    from helpers.reporting import Reporters
+
+    report = Reporters()
+    code = EXIT_FAULT
+    try:
+        train(config, report)
+        code = EXIT_FINISHED
+    except Interrupted as stop:
+        report.failed(str(stop))
+        code = EXIT_INTERRUPTED
+    except UserError as error:
+        report.failed(str(error))
+        code = EXIT_REFUSED
+    except StorageError as error:
+        report.failed(str(error))
+    except Exception:
+        traceback.print_exc()
+    finally:
+        report.close()
+    return ranks.record_exit(os.environ, code)
+
+
+def train(config: Config, report: Reporters) -> None:
+    """One life of a run: it begins anew or goes on from a checkpoint, and ends finished, or saved and interrupted."""
+    from helpers.training.runtime import start_runtime
+
+    chosen = {name for name, origin in config.origins.items() if origin != DEFAULT}
+    with start_runtime(config.run, chosen) as runtime:  # processes, device, precision, signals, the lock on OUTPUT_DIR
+        if runtime.is_main:
+            begin_report(config, runtime, report)
+        run(config, runtime, report)
+
+
+def run(config: Config, runtime: Runtime, report: Reporters) -> None:
+    from helpers.data.prepare import prepare_data
+    from helpers.reporting.contact_sheet import write_contact_sheet
+    from helpers.training.checkpoints import Checkpointer
+    from helpers.training.ema import Average
+    from helpers.training.engine import Engine
+    from helpers.training.learner import Learner
+    from helpers.training.schedules import Schedule
+    from helpers.training.steps import in_order, sample_rows, step_result, timed
+    from helpers.training.validation import read_prompts
+
+    # Which network, which weights, which loss: each refuses here what it cannot do, before hours of caching.
+    family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+    method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
+    objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+    optimizer = method.default_optimizer(runtime.mixed_precision) if config.optimizer.optimizer == "auto" else config.optimizer.optimizer
+    prompts = read_prompts(config.validation)
+
+    checkpoints = Checkpointer(config.checkpoints, config.run.output_dir)
+    found, state, accumulation = find_start(checkpoints, config, runtime, report)
+
+    # Encode every image and caption once, then let the encoders go: they and the network never have to share the GPU.
+    data = prepare_data(config.datasets, data_settings(config, runtime, state, accumulation, prompts), family, workers(runtime), report)
+    identity = run_identity(config, runtime, family, objective, optimizer)
+    if found:
+        found.require_same_run(identity, data.fingerprint(), config.data.accept_changed_data)
+
+    trainable = method.attach(family.load(method.weights_dtype(runtime.mixed_precision, optimizer)))
+    if config.run.gradient_checkpointing:
+        trainable.denoiser.enable_gradient_checkpointing()
+    total = total_steps(config, data, accumulation * runtime.world_size)
+    engine = Engine(runtime, trainable, optimizer, config.optimizer, Schedule.create(config.schedule, total))
+    average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
+    learner = Learner(method, trainable, engine, average)
+    if found:
+        learner.restore(found)
+    validator = make_validator(config, runtime, family, objective, data, prompts, state)
+
+    def save() -> None:
+        batch = {"gradient_accumulation_steps": accumulation, "processes": runtime.world_size}
+        position = {"state": state.to_json(), "identity": identity, "data": data.fingerprint(), "batch": batch}
+        if runtime.is_main:  # it writes for all: weights, optimiser and average are the same everywhere
+            report.saved(state.step, checkpoints.save(state.step, learner, position))
+        runtime.wait_for_everyone()
+
+    def validate() -> None:
+        if runtime.is_main and (validator.due(state.step) or state.step in (0, total)) and validator.missing(state.step):
+            with learner.averaged():
+                images = validator.run(trainable, state.step)
+            write_contact_sheet(validator.folder)
+            report.validated(state.step, images)
+        runtime.wait_for_everyone()
+
+    if runtime.is_main:
+        join_reporters(config, state, total, report)
+    length = f"from step {state.step:,} to {total:,}"
+    report.chapter("training", f"{family.facts.title} · {trainable.description} · {length} · {data.describe()}")
+    validate()
+    for batches, waited, began in timed(data.steps(state.step, total)):
+        rows: list[dict[str, Any]] = []
+        for number, batch in enumerate(batches):
+            engine.seed_dropout(state.seed, state.step, number * runtime.world_size + runtime.rank)
+            losses, corrupted = train_step(family, objective, engine.denoiser, batch, runtime.device)
+            engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, last=number == len(batches) - 1)
+            if config.data.record_samples:
+                rows += sample_rows(state.step + 1, batch, corrupted, losses)
+        update = engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
+        state.advance(update.taken, MOST_SKIPPED[runtime.mixed_precision], batches[-1].samples)
+        if average is not None and update.taken:
+            average.update(state.updates)
+        if config.data.record_samples:
+            report.sampled(in_order(runtime.gather(rows)))
+        report.stepped(step_result(state, update, batches, began, waited))
+        if checkpoints.due(state.step) or update.stop_asked or state.step == total:
+            save()
+        if update.stop_asked and state.step < total:
+            raise Interrupted(f"step {state.step:,} of {total:,} is done and saved; start again to go on.")
+        validate()
+        if config.run.accelerator_cache_clear_interval and state.step % config.run.accelerator_cache_clear_interval == 0:
+            runtime.clear_cache()
+
+    if runtime.is_main:
+        report.finished(state.step, hand_over(config, learner, objective))
+
+
+def train_step(
+    family: ModelFamily, objective: Objective, denoiser: nn.Module, batch: Batch, device: torch.device
+) -> tuple[Tensor, Corrupted]:
+    """The whole of diffusion training: add noise, ask the network, compare. => (B,) losses, and what the network saw."""
+    corrupted = objective.corrupt(batch.latents.to(device), batch.draws)
+    prediction = family.predict(denoiser, corrupted.noisy, corrupted.timesteps, family.conditioning(batch, device))
+    return objective.loss(prediction, corrupted), corrupted
+
+
+# -- how the parts are put together: the only place that sees the whole Config --------------------------------------------
+
+
+def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
+    """Say with which settings the run starts, and keep them in OUTPUT_DIR."""
+    from helpers.reporting.console import Console
+
+    report.members.append(Console())
+    report.chapter("settings", config.describe())
+    for note in (*config.notes, *runtime.notes):
+        report.chapter("", note)
+    write_json(config.run.output_dir / "config.json", config.to_json())
+
+
+def join_reporters(config: Config, state: TrainState, total: int, report: Reporters) -> None:
+    """From the first step on metrics and trackers are told too; what they hold of later steps than this one is cut off."""
+    from helpers.reporting.records import Records
+    from helpers.reporting.trackers import Trackers
+
+    report.members.append(Records(config.run.output_dir, state.step, config.data.record_samples))
+    report.members.append(Trackers(config.reporting, config.run.output_dir, state.trackers))
+    report.started(config.values(), total)
+
+
+def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, report: Reporters) -> tuple[Found | None, TrainState, int]:
+    """The checkpoint to go on from, the state there (or of a new run), and the micro-batches of each process in a step."""
+    from helpers.training.state import TrainState, settle_accumulation
+
+    if runtime.is_main:
+        checkpoints.tidy()
+    runtime.wait_for_everyone()
+    found = checkpoints.find(lambda text: report.chapter("checkpoint", text))
+    asked = config.run.gradient_accumulation_steps
+    if found is None:
+        seed = config.run.seed if config.run.seed > 0 else runtime.gather(secrets.randbelow(2**31))[0]
+        return None, TrainState(seed), asked
+    report.chapter("checkpoint", f"going on from {found.folder.name}")
+    accumulation, note = settle_accumulation(found.content["batch"], asked, runtime.world_size, found.folder.name)
+    if note:
+        report.chapter("", note)
+    return found, TrainState.from_json(found.content["state"]), accumulation
+
+
+def data_settings(config: Config, runtime: Runtime, state: TrainState, accumulation: int, prompts: Sequence[Prompt]) -> DataSettings:
+    from helpers.data.prepare import DataSettings
+
+    spoken = [prompt.text for prompt in prompts if prompt.text]
+    return DataSettings(
+        output_dir=config.run.output_dir,
+        cache_dir=config.cache.cache_dir,
+        text_cache_dir=config.cache.cache_dir_text,
+        device=runtime.device,
+        seed=state.seed,
+        batch_size=config.data.train_batch_size,
+        accumulation=accumulation,
+        caption_dropout=config.data.caption_dropout_probability,
+        cache_dtype=config.cache.cache_dtype,
+        vae_batch_size=config.cache.vae_batch_size,
+        extra_captions=[*spoken, config.validation.validation_negative_prompt] if spoken else [],
+    )
+
+
+def workers(runtime: Runtime) -> Workers:
+    from helpers.data.prepare import Workers
+
+    return Workers(runtime.rank, runtime.world_size, runtime.gather, lambda: runtime.stop.asked)
+
+
+def run_identity(config: Config, runtime: Runtime, family: ModelFamily, objective: Objective, optimizer: str) -> dict[str, Any]:
+    """What must stay as it is from one life of a run to the next, beside the data: JSON values by the options' names."""
+    adapter = dataclasses.asdict(config.adapter) if config.method_name == "lora" else {}
+    loss = dataclasses.asdict(config.objective)
+    sampling_only = ("inference_scheduler_timestep_spacing",)
+    effective = {name: objective.scheduler_config[name] for name in ("prediction_type", "rescale_betas_zero_snr")}
+    identity = {
+        "model": family.identity,
+        "model_family": config.family_name,
+        "model_type": config.method_name,
+        "seed": config.run.seed,
+        "train_batch_size": config.data.train_batch_size,
+        "caption_dropout_probability": config.data.caption_dropout_probability,
+        "sdxl_original_size": config.data.sdxl_original_size,
+        "latent_sampling": config.cache.latent_sampling,
+        "mixed_precision": runtime.mixed_precision,
+        "optimizer": optimizer,
+        "use_ema": config.ema.use_ema,
+        **adapter,
+        **{name: value for name, value in {**loss, **effective}.items() if name not in sampling_only},
+    }
+    return json.loads(json.dumps(identity, default=str))  # as it will be read back: tuples become lists
+
+
+def total_steps(config: Config, data: TrainingData, micro_batches_per_step: int) -> int:
+    if config.run.max_train_steps:
+        return config.run.max_train_steps
+    return math.ceil(config.run.num_train_epochs * data.micro_batches_per_epoch / micro_batches_per_step)
+
+
+def make_validator(
+    config: Config,
+    runtime: Runtime,
+    family: ModelFamily,
+    objective: Objective,
+    data: TrainingData,
+    prompts: Sequence[Prompt],
+    state: TrainState,
+) -> Validator:
+    from helpers.training.validation import Validator, parse_sizes
+
+    sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.downsampling)
+    spacing = config.objective.inference_scheduler_timestep_spacing
+
+    def text(caption: str | None) -> TextTensors:
+        return data.text(caption) if caption else data.unconditional
+
+    return Validator(config.validation, spacing, family, objective, runtime, prompts, sizes, text, config.run.output_dir, state.seed)
+
+
+def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Path]:
+    """Write what the user came for, and list everything worth looking at."""
+    from helpers.reporting.contact_sheet import SHEET
+    from helpers.reporting.loss_curve import write_loss_curve
+    from helpers.training import validation
+
+    folder = config.run.output_dir
+    weights = learner.export(folder, objective.scheduler_config)
+    worth_a_look = (write_loss_curve(folder), folder / validation.FOLDER / SHEET, folder / "dataset_report.json")
+    return [*weights, *(path for path in worth_a_look if path and path.exists())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
