@@ -67,8 +67,10 @@ def main() -> int:
         return ranks.record_exit(os.environ, EXIT_REFUSED)
 
     from helpers.reporting import Reporters
+    from helpers.reporting.console import Console, Speaker
 
-    report = Reporters()
+    first = os.environ.get("RANK", "0") == "0"
+    report = Reporters(Console() if first else Speaker(f"process {os.environ['RANK']}"))
     code = EXIT_FAULT
     try:
         train(config, report)
@@ -126,6 +128,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if found:
         found.require_same_run(identity, data.fingerprint(), config.data.accept_changed_data)
 
+    runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
     trainable = method.attach(family.load(method.weights_dtype(runtime.mixed_precision, optimizer)))
     if config.run.gradient_checkpointing:
         trainable.denoiser.enable_gradient_checkpointing()
@@ -160,7 +163,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     for batches, waited, began in timed(data.steps(state.step, total)):
         rows: list[dict[str, Any]] = []
         for number, batch in enumerate(batches):
-            engine.seed_dropout(state.seed, state.step, number * runtime.world_size + runtime.rank)
+            runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
             losses, corrupted = train_step(family, objective, engine.denoiser, batch, runtime.device)
             engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, last=number == len(batches) - 1)
             if config.data.record_samples:
@@ -198,9 +201,6 @@ def train_step(
 
 def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
     """Say with which settings the run starts, and keep them in OUTPUT_DIR."""
-    from helpers.reporting.console import Console
-
-    report.members.append(Console())
     report.chapter("settings", config.describe())
     for note in (*config.notes, *runtime.notes):
         report.chapter("", note)

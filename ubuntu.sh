@@ -62,17 +62,24 @@ find_python() {
 }
 
 make_venv() {
-    local base
+    local base discarded=$root/.venv-discarded
+    rm -rf "$discarded"
     if [[ -e $unfinished ]]; then
         say 'the last set-up was stopped half-way; starting afresh'
     elif "$python" -c 'import pip' 2>/dev/null; then
+        : >"$unfinished"
         return
     fi
     base=$(find_python)
     "$base" -c 'import venv, ensurepip' 2>/dev/null ||
         refuse "$base lacks the venv module; on Debian and Ubuntu install it with: sudo apt-get install python3-venv"
+    # Renamed before it is deleted: half of the old one must never pass for a whole one.
+    [[ ! -e $venv ]] || mv "$venv" "$discarded"
+    rm -rf "$discarded"
+    mkdir "$venv"
+    : >"$unfinished"
     say "making $venv with $("$base" --version)"
-    "$base" -m venv --clear "$venv"
+    "$base" -m venv "$venv"
 }
 
 pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$python" -m pip "$@"; }
@@ -143,6 +150,14 @@ wanted_kind() { # the kind of build that a backend's name stands for
     esac
 }
 
+fits() { # fits INSTALLED VERSION BACKEND: whether that torch is the one wanted
+    [[ ${1%%[+ ]*} == "$2" && ${1##* } == "$(wanted_kind "$3")" ]] || return
+    case $3 in
+    cpu | cuda | rocm | default) ;;
+    *) [[ $1 == *"+$3 "* ]] ;; # a build asked for by name
+    esac
+}
+
 check_torch() {
     local backend=$1 version kind
     read -r version kind <<<"$(installed_torch)" || true
@@ -160,14 +175,13 @@ install_everything() { # install_everything base|test
     local backend pinned before after needed=$venv/.setup-requirements
     backend=$(detect_backend)
     make_venv
-    : >"$unfinished"
     trap '[[ ! -e $unfinished ]] || say "stopped before it was finished; start it again to begin anew"' EXIT
     say 'installing the installer (uv)'
     pip install --quiet --constraint "$pins" uv
 
     before=$(installed_torch)
     pinned=$(sed -n 's/^torch==//p' "$pins")
-    if [[ ${before%%[+ ]*} != "$pinned" || ${before##* } != "$(wanted_kind "$backend")" ]]; then
+    if ! fits "$before" "$pinned" "$backend"; then
         [[ -z $before ]] || pip uninstall --yes --quiet torch # another build of one version counts as installed
         install_torch "$backend"
     fi

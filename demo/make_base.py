@@ -36,10 +36,10 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys([*VOCABULARY, *re.findall(r"[a-z]+", " ".join(captions).lower())]))
 
 
-def make_base(folder: Path, *, vae_steps: int, seed: int = 0) -> None:
+def make_base(folder: Path, *, vae_steps: int, text_steps: int = 300, seed: int = 0) -> None:
     """Train and write a complete model in diffusers layout, float16 safetensors."""
     pipeline = build_sdxl(seed=seed, vocabulary=vocabulary(), sizes=SIZES, scheduler=SCHEDULE)
-    right = text_encoders.train(pipeline, seed=seed)
+    right = text_encoders.train(pipeline, steps=text_steps, seed=seed)
     print(f"text encoders: {right:.0%} of all attributes can be read from what they give")
     autoencoder.train(pipeline.vae, steps=vae_steps, seed=seed)
     print(f"vae: mean absolute error {autoencoder.reconstruction_error(pipeline.vae):.4f} of pixels in [-1, 1]")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
-from helpers.config.declare import options_of, show
+from helpers.config.declare import masked, options_of, show
 from helpers.config.options import (
     OPTIONS,
     SECTIONS,
@@ -33,8 +32,6 @@ from helpers.config.options import (
 from helpers.config.sources import DEFAULT
 
 __all__ = ["DEFAULT", "Config"]
-
-_URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Config:
     def describe(self) -> str:
         """Every setting that somebody made and that is not the declared default, with its origin: the run's opening line."""
         told = [
-            f"{name} {_on_one_line(_masked(show(value)))} ({self.origins[name]})"
+            f"{name} {_on_one_line(masked(show(value)))} ({self.origins[name]})"
             for name, value in self.values().items()
             if name in self.given and value != OPTIONS[name].default and not OPTIONS[name].means
         ]
@@ -118,7 +115,7 @@ def _telling(entry: Entry) -> Iterator[tuple[str, Any]]:
 def _plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, Path | str):
-        return _masked(str(value))
+        return masked(str(value))
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
@@ -128,8 +125,3 @@ def _on_one_line(text: str) -> str:
     """A prompt may have many lines; the first 80 characters tell which it is."""
     shown = " ".join(text.split())
     return shown if len(shown) <= 80 else shown[:79] + "…"
-
-
-def _masked(text: str) -> str:
-    """Text without the user and password of any address in it."""
-    return _URL_CREDENTIALS.sub("***", text)

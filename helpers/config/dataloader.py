@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,7 +123,7 @@ class _Entries:
         return value
 
     def _text_caches(self, found: list[tuple[int, TextCacheConfig]]) -> dict[str, TextCacheConfig]:
-        """Text caches by id, the default one under "" too when there is one; folders filled in."""
+        """Text caches by id, with their folders and the default one filled in."""
         defaults = [index for index, text in found if text.default]
         if len(defaults) > 1:
             self._problem(defaults[1], "default", f"is true for datasets[{defaults[0]}] already; there can be one")
@@ -137,8 +138,7 @@ class _Entries:
 
     def _dataset(self, index: int, dataset: DatasetConfig, caches: Mapping[str, TextCacheConfig]) -> DatasetConfig:
         self._require_id(index, dataset)
-        if dataset.type == "local":
-            self._check_folder(index, dataset)
+        self._check_folder(index, dataset)
         folder = self.options["cache_dir_text"]
         wanted = dataset.text_embeds
         if wanted is not None and wanted not in caches:
@@ -160,9 +160,9 @@ class _Entries:
         folder = dataset.instance_data_dir
         if folder is None:
             self._problem(index, "instance_data_dir", "is missing; name the folder of the images")
-        elif not folder.exists():
+        elif not os.path.exists(folder):
             self._problem(index, "instance_data_dir", f"there is no folder {folder}; check the path")
-        elif not folder.is_dir():
+        elif not os.path.isdir(folder):
             self._problem(index, "instance_data_dir", f"{folder} is a file; name the folder it is in")
 
     def _unique_ids(self, entries: list[tuple[int, Any]]) -> None:
@@ -190,6 +190,8 @@ def _typed(item: Option, raw: Any) -> Any:
     if not fits[item.kind] and not item.not_yet:
         raise ValueError(f"is {_described(raw)}; it must be {_KINDS[item.kind]}")
     if item.kind is Path and isinstance(raw, str):
+        if "\0" in raw:
+            raise ValueError("holds a zero byte, which no path can")
         return Path(raw).expanduser()
     if item.kind is tuple and isinstance(raw, list):
         return tuple(str(element) for element in raw)

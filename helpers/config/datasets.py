@@ -77,7 +77,7 @@ class DatasetConfig(Entry):
         "square", "Shape of the cut: square, or the image's own.", choices=("square", "preserve", "random"), later=("random",)
     )
     crop_aspect_buckets: tuple[str, ...] = option((), "Shapes to choose from.", not_yet=True)
-    flip: bool = option(False, "Mirror half of the samples.", not_yet=True)
+    flip: bool = option(False, "Mirror each sample left to right with probability 0.5; the cut and the sizes SDXL is told follow.")
     caption_strategy: str = option(
         None,
         "Where captions come from.",
@@ -96,7 +96,7 @@ class DatasetConfig(Entry):
     repeats: int = option(0, "Extra passes: N means N + 1 views of each image in an epoch.", at_least=0)
     probability: float = option(1.0, "Share of this set in the mix.", at_least=0, not_yet=True)
     ignore_epochs: bool = option(False, "Fill without holding the epoch open.", not_yet=True)
-    loss_weight: float = option(1.0, "Weight of its samples in the loss.", above=0, not_yet=True)
+    loss_weight: float = option(1.0, "Weight of its samples in the loss.", above=0)
     is_regularisation_data: bool = option(False, "Prior preservation set.", not_yet=True)
     vae_cache_clear_each_epoch: bool = option(False, "Encode anew each epoch.", not_yet=True)
     metadata_backend: str = option("json", "Where sizes come from.", choices=("json", "parquet"), later=("parquet",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from helpers.config.suggest import did_you_mean
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("0", "false", "no", "off")
 _METADATA = "option"
+_URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,14 @@ class Option(Declared):
                 raise ValueError(f"{item!r} is not one of {', '.join(self.choices)}{did_you_mean(str(item), self.choices)}")
         if not isinstance(value, int | float) or isinstance(value, bool):
             return
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{value} is not a finite number")
         if self.at_least is not None and value < self.at_least:
-            raise ValueError(f"{value} is below {self.at_least:g}")
+            raise ValueError(f"{value} is below {show(self.at_least)}")
         if self.above is not None and value <= self.above:
-            raise ValueError(f"{value} is not above {self.above:g}")
+            raise ValueError(f"{value} is not above {show(self.above)}")
         if self.at_most is not None and value > self.at_most:
-            raise ValueError(f"{value} is above {self.at_most:g}")
+            raise ValueError(f"{value} is above {show(self.at_most)}")
 
     def unavailable(self, value: Any) -> str | None:
         """The part of a refusal after the option's name ("is not available yet ..."), or None when the value can be used."""
@@ -177,6 +179,11 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "none" if value is None else str(value)
+
+
+def masked(text: str) -> str:
+    """Text without the user and password of any address in it."""
+    return _URL_CREDENTIALS.sub("***", text)
 
 
 def options_of(section: type) -> tuple[Option, ...]:

@@ -136,9 +136,9 @@ def _list(names: Iterable[str]) -> str:
 
 def _range(item: Option) -> str:
     bounds = [
-        f"at least {item.at_least:g}" if item.at_least is not None else "",
-        f"above {item.above:g}" if item.above is not None else "",
-        f"at most {item.at_most:g}" if item.at_most is not None else "",
+        f"at least {show(item.at_least)}" if item.at_least is not None else "",
+        f"above {show(item.above)}" if item.above is not None else "",
+        f"at most {show(item.at_most)}" if item.at_most is not None else "",
     ]
     said = ", ".join(bound for bound in bounds if bound)
     return f"{said[0].upper()}{said[1:]}." if said else ""

@@ -41,9 +41,9 @@ class EnvFile:
     def maybe_misspelt(self, known: frozenset[str]) -> Iterator[str]:
         """One sentence for every variable that reads like a known one with a word missing or too many."""
         for name in self.unknown(known):
-            meant = None if looks_misspelt(name, known) else one_word_off(name, known)
+            meant = [] if looks_misspelt(name, known) else one_word_off(name, known)
             if meant:
-                yield f"{self.name}, line {self.lines[name]}: {name} sets nothing here; {meant} does."
+                yield f"{self.name}, line {self.lines[name]}: {name} sets nothing here; did you mean {' or '.join(meant)}?"
 
 
 def read_env_file(path: Path) -> EnvFile:

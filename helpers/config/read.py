@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from helpers.config.config import Config
 from helpers.config.dataloader import read_dataloader
 from helpers.config.datasets import DataConfig
-from helpers.config.declare import options_of
+from helpers.config.declare import masked, options_of
 from helpers.config.document import help_text
 from helpers.config.env_file import EnvFile, read_env_file
 from helpers.config.facts import Facts
@@ -58,7 +59,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
     problems += [*data.problems, *impossible(chosen, data)]
     problems += [sentence for _, choice in choices for sentence in choice.judge(values)]
     if problems:
-        raise ConfigError(*dict.fromkeys(problems))
+        raise ConfigError(*dict.fromkeys(masked(problem) for problem in problems))
     sections = {
         attribute: section(**{item.name: values[item.name] for item in options_of(section)}) for attribute, section in SECTIONS.items()
     }
@@ -120,7 +121,7 @@ def _data(chosen: Chosen) -> DataConfig:
     path = setting.value
     if path is None:
         return DataConfig()
-    if not path.is_file():
+    if not os.path.isfile(path):
         return DataConfig(problems=(f"{setting.origin}: there is no file {path}; write a dataloader JSON there, or correct the path.",))
     options = {name: setting.value for name, setting in chosen.items()}
     return read_dataloader(path, options, base=REPOSITORY if chosen["demo"].value else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -10,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config.datasets import DataConfig
-from helpers.config.sources import Setting
+from helpers.config.sources import Rank, Setting
 
 LARGEST_MEGAPIXELS = 32  # nobody trains above it: the number is a length in pixels
 SMALLEST_PIXELS = 16  # nobody trains below it: the number is an area in megapixels
 _SIZE = re.compile(r"[1-9]\d*x[1-9]\d*|[1-9]\d*|\d*\.\d+|\d+\.", re.IGNORECASE)
-_TRACKER_LIBRARIES = {"tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "wandb"), "comet": ("comet_ml", "comet-ml")}
+_LIBRARIES = {  # choice -> module, package
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
+    "comet": ("comet_ml", "comet-ml"),
+    "adamw8bit": ("bitsandbytes", "bitsandbytes"),
+}
 
 Chosen = Mapping[str, Setting]
 
@@ -45,7 +51,7 @@ def _required(chosen: Chosen) -> Iterator[str]:
 def _sizes(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     unit = chosen["resolution_type"].value
     for name in ("resolution", "minimum_image_size"):
-        yield from _size(chosen[name].origin, chosen[name].value, unit, "--resolution_type=")
+        yield from _size(_origin(chosen, name), chosen[name].value, unit, "--resolution_type=")
     for dataset in data.datasets:
         for name in ("resolution", "minimum_image_size"):
             value = getattr(dataset, name)
@@ -96,15 +102,15 @@ def _captions(data: DataConfig) -> Iterator[str]:
 
 def _files(chosen: Chosen) -> Iterator[str]:
     library = chosen["user_prompt_library"].value
-    if library is not None and not library.is_file():
+    if library is not None and not os.path.isfile(library):
         yield f"--user_prompt_library: there is no file {library}; check the path."
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = chosen[name].value
-        if model and _is_path(model) and not Path(model).expanduser().exists():
-            yield f"{chosen[name].origin}: there is no folder {model}; check the path."
+        if model and _is_path(model) and not os.path.exists(Path(model).expanduser()):
+            yield f"{_origin(chosen, name)}: there is no folder {model}; check the path."
     output = chosen["output_dir"].value
-    if output.exists() and not output.is_dir():
-        yield f"{chosen['output_dir'].origin}: {output} is a file; name a folder."
+    if os.path.exists(output) and not os.path.isdir(output):
+        yield f"{_origin(chosen, 'output_dir')}: {output} is a file; name a folder."
 
 
 def _is_path(model: str) -> bool:
@@ -114,7 +120,7 @@ def _is_path(model: str) -> bool:
 
 def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     """Nothing is ever written into a folder of images."""
-    written: list[tuple[str, Any]] = [(chosen["output_dir"].origin, chosen["output_dir"].value)]
+    written: list[tuple[str, Any]] = [(_origin(chosen, "output_dir"), chosen["output_dir"].value)]
     written += [(f"--{name}", chosen[name].value) for name in ("cache_dir", "cache_dir_vae", "cache_dir_text")]
     written += [(f"data set {dataset.id!r}, cache_dir_vae", dataset.cache_dir_vae) for dataset in data.datasets]
     written += [(f"text_embeds {text.id!r}, cache_dir", text.cache_dir) for text in data.text_caches]
@@ -153,9 +159,14 @@ def _launch(chosen: Chosen) -> Iterator[str]:
 
 def _libraries(chosen: Chosen) -> Iterator[str]:
     """What is asked for and not installed, said before hours of caching rather than after."""
-    wanted = [(name, _TRACKER_LIBRARIES[name]) for name in chosen["report_to"].value if name in _TRACKER_LIBRARIES]
-    if chosen["optimizer"].value == "adamw8bit":
-        wanted.append(("adamw8bit", ("bitsandbytes", "bitsandbytes")))
-    for name, (module, package) in wanted:
-        if importlib.util.find_spec(module) is None:
-            yield f"{name} needs the library {package}: install it with .venv/bin/pip install {package}, or choose another."
+    wanted = [("report_to", tracker) for tracker in chosen["report_to"].value] + [("optimizer", chosen["optimizer"].value)]
+    for option, name in wanted:
+        module, package = _LIBRARIES.get(name, ("", ""))
+        if module and importlib.util.find_spec(module) is None:
+            yield f"{_origin(chosen, option)}: {name} needs the library {package}; .venv/bin/pip install {package}, or choose another."
+
+
+def _origin(chosen: Chosen, name: str) -> str:
+    """Who set an option; its flag where nobody did."""
+    setting = chosen[name]
+    return setting.origin if setting.rank > Rank.DECLARED else f"--{name}"

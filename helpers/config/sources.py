@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ def _text(item: Option, value: Any, repository: Path) -> str:
         return ""
     text = str(value)
     is_path = item.kind is Path and item.name != "logging_dir"  # relative to OUTPUT_DIR
-    if is_path or (item.name.endswith("_name_or_path") and (repository / text).exists()):
+    if is_path or (item.name.endswith("_name_or_path") and os.path.exists(repository / text)):
         return str(repository / text)
     return text
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 def nearest(name: str, known: Iterable[str], *, similarity: float = 0.6) -> str | None:
     """The known name most like `name`, letter case aside; None when none is near."""
-    by_lower = {candidate.lower(): candidate for candidate in known}
+    by_lower = {candidate.lower(): candidate for candidate in sorted(known)}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=similarity)
     return by_lower[found[0]] if found else None
 
@@ -31,12 +31,10 @@ def looks_misspelt(name: str, known: Iterable[str]) -> str | None:
     return found if slips <= max(1, len(found) // 5) else None
 
 
-def one_word_off(name: str, known: Iterable[str]) -> str | None:
-    """The known variable that has one word more or less than `name`: BATCH_SIZE => TRAIN_BATCH_SIZE."""
+def one_word_off(name: str, known: Iterable[str]) -> list[str]:
+    """The known variables that have one word more or less than `name`: BATCH_SIZE => TRAIN_BATCH_SIZE, VAE_BATCH_SIZE."""
     words = set(name.upper().split("_"))
-    if len(words) < 2:
-        return None
-    return next((candidate for candidate in known if len(words ^ set(candidate.split("_"))) == 1), None)
+    return sorted(candidate for candidate in known if len(words) > 1 and len(words ^ set(candidate.split("_"))) == 1)
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -297,7 +297,20 @@ class Writer:
 def _connect(path: Path) -> sqlite3.Connection:
     # Autocommit: transactions are begun where they are needed. A minute's patience for other processes' commits.
     index = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-    index.execute("PRAGMA journal_mode = WAL")
+    _use_write_ahead_log(index)
     index.execute("PRAGMA synchronous = FULL")
     index.executescript(_SCHEMA)
     return index
+
+
+def _use_write_ahead_log(index: sqlite3.Connection) -> None:
+    """The one statement that SQLite does not wait for: where several processes open a new index at once, all but one are refused."""
+    give_up = time.monotonic() + 60
+    while True:
+        try:
+            index.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+            time.sleep(0.05)

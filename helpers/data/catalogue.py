@@ -41,7 +41,7 @@ CREATE TABLE files (
     left_out TEXT,                  -- ... or why it is not trained on
     UNIQUE (dataset, key)
 );
-CREATE INDEX files_by_stem ON files (dataset, stem);
+CREATE INDEX files_by_stem ON files (dataset, stem, kind, key);
 CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL);
 """
 

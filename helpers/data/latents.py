@@ -40,6 +40,7 @@ class _Member:
     row: int  # in the catalogue
     sample: Sample
     geometry: Geometry
+    cut: str  # the geometry as part of the key
     content: str = ""  # SHA-256 in hex, once read
     record_key: bytes = b""
     missing: bool = False
@@ -70,8 +71,8 @@ class LatentFiller:
     def locate(self, cache_dtype: str) -> Locations:
         """Where the latents of the data set's rows lie, in plan order; field "shard" is 0 where there are none."""
         contents = self.catalogue.contents(self.name)
-        keys = (self._key(self.plan.geometry(int(row)), content, cache_dtype) for row, content in zip(self.rows, contents, strict=True))
-        return self.cache.find(keys)
+        cuts = _cuts(self.plan, self.rows)
+        return self.cache.find(self._key(cut, content, cache_dtype) for cut, content in zip(cuts, contents, strict=True))
 
     def batches(self, batch_size: int) -> list[Rows]:
         """The fixed batches: rows of the plan, of one shape each, in plan order."""
@@ -79,12 +80,10 @@ class LatentFiller:
         by_shape = (self.rows[shapes == shape] for shape in np.unique(shapes))
         return [rows[start : start + batch_size] for rows in by_shape for start in range(0, len(rows), batch_size)]
 
-    def pending(self, located: Locations, options: FillOptions) -> list[Rows]:
-        """This process's batches in which a member is missing; `located` is what `locate` gave."""
-        present = np.zeros(len(self.plan), dtype=bool)
-        present[self.rows] = located["shard"] != 0
+    def pending(self, locations: Locations, options: FillOptions) -> list[Rows]:
+        """This process's batches in which a member is missing; `locations` are those of all rows of the plan."""
         mine = self.batches(options.batch_size)[options.rank :: options.world_size]
-        return [rows for rows in mine if not present[rows].all()]
+        return [rows for rows in mine if not locations["shard"][rows].all()]
 
     def encode(self, batches: Sequence[Rows], options: FillOptions) -> Filled:
         """Encode what is missing of the given batches. Images that cannot be had are told in `Filled.failed`.
@@ -105,7 +104,7 @@ class LatentFiller:
     def encode_again(self, row: int, options: FillOptions) -> np.void:
         """Replace the latents of one row of the plan. => their new place, field "shard" 0 where the image cannot be had as it was."""
         content = self.catalogue.content(int(self.plan.columns["row"][row]))
-        key = self._key(self.plan.geometry(row), content, options.cache_dtype)
+        key = self._key(_cuts(self.plan, [row])[0], content, options.cache_dtype)
         self.cache.discard(key)
         self.encode([batch for batch in self.batches(options.batch_size) if row in batch], options)
         return self.cache.find([key])[0]
@@ -133,10 +132,10 @@ class LatentFiller:
     def _load(self, rows: Rows, options: FillOptions) -> list[_Member]:
         members = []
         files = {}
-        for row in rows:
+        for row, cut_text in zip(rows, _cuts(self.plan, rows), strict=True):
             image = int(self.plan.columns["row"][row])
             sample = self.catalogue.sample(image)
-            member = _Member(image, sample, self.plan.geometry(int(row)))
+            member = _Member(image, sample, self.plan.geometry(int(row)), cut_text)
             members.append(member)
             try:
                 data = self.source.read(sample.key)
@@ -146,7 +145,7 @@ class LatentFiller:
             except OSError as error:
                 raise StorageError(f"{self.source.name}: {sample.key} could not be read: {error.strerror or error}") from error
             member.content = hashlib.sha256(data).hexdigest()
-            member.record_key = self._key(member.geometry, member.content, options.cache_dtype)
+            member.record_key = self._key(member.cut, member.content, options.cache_dtype)
             files[member.row] = data
         read = [member for member in members if member.content]
         for member, location in zip(read, self.cache.find(member.record_key for member in read), strict=True):
@@ -205,18 +204,18 @@ class LatentFiller:
         facts = {
             "image": member.content,
             "encoder": self.codec.fingerprint,
-            "geometry": _geometry_text(member.geometry),
+            "geometry": member.cut,
             "precision": options.cache_dtype,
         }
         filled.why[REASONS[self.cache.changed_fact(subject, facts)]] += 1
         filled.encoded += 1
         writer.add(member.record_key, record, subject, facts)
 
-    def _key(self, geometry: Geometry, content: str | None, cache_dtype: str) -> bytes:
+    def _key(self, cut: str, content: str | None, cache_dtype: str) -> bytes:
         """The key of an image's latents; of an image that nobody has read yet, a key that no record has."""
         if content is None:
             return b""
-        return record_key("latents", content, _geometry_text(geometry), self.codec.fingerprint, cache_dtype)
+        return record_key("latents", content, cut, self.codec.fingerprint, cache_dtype)
 
 
 class _Contents:
@@ -261,7 +260,11 @@ def _encode_unless_out_of_memory(codec: ImageCodec, pixels: Tensor) -> dict[str,
     return None
 
 
-def _geometry_text(geometry: Geometry) -> str:
-    """Everything about a cut that its pixels depend on."""
-    flip = " flip" if geometry.flip else ""
-    return f"{geometry.resized} {geometry.top},{geometry.left} {geometry.target}{flip} v{PIXELS_VERSION}"
+def _cuts(plan: BucketPlan, rows: Rows | Sequence[int]) -> list[str]:
+    """Everything about the cut of each row that its pixels depend on. From the columns: a plan may have millions of rows."""
+    columns = plan.columns[rows]
+    names = ("resized_width", "resized_height", "top", "left", "shape", "flip")
+    return [
+        f"{width}x{height} {top},{left} {plan.shapes[shape]}{' flip' if flip else ''} v{PIXELS_VERSION}"
+        for width, height, top, left, shape, flip in zip(*(columns[name].tolist() for name in names), strict=True)
+    ]

@@ -130,17 +130,22 @@ class _Preparation:
                 LatentFiller(self.plan, index, self.sources[index], self.catalogue, cache, codec)
                 for index, cache in enumerate(self.latent_caches)
             ]
+            self._locate(fillers)
             with self.workers.phase():
                 filled = [self._fill_images(filler, options) for filler in fillers]
-            for filler in fillers:
-                self.locations[filler.rows] = filler.locate(options.cache_dtype)
+            self.images = self._all(filled)
+            if self.images.encoded:
+                self._locate(fillers)
             self.encoder_fingerprints["image_codec"] = f"{codec.fingerprint} {options.cache_dtype}"
-        self.images = self._all(filled)
         self.report.chapter("latents", self.images.describe(len(self.plan), "the VAE"))
         self._refuse_without_images()
 
+    def _locate(self, fillers: Iterable[LatentFiller]) -> None:
+        for filler in fillers:
+            self.locations[filler.rows] = filler.locate(self.settings.cache_dtype)
+
     def _fill_images(self, filler: LatentFiller, options: FillOptions) -> Filled:
-        pending = filler.pending(filler.locate(options.cache_dtype), options)
+        pending = filler.pending(self.locations, options)
         if not pending:
             return Filled()
         with _bar(self.report, f"encode {filler.name}", sum(map(len, pending)), "images") as progress:

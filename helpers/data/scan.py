@@ -73,12 +73,12 @@ def scan(
     opened = 0
     pending = _count_pending(catalogue, rules)
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
-        while block := _pending(catalogue, rules):
-            for facts in _read_block(backend, block, pool, catalogue, should_stop):
-                opened += facts
+        for block in _pending(catalogue, rules):
+            for files in _read_block(backend, block, pool, catalogue, should_stop):
+                opened += files
                 if on_progress is not None:
                     on_progress(opened, pending)
-    _judge(catalogue, rules, leave_out_undecodable, stale=bool(new or changed or removed or opened))
+    _judge(catalogue, rules, leave_out_undecodable)
     used, kinds = catalogue.used(rules.dataset), catalogue.left_out_kinds(rules.dataset)
     left_out = kinds.total()
     if not used:
@@ -112,6 +112,9 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
             (dataset,),
         ).rowcount
         database.execute("DROP TABLE temp.listed")
+        if new or changed or removed:
+            # In the same transaction: whoever is killed from here on leaves a catalogue that knows it has to be judged again.
+            database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
     return new, changed, removed
 
 
@@ -143,11 +146,17 @@ def _count_pending(catalogue: Catalogue, rules: DatasetRules) -> int:
         return database.execute(f"SELECT count(*) FROM files WHERE {_PENDING}", (rules.dataset, rules.captions.reads_files)).fetchone()[0]
 
 
-def _pending(catalogue: Catalogue, rules: DatasetRules) -> list[tuple[int, str, str]]:
-    """The next files to open: id, kind and key."""
-    with catalogue.transaction() as database:
-        query = f"SELECT id, kind, key FROM files WHERE {_PENDING} LIMIT {_BLOCK}"
-        return database.execute(query, (rules.dataset, rules.captions.reads_files)).fetchall()
+def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[tuple[int, str, str]]]:
+    """Blocks of the files to open: id, kind and key."""
+    last = -1
+    query = f"SELECT id, kind, key FROM files WHERE {_PENDING} AND id > ? ORDER BY id LIMIT {_BLOCK}"
+    while True:
+        with catalogue.transaction() as database:
+            block = database.execute(query, (rules.dataset, rules.captions.reads_files, last)).fetchall()
+        if not block:
+            return
+        yield block
+        last = block[-1][0]
 
 
 def _read_block(
@@ -201,12 +210,12 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, A
 # 3. The verdict.
 
 
-def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: bool, stale: bool) -> None:
+def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: bool) -> None:
     """Give every file its caption or its reason, unless that was done under the same rules and nothing has changed since."""
     stated = json.dumps([asdict(rules), leave_out_undecodable], sort_keys=True)
     with catalogue.transaction() as database:
         judged = database.execute("SELECT rules FROM verdicts WHERE dataset = ?", (rules.dataset,)).fetchone()
-        if judged == (stated,) and not stale:
+        if judged == (stated,):
             return
         database.execute("UPDATE files SET left_out = problem WHERE dataset = ? AND kind = 'other'", (rules.dataset,))
         database.execute(

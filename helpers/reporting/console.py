@@ -45,6 +45,16 @@ def rate(per_second: float, unit: str) -> str:
     return f"{per_second:,.1f} {unit}/s" if per_second >= 1 else f"{1 / per_second:,.1f} s/{unit.rstrip('s')}"
 
 
+class Speaker(Reporter):
+    """Speaks for a process that is not the main one: only of what makes it fail."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def failed(self, reason: str) -> None:
+        print(f"{self.name}: {reason}", file=sys.stderr, flush=True)
+
+
 class Console(Reporter):
     """Speaks for the main process."""
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from helpers.data.draws import seed_of
 from helpers.protocols import Trainable
 from helpers.training.optimizers import create_optimizer, optimizer_state, restore_optimizer
 from helpers.training.runtime import Runtime
@@ -61,10 +60,6 @@ class Engine:
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.denoiser):
             self.accelerator.backward(scaled)
 
-    def seed_dropout(self, seed: int, step: int, micro_batch: int) -> None:
-        """Dropout masks depend on the micro-batch's place in the global step alone, not on what was drawn before."""
-        torch.manual_seed(seed_of("dropout", seed, step, micro_batch))
-
     def step(self, seed: int, step: int, updates: int, global_samples: int) -> Update:
         """Apply the accumulated gradient. `updates` counts the optimiser steps taken so far: the schedule's clock."""
         scaler = self.accelerator.scaler
@@ -80,7 +75,7 @@ class Engine:
         if taken:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            torch.manual_seed(seed_of("rounding", seed, step))  # the same on every process: each updates its own copy of the weights
+            self.runtime.seed("rounding", seed, step)  # the same on every process: each updates its own copy of the weights
             self.optimizer.step()
         if scaler is not None:
             scaler.update()  # halves the scale where `unscale_` met an overflow

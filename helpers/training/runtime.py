@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
+from accelerate.utils import parse_flag_from_env
 
+from helpers.data.draws import seed_of
 from helpers.errors import ConfigError, Interrupted, UserError
 from helpers.ranks import PROCESSES_VARIABLE, announce_rank
 from helpers.training.lock import lock_output
@@ -54,6 +56,10 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    def seed(self, name: str, *address: int) -> None:
+        """Set torch's global generators for what libraries draw from them next, by address instead of by history."""
+        torch.manual_seed(seed_of(name, *address))
 
     def wait_for_everyone(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -105,8 +111,10 @@ def start_runtime(options: RunOptions, chosen: Collection[str]) -> Runtime:
     """
     stop = StopRequest().listen()
     configure_logging()
-    state = PartialState(timeout=PATIENCE)
-    wanted = int(os.environ.get(PROCESSES_VARIABLE) or state.num_processes)
+    # Unless it is told that this is a CPU, accelerate makes each process of a CPU group believe that it is alone.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    wanted = int(os.environ.get(PROCESSES_VARIABLE) or os.environ.get("WORLD_SIZE") or state.num_processes)
     if state.num_processes != wanted:
         # Two runs that each believe they are alone would write over each other.
         raise RuntimeError(f"{wanted} processes were asked for, but the launcher made a group of {state.num_processes}.")

@@ -53,7 +53,9 @@ dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.in
 shapes = st.lists(st.integers(1, 5), max_size=3)
 
 
-@given(st.dictionaries(st.text(st.characters(categories=["Ll"]), min_size=1, max_size=5), st.tuples(dtypes, shapes), min_size=1, max_size=4))
+@given(
+    st.dictionaries(st.text(st.characters(categories=["Ll"]), min_size=1, max_size=5), st.tuples(dtypes, shapes), min_size=1, max_size=4)
+)
 def test_a_record_comes_back_as_it_was_whatever_its_types_and_shapes(layout: dict[str, tuple[torch.dtype, list[int]]]) -> None:
     tensors = {name: (torch.arange(int(torch.Size(shape).numel())) % 2).reshape(shape).to(dtype) for name, (dtype, shape) in layout.items()}
     packed = pack(key(0), tensors)
@@ -110,12 +112,16 @@ def test_what_is_not_sealed_does_not_exist(tmp_path: Path) -> None:
 def test_the_first_record_of_a_key_stays_until_it_is_discarded(tmp_path: Path) -> None:
     fill(tmp_path, range(1))
     cache = Cache(tmp_path)
-    for number, expected in ((5, 0), (6, 6)):
+
+    def write_and_read(number: int) -> float:
         with Writer(cache) as writer:
             writer.add(key(0), record(number))
-        assert (cache.get(key(0)) or {})["mean"][0, 0, 0] == expected
-        cache.discard(key(0))
-        assert cache.get(key(0)) is None or number == 6
+        return float((cache.get(key(0)) or {})["mean"][0, 0, 0])
+
+    assert write_and_read(5) == 0
+    cache.discard(key(0))
+    assert cache.get(key(0)) is None
+    assert write_and_read(6) == 6
 
 
 def test_a_flipped_byte_is_noticed_by_name_and_the_record_can_be_made_again(tmp_path: Path) -> None:
@@ -144,7 +150,8 @@ def test_a_shard_that_is_gone_or_cut_off_makes_its_records_missing(tmp_path: Pat
     os.truncate(cut, cut.stat().st_size - 1)
     cache = Cache(tmp_path)
     assert [bool(place) for place in cache.find(map(key, range(6)))["shard"]] == [False] * 4 + [True] * 2
-    assert len(cache.notes) == 2 and gone.name in cache.notes[0]
+    told = "\n".join(cache.notes)
+    assert gone.name in told and cut.name in told
 
 
 @pytest.mark.parametrize("damage", ["removed", "overwritten"])
@@ -242,13 +249,13 @@ def test_a_full_disk_is_told_and_what_was_sealed_before_is_used(tmp_path: Path, 
 
 def test_several_processes_fill_one_cache_at_the_same_time(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=fill, args=(tmp_path, range(100 * n, 100 * n + 150), n)) for n in range(3)]
+    processes = [context.Process(target=fill, args=(tmp_path, range(100 * n, 100 * n + 150), n)) for n in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    assert_holds(tmp_path, range(350))
+    assert_holds(tmp_path, range(250))
 
 
 def test_a_cache_tells_which_fact_changed(tmp_path: Path) -> None:

@@ -50,7 +50,12 @@ def test_the_same_step_holds_the_same_samples_at_the_same_places_on_any_number_o
 ) -> None:
     order = order_of(rows)
     alone = order.step(step, accumulation=12)
-    shared = [batch for k in range(12 // world_size) for rank in range(world_size) for batch in [order.step(step, rank, world_size, 12 // world_size)[k]]]
+    shared = [
+        batch
+        for k in range(12 // world_size)
+        for rank in range(world_size)
+        for batch in [order.step(step, rank, world_size, 12 // world_size)[k]]
+    ]
     for one, other in zip(alone, shared, strict=True):
         assert one.samples.tolist() == other.samples.tolist()
         assert one.repeats.tolist() == other.repeats.tolist()

@@ -9,6 +9,7 @@ from helpers.config.declare import option
 
 OPTIMIZERS = ("auto", "adamw", "adamw_bf16", "adamw8bit", "adafactor", "dadaptation", "prodigy")
 LATER_OPTIMIZERS = ("adafactor", "dadaptation", "prodigy")
+LARGEST_SEED = 2**32 - 1
 SCHEDULES = ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -19,7 +20,11 @@ class RunOptions:
     output_dir: Path = option(Path("simpletuner-results"), "Folder that everything is written to.")
     demo: str | None = option(None, "Train the embedded demo; --demo=photos trains on its photographs.", env=(), choices=("lora", "photos"))
     seed: int = option(
-        42, "Order, noise and draws are computed from it. 0 or -1 draws one at the start of a run.", env="TRAINING_SEED", at_least=-1
+        42,
+        "Order, noise and draws are computed from it. 0 or -1 draws one at the start of a run.",
+        env="TRAINING_SEED",
+        at_least=-1,
+        at_most=LARGEST_SEED,
     )
     max_train_steps: int | None = option(
         None, "Optimiser steps. Give this or --num_train_epochs, not both.", env="MAX_NUM_STEPS", at_least=0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.config.declare import option
+from helpers.config.options.run import LARGEST_SEED
 
 TRACKERS = ("tensorboard", "wandb", "comet", "none")
 
@@ -30,7 +31,7 @@ class ValidationOptions:
     validation_noise_scheduler: str = option(
         "euler", "Sampler, also of the exported pipeline.", choices=("ddim", "ddpm", "euler", "euler-a", "unipc")
     )
-    validation_seed: int | None = option(None, "Seed of the images.", at_least=0, default_text="--seed")
+    validation_seed: int | None = option(None, "Seed of the images.", at_least=0, at_most=LARGEST_SEED, default_text="--seed")
     validation_randomize: bool = option(False, "Another seed each time.")
     validation_seed_source: str = option("cpu", "Device that draws the noise.", choices=("cpu", "gpu"), later=("gpu",))
     validation_using_datasets: bool = option(False, "Start from images of the data sets (img2img).", not_yet=True)

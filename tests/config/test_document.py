@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from helpers.config.config import Config
+from helpers.config.document import options_page
+from helpers.config.env_file import read_env_file
+from helpers.config.options import OPTIONS
+from helpers.config.read import KNOWN_VARIABLES, FactsByAxis, read_config
+from helpers.errors import ConfigError
+
+EXAMPLES = ["sdxl-env.sh.example", "sd21-env.sh.example"]
+
+
+def test_options_md_is_what_the_code_declares(repository: Path) -> None:
+    assert (repository / "OPTIONS.md").read_text(encoding="utf-8") == options_page(), "run python -m helpers.config.document"
+
+
+def test_options_md_has_a_row_for_every_option_and_variable() -> None:
+    page = options_page()
+    rows = re.findall(r"^\| `--(\w+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted(OPTIONS)
+    assert all(f"`{name}`" in page for name in KNOWN_VARIABLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_variable_of_an_example_is_known(name: str, repository: Path) -> None:
+    text = (repository / name).read_text(encoding="utf-8")
+    offered = set(re.findall(r"^#?([A-Z][A-Z0-9_]+)=", text, re.MULTILINE))
+    assert len(offered) > 40
+    assert offered - KNOWN_VARIABLES == set()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_values_of_an_example_stand_in_single_quotes_unless_they_use_a_variable(name: str, repository: Path) -> None:
+    for line in (repository / name).read_text(encoding="utf-8").splitlines():
+        if re.match(r"#?[A-Z][A-Z0-9_]+=", line):
+            assert re.match(r"#?\w+=('[^']*'|\"\$\w+[^\"$]*\")(\s+#.*)?$", line), line
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_follows_the_order_of_options_md(name: str, repository: Path) -> None:
+    text = (repository / name).read_text(encoding="utf-8")
+    titles = [title for title in re.findall(r"^# --- (.*?) -+$", text, re.MULTILINE) if title != "LoRA"]
+    page = [title for title in re.findall(r"^## (.*)$", options_page(), re.MULTILINE) if title != "LoRA"]
+    merged = [title.split(" and learning rate")[0] for title in titles]
+    assert merged == [title for title in page if title in merged]
+
+
+def settings_of(example: Path, folder: Path) -> Config:
+    """The Config of a user who copied an example and changed only its folder."""
+    (folder / "images").mkdir()
+    (folder / "data.json").write_text('[{"id": "a", "instance_data_dir": "images"}]')
+    copy = folder / "env.sh"
+    copy.write_text(example.read_text(encoding="utf-8"))
+    shell = f"set -a; . {copy}; env -0"
+    sourced = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, check=True).stdout
+    environ = dict(entry.split("=", 1) for entry in sourced.split("\0") if entry)
+    environ |= {"SIMPLETUNER_ENV_FILE": str(copy), "DATALOADER_CONFIG": "data.json"}
+    return read_config([], environ, FactsByAxis())
+
+
+def test_the_sdxl_example_needs_only_its_paths_changed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = settings_of(repository / "sdxl-env.sh.example", tmp_path)
+    assert config.notes == ()
+    assert (config.method_name, config.run.max_train_steps, config.data.resolution) == ("lora", 3000, 1.0)
+    assert config.origins["learning_rate"].startswith("LEARNING_RATE (env.sh:")
+
+
+def test_the_sd2_example_asks_for_nothing_but_the_8_bit_library(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        settings_of(repository / "sd21-env.sh.example", tmp_path)
+    except ConfigError as error:
+        assert all("needs the library bitsandbytes" in problem for problem in error.problems)
+
+
+def test_the_migration_page_names_every_option_that_does_nothing(repository: Path) -> None:
+    page = (repository / "documentation" / "MIGRATION.md").read_text(encoding="utf-8")
+    missing = [item.flag for item in OPTIONS.values() if item.does_nothing and f"`{item.flag}`" not in page]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_env_file_scanner_finds_what_bash_sets(name: str, repository: Path) -> None:
+    shell = f"set -a; . {repository / name}; env -0"
+    sourced = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={}, check=True).stdout
+    names = {entry.partition("=")[0] for entry in sourced.split("\0")} - {"PWD", "SHLVL", "_", ""}
+    assert set(read_env_file(repository / name).lines) == names

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers.config.config import Config
+
+Read = Callable[..., Config]
+Refuse = Callable[..., str]
+
+
+def test_steps_and_epochs_of_equal_weight_contradict_each_other(read: Read, refuse: Refuse) -> None:
+    assert "both say when training ends" in refuse("--max_train_steps=5", "--num_train_epochs=2")
+    assert "both say when training ends" in refuse(MAX_NUM_STEPS="5", NUM_EPOCHS="2")
+    assert "both 0" in refuse("--max_train_steps=0", "--num_train_epochs=0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "expected"),
+    [
+        ((), {}, (None, 1)),
+        (("--max_train_steps=5",), {}, (5, 0)),
+        (("--num_train_epochs=3",), {}, (None, 3)),
+        ((), {"MAX_NUM_STEPS": "5", "NUM_EPOCHS": "0"}, (5, 0)),
+        ((), {"MAX_NUM_STEPS": "0", "NUM_EPOCHS": "3"}, (None, 3)),
+        (("--num_train_epochs=3",), {"MAX_NUM_STEPS": "5"}, (None, 3)),
+        (("--max_train_steps=5",), {"NUM_EPOCHS": "3"}, (5, 0)),
+        (("--num_train_epochs=0",), {"MAX_NUM_STEPS": "5"}, (5, 0)),
+    ],
+)
+def test_one_of_steps_and_epochs_says_how_long(
+    flags: tuple[str, ...], variables: dict[str, str], expected: tuple[int | None, int], read: Read
+) -> None:
+    run = read(*flags, **variables).run
+    assert (run.max_train_steps, run.num_train_epochs) == expected
+
+
+def test_gamma_and_min_snr_imply_each_other(read: Read, refuse: Refuse) -> None:
+    assert read("--snr_gamma=3").objective.loss_weighting == "min_snr"
+    assert read("--loss_weighting=min_snr").objective.snr_gamma == 5
+    assert read(MIN_SNR_GAMMA="0").objective.snr_gamma is None
+    assert read("--loss_weighting=none", MIN_SNR_GAMMA="5").objective.loss_weighting == "none"
+    assert "remove one" in refuse("--loss_weighting=none", "--snr_gamma=5")
+    assert "remove one" in refuse("--loss_weighting=min_snr", "--snr_gamma=0")
+
+
+def test_an_alias_of_an_optimiser_sets_it_unless_something_stronger_says_otherwise(read: Read, refuse: Refuse) -> None:
+    config = read("--adam_bfloat16")
+    assert (config.optimizer.optimizer, config.origins["optimizer"]) == ("adamw_bf16", "--adam_bfloat16")
+    assert read("--optimizer=adamw", ADAM_BFLOAT16="true").optimizer.optimizer == "adamw"
+    assert read("--adam_bfloat16", OPTIMIZER="adamw").optimizer.optimizer == "adamw_bf16"
+    assert "--adam_bfloat16 means optimizer=adamw_bf16, but --optimizer says adamw" in refuse("--adam_bfloat16", "--optimizer=adamw")
+
+
+def test_caches_live_under_the_output_folder_unless_named(read: Read) -> None:
+    cache = read("--output_dir=out").cache
+    assert (cache.cache_dir, cache.cache_dir_vae, cache.cache_dir_text) == (
+        Path("out/cache"),
+        Path("out/cache/latents"),
+        Path("out/cache/text"),
+    )
+    cache = read("--cache_dir=fast", "--cache_dir_text=text").cache
+    assert (cache.cache_dir_vae, cache.cache_dir_text) == (Path("fast/latents"), Path("text"))
+
+
+def test_resuming_is_the_default_and_can_be_turned_off(read: Read) -> None:
+    assert read().checkpoints.resume_from_checkpoint == "latest"
+    assert read(RESUME_CHECKPOINT="none").checkpoints.resume_from_checkpoint is None
+    assert read("--resume_from_checkpoint=").checkpoints.resume_from_checkpoint is None
+
+
+def test_older_spellings_of_choices_are_understood(read: Read) -> None:
+    config = read("--caption_strategy=instance_prompt", "--instance_prompt=x", "--optimizer=adamw_stochastic", "--no-use_ema")
+    assert config.data.caption_strategy == config.datasets[0].caption_strategy == "instanceprompt"
+    assert config.optimizer.optimizer == "adamw_bf16"
+
+
+def test_the_name_of_no_vae_is_the_models_own(read: Read) -> None:
+    assert read("--pretrained_vae_model_name_or_path=''").model.pretrained_vae_model_name_or_path is None
+    assert read('--pretrained_vae_model_name_or_path=""').model.pretrained_vae_model_name_or_path is None
+
+
+def test_settings_without_effect_are_said_aloud(read: Read) -> None:
+    config = read("--delete_problematic_images", "--noise_offset=0.2", "--ema_decay=0.9", PUSH_CHECKPOINTS="true", LORA_RANK="4")
+    assert set(config.notes) == {
+        "--delete_problematic_images does nothing: source images are never deleted.",
+        "--noise_offset does nothing while offset_noise is off.",
+        "--ema_decay does nothing while use_ema is off.",
+        "PUSH_CHECKPOINTS does nothing while push_to_hub is off.",
+        "LORA_RANK does nothing while model_type is full.",
+    }
+    assert read("--offset_noise", "--noise_offset=0.2").notes == ()
