@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import secrets
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import ranks, registry
-from helpers.config.config import DEFAULT, Config
-from helpers.config.read import FactsByAxis, read_config
+from helpers.choices import known_facts
+from helpers.config.config import Config
+from helpers.config.read import read_config
 from helpers.errors import (
     EXIT_FAULT,
     EXIT_FINISHED,
@@ -52,16 +54,11 @@ if TYPE_CHECKING:
 MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a finite gradient; fp16 first has to find its loss scale
 
 
-def facts() -> FactsByAxis:
-    """What every family, method and objective says of the settings; nothing heavy is imported for it."""
-    return FactsByAxis(registry.facts(FAMILIES), registry.facts(METHODS), registry.facts(OBJECTIVES))
-
-
 def main() -> int:
     """Run, and say how it ended by the exit code (helpers/errors.py)."""
     ranks.tie_to_launcher(os.environ)
     try:
-        config = read_config(sys.argv[1:], os.environ, facts())  # all mistakes at once, before torch is imported
+        config = read_config(sys.argv[1:], os.environ, known_facts())  # all mistakes at once, before torch is imported
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return ranks.record_exit(os.environ, EXIT_REFUSED)
@@ -94,8 +91,7 @@ def train(config: Config, report: Reporters) -> None:
     """One life of a run: it begins anew or goes on from a checkpoint, and ends finished, or saved and interrupted."""
     from helpers.training.runtime import start_runtime
 
-    chosen = {name for name, origin in config.origins.items() if origin != DEFAULT}
-    with start_runtime(config.run, chosen) as runtime:  # processes, device, precision, signals, the lock on OUTPUT_DIR
+    with start_runtime(config.run, config.given) as runtime:  # processes, device, precision, signals, the lock on OUTPUT_DIR
         if runtime.is_main:
             begin_report(config, runtime, report)
         run(config, runtime, report)
@@ -116,24 +112,24 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
-    optimizer = method.default_optimizer(runtime.mixed_precision) if config.optimizer.optimizer == "auto" else config.optimizer.optimizer
     prompts = read_prompts(config.validation)
 
     checkpoints = Checkpointer(config.checkpoints, config.run.output_dir)
     found, state, accumulation = find_start(checkpoints, config, runtime, report)
+    config = settled(config, runtime, method, state, accumulation)
 
     # Encode every image and caption once, then let the encoders go: they and the network never have to share the GPU.
     data = prepare_data(config.datasets, data_settings(config, runtime, state, accumulation, prompts), family, workers(runtime), report)
-    identity = run_identity(config, runtime, family, objective, optimizer)
+    identity = run_identity(config, family, objective)
     if found:
         found.require_same_run(identity, data.fingerprint(), config.data.accept_changed_data)
 
     runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
-    trainable = method.attach(family.load(method.weights_dtype(runtime.mixed_precision, optimizer)))
+    trainable = method.attach(family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)))
     if config.run.gradient_checkpointing:
         trainable.denoiser.enable_gradient_checkpointing()
     total = total_steps(config, data, accumulation * runtime.world_size)
-    engine = Engine(runtime, trainable, optimizer, config.optimizer, Schedule.create(config.schedule, total))
+    engine = Engine(runtime, trainable, config.optimizer, Schedule.create(config.schedule, total))
     average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
     learner = Learner(method, trainable, engine, average)
     if found:
@@ -200,11 +196,25 @@ def train_step(
 
 
 def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
-    """Say with which settings the run starts, and keep them in OUTPUT_DIR."""
+    """Say with which settings the run starts."""
     report.chapter("settings", config.describe())
     for note in (*config.notes, *runtime.notes):
         report.chapter("", note)
-    write_json(config.run.output_dir / "config.json", config.to_json())
+    logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
+
+
+def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: TrainState, accumulation: int) -> Config:
+    """The settings with what only the running trainer could tell; they are kept in OUTPUT_DIR/config.json."""
+    told = {"seed": state.seed} if config.run.seed <= 0 else {}
+    config = config.replaced("drawn at the start of the run", **told)
+    found_out: dict[str, Any] = {"mixed_precision": runtime.mixed_precision, "gradient_accumulation_steps": accumulation}
+    if config.optimizer.optimizer == "auto":
+        found_out["optimizer"] = method.default_optimizer(runtime.mixed_precision)
+    known = config.values()
+    config = config.replaced("settled for this machine", **{name: value for name, value in found_out.items() if value != known[name]})
+    if runtime.is_main:
+        write_json(config.run.output_dir / "config.json", config.to_json())
+    return config
 
 
 def join_reporters(config: Config, state: TrainState, total: int, report: Reporters) -> None:
@@ -227,7 +237,7 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
     found = checkpoints.find(lambda text: report.chapter("checkpoint", text))
     asked = config.run.gradient_accumulation_steps
     if found is None:
-        seed = config.run.seed if config.run.seed > 0 else runtime.gather(secrets.randbelow(2**31))[0]
+        seed = config.run.seed if config.run.seed > 0 else runtime.gather(1 + secrets.randbelow(2**31))[0]
         return None, TrainState(seed), asked
     report.chapter("checkpoint", f"going on from {found.folder.name}")
     accumulation, note = settle_accumulation(found.content["batch"], asked, runtime.world_size, found.folder.name)
@@ -261,7 +271,7 @@ def workers(runtime: Runtime) -> Workers:
     return Workers(runtime.rank, runtime.world_size, runtime.gather, lambda: runtime.stop.asked)
 
 
-def run_identity(config: Config, runtime: Runtime, family: ModelFamily, objective: Objective, optimizer: str) -> dict[str, Any]:
+def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:
     """What must stay as it is from one life of a run to the next, beside the data: JSON values by the options' names."""
     adapter = dataclasses.asdict(config.adapter) if config.method_name == "lora" else {}
     loss = dataclasses.asdict(config.objective)
@@ -276,8 +286,8 @@ def run_identity(config: Config, runtime: Runtime, family: ModelFamily, objectiv
         "caption_dropout_probability": config.data.caption_dropout_probability,
         "sdxl_original_size": config.data.sdxl_original_size,
         "latent_sampling": config.cache.latent_sampling,
-        "mixed_precision": runtime.mixed_precision,
-        "optimizer": optimizer,
+        "mixed_precision": config.run.mixed_precision,
+        "optimizer": config.optimizer.optimizer,
         "use_ema": config.ema.use_ema,
         **adapter,
         **{name: value for name, value in {**loss, **effective}.items() if name not in sampling_only},

@@ -117,7 +117,10 @@ import torch
 print(torch.__version__, "cuda" if torch.version.cuda else "rocm" if torch.version.hip else "cpu")' 2>/dev/null || true
 }
 
-pip_would_take_cpu_torch() { # by what pip would download: a CUDA build brings NVIDIA's packages along
+# A place of the user's own, which pip is told of, may hold a CPU build; what pip would take is judged by NVIDIA's packages beside it.
+# PyPI itself is not asked: its torch for Linux is the CUDA build, and asking may cost the download.
+pip_would_take_cpu_torch() {
+    [[ -n $(pip_setting find-links)$(pip_setting index-url)$(pip_setting extra-index-url) ]] || return
     pip install --dry-run --quiet --ignore-installed --report - --constraint "$pins" torch 2>/dev/null |
         "$python" -c '
 import json, sys

@@ -46,11 +46,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         # The trainer reads the same settings again: a fifth of a second, and it can be started without this program.
         config = read_config(argv, environ, known_facts())
+        launch = plan_launch(config.launch, environ, wants_file=config.run.demo is None)
     except ConfigError as mistake:
         print(*(f"error: {problem}" for problem in mistake.problems), sep="\n", file=sys.stderr)
         return EXIT_REFUSED
     trainer = [str(ROOT / "train.py"), *argv]
-    launch = plan_launch(config.launch, environ, wants_file=config.run.demo is None)
     if launch is None:
         # One process: this one. Its id, and with it signals and the exit code, are the trainer's own.
         os.execve(sys.executable, [sys.executable, *trainer], dict(environ))
@@ -62,35 +62,44 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def plan_launch(options: LaunchOptions, environ: Mapping[str, str], wants_file: bool = True) -> Launch | None:
-    """None when one plain process is all that is asked for.
+    """None when one plain process is all that is asked for. Raises ConfigError for extra arguments that no shell could split.
 
     accelerate's own configuration file, as `accelerate config` writes it, counts when it asks for more than that. Where it is used,
     it also says how many processes there are, unless TRAINING_NUM_PROCESSES says more than one.
     """
-    extra = shlex.split(options.accelerate_extra_args)
-    file = accelerate_file(environ) if wants_file else None
+    extra = split_extra(options.accelerate_extra_args)
+    named = {word.partition("=")[0] for word in extra}
+    file = accelerate_file(environ) if wants_file and "--config_file" not in named else None
     processes, machines = options.training_num_processes, options.training_num_machines
     if processes == 1 and machines == 1 and not extra and file is None:
         return None
-    own_strategy = file is not None or "--config_file" in extra or not STRATEGIES.isdisjoint(extra)
+    has_file = file is not None or "--config_file" in named
     arguments: list[str] = []
     variables: dict[str, str] = {}
     if file is not None:
         print(f"launch     as {file} says", file=sys.stderr)
         arguments += ["--config_file", str(file)]
-    if not own_strategy:
-        # Left out, accelerate warns; the trainer itself says which precision it computes in.
-        arguments += ["--mixed_precision", "no", "--dynamo_backend", options.training_dynamo_backend]
+    if not has_file and STRATEGIES.isdisjoint(named):
         arguments += ["--multi_gpu"] if processes > 1 else []
         if not torch_has_a_gpu():
             # accelerate's own --cpu would quietly run a single process.
             variables["ACCELERATE_USE_CPU"] = "true"
-    if not own_strategy or processes > 1:
+    if not has_file:
+        # Left out, accelerate warns; the trainer itself says which precision it computes in.
+        arguments += ["--mixed_precision", "no", "--dynamo_backend", options.training_dynamo_backend]
+        arguments += ["--main_process_port", str(free_port())] if machines == 1 else []
+    if not has_file or processes > 1:
         arguments += ["--num_processes", str(processes), "--num_machines", str(machines)]
-        variables[PROCESSES_VARIABLE] = str(processes)
-    if machines == 1 and file is None and "--config_file" not in extra:
-        arguments += ["--main_process_port", str(free_port())]
+        if "--num_processes" not in named:
+            variables[PROCESSES_VARIABLE] = str(processes)
     return Launch((*arguments, *extra), variables)  # accelerate takes the last of two equal flags: the user's
+
+
+def split_extra(arguments: str) -> list[str]:
+    try:
+        return shlex.split(arguments)
+    except ValueError as error:
+        raise ConfigError(f"ACCELERATE_EXTRA_ARGS ({arguments}) cannot be split into arguments: {str(error).lower()}.") from None
 
 
 def accelerate_file(environ: Mapping[str, str]) -> Path | None:

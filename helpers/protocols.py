@@ -60,7 +60,7 @@ class TextEncoders(Protocol):
 class Parts:
     """The modules of a loaded model that a method may train, by role. Not loaded until asked for by the family."""
 
-    denoiser: nn.Module
+    denoiser: Any  # nn.Module with diffusers' ModelMixin
     denoiser_folder: str  # its name in a diffusers folder: "unet" or "transformer"
 
 
@@ -68,7 +68,7 @@ class Parts:
 class Trainable:
     """What moves, and how to run it."""
 
-    denoiser: nn.Module  # what `predict` calls; wrapped by the engine for several processes
+    denoiser: Any  # nn.Module with diffusers' ModelMixin, as `attach` left it
     parameters: dict[str, nn.Parameter]  # the weights that move, by the name they keep in checkpoints
     description: str  # "LoRA rank 16, 23.2 M of 2,567.5 M parameters"
     role: str  # the denoiser's name in a diffusers folder: "unet" or "transformer"

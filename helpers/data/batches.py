@@ -129,7 +129,7 @@ def prefetched(produce: Callable[[], Iterator[Item]], ahead: int) -> Iterator[It
                     return
                 put(item, None)
             put(None, StopIteration())
-        except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
+        except BaseException as error:  # raised again in the reader's thread
             put(None, error)
 
     thread = threading.Thread(target=work, name="batches", daemon=True)

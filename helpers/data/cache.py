@@ -33,8 +33,8 @@ from helpers.data.shards import (
     DamagedShardError,
     Packed,
     Placed,
+    abandoned,
     map_file,
-    owned,
     pack,
     read_header,
     sealed_shard,
@@ -198,8 +198,8 @@ class Cache:
         for path in sorted(self.folder.iterdir()):
             if not _SHARD_NAME.fullmatch(path.name) or self._knows(path):
                 continue
-            with owned(path) as mine:
-                if not mine or self._knows(path):  # it may have been committed before the lock was free
+            with abandoned(path) as is_abandoned:
+                if not is_abandoned or self._knows(path):  # it may have been committed before the lock was free
                     continue
                 if path.name.endswith(UNSEALED):
                     path.unlink()

@@ -162,7 +162,8 @@ class Catalogue:
                 try:
                     yield self._database
                 except BaseException:
-                    self._database.execute("ROLLBACK")
+                    if self._database.in_transaction:  # SQLite rolls back by itself when the disk is full
+                        self._database.execute("ROLLBACK")
                     raise
                 self._database.execute("COMMIT")
             except sqlite3.DatabaseError as error:

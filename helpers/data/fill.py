@@ -80,7 +80,7 @@ class Filled:
         line = f"{needed:,} needed, {needed - self.encoded - len(self.failed):,} cached"
         if not self.encoded:
             return line
-        seconds = self.encoding_seconds + self.waiting_seconds
+        seconds = max(self.encoding_seconds + self.waiting_seconds, 1e-3)
         limit = encoder if self.encoding_seconds >= self.waiting_seconds else "reading and resizing"
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.why.most_common())
         return f"{line}; {self.encoded:,} encoded in {seconds:.0f} s ({self.encoded / seconds:,.1f}/s, limited by {limit}): {reasons}"

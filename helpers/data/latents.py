@@ -125,7 +125,7 @@ class LatentFiller:
                 filled.waiting_seconds += time.monotonic() - started
                 yield members
                 if options.should_stop():
-                    raise Interrupted("Stopped while encoding images; what has been encoded is kept.")
+                    raise Interrupted("stopped while images were encoded; what has been encoded is kept, start again to go on")
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -158,34 +158,32 @@ class LatentFiller:
                 member.pixels = None  # nothing to encode
         return members
 
-    def _encoded(self, members: Sequence[_Member], options: FillOptions, filled: Filled) -> list[dict[str, Tensor] | None]:
-        """A record for each member that has pixels, None where memory did not suffice even for the image alone."""
-        pixels = [member.pixels for member in members if member.pixels is not None]
-        if not pixels:
-            return []
+    def _encoded(self, members: Sequence[_Member], options: FillOptions, filled: Filled) -> dict[int, dict[str, Tensor] | None]:
+        """A record for each member that has pixels, by its row; None where memory did not suffice even for the image alone."""
+        shown = [member for member in members if member.pixels is not None]
         started = time.monotonic()
-        records: list[dict[str, Tensor] | None] = []
-        while len(records) < len(pixels):
-            part = torch.stack(pixels[len(records) : len(records) + self._batch_limit])
-            encoded = _encode_unless_out_of_memory(self.codec, part)
+        records: dict[int, dict[str, Tensor] | None] = {}
+        while len(records) < len(shown):
+            part = shown[len(records) : len(records) + self._batch_limit]
+            encoded = _encode_unless_out_of_memory(self.codec, [member.pixels for member in part if member.pixels is not None])
             if encoded is not None:
-                records += [
-                    {name: stored(tensor[i], options.cache_dtype).cpu() for name, tensor in encoded.items()} for i in range(len(part))
-                ]
+                tensors = {name: stored(tensor, options.cache_dtype).cpu() for name, tensor in encoded.items()}
+                records |= {member.row: {name: tensor[i] for name, tensor in tensors.items()} for i, member in enumerate(part)}
             elif len(part) == 1:
-                records.append(None)
+                records[part[0].row] = None
             else:
                 self._batch_limit = len(part) // 2
+        for member in shown:
+            member.pixels = None  # the writer may be some batches behind
         filled.encoding_seconds += time.monotonic() - started
         return records
 
     def _store(
-        self, writer: Writer, members: Sequence[_Member], records: Sequence[dict[str, Tensor] | None], options: FillOptions, filled: Filled
+        self, writer: Writer, members: Sequence[_Member], records: dict[int, dict[str, Tensor] | None], options: FillOptions, filled: Filled
     ) -> None:
-        encoded = iter(records)
         for member in members:
-            record = next(encoded) if member.pixels is not None else None
-            if not member.problem and member.missing:
+            if member.missing and member.row in records:
+                record = records[member.row]
                 if record is None:
                     member.problem = "out of memory: the image alone does not fit while it is encoded"
                 elif not is_finite(record):
@@ -250,9 +248,9 @@ def _decode(member: _Member, data: bytes) -> None:
         member.undecodable = True
 
 
-def _encode_unless_out_of_memory(codec: ImageCodec, pixels: Tensor) -> dict[str, Tensor] | None:
+def _encode_unless_out_of_memory(codec: ImageCodec, pixels: Sequence[Tensor]) -> dict[str, Tensor] | None:
     try:
-        return codec.encode(pixels)
+        return codec.encode(torch.stack(list(pixels)))
     except torch.OutOfMemoryError:
         pass  # outside the handler, or the exception would keep the failed attempt's tensors alive
     if torch.cuda.is_available():

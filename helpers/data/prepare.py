@@ -56,7 +56,7 @@ class DataSettings:
     cache_dtype: str = "auto"  # auto, fp16, bf16 or fp32
     vae_batch_size: int = 4
     text_batch_size: int = 16
-    threads: int = field(default_factory=available_threads)  # that read, decode and resize
+    threads: int = field(default_factory=available_threads)  # that read, decode and resize, over all processes
     extra_captions: Sequence[str] = ()  # that the run needs besides those of the data, such as validation prompts
 
 
@@ -122,16 +122,16 @@ class _Preparation:
     # -- images ---------------------------------------------------------------------------------------------------------
 
     def encode_images(self) -> None:
-        self.latent_caches = _open_caches([dataset.cache_dir_vae for dataset in self.datasets], self.report)
         options = self._options(self.settings.vae_batch_size)
         self.locations: Locations = np.zeros(len(self.plan), dtype=LOCATION)
         with self.family.image_codec(self.settings.device) as codec:
-            fillers = [
-                LatentFiller(self.plan, index, self.sources[index], self.catalogue, cache, codec)
-                for index, cache in enumerate(self.latent_caches)
-            ]
-            self._locate(fillers)
             with self.workers.phase():
+                self.latent_caches = _open_caches([dataset.cache_dir_vae for dataset in self.datasets], self.report)
+                fillers = [
+                    LatentFiller(self.plan, index, self.sources[index], self.catalogue, cache, codec)
+                    for index, cache in enumerate(self.latent_caches)
+                ]
+                self._locate(fillers)
                 filled = [self._fill_images(filler, options) for filler in fillers]
             self.images = self._all(filled)
             if self.images.encoded:
@@ -165,12 +165,13 @@ class _Preparation:
     # -- captions -------------------------------------------------------------------------------------------------------
 
     def encode_captions(self) -> None:
-        self.text_caches = _open_caches([*(dataset.text_cache_dir for dataset in self.datasets), self.settings.text_cache_dir], self.report)
+        folders = [*(dataset.text_cache_dir for dataset in self.datasets), self.settings.text_cache_dir]
         options = self._options(self.settings.text_batch_size)
         wanted = [list(self.catalogue.captions(dataset.id)) for dataset in self.datasets]
         wanted.append(sorted({"", *self.settings.extra_captions}))
         with self.family.text_encoders(self.settings.device) as encoders:
             with self.workers.phase():
+                self.text_caches = _open_caches(folders, self.report)
                 filled = [
                     self._fill_captions(TextFiller(cache, encoders), captions, options)
                     for cache, captions in zip(self.text_caches, wanted, strict=True)
@@ -301,7 +302,7 @@ class _Preparation:
         return FillOptions(
             batch_size=batch_size,
             cache_dtype=self.settings.cache_dtype,
-            threads=self.settings.threads,
+            threads=max(1, self.settings.threads // self.workers.world_size),
             rank=self.workers.rank,
             world_size=self.workers.world_size,
             should_stop=self.workers.should_stop,
@@ -312,8 +313,11 @@ class _Preparation:
         mine, total = Filled(), Filled()
         for part in filled:
             mine.add(part)
-        for text in self.workers.gather(mine.to_json()):
-            total.add(Filled.from_json(text))
+        shares = [Filled.from_json(text) for text in self.workers.gather(mine.to_json())]
+        for share in shares:
+            total.add(share)
+        total.encoding_seconds = max(share.encoding_seconds for share in shares)  # the processes work at the same time
+        total.waiting_seconds = max(share.waiting_seconds for share in shares)
         return total
 
 

@@ -119,7 +119,7 @@ def sealed_shard(path: Path, records: Sequence[Packed]) -> Iterator[list[Placed]
 
 
 @contextmanager
-def owned(path: Path) -> Iterator[bool]:
+def abandoned(path: Path) -> Iterator[bool]:
     """Whether a file is nobody's: true, and locked for the duration, unless a living process holds its lock or it is gone."""
     try:
         file = path.open("rb")

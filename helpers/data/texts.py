@@ -58,7 +58,7 @@ class TextFiller:
                 write(self._store, writer, records, options, filled)
                 options.progress(len(captions))
                 if options.should_stop():
-                    raise Interrupted("Stopped while encoding captions; what has been encoded is kept.")
+                    raise Interrupted("stopped while captions were encoded; what has been encoded is kept, start again to go on")
         return filled
 
     def keep(self, caption: str | None, tensors: Mapping[str, Tensor], options: FillOptions) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from helpers.errors import DataError, Interrupted, StorageError
+from helpers.errors import DataError, Interrupted, ModelError, StorageError
 
-_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (DataError, StorageError, Interrupted)}
+_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (DataError, ModelError, StorageError, Interrupted)}
 
 
 def _alone(text: str) -> Sequence[str]:

@@ -191,8 +191,8 @@ class SDXL:
 
         if self.vae_dtype == "fp16" and self.vae_config.get("force_upcast", True):
             raise ModelError(
-                "--vae_dtype=fp16: this VAE overflows in fp16 and would give black images (its config says force_upcast); use bf16 or fp32, "
-                "or a VAE made for fp16 with --pretrained_vae_model_name_or_path."
+                "--vae_dtype=fp16: this VAE overflows in fp16 and would give black images (its config says force_upcast); "
+                "use bf16 or fp32, or a VAE made for fp16 with --pretrained_vae_model_name_or_path."
             )
         usual = torch.float32 if device.type == "cpu" else torch.bfloat16
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(self.vae_dtype, usual)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.facts import Facts
 from helpers.protocols import Parts, Trainable
 from helpers.storage.atomic import atomic_folder
+from helpers.storage.tensors import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +49,11 @@ class FullFineTune:
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
         """Write `<unet|transformer><label>/` as diffusers does, so that the folder loads by itself."""
-        from safetensors.torch import save_file
-
         target = folder / f"{trainable.role}{label}"
         target.mkdir(parents=True)
         trainable.denoiser.save_config(target)
         tensors = {**trainable.denoiser.state_dict(), **(weights or {})}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / WEIGHTS_FILE, {"format": "pt"})
+        save_tensors(tensors, target / WEIGHTS_FILE)
         return [target]
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from helpers.config.facts import Facts
 from helpers.errors import ConfigError
 from helpers.protocols import Parts, Trainable
 from helpers.storage.atomic import write_file
+from helpers.storage.tensors import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -66,18 +67,16 @@ class Lora:
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
         """Write the diffusers layout, and the kohya layout beside it where the family has one."""
-        from safetensors.torch import save_file
-
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._adapter_tensors(trainable, weights or trainable.parameters)
         metadata = {f"{trainable.role}.{key}": value for key, value in self._metadata(trainable).items()}
         path = folder / f"{WEIGHTS_NAME}{label}.safetensors"
         header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
-        save_file({f"{trainable.role}.{name}": tensor for name, tensor in tensors.items()}, path, header)
+        save_tensors({f"{trainable.role}.{name}": tensor for name, tensor in tensors.items()}, path, header)
         written = [path]
         if kohya := self._kohya(tensors):
             path = folder / f"{WEIGHTS_NAME}{label}.kohya.safetensors"
-            save_file(kohya, path, self._kohya_metadata())
+            save_tensors(kohya, path, self._kohya_metadata())
             written.append(path)
         return written
 
@@ -114,7 +113,7 @@ class Lora:
         )
 
     def _adapter_tensors(self, trainable: Trainable, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {_public_name(name): weights[name].detach().float().contiguous() for name in trainable.parameters}
+        return {_public_name(name): weights[name].detach().float() for name in trainable.parameters}
 
     def _metadata(self, trainable: Trainable) -> dict[str, object]:
         """Rank, alpha and targets as peft describes them: without these a loader takes alpha to be the rank."""

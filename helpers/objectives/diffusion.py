@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
+from helpers.errors import ConfigError
 from helpers.protocols import Corrupted
 
 if TYPE_CHECKING:
@@ -102,8 +103,6 @@ def min_snr_weight(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -
 
 def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> dict[str, Any]:
     """The model's schedule with what the user set put in; refuses what cannot be learnt."""
-    from helpers.errors import ConfigError
-
     schedule = {key: value for key, value in model.items() if not key.startswith("_")}
     schedule["prediction_type"] = options.prediction_type or schedule.get("prediction_type", "epsilon")
     schedule["rescale_betas_zero_snr"] = bool(options.rescale_betas_zero_snr or schedule.get("rescale_betas_zero_snr"))
@@ -112,6 +111,7 @@ def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> 
         raise ConfigError(f"The model predicts {schedule['prediction_type']!r}, and only epsilon and v_prediction can be trained.")
     if schedule["rescale_betas_zero_snr"] and schedule["prediction_type"] == "epsilon":
         raise ConfigError(
-            "The model's schedule ends in pure noise (rescale_betas_zero_snr), which epsilon prediction cannot learn: set --prediction_type=v_prediction."
+            "The model's schedule ends in pure noise (rescale_betas_zero_snr), which epsilon prediction cannot learn: "
+            "set --prediction_type=v_prediction."
         )
     return schedule

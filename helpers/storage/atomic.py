@@ -58,6 +58,7 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
             final.parent.mkdir(parents=True, exist_ok=True)
             aside.mkdir()
             yield aside
+            _share(aside)
             sync_tree(aside)
             _put_in_place(aside, final)
     finally:
@@ -138,6 +139,14 @@ def sync_tree(folder: Path) -> None:
 
 def _aside(final: Path, kind: str) -> Path:
     return final.with_name(f".{final.name}.{kind}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def _share(folder: Path) -> None:
+    """Give files the permissions that the user's umask gives new ones; the safetensors library makes its files private."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _put_in_place(aside: Path, final: Path) -> None:

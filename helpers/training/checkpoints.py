@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.errors import CheckpointError, StorageError
 from helpers.storage.atomic import MANIFEST, atomic_folder, remove_leftovers, verify_manifest, write_json, write_manifest
+from helpers.storage.tensors import save_tensors
 from helpers.training.state import require_same
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Checkpointer:
             say(f"{folder.name} is damaged and is passed over: {problems[0]}")
         if candidates:
             raise CheckpointError(
-                f"No checkpoint in {self.output_dir} is intact; restore one, or start anew with --resume_from_checkpoint=none in another folder."
+                f"No checkpoint in {self.output_dir} is intact: restore one, or choose another --output_dir for a new run."
             )
         return None
 
@@ -91,13 +92,11 @@ class Checkpointer:
 
         `position` is everything beside the learner that a resumed run needs, as JSON values.
         """
-        from safetensors.torch import save_file
-
         final = self.output_dir / f"checkpoint-{step}"
         with atomic_folder(final) as folder:
             learner.write_weights(folder)
             tensors, numbers = learner.engine.state()
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER_FILE)
+            save_tensors(tensors, folder / OPTIMIZER_FILE)
             write_json(folder / STATE_FILE, {**position, "numbers": numbers})
             write_manifest(folder)
         if problems := verify_manifest(final):

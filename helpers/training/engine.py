@@ -38,14 +38,14 @@ class Engine:
     micro-batch weighs what it holds. Accumulation is driven here: the gradients of all but the last micro-batch stay local.
     """
 
-    def __init__(self, runtime: Runtime, trainable: Trainable, optimizer: str, options: OptimizerOptions, schedule: Schedule) -> None:
+    def __init__(self, runtime: Runtime, trainable: Trainable, options: OptimizerOptions, schedule: Schedule) -> None:
         self.runtime = runtime
         self.options = options
         self.schedule = schedule
         self.parameters: Mapping[str, nn.Parameter] = trainable.parameters
         self.accelerator = runtime.accelerator
         trainable.denoiser.to(runtime.device)
-        self.optimizer = create_optimizer(optimizer, options, trainable.parameters)
+        self.optimizer = create_optimizer(options, trainable.parameters)
         self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser)
         self._loss = torch.zeros((), dtype=torch.float64, device="cpu" if runtime.device.type == "mps" else runtime.device)
 

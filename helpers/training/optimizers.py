@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from helpers.config.options import OptimizerOptions
 
 
-def create_optimizer(name: str, options: OptimizerOptions, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-    """The optimiser of this name ("auto" has been settled), with Adam's settings from the options.
+def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
+    """The optimiser that the options name ("auto" has been settled), with Adam's settings.
 
     Its learning rate is set anew before each step.
     """
@@ -28,9 +28,9 @@ def create_optimizer(name: str, options: OptimizerOptions, parameters: Mapping[s
         "weight_decay": options.adam_weight_decay,
     }
     weights = list(parameters.values())
-    if name == "adamw_bf16":
+    if options.optimizer == "adamw_bf16":
         return AdamWBF16(weights, **arguments)
-    if name == "adamw8bit":
+    if options.optimizer == "adamw8bit":
         return _adamw_8bit()(weights, **arguments)
     # One kernel over all weights, without a temporary copy of them; on the CPU the loop that is bit-equal on any build.
     on_cuda = all(weight.device.type == "cuda" for weight in weights)

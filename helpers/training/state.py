@@ -65,8 +65,9 @@ def settle_accumulation(stored: Mapping[str, int] | None, accumulation: int, wor
         return accumulation, None
     if accumulation != stored["gradient_accumulation_steps"]:
         raise CheckpointError(
-            f"{checkpoint} was trained with {per_step} micro-batches a step, and --gradient_accumulation_steps={accumulation} on {world_size} "
-            f"process(es) makes {accumulation * world_size}: the batch of a run cannot change. Choose another --output_dir for a new run."
+            f"{checkpoint} was trained with {per_step} micro-batches a step, and --gradient_accumulation_steps={accumulation} on "
+            f"{world_size} process(es) makes {accumulation * world_size}: the batch of a run cannot change. "
+            "Choose another --output_dir for a new run."
         )
     if per_step % world_size:
         raise CheckpointError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +20,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.data import cache as cache_module
 from helpers.data import images
 from helpers.data.batches import Batch
+from helpers.data.cache import Cache, Writer
 from helpers.data.prepare import prepare_data
+from helpers.data.shards import read_header
 from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
-from helpers.errors import DataError, Interrupted
+from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
 from tests.data.toys import ConvCodec, HashEncoders, Story, ToyFamily, dataset, picture, pictures, settings, tree_hash
 
@@ -264,6 +269,41 @@ def test_damaged_records_are_encoded_again_while_training_and_named(place: Place
     assert "encoded again" in caplog.text and ("toys/picture_" if folder == "latents" else "caption number") in caplog.text
 
 
+def test_latents_that_are_not_finite_are_never_trained_on(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    expected = latents(place.prepare())
+    cache = Cache(place.output / "cache" / "latents")
+    (shard,) = cache.folder.glob("*.safetensors")
+    keys = [record.key for record in read_header(shard)]
+    for key in keys:
+        cache.discard(key)
+    with Writer(cache) as writer:
+        for key in keys:
+            writer.add(key, {"mean": torch.full((4, 8, 12), torch.nan)})
+    before = tree_hash(place.data)
+    assert_same(latents(place.prepare()), expected)
+    assert "not finite" in caplog.text and tree_hash(place.data) == before
+
+
+def test_a_full_disk_while_caching_stops_the_run_and_what_was_sealed_is_used(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 4000)  # two records and a bit
+    fsync, sealed = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".tmp"):
+            sealed.append(descriptor)
+            if len(sealed) > 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="latents: the cache cannot be written: No space left"):
+        patch.setattr(os, "fsync", full)
+        place.prepare()
+    story = Story()
+    place.prepare(story=story)
+    told = next(line for line in story.lines if line.startswith("latents"))
+    assert re.match(r"latents: 10 needed, [3-9] cached; ", told), told
+
+
 def test_damaged_latents_of_a_picture_that_has_changed_since_stop_the_run_by_name(place: Place) -> None:
     data = place.prepare()
     damage(place.output, "latents")
@@ -282,6 +322,20 @@ def test_latents_do_not_depend_on_when_caching_was_interrupted(place: Place, tmp
     codec = ConvCodec()
     assert_same(latents(place.prepare(ToyFamily(codec))), undisturbed)
     assert len(codec.batches) == 1
+
+
+@pytest.mark.parametrize("folder", ["latents", "text"])
+def test_a_missing_record_is_encoded_beside_the_batch_mates_it_always_had(place: Place, folder: str) -> None:
+    expected = epoch(place.prepare(text_batch_size=4))
+    cache = Cache(place.output / "cache" / folder)
+    key = max((read_header(shard) for shard in cache.folder.glob("*.safetensors")), key=len)[2].key
+    cache.discard(key)
+    family = ToyFamily()
+    for batch, right in zip(epoch(place.prepare(family, text_batch_size=4)), expected, strict=True):
+        assert torch.equal(batch.latents, right.latents)
+        assert all(torch.equal(batch.text[name], right.text[name]) for name in right.text)
+    assert family.codec.batches == ([4] if folder == "latents" else [])
+    assert len(family.encoders.encoded) == (0 if folder == "latents" else 4)
 
 
 KILLED = """
@@ -304,7 +358,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("batches", [1, 2, 3])
+@pytest.mark.parametrize("batches", [1, 3])
 def test_a_run_killed_while_caching_goes_on_to_the_same_latents(place: Place, tmp_path: Path, repository: Path, batches: int) -> None:
     undisturbed = latents(Place(place.data, tmp_path / "other").prepare())
     script = [sys.executable, "-c", textwrap.dedent(KILLED), str(place.data), str(place.output)]
@@ -337,13 +391,13 @@ class Gathering:
 
 
 def together(
-    place: Place, world_size: int, make: Callable[[int], ToyFamily] | None = None, **changed: Any
+    place: Place, world_size: int, make: Callable[[int], ToyFamily] | None = None, stopped: int | None = None, **changed: Any
 ) -> list[TrainingData | Exception]:
     """What `prepare` gives or raises in each of several processes."""
     meeting, results = Gathering(world_size), [None] * world_size
 
     def run(rank: int) -> None:
-        workers = Workers(rank, world_size, meeting.of(rank))
+        workers = Workers(rank, world_size, meeting.of(rank), should_stop=lambda: rank == stopped)
         try:
             results[rank] = place.prepare(make(rank) if make else None, workers, **changed)
         except Exception as error:
@@ -377,6 +431,20 @@ def test_a_failure_in_one_process_ends_all_of_them(place: Place) -> None:
 
     results = together(place, 2, lambda rank: ToyFamily(Broken() if rank == 1 else ConvCodec()))
     assert str(results[0]) == "process 1 failed: RuntimeError: device lost" and str(results[1]) == "device lost"
+
+
+def test_where_one_process_is_stopped_all_leave(place: Place) -> None:
+    assert [type(result) for result in together(place, 2, stopped=1)] == [Interrupted, Interrupted]
+
+
+def test_the_report_lists_what_any_process_could_not_decode(place: Place) -> None:
+    broken = [f"picture_{index:02}.png" for index in (1, 3, 9)]
+    for name in broken:
+        (place.data / name).write_bytes((place.data / name).read_bytes()[:-200])
+    one, two = together(place, 2)
+    assert isinstance(one, TrainingData) and isinstance(two, TrainingData)
+    assert [entry["key"] for entry in place.report()["left_out"]] == broken
+    assert one.fingerprint() == two.fingerprint() and one.samples_per_epoch == 7
 
 
 def test_several_data_sets_are_one_epoch_each_with_its_repeats(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from helpers import ranks
 from helpers.config.options import LaunchOptions
+from helpers.errors import ConfigError
 from helpers.launch import accelerate_file, free_port, plan_launch, torch_has_a_gpu
 from helpers.supervisor import verdict
 
@@ -48,6 +49,25 @@ def test_a_strategy_of_the_users_own_is_not_joined_by_a_second_one() -> None:
     assert "--multi_gpu" not in launch.arguments and "ACCELERATE_USE_CPU" not in launch.variables
 
 
+@pytest.mark.parametrize("extra", ["--num_processes 4", "--num_processes=4"])
+def test_a_number_of_processes_among_the_extra_arguments_is_not_contradicted(extra: str) -> None:
+    launch = plan_launch(replace(PLAIN, accelerate_extra_args=extra), os.environ)
+    assert launch is not None
+    assert ranks.PROCESSES_VARIABLE not in launch.variables
+    assert launch.arguments[-len(extra.split()) :] == tuple(extra.split())
+
+
+def test_a_configuration_file_among_the_extra_arguments_is_left_to_say_everything() -> None:
+    launch = plan_launch(replace(PLAIN, accelerate_extra_args="--config_file=my.yaml"), os.environ)
+    assert launch is not None and launch.arguments == ("--config_file=my.yaml",)
+    assert launch.variables == {}
+
+
+def test_extra_arguments_that_cannot_be_split_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="ACCELERATE_EXTRA_ARGS .* no closing quotation"):
+        plan_launch(replace(PLAIN, accelerate_extra_args="--gpu_ids '0"), os.environ)
+
+
 def test_accelerates_own_configuration_counts_when_it_asks_for_more_than_one_plain_process(tmp_path: Path) -> None:
     environ = {"HF_HOME": str(tmp_path)}
     file = tmp_path / "accelerate" / "default_config.yaml"
@@ -78,7 +98,8 @@ def test_accelerates_configuration_is_looked_for_where_accelerate_does(tmp_path:
 
 def test_the_kind_of_the_installed_torch_is_told_without_importing_it() -> None:
     program = (
-        "import sys; from helpers.launch import torch_has_a_gpu as ours; found = ours(); assert 'torch' not in sys.modules;"
+        "import sys; from helpers.errors import ConfigError
+from helpers.launch import torch_has_a_gpu as ours; found = ours(); assert 'torch' not in sys.modules;"
         "import torch; print(found == bool(torch.version.cuda or torch.version.hip))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)

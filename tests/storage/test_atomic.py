@@ -166,5 +166,3 @@ def test_a_damaged_manifest_is_a_problem_and_not_a_crash(saved: Path, text: byte
 
 def test_a_folder_without_a_manifest_is_not_a_saved_one(tmp_path: Path) -> None:
     assert verify_manifest(tmp_path) == [f"{tmp_path} has no manifest.json"]
-
-

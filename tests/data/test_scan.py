@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+from PIL import Image
+
+from helpers.data.buckets import ResolutionRule
+from helpers.data.captions import CaptionRule
+from helpers.data.catalogue import Catalogue
+from helpers.data.sample import LeftOut, Sample, Size
+from helpers.data.scan import DatasetRules, scan
+from helpers.errors import DataError, Interrupted, StorageError
+from helpers.storage.local import LocalSource
+from helpers.storage.memory import MemoryBackend
+
+RULES = DatasetRules("set", ResolutionRule(0.25), CaptionRule("textfile"))
+BY_NAME = replace(RULES, captions=CaptionRule("filename"))
+
+
+def picture(width: int = 40, height: int = 30, format: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), (10, 20, 30)).save(stream, format)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
+    with Catalogue(tmp_path / "cache" / "catalogue.sqlite") as made:
+        yield made
+
+
+class Watched(MemoryBackend):
+    """Remembers what was opened."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(files)
+        self.opened: list[str] = []
+
+    def open(self, key: str) -> BinaryIO:
+        self.opened.append(key)
+        return super().open(key)
+
+    def reopened(self, rules: DatasetRules, catalogue: Catalogue) -> list[str]:
+        self.opened.clear()
+        scan(self, rules, catalogue)
+        return sorted(self.opened)
+
+
+def reasons(catalogue: Catalogue) -> dict[str, str]:
+    return {entry.key: entry.reason for entry in catalogue.left_out("set")}
+
+
+def test_every_file_is_used_or_left_out_with_its_reason(catalogue: Catalogue) -> None:
+    files = {
+        "good.png": picture(),
+        "good.txt": b"a good one",
+        "Loud.JPG": picture(format="JPEG"),
+        "Loud.TXT": b"LOUD",
+        "silent.png": picture(),
+        "empty.png": picture(),
+        "empty.txt": b" \n",
+        "latin.png": picture(),
+        "latin.txt": b"caf\xe9",
+        "page.jpg": b"<html>404</html>",
+        "zero.jpg": b"",
+        "zero.txt": b"of nothing",
+        "stray.txt": b"a caption of nothing",
+        "film.mp4": b"...",
+        "README": b"...",
+    }
+    result = scan(MemoryBackend(files), RULES, catalogue)
+    assert (result.found, result.used, result.left_out) == (10, 2, 8)
+    assert [catalogue.sample(row).captions for row in catalogue.columns("set").rows] == [("LOUD",), ("a good one",)]
+    assert reasons(catalogue) == {
+        "README": "not an image: its name has no ending",
+        "empty.png": "empty caption: empty.txt says nothing",
+        "film.mp4": "not an image: its name ends in .mp4",
+        "latin.png": "caption is not UTF-8: latin.txt; save it as UTF-8 text",
+        "page.jpg": "unreadable: this is a web page or XML, not an image",
+        "silent.png": "no caption: silent.txt is missing",
+        "stray.txt": "caption without an image: no image has this name",
+        "zero.jpg": "unreadable: the file is empty",
+    }
+    assert result.kinds == {
+        "unreadable": 2,
+        "not an image": 2,
+        "empty caption": 1,
+        "caption is not UTF-8": 1,
+        "no caption": 1,
+        "caption without an image": 1,
+    }
+
+
+def test_images_stand_in_key_order_with_their_shown_sizes(catalogue: Catalogue) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.new("RGB", (50, 20)).save(stream, "JPEG", exif=exif)
+    scan(MemoryBackend({"z.png": picture(40, 30), "a/b.jpg": stream.getvalue(), "a.png": picture(7, 5)}), BY_NAME, catalogue)
+    columns = catalogue.columns("set")
+    assert list(catalogue.keys("set")) == ["a.png", "a/b.jpg", "z.png"]
+    assert list(zip(columns.width.tolist(), columns.height.tolist(), strict=True)) == [(7, 5), (20, 50), (40, 30)]
+    assert catalogue.sample(columns.rows[1]) == Sample("set", "a/b.jpg", Size(20, 50), ("b",))
+    assert list(catalogue.captions("set")) == ["a", "b", "z"]
+    with pytest.raises(KeyError):
+        catalogue.sample(10**6)
+
+
+def test_a_second_scan_opens_nothing_and_a_third_only_what_changed(catalogue: Catalogue) -> None:
+    store = Watched({f"{name}.{ending}": picture() if ending == "png" else name.encode() for name in "abc" for ending in ("png", "txt")})
+    assert store.reopened(RULES, catalogue) == ["a.png", "a.txt", "b.png", "b.txt", "c.png", "c.txt"]
+    assert store.reopened(RULES, catalogue) == []
+    rows = catalogue.columns("set").rows.tolist()
+    catalogue.set_content((row, f"{row:064x}") for row in rows)
+
+    store.write("b.png", picture(8, 9))
+    store.write("c.txt", b"another")
+    store.write("d.png", picture())
+    store.delete("a.png")
+    assert store.reopened(RULES, catalogue) == ["b.png", "c.txt", "d.png"]
+    assert reasons(catalogue) == {"a.txt": "caption without an image: no image has this name", "d.png": "no caption: d.txt is missing"}
+    samples = [catalogue.sample(row) for row in catalogue.columns("set").rows]
+    assert [(sample.key, sample.size, sample.captions) for sample in samples] == [
+        ("b.png", Size(8, 9), ("b",)),
+        ("c.png", Size(40, 30), ("another",)),
+    ]
+    assert list(catalogue.contents("set")) == [None, f"{rows[2]:064x}"]
+
+
+def test_other_rules_need_no_file_opened_again(catalogue: Catalogue) -> None:
+    store = Watched({"a_cat.png": picture(40, 30), "a_cat.txt": b"the cat", "b.png": picture(400, 300), "b.txt": b"b"})
+    scan(store, RULES, catalogue)
+    larger = replace(RULES, resolution=ResolutionRule(64, "pixel", minimum_image_size=64))
+    assert store.reopened(larger, catalogue) == []
+    assert reasons(catalogue) == {"a_cat.png": "below 64 px: 40x30"}
+    assert store.reopened(BY_NAME, catalogue) == []
+    assert list(catalogue.captions("set")) == ["a cat", "b"]
+    assert store.reopened(RULES, catalogue) == []
+    assert list(catalogue.captions("set")) == ["b", "the cat"]
+
+
+def test_captions_are_opened_only_where_they_are_read(catalogue: Catalogue) -> None:
+    store = Watched({"a.png": picture(), "a.txt": b"text"})
+    assert store.reopened(BY_NAME, catalogue) == ["a.png"]
+    assert store.reopened(RULES, catalogue) == ["a.txt"]
+
+
+def test_several_data_sets_share_a_catalogue(catalogue: Catalogue) -> None:
+    scan(MemoryBackend({"a.png": picture(), "b.png": picture()}), BY_NAME, catalogue)
+    scan(MemoryBackend({"a.png": picture(5, 5)}), replace(BY_NAME, dataset="other"), catalogue)
+    assert list(catalogue.keys("set")) == ["a.png", "b.png"]
+    assert catalogue.columns("other").width.tolist() == [5]
+
+
+def test_two_captions_that_differ_in_letter_case_are_one(catalogue: Catalogue) -> None:
+    result = scan(MemoryBackend({"a.png": picture(), "a.txt": b"lower", "a.TXT": b"upper"}), RULES, catalogue)
+    assert (result.found, result.used) == (1, 1)
+    assert list(catalogue.captions("set")) == ["upper"]
+
+
+def test_an_image_whose_pixels_proved_damaged_is_left_out_by_the_next_new_run(catalogue: Catalogue) -> None:
+    store = Watched({"a.png": picture(), "b.png": picture()})
+    scan(store, BY_NAME, catalogue)
+    catalogue.set_undecodable(int(catalogue.columns("set").rows[0]), "unreadable: image file is truncated")
+    assert list(catalogue.keys("set")) == ["a.png", "b.png"], "the plan in use stays"
+    assert scan(store, BY_NAME, catalogue, leave_out_undecodable=False).used == 2
+    assert scan(store, BY_NAME, catalogue).used == 1
+    assert reasons(catalogue) == {"a.png": "unreadable: image file is truncated"}
+    store.write("a.png", picture(9, 9))
+    assert scan(store, BY_NAME, catalogue).used == 2
+
+
+# On a disk.
+
+
+def hash_of_tree(root: Path) -> str:
+    """Names, bytes, modes and modification times of everything below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*"), key=os.fsencode):
+        found = path.lstat()
+        digest.update(repr((os.fsencode(path), found.st_mode, found.st_mtime_ns, found.st_size)).encode())
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def messy_folder(root: Path) -> None:
+    (root / "sub").mkdir(parents=True)
+    for index in range(20):
+        (root / "sub" / f"{index:02}.png").write_bytes(picture(40 + index, 30))
+        (root / "sub" / f"{index:02}.txt").write_text(f"number {index}")
+    (root / "x.png").mkdir()
+    (root / "half.jpg").write_bytes(picture(format="JPEG")[:20])
+    (root / "loop").symlink_to(root)
+    (root / "dead.jpg").symlink_to("nowhere")
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.png")).write_bytes(picture())
+
+
+def test_a_scan_leaves_the_data_as_it_was_and_finds_the_same_in_a_read_only_copy(tmp_path: Path, catalogue: Catalogue) -> None:
+    messy_folder(tmp_path / "data")
+    before = hash_of_tree(tmp_path / "data")
+    result = scan(LocalSource(tmp_path / "data"), RULES, catalogue)
+    assert hash_of_tree(tmp_path / "data") == before
+    assert (result.found, result.used) == (23, 20)
+    assert reasons(catalogue)["dead.jpg"] == "cannot be opened: No such file or directory"
+    assert reasons(catalogue)["caf\\xe9.png"] == "file name is not UTF-8: rename the file"
+    for path in (tmp_path / "data" / "sub", tmp_path / "data"):
+        path.chmod(0o555)
+    try:
+        with Catalogue(tmp_path / "again.sqlite") as again:
+            assert scan(LocalSource(tmp_path / "data"), RULES, again) == result
+            assert list(again.left_out("set")) == list(catalogue.left_out("set"))
+    finally:
+        for path in (tmp_path / "data" / "sub", tmp_path / "data"):
+            path.chmod(0o755)
+
+
+def test_a_file_that_could_not_be_opened_is_tried_again(tmp_path: Path, catalogue: Catalogue) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(picture())
+    (tmp_path / "data" / "b.png").symlink_to(tmp_path / "target.png")
+    assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue).used == 1
+    (tmp_path / "target.png").write_bytes(picture())
+    assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue).used == 2
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (lambda root: None, r"does not exist"),
+        (lambda root: root.mkdir(), r"data set 'set': .*data holds no files; put images there"),
+        (lambda root: (root.mkdir(), (root / "a.jpg").write_bytes(b"<html>"), (root / "b.md").write_bytes(b"x")),
+         r"data set 'set': all 2 files in .*data are left out \(1 unreadable, 1 not an image\), such as a\.jpg: unreadable: this is a web"),
+    ],
+)  # fmt: skip
+def test_nothing_to_train_on_is_one_sentence(tmp_path: Path, catalogue: Catalogue, prepare: object, sentence: str) -> None:
+    prepare(tmp_path / "data")  # type: ignore[operator]
+    with pytest.raises(DataError, match=sentence):
+        scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue)
+
+
+def test_a_failing_disk_ends_the_scan_instead_of_leaving_images_out(catalogue: Catalogue) -> None:
+    class Failing(MemoryBackend):
+        def open(self, key: str) -> BinaryIO:
+            if key == "b.png":
+                raise OSError(errno.EIO, "Input/output error")
+            return super().open(key)
+
+    files = {f"{name}.png": picture() for name in "abc"}
+    with pytest.raises(StorageError, match=r"memory: b\.png could not be read: Input/output error"):
+        scan(Failing(files), BY_NAME, catalogue)
+    assert scan(MemoryBackend(files), BY_NAME, catalogue).used == 3
+
+
+def test_a_stop_is_noticed_between_files_and_what_was_read_is_kept(catalogue: Catalogue) -> None:
+    store = Watched({f"{index:04}.png": picture() for index in range(1000)})
+    seen: list[tuple[int, int]] = []
+
+    def stop() -> bool:
+        return len(store.opened) > 200
+
+    with pytest.raises(Interrupted):
+        scan(store, BY_NAME, catalogue, threads=1, on_progress=lambda *state: seen.append(state), should_stop=stop)
+    assert 200 < len(store.opened) < 400
+    assert seen[-1] == (len(store.opened), 1000)
+    already = set(store.opened)
+    assert set(store.reopened(BY_NAME, catalogue)) == set(store._files) - already
+    assert catalogue.used("set") == 1000
+
+
+def test_a_scan_killed_at_any_moment_is_finished_by_the_next(tmp_path: Path) -> None:
+    data, database = tmp_path / "data", tmp_path / "catalogue.sqlite"
+    messy_folder(data)
+    script = (
+        "import sys, time\nfrom helpers.data import scan as module\nfrom tests.data.test_scan import RULES\n"
+        "from helpers.data.catalogue import Catalogue\nfrom helpers.storage.local import LocalSource\n"
+        "really, module._BLOCK = module._facts, 4\n"
+        "def slowly(*arguments):\n    print('.', flush=True)\n    time.sleep(0.05)\n    return really(*arguments)\n"
+        "module._facts = slowly\n"
+        "module.scan(LocalSource(sys.argv[1]), RULES, Catalogue(sys.argv[2]), threads=1)\n"
+    )
+    with Catalogue(database) as catalogue:  # an older, finished scan, so that there is a verdict to go stale
+        (data / "late").mkdir()
+        scan(LocalSource(data), RULES, catalogue)
+        for index in range(30):
+            (data / "late" / f"{index}.png").write_bytes(picture())
+            (data / "late" / f"{index}.txt").write_text("late")
+    for files in (1, 9, 23):
+        scanner = subprocess.Popen([sys.executable, "-c", script, str(data), str(database)], stdout=subprocess.PIPE)
+        assert scanner.stdout is not None
+        for _ in range(files):
+            assert scanner.stdout.readline() == b".\n"
+        scanner.kill()
+        scanner.wait()
+        scanner.stdout.close()
+    with Catalogue(database) as catalogue:
+        result = scan(LocalSource(data), RULES, catalogue)
+        assert (result.found, result.used) == (53, 50)
+        assert 0 < result.opened < 60, "what was read before the kills is kept"
+        assert scan(LocalSource(data), RULES, catalogue).opened == 1, "only the dead link is tried again"
+
+
+def test_a_catalogue_that_is_damaged_or_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.sqlite").write_bytes(b"this is not a database" * 100)
+    with pytest.raises(DataError, match=r"c\.sqlite is damaged or no catalogue .*move it away"):
+        Catalogue(tmp_path / "c.sqlite")
+    other = sqlite3.connect(tmp_path / "d.sqlite")
+    other.execute("CREATE TABLE precious (x)")
+    other.commit()
+    other.close()
+    with pytest.raises(DataError, match=r"d\.sqlite is not a catalogue of this version"):
+        Catalogue(tmp_path / "d.sqlite")
+
+
+def test_a_catalogue_that_cannot_be_written_is_the_machines_fault(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="could not be opened"):
+        Catalogue(tmp_path / "file" / "catalogue.sqlite")
+
+
+def test_a_full_disk_while_scanning_is_a_sentence_and_the_next_scan_goes_on(tmp_path: Path) -> None:
+    store = MemoryBackend({f"{index:05}.png": picture() for index in range(3000)})
+    with Catalogue(tmp_path / "catalogue.sqlite") as catalogue:
+        catalogue._database.execute("PRAGMA max_page_count = 60")  # what SQLite says then is what a full disk makes it say
+        with pytest.raises(StorageError, match=r"catalogue\.sqlite could not be written: .*full"):
+            scan(store, BY_NAME, catalogue)
+        catalogue._database.execute("PRAGMA max_page_count = 1000000")
+        assert scan(store, BY_NAME, catalogue).used == 3000
+
+
+def test_headers_of_five_thousand_files_a_second_are_scanned_by_one_core(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data = picture(768, 512, "JPEG")
+    for index in range(1000):
+        (tmp_path / "data" / f"{index}.jpg").write_bytes(data)
+
+    def seconds(attempt: int) -> float:
+        with Catalogue(tmp_path / f"{attempt}.sqlite") as catalogue:
+            started = time.process_time()
+            assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue, threads=2).used == 1000
+            return time.process_time() - started
+
+    assert min(map(seconds, range(3))) < 1000 / 5000  # the best of three: what else the machine does is not counted
+
+
+def test_left_out_files_are_records(catalogue: Catalogue) -> None:
+    scan(MemoryBackend({"a.png": picture(), "b.md": b""}), BY_NAME, catalogue)
+    assert list(catalogue.left_out("set")) == [LeftOut("b.md", "not an image: its name ends in .md")]
