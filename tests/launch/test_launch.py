@@ -98,8 +98,7 @@ def test_accelerates_configuration_is_looked_for_where_accelerate_does(tmp_path:
 
 def test_the_kind_of_the_installed_torch_is_told_without_importing_it() -> None:
     program = (
-        "import sys; from helpers.errors import ConfigError
-from helpers.launch import torch_has_a_gpu as ours; found = ours(); assert 'torch' not in sys.modules;"
+        "import sys; from helpers.launch import torch_has_a_gpu as ours; found = ours(); assert 'torch' not in sys.modules;"
         "import torch; print(found == bool(torch.version.cuda or torch.version.hip))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)

@@ -1,0 +1,124 @@
+"""The LoRA that is handed over is the LoRA that was trained, wherever it is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from helpers.config.options import AdapterOptions
+from helpers.errors import ConfigError
+from helpers.families.sdxl import SDXL
+from helpers.methods.lora import Lora
+from helpers.protocols import Trainable
+from tests.methods.conftest import ask
+
+EVERYWHERE = (
+    "to_k,to_q,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,time_emb_proj,conv,conv_in,conv_out,"
+    "linear_1,linear_2"
+)
+Elsewhere = Callable[[str, torch.Tensor], str]
+
+
+def trained(family: SDXL, **options: object) -> tuple[Lora, Trainable]:
+    """An adapter with weights as training might leave them."""
+    method = Lora(dataclasses.replace(AdapterOptions(), lora_rank=4, lora_alpha=8.0, **options), family)
+    trainable = method.attach(family.load(torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    trainable.put({name: 0.05 * torch.randn(weights.shape, generator=generator) for name, weights in trainable.parameters.items()})
+    return method, trainable
+
+
+def test_a_fresh_adapter_changes_nothing(family: SDXL) -> None:
+    untouched = ask(family, family.load(torch.float32).denoiser)
+    method = Lora(AdapterOptions(), family)
+    assert torch.equal(ask(family, method.attach(family.load(torch.float32)).denoiser), untouched)
+
+
+@pytest.mark.slow
+def test_both_layouts_open_in_diffusers_and_predict_what_the_live_model_predicts(
+    family: SDXL, model: Path, tmp_path: Path, elsewhere: Elsewhere
+) -> None:
+    """On every kind of layer, with an alpha that is not the rank. A LoRA that does nothing fails the same comparison."""
+    method, trainable = trained(family, lora_targets=tuple(EVERYWHERE.split(",")))
+    method.save(trainable, tmp_path / "out")
+    said = elsewhere(
+        f"""
+        for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetensors", None):
+            pipeline = StableDiffusionXLPipeline.from_pretrained({str(model)!r})
+            if name:
+                pipeline.load_lora_weights({str(tmp_path / "out")!r}, weight_name=name)
+            print(difference(pipeline.unet))
+        """,
+        ask(family, trainable.denoiser),
+    )
+    diffusers_layout, kohya_layout, no_lora = map(float, said.split())
+    assert diffusers_layout < 1e-5
+    assert kohya_layout < 1e-5
+    assert no_lora > 0.01
+
+
+def test_the_kohya_layout_converts_back(family: SDXL, tmp_path: Path) -> None:
+    """Names of the original SDXL code, the same matrices, alpha in every module, and no caption text anywhere."""
+    method, trainable = trained(family)
+    method.save(trainable, tmp_path)
+    plain, kohya = load_file(tmp_path / "pytorch_lora_weights.safetensors"), load_file(tmp_path / "pytorch_lora_weights.kohya.safetensors")
+    # Of a U-Net with one layer a block: down block 1, attention 0 is input block 3; the last up block with attention begins at 2.
+    expected = {
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0": "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0",
+        "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k": "lora_unet_output_blocks_2_1_transformer_blocks_0_attn1_to_k",
+    }
+    for ours, theirs in expected.items():
+        assert torch.equal(plain[f"{ours}.lora_A.weight"], kohya[f"{theirs}.lora_down.weight"])
+        assert torch.equal(plain[f"{ours}.lora_B.weight"], kohya[f"{theirs}.lora_up.weight"])
+        assert kohya[f"{theirs}.alpha"].item() == 8.0
+    assert len(kohya) == len(plain) * 3 // 2
+    with safe_open(tmp_path / "pytorch_lora_weights.kohya.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert not any("caption" in name or "tag" in name for name in metadata)
+
+
+def test_rank_and_alpha_travel_with_the_file(family: SDXL, tmp_path: Path) -> None:
+    method, trainable = trained(family)
+    method.save(trainable, tmp_path)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 8.0)
+
+
+def test_what_was_saved_is_read_back_bit_for_bit(family: SDXL, tmp_path: Path) -> None:
+    method, trainable = trained(family)
+    method.save(trainable, tmp_path)
+    stored = method.read(trainable, tmp_path)
+    assert stored.keys() == trainable.parameters.keys()
+    assert all(torch.equal(stored[name], weights) for name, weights in trainable.parameters.items())
+
+
+def test_the_same_weights_give_the_same_bytes(family: SDXL, tmp_path: Path) -> None:
+    method, trainable = trained(family)
+    files = [method.save(trainable, tmp_path / str(number)) for number in range(4)]
+    for same in zip(*files, strict=True):
+        assert len({path.read_bytes() for path in same}) == 1
+
+
+def test_adapter_weights_stay_float32_on_a_half_precision_model(family: SDXL) -> None:
+    method = Lora(AdapterOptions(), family)
+    assert method.weights_dtype("bf16", "adamw") == torch.bfloat16
+    trainable = method.attach(family.load(torch.bfloat16))
+    assert {weights.dtype for weights in trainable.parameters.values()} == {torch.float32}
+
+
+def test_targets_can_be_a_regular_expression_and_must_fit(family: SDXL) -> None:
+    only_mid = Lora(dataclasses.replace(AdapterOptions(), lora_targets=(r"mid_block\..*\.to_q",)), family)
+    assert all("mid_block" in name for name in only_mid.attach(family.load(torch.float32)).parameters)
+    nowhere = Lora(dataclasses.replace(AdapterOptions(), lora_targets=("to_nothing",)), family)
+    with pytest.raises(ConfigError, match="to_nothing"):
+        nowhere.attach(family.load(torch.float32))
