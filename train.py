@@ -30,18 +30,21 @@ from helpers.errors import (
     ConfigError,
     Interrupted,
     StorageError,
+    TrainingError,
     UserError,
 )
 from helpers.families import FAMILIES
 from helpers.methods import METHODS
 from helpers.objectives import OBJECTIVES
 from helpers.storage.atomic import write_json
+from helpers.training.stopping import StopRequest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from helpers.data.batches import Batch
+    from helpers.data.order import OrderStart
     from helpers.data.prepare import DataSettings, TrainingData, Workers
     from helpers.protocols import Corrupted, ModelFamily, Objective, TextTensors, TrainingMethod
     from helpers.reporting import Reporters
@@ -57,6 +60,7 @@ MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a fini
 def main() -> int:
     """Run, and say how it ended by the exit code (helpers/errors.py)."""
     ranks.tie_to_launcher(os.environ)
+    stop = StopRequest().listen()
     try:
         config = read_config(sys.argv[1:], os.environ, known_facts())  # all mistakes at once, before torch is imported
     except ConfigError as error:
@@ -70,7 +74,7 @@ def main() -> int:
     report = Reporters(Console() if first else Speaker(f"process {os.environ['RANK']}"))
     code = EXIT_FAULT
     try:
-        train(config, report)
+        train(config, stop, report)
         code = EXIT_FINISHED
     except Interrupted as stop:
         report.failed(str(stop))
@@ -78,7 +82,7 @@ def main() -> int:
     except UserError as error:
         report.failed(str(error))
         code = EXIT_REFUSED
-    except StorageError as error:
+    except (StorageError, TrainingError) as error:
         report.failed(str(error))
     except Exception:
         traceback.print_exc()
@@ -87,17 +91,18 @@ def main() -> int:
     return ranks.record_exit(os.environ, code)
 
 
-def train(config: Config, report: Reporters) -> None:
+def train(config: Config, stop: StopRequest, report: Reporters) -> None:
     """One life of a run: it begins anew or goes on from a checkpoint, and ends finished, or saved and interrupted."""
     from helpers.training.runtime import start_runtime
 
-    with start_runtime(config.run, config.given) as runtime:  # processes, device, precision, signals, the lock on OUTPUT_DIR
+    with start_runtime(config.run, config.given, stop) as runtime:  # processes, device, precision, the lock on OUTPUT_DIR
         if runtime.is_main:
             begin_report(config, runtime, report)
         run(config, runtime, report)
 
 
 def run(config: Config, runtime: Runtime, report: Reporters) -> None:
+    from helpers.data.order import OrderStart
     from helpers.data.prepare import prepare_data
     from helpers.reporting.contact_sheet import write_contact_sheet
     from helpers.training.checkpoints import Checkpointer
@@ -118,17 +123,22 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     found, state, accumulation = find_start(checkpoints, config, runtime, report)
     config = settled(config, runtime, method, state, accumulation)
 
-    # Encode every image and caption once, then let the encoders go: they and the network never have to share the GPU.
-    data = prepare_data(config.datasets, data_settings(config, runtime, state, accumulation, prompts), family, workers(runtime), report)
     identity = run_identity(config, family, objective)
     if found:
-        found.require_same_run(identity, data.fingerprint(), config.data.accept_changed_data)
+        found.require_same_run(identity)
+
+    # Encode every image and caption once, then let the encoders go: they and the network never have to share the GPU.
+    data = prepare_data(config.datasets, data_settings(config, runtime, state, accumulation, prompts), family, workers(runtime), report)
+    if found and (changed := found.changed_data(data.fingerprint(), config.data.accept_changed_data)):
+        state.order = OrderStart(state.step, found.content["untouched_epoch"])
+        now = f"epoch {state.order.epoch} begins with step {state.step + 1:,} on what is there now"
+        report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
 
     runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
     trainable = method.attach(family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)))
     if config.run.gradient_checkpointing:
         trainable.denoiser.enable_gradient_checkpointing()
-    total = total_steps(config, data, accumulation * runtime.world_size)
+    total = total_steps(config, data, accumulation * runtime.world_size, state.order)
     engine = Engine(runtime, trainable, config.optimizer, Schedule.create(config.schedule, total))
     average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
     learner = Learner(method, trainable, engine, average)
@@ -138,7 +148,13 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
 
     def save() -> None:
         batch = {"gradient_accumulation_steps": accumulation, "processes": runtime.world_size}
-        position = {"state": state.to_json(), "identity": identity, "data": data.fingerprint(), "batch": batch}
+        position = {
+            "state": state.to_json(),
+            "untouched_epoch": data.untouched_epoch(state.step, state.order),
+            "identity": identity,
+            "data": data.fingerprint(),
+            "batch": batch,
+        }
         if runtime.is_main:  # it writes for all: weights, optimiser and average are the same everywhere
             report.saved(state.step, checkpoints.save(state.step, learner, position))
         runtime.wait_for_everyone()
@@ -156,7 +172,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     length = f"from step {state.step:,} to {total:,}"
     report.chapter("training", f"{family.facts.title} · {trainable.description} · {length} · {data.describe()}")
     validate()
-    for batches, waited, began in timed(data.steps(state.step, total)):
+    for batches, waited, began in timed(data.steps(state.step, total, state.order)):
         rows: list[dict[str, Any]] = []
         for number, batch in enumerate(batches):
             runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
@@ -171,7 +187,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         if config.data.record_samples:
             report.sampled(in_order(runtime.gather(rows)))
         report.stepped(step_result(state, update, batches, began, waited))
-        if checkpoints.due(state.step) or update.stop_asked or state.step == total:
+        if (checkpoints.due(state.step) and update.taken) or update.stop_asked or state.step == total:
             save()
         if update.stop_asked and state.step < total:
             raise Interrupted(f"step {state.step:,} of {total:,} is done and saved; start again to go on.")
@@ -257,6 +273,7 @@ def data_settings(config: Config, runtime: Runtime, state: TrainState, accumulat
         device=runtime.device,
         seed=state.seed,
         batch_size=config.data.train_batch_size,
+        resumed=state.step > 0,
         accumulation=accumulation,
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
@@ -295,10 +312,11 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
     return json.loads(json.dumps(identity, default=str))  # as it will be read back: tuples become lists
 
 
-def total_steps(config: Config, data: TrainingData, micro_batches_per_step: int) -> int:
+def total_steps(config: Config, data: TrainingData, micro_batches_per_step: int, order: OrderStart) -> int:
     if config.run.max_train_steps:
         return config.run.max_train_steps
-    return math.ceil(config.run.num_train_epochs * data.micro_batches_per_epoch / micro_batches_per_step)
+    epochs = max(config.run.num_train_epochs - order.epoch, 0)  # on the present data
+    return order.step + math.ceil(epochs * data.micro_batches_per_epoch / micro_batches_per_step)
 
 
 def make_validator(

@@ -11,6 +11,7 @@ reaches its threshold, else 1.
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo.pictures import COLOURS, CONCEPT, SHAPES, SIZE_PX, Scene, draw_shape
@@ -28,6 +29,7 @@ STEPS = 20
 GUIDANCE = 4.0
 SMALLEST_SHARE = 0.03  # of the picture; anything smaller is not a shape
 LARGEST_FRAME_SHARE = 0.3  # of the picture's frame; where more of it differs from the background, there is no plain background
+ROUNDINGS = (0.0, 0.05, 0.1)  # corners that a network has rounded are still corners
 SMALLEST_OVERLAP = 0.65  # with a template; anything less alike is not one of our shapes
 THRESHOLDS = {"foreground": 0.75, "background": 0.85, "shape": 0.8}
 CHANCE = {"foreground": 1 / len(COLOURS), "background": 1 / len(COLOURS), "shape": 1 / len(SHAPES)}
@@ -127,19 +129,21 @@ def _nearest_shape(mask: np.ndarray) -> str | None:
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
     def overlap(shape: str) -> float:
-        template = _template(shape, box.shape[1], box.shape[0])
-        return float((box & template).sum() / (box | template).sum())
+        templates = (_template(shape, box.shape[1], box.shape[0], rounding) for rounding in ROUNDINGS)
+        return max(float((box & template).sum() / (box | template).sum()) for template in templates)
 
     best = max(ALL_SHAPES, key=overlap)
     return best if overlap(best) >= SMALLEST_OVERLAP else None
 
 
-def _template(shape: str, width: int, height: int) -> np.ndarray:
-    """A shape that fills a box, as a (height, width) mask."""
-    scale = 8
-    picture = Image.new("L", (width * scale, height * scale))
-    draw_shape(ImageDraw.Draw(picture), shape, (0, 0, width * scale - 1, height * scale - 1), 255)
-    return np.asarray(picture.reduce(scale)) > 127
+@functools.cache
+def _template(shape: str, width: int, height: int, rounding: float) -> np.ndarray:
+    """A shape that fills a box, as a (height, width) mask; `rounding` smooths its corners, as a share of its size."""
+    side, margin = 256, 64
+    picture = Image.new("L", (side + 2 * margin,) * 2)
+    draw_shape(ImageDraw.Draw(picture), shape, (margin, margin, margin + side - 1, margin + side - 1), 255)
+    smooth = picture.filter(ImageFilter.GaussianBlur(rounding * side)).point(lambda value: 255 * (value > 127))
+    return np.asarray(smooth.crop(smooth.getbbox()).resize((width, height), Image.Resampling.BOX)) > 127
 
 
 def main() -> int:

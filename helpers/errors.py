@@ -39,5 +39,9 @@ class StorageError(Exception):
     """A store that cannot be read or written: disk full, network gone. Ends the run with exit code 1 and this sentence."""
 
 
+class TrainingError(Exception):
+    """A run that cannot go on, such as one whose loss is no longer a number. Ends it with exit code 1 and this sentence."""
+
+
 class Interrupted(Exception):
     """The user asked the run to stop, and everything worth keeping has been saved."""

@@ -15,6 +15,7 @@ from helpers.config.sources import Rank, Setting
 
 LARGEST_MEGAPIXELS = 32  # nobody trains above it: the number is a length in pixels
 SMALLEST_PIXELS = 16  # nobody trains below it: the number is an area in megapixels
+VALIDATION_FOLDER = "validation_images"  # in OUTPUT_DIR; those of an earlier run are tempting as a data set
 _SIZE = re.compile(r"[1-9]\d*x[1-9]\d*|[1-9]\d*|\d*\.\d+|\d+\.", re.IGNORECASE)
 _LIBRARIES = {  # choice -> module, package
     "tensorboard": ("tensorboard", "tensorboard"),
@@ -120,7 +121,8 @@ def _is_path(model: str) -> bool:
 
 def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     """Nothing is ever written into a folder of images."""
-    written: list[tuple[str, Any]] = [(_origin(chosen, "output_dir"), chosen["output_dir"].value)]
+    output = chosen["output_dir"].value
+    written: list[tuple[str, Any]] = [(_origin(chosen, "output_dir"), folder) for folder in (output, output / VALIDATION_FOLDER)]
     written += [(f"--{name}", chosen[name].value) for name in ("cache_dir", "cache_dir_vae", "cache_dir_text")]
     written += [(f"data set {dataset.id!r}, cache_dir_vae", dataset.cache_dir_vae) for dataset in data.datasets]
     written += [(f"text_embeds {text.id!r}, cache_dir", text.cache_dir) for text in data.text_caches]

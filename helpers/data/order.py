@@ -2,7 +2,8 @@
 
 An epoch is a list of micro-batches. It depends on the plan, the batch size, the seed and the epoch's number, and on nothing else:
 not on the number of processes, not on what was trained before. Step s is made of the next G micro-batches, G being accumulation
-times processes, and runs on across the end of an epoch.
+times processes, and runs on across the end of an epoch. Only where a run goes on with changed data does an epoch begin at a later
+step than at 0: see `OrderStart`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,17 @@ from helpers.data.draws import seed_of
 GROUP_SIZE = 4
 
 Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class OrderStart:
+    """Where an order begins: its first micro-batch is the first one of `epoch` and of step `step`, both counted from 0."""
+
+    step: int = 0
+    epoch: int = 0
+
+
+FROM_THE_BEGINNING = OrderStart()
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,14 @@ class EpochOrder:
         self.micro_batches_per_epoch = len(self._starts)
         self._built: dict[int, _Epoch] = {}
 
-    def step(self, step: int, rank: int = 0, world_size: int = 1, accumulation: int = 1) -> list[MicroBatch]:
-        """The `accumulation` micro-batches that a process handles in step `step`, counted from 0; none of them is empty."""
+    def step(
+        self, step: int, rank: int = 0, world_size: int = 1, accumulation: int = 1, start: OrderStart = FROM_THE_BEGINNING
+    ) -> list[MicroBatch]:
+        """The `accumulation` micro-batches that a process handles in step `step`, not before `start.step`; none of them is empty."""
         per_step = accumulation * world_size
-        epochs, positions = np.divmod(np.arange(step * per_step, (step + 1) * per_step), self.micro_batches_per_epoch)
+        first = (step - start.step) * per_step
+        epochs, positions = np.divmod(np.arange(first, first + per_step), self.micro_batches_per_epoch)
+        epochs += start.epoch
         batches = [int(self._epoch(int(epoch)).batches[position]) for epoch, position in zip(epochs, positions, strict=True)]
         ends = np.cumsum(self._sizes[batches])
         return [
@@ -73,9 +89,9 @@ class EpochOrder:
             for i in range(rank, per_step, world_size)
         ]
 
-    def epoch_of(self, step: int, micro_batches_per_step: int) -> int:
-        """The epoch in which a step, counted from 0, begins."""
-        return step * micro_batches_per_step // self.micro_batches_per_epoch
+    def untouched_epoch(self, steps: int, micro_batches_per_step: int, start: OrderStart = FROM_THE_BEGINNING) -> int:
+        """The first epoch that no micro-batch of the first `steps` steps belongs to."""
+        return start.epoch + -(-(steps - start.step) * micro_batches_per_step // self.micro_batches_per_epoch)
 
     def _micro_batch(self, epoch: int, batch: int, last_place: int, step_samples: int) -> MicroBatch:
         start, size = int(self._starts[batch]), int(self._sizes[batch])

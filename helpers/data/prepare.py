@@ -58,6 +58,7 @@ class DataSettings:
     text_batch_size: int = 16
     threads: int = field(default_factory=available_threads)  # that read, decode and resize, over all processes
     extra_captions: Sequence[str] = ()  # that the run needs besides those of the data, such as validation prompts
+    resumed: bool = False  # then the plan stays that of the run's first life: with the images that turned out undecodable in it
 
 
 def prepare_data(
@@ -117,7 +118,14 @@ class _Preparation:
     def _scan(self, index: int) -> ScanResult:
         rules = rules_of(self.datasets[index])
         with _late_bar(self.report, f"scan {rules.dataset}", "files") as told:
-            return scan(self.sources[index], rules, self.catalogue, on_progress=told, should_stop=self.workers.should_stop)
+            return scan(
+                self.sources[index],
+                rules,
+                self.catalogue,
+                on_progress=told,
+                should_stop=self.workers.should_stop,
+                leave_out_undecodable=not self.settings.resumed,
+            )
 
     # -- images ---------------------------------------------------------------------------------------------------------
 

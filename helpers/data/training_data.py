@@ -19,7 +19,7 @@ from helpers.data.cache import Cache, DamagedRecordError, Locations
 from helpers.data.catalogue import Catalogue
 from helpers.data.fill import FillOptions, is_finite
 from helpers.data.latents import LatentFiller
-from helpers.data.order import EpochOrder
+from helpers.data.order import FROM_THE_BEGINNING, EpochOrder, OrderStart
 from helpers.data.sample import Geometry, Sample, Size
 from helpers.data.texts import TextFiller, text_key
 from helpers.errors import DataError
@@ -189,19 +189,20 @@ class TrainingData:
         """Not always whole: a step may begin in one epoch and end in the next."""
         return self.micro_batches_per_epoch / (self._accumulation * self._world_size)
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch in which a step begins."""
-        return self._order.epoch_of(step, self._accumulation * self._world_size)
+    def untouched_epoch(self, steps: int, order: OrderStart = FROM_THE_BEGINNING) -> int:
+        """The first epoch of which nothing was trained in the first `steps` steps."""
+        return self._order.untouched_epoch(steps, self._accumulation * self._world_size, order)
 
-    def steps(self, start: int, end: int) -> Iterator[list[Batch]]:
+    def steps(self, start: int, end: int, order: OrderStart = FROM_THE_BEGINNING) -> Iterator[list[Batch]]:
         """For each step from `start` up to but without `end`, this process's batches, one for each round of accumulation.
 
-        They are made ahead in a thread, which ends when the iterator is closed or used up.
+        `order` tells where the order of this data begins, not after `start`. The batches are made ahead in a thread, which ends when
+        the iterator is closed or used up.
         """
 
         def produce() -> Iterator[list[Batch]]:
             for step in range(start, end):
-                micro_batches = self._order.step(step, self._rank, self._world_size, self._accumulation)
+                micro_batches = self._order.step(step, self._rank, self._world_size, self._accumulation, order)
                 yield [self._maker.make(micro_batch, step) for micro_batch in micro_batches]
 
         return prefetched(produce, STEPS_AHEAD)

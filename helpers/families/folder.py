@@ -11,6 +11,8 @@ from typing import Any
 from helpers.errors import ModelError
 from helpers.storage.atomic import write_json
 
+ALIGNMENT = 64  # bytes: a cache line, and what torch's own allocator gives on a CPU
+
 
 def locate(name: str, revision: str | None = None, variant: str | None = None) -> Path:
     """The folder of a model, fetched from the hub unless `name` is a folder. Raises ModelError when it is neither."""
@@ -60,6 +62,24 @@ def require_components(folder: Path, components: Sequence[str]) -> None:
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
+    for path in (path for name in components for path in sorted((folder / name).glob("*.safetensors"))):
+        if _is_cut_off(path):
+            raise ModelError(f"{path} is cut off, as an interrupted download leaves it: fetch the model again.")
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a safetensors file ends before its last tensor does. Reads the header alone; a damaged one counts as cut off."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            return True
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return True
+    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return 8 + length + max(ends, default=0) > size
 
 
 def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant: str | None) -> Any:
@@ -75,9 +95,20 @@ def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant:
     try:
         if variant and any((folder / subfolder).glob(f"*.{variant}*.safetensors")):
             arguments["variant"] = variant
-        return kind.from_pretrained(folder, **arguments)
+        return _aligned(kind.from_pretrained(folder, **arguments))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / subfolder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def _aligned(module: Any) -> Any:
+    """Move weights that lie at odd addresses, as views of a file do, to where torch itself would put them.
+
+    Matrix kernels answer in other last bits for other alignments, and a resumed run must not depend on where its weights lie.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return module
 
 
 class WeightsHashes:

@@ -116,8 +116,11 @@ class Lora:
         return {_public_name(name): weights[name].detach().float() for name in trainable.parameters}
 
     def _metadata(self, trainable: Trainable) -> dict[str, object]:
-        """Rank, alpha and targets as peft describes them: without these a loader takes alpha to be the rank."""
-        config = trainable.denoiser.peft_config[ADAPTER].to_dict()
+        """Rank, alpha and targets as peft describes them: without these a loader takes alpha to be the rank.
+
+        Dropout is for training. diffusers would switch it on again for whoever loads the file, in networks left in training mode.
+        """
+        config = {**trainable.denoiser.peft_config[ADAPTER].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
         return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items() if _plain(value)}
 
     def _kohya(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

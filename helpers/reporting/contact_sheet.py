@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from helpers.storage.atomic import write_file
 
 SHEET = "contact_sheet.png"
 _NAME = re.compile(r"step_(\d+)_(.+_\d+x\d+(?:_\d+)?)\.png")
@@ -34,9 +37,10 @@ def write_contact_sheet(folder: Path) -> Path | None:
         for column, step in enumerate(steps):
             if step in by_step:
                 sheet.paste(_thumbnail(by_step[step]), (MARGIN + column * (CELL + MARGIN), top + LABEL - MARGIN))
-    path = folder / SHEET
-    sheet.save(path)
-    return path
+    encoded = io.BytesIO()
+    sheet.save(encoded, "PNG")
+    write_file(folder / SHEET, encoded.getvalue())
+    return folder / SHEET
 
 
 def _thumbnail(path: Path) -> Image.Image:

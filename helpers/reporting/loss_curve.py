@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 from helpers.reporting.records import METRICS
+from helpers.storage.atomic import write_file
 
 CURVE = "loss_curve.png"
 
@@ -27,9 +29,10 @@ def write_loss_curve(output_dir: Path) -> Path | None:
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = output_dir / CURVE
-    figure.savefig(path)
-    return path
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png")
+    write_file(output_dir / CURVE, encoded.getvalue())
+    return output_dir / CURVE
 
 
 def running_mean(values: list[float], window: int) -> list[float]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from helpers.errors import StorageError
 from helpers.protocols import Reporter, StepResult
 from helpers.storage.atomic import write_file
 
@@ -19,7 +21,7 @@ class Records(Reporter):
     """Appends to the files of one OUTPUT_DIR, after cutting them back to the step that the run goes on from."""
 
     def __init__(self, output_dir: Path, resumed_at: int, record_samples: bool) -> None:
-        self._files: list[IO[str]] = []
+        self._files: list[FileIO] = []
         self._metrics = self._continue(output_dir / METRICS, resumed_at)
         self._samples = self._continue(output_dir / SAMPLES, resumed_at) if record_samples else None
 
@@ -35,9 +37,9 @@ class Records(Reporter):
         for stream in self._files:
             stream.close()
 
-    def _continue(self, path: Path, step: int) -> IO[str]:
+    def _continue(self, path: Path, step: int) -> FileIO:
         cut_back(path, step)
-        stream = path.open("a", encoding="utf-8")
+        stream = path.open("ab", buffering=0)  # what a reader sees is whole lines; a kill loses at most the last
         self._files.append(stream)
         return stream
 
@@ -52,6 +54,11 @@ def cut_back(path: Path, step: int) -> None:
         write_file(path, b"".join(kept))
 
 
-def _append(stream: IO[str], row: Mapping[str, Any]) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-    stream.flush()  # what a reader sees is whole lines; a kill loses at most the last
+def _append(stream: FileIO, row: Mapping[str, Any]) -> None:
+    line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    try:
+        written = stream.write(line)
+    except OSError as error:
+        raise StorageError(f"{stream.name!s} could not be written: {error.strerror}.") from error
+    if written != len(line):
+        raise StorageError(f"{stream.name!s} could not be written: the disk is full.")

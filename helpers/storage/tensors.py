@@ -8,16 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.errors import StorageError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file. The same tensors and metadata always give the same bytes, so that runs can be compared by them."""
+    """Write a safetensors file. The same tensors and metadata always give the same bytes, so that runs can be compared by them.
+
+    StorageError when it cannot be written, with what is there of it left to the caller.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {"format": "pt"}))
-    _sort_metadata(path)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, dict(metadata or {"format": "pt"}))
+        _sort_metadata(path)
+    except (SafetensorError, OSError) as error:  # the library reports a full disk as an error of its own kind
+        raise StorageError(f"{path} could not be written: {error}") from error
 
 
 def _sort_metadata(path: Path) -> None:

@@ -42,12 +42,20 @@ class Found:
     def step(self) -> int:
         return int(self.content["state"]["step"])
 
-    def require_same_run(self, identity: Mapping[str, Any], data: Mapping[str, str], accept_changed_data: bool) -> None:
-        """Raises CheckpointError naming every setting, and the part of the data, that is no longer what it was."""
+    def require_same_run(self, identity: Mapping[str, Any]) -> None:
+        """Raises CheckpointError naming every setting that is no longer what it was."""
         require_same(self.content["identity"], identity, self.folder.name, "Set it back, or choose another --output_dir for a new run.")
-        if not accept_changed_data:
-            remedy = "Restore the data, go on with what is there now by --accept_changed_data, or choose another --output_dir."
-            require_same(self.content["data"], data, self.folder.name, remedy)
+
+    def changed_data(self, data: Mapping[str, str], accepted: bool) -> list[str]:
+        """The parts of the data's fingerprint that are no longer what they were. Raises CheckpointError naming them unless `accepted`."""
+        before = self.content["data"]
+        changed = [name for name in {**before, **data} if before.get(name) != data.get(name)]
+        if changed and not accepted:
+            raise CheckpointError(
+                f"{self.folder.name} was trained on other data than is there now: {', '.join(changed)} changed. "
+                "Restore the data, go on with what is there now by --accept_changed_data, or choose another --output_dir."
+            )
+        return changed
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         from safetensors.torch import load_file

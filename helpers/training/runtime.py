@@ -103,13 +103,12 @@ class Runtime:
             self.accelerator.end_training()
 
 
-def start_runtime(options: RunOptions, chosen: Collection[str]) -> Runtime:
-    """Join the other processes, settle the precision for the device, take the lock on OUTPUT_DIR, and listen for signals.
+def start_runtime(options: RunOptions, chosen: Collection[str], stop: StopRequest) -> Runtime:
+    """Join the other processes, settle the precision for the device, and take the lock on OUTPUT_DIR.
 
     `chosen` are the options the user set, as opposed to defaults. Raises UserError when the output folder is in use or the
     precision is impossible here.
     """
-    stop = StopRequest().listen()
     configure_logging()
     # Unless it is told that this is a CPU, accelerate makes each process of a CPU group believe that it is alone.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

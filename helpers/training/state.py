@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import CheckpointError
+from helpers.data.order import FROM_THE_BEGINNING, OrderStart
+from helpers.errors import CheckpointError, TrainingError
 
 if TYPE_CHECKING:
     from helpers.data.sample import Sample
@@ -20,10 +21,11 @@ class TrainState:
     step: int = 0  # steps done
     updates: int = 0  # of them, those that moved the weights: the clock of learning rate and average
     skipped_in_a_row: int = 0
+    order: OrderStart = FROM_THE_BEGINNING  # where the present data took over
     trackers: dict[str, str] = field(default_factory=dict)  # run ids, so that a resumed run goes on in the same curve
 
     def advance(self, moved: bool, most_skipped: int, samples: Sequence[Sample]) -> None:
-        """One step done. Raises FloatingPointError naming the samples after too many steps in a row without a finite gradient."""
+        """One step done. Raises TrainingError naming the samples after too many steps in a row without a finite gradient."""
         self.step += 1
         if moved:
             self.updates += 1
@@ -32,7 +34,7 @@ class TrainState:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > most_skipped:
             keys = ", ".join(f"{sample.dataset}/{sample.key}" for sample in samples)
-            raise FloatingPointError(
+            raise TrainingError(
                 f"Loss or gradient was not finite for {self.skipped_in_a_row} steps in a row, the last at step {self.step} with {keys}. "
                 "The newest checkpoint is from before; a lower learning rate or --mixed_precision=bf16 may help."
             )
@@ -42,7 +44,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
-        return cls(**values)
+        return cls(**{**values, "order": OrderStart(**values["order"])})
 
 
 def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], checkpoint: str, remedy: str) -> None:

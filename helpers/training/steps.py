@@ -41,7 +41,7 @@ def step_result(state: TrainState, update: Update, batches: Sequence[Batch], beg
 
 
 def sample_rows(step: int, batch: Batch, corrupted: Corrupted, losses: Tensor) -> list[dict[str, Any]]:
-    """One row for each sample of a micro-batch; `loss` includes the sample's weights, as it is optimised."""
+    """One row for each sample of a micro-batch; `loss` includes the sample's weights, as it is optimised, and is None if not finite."""
     weighted = (losses.detach().float().cpu() * batch.loss_weight).tolist()
     timesteps = corrupted.timesteps.cpu().tolist()
     return [
@@ -55,7 +55,7 @@ def sample_rows(step: int, batch: Batch, corrupted: Corrupted, losses: Tensor) -
             "crop": [geometry.top, geometry.left],
             "target_size": [geometry.target.height, geometry.target.width],
             "original_size": [geometry.original.height, geometry.original.width],
-            "loss": weighted[i],
+            "loss": weighted[i] if math.isfinite(weighted[i]) else None,
         }
         for i, (sample, geometry) in enumerate(zip(batch.samples, batch.geometry, strict=True))
     ]

@@ -20,7 +20,8 @@ class StopRequest:
 
     def listen(self) -> StopRequest:
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` leaves SIGHUP: such a run outlives its terminal
+                signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

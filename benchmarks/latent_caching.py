@@ -1,0 +1,127 @@
+"""How fast photographs become cached latents, beside the two bare loops that this is made of running side by side.
+
+    python -m benchmarks.latent_caching [--images 96] [--threads 2] [--rounds 5] [--profile]
+
+One bare loop decodes and resizes with Pillow in a pool of threads, the other encodes ready pixels with the VAE. Both run at the same
+time, as they must in caching, and the slower of them is what caching could reach. Ours also reads, hashes, checks, seals and indexes.
+The VAE is of SDXL's architecture, with random weights and as narrow as makes the two loops about equally slow on one core each.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.material import write_photographs
+from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
+from helpers.data.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
+from helpers.data.cache import LOCATION, Cache
+from helpers.data.captions import CaptionRule
+from helpers.data.catalogue import Catalogue
+from helpers.data.fill import FillOptions, available_threads
+from helpers.data.latents import LatentFiller
+from helpers.data.sample import Geometry
+from helpers.data.scan import DatasetRules, scan
+from helpers.families.vae import VaeCodec
+from helpers.storage.local import LocalSource
+
+LEAST_OF_BARE = 0.85  # the rate of caching, of the bare loops'
+BATCH = 4
+RULE = ResolutionRule(resolution=256, resolution_type="pixel", alignment=64)
+
+
+def make_vae() -> Any:
+    torch.manual_seed(0)
+    blocks = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
+    return AutoencoderKL(3, 3, *blocks, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4).eval()
+
+
+def resized_by_hand(path: Path, geometry: Geometry) -> Tensor:
+    """(3, H, W) in [-1, 1], with Pillow alone."""
+    image = Image.open(path).convert("RGB").resize(geometry.resized, Image.Resampling.LANCZOS)
+    left, top, (width, height) = geometry.left, geometry.top, geometry.target
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+class Bench:
+    """Pictures that have been scanned and planned, and the two ways to turn them into latents."""
+
+    def __init__(self, folder: Path, images: int, threads: int) -> None:
+        self.folder, self.threads = folder, threads
+        self.pictures = write_photographs(folder / "pictures", images)
+        self.source = LocalSource(self.pictures)
+        self.catalogue = Catalogue(folder / "catalogue.sqlite")
+        scan(self.source, DatasetRules("photographs", RULE, CaptionRule()), self.catalogue)
+        columns = self.catalogue.columns("photographs")
+        self.planned: BucketPlan = plan([DatasetColumns("photographs", RULE, columns.rows, columns.width, columns.height)])
+        self.vae = make_vae()
+        self.codec = VaeCodec(lambda: self.vae, dict(self.vae.config), "benchmark", torch.device("cpu"), deviations=False)
+
+    def bare(self) -> float:
+        """Images a second of the slower of the two loops, side by side."""
+        began = time.perf_counter()
+        decoding = threading.Thread(target=self._decode)
+        decoding.start()
+        self._encode()
+        decoding.join()
+        return len(self.planned) / (time.perf_counter() - began)
+
+    def _decode(self) -> None:
+        geometries = [self.planned.geometry(index) for index in range(len(self.planned))]
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in pool.map(resized_by_hand, sorted(self.pictures.glob("*.jpg")), geometries):
+                pass
+
+    @torch.no_grad()
+    def _encode(self) -> None:
+        shape = self.planned.shapes[0]
+        pixels = torch.randn(BATCH, 3, shape.height, shape.width)
+        for _ in range(0, len(self.planned), BATCH):
+            self.vae.encode(pixels).latent_dist.mean.half()
+
+    def ours(self) -> float:
+        """Images a second into an empty cache."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            cache = Cache(Path(place))
+            began = time.perf_counter()
+            filler = LatentFiller(self.planned, 0, self.source, self.catalogue, cache, self.codec)
+            options = FillOptions(batch_size=BATCH, threads=self.threads)
+            filled = filler.encode(filler.pending(np.zeros(len(self.planned), LOCATION), options), options)
+            rate = filled.encoded / (time.perf_counter() - began)
+            cache.close()
+        return rate
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=96)
+    options.add_argument("--threads", type=int, default=available_threads(), help="that decode, in both loops")
+    chosen = options.parse_args(arguments)
+    torch.set_num_threads(1)
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(Path(place), chosen.images, chosen.threads)
+        bench.bare()  # once for nothing: files come into the page cache
+        figures.append(compared("images cached", "/s", in_turns(chosen.rounds, bench.bare, bench.ours), at_least=LEAST_OF_BARE))
+        if chosen.profile:
+            profile("the two loops side by side (the VAE's thread)", bench.bare)
+            profile("caching (the VAE's thread)", bench.ours)
+        bench.catalogue.close()
+    return conclude(figures, chosen.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

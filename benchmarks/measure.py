@@ -1,0 +1,110 @@
+"""What the benchmarks share: loops measured in turns, figures in a table beside their limits, profiles."""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import os
+import pstats
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LEAST_ROUNDS = 5
+PROFILED_LINES = 15
+HEADINGS = ("", "figure", "limit", "ratio", "gate", "")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a benchmark's table.
+
+    `limit` is what a bare loop reached in the same run, `ratio` how `value` compares with it. The gate (`at_least`, `at_most`) is on
+    the ratio where there is one and on the value otherwise; without a gate the figure is there to be read.
+    """
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None = None
+    ratio: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def kept(self) -> bool:
+        judged = self.value if self.ratio is None else self.ratio
+        return (self.at_least is None or judged >= self.at_least) and (self.at_most is None or judged <= self.at_most)
+
+    def cells(self) -> tuple[str, ...]:
+        """name, figure, limit, ratio, gate, verdict"""
+        gated = self.at_least is not None or self.at_most is not None
+        bounds = [f">= {number(self.at_least)}"] * (self.at_least is not None) + [f"<= {number(self.at_most)}"] * (self.at_most is not None)
+        return (
+            self.name,
+            f"{number(self.value)} {self.unit}",
+            "" if self.limit is None else f"{number(self.limit)} {self.unit}",
+            "" if self.ratio is None else f"{self.ratio:.3f}",
+            " ".join(bounds),
+            "" if not gated else "ok" if self.kept else "MISSED",
+        )
+
+
+def compared(
+    name: str, unit: str, rounds: Sequence[tuple[float, float]], at_least: float | None = None, at_most: float | None = None
+) -> Figure:
+    """A figure of rounds of (the bare loop's, ours): medians, and the median of the rounds' ratios.
+
+    A burst of other work on the machine falls on both loops of a round, so the ratio of a round is steadier than either figure.
+    """
+    bare, ours = (statistics.median(values) for values in zip(*rounds, strict=True))
+    ratio = statistics.median(mine / theirs for theirs, mine in rounds)
+    return Figure(name, ours, unit, bare, ratio, at_least, at_most)
+
+
+def in_turns(rounds: int, first: Callable[[], T], second: Callable[[], T]) -> list[tuple[T, T]]:
+    """What two loops return, round by round: first, second, first, second ..."""
+    return [(first(), second()) for _ in range(rounds)]
+
+
+def number(value: float | None) -> str:
+    """Three digits that count, with thousands set apart."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def table(figures: Iterable[Figure]) -> str:
+    rows = [HEADINGS, *(figure.cells() for figure in figures)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if column in (0, 5) else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+
+
+def conclude(figures: Sequence[Figure], rounds: int) -> int:
+    """Print the table => the exit code: 1 where a gate is missed."""
+    print(table(figures))
+    print(f"medians of {rounds} rounds in turns; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    return int(not all(figure.kept for figure in figures))
+
+
+def profile(name: str, loop: Callable[[], object]) -> None:
+    """Run a loop once more and print where its main thread spent the time."""
+    profiler = cProfile.Profile()
+    profiler.runcall(loop)
+    print(f"\n--- profile: {name}")
+    pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(PROFILED_LINES)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that benchmarks of loops have in common."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"measured in turns; the median counts (default {LEAST_ROUNDS})")
+    options.add_argument("--profile", action="store_true", help="print the profiles of both loops afterwards")
+    return options

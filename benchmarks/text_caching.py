@@ -1,0 +1,100 @@
+"""How long captions take to become cached text tensors, beside bare batched encoding.
+
+    python -m benchmarks.text_caching [--captions 256] [--rounds 5] [--profile]
+
+The bare loop tokenises and encodes the same captions in the same batches with transformers, and throws the answers away. Ours also
+looks for what is cached already, counts captions that are too long, checks, hashes, seals and indexes. Both text encoders are of
+SDXL's architecture with random weights, narrower than the real ones: what is ours weighs more beside them than it will in use.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from benchmarks.material import caption, run_settings, write_photographs
+from benchmarks.measure import compared, conclude, in_turns, parser, profile
+from helpers import registry
+from helpers.data.cache import Cache
+from helpers.data.fill import FillOptions
+from helpers.data.texts import TextFiller
+from helpers.families import FAMILIES
+from helpers.families.tiny import SdxlSizes, write_sdxl
+from helpers.protocols import TextEncoders
+
+MOST_OF_BARE = 1.2  # the time of caching, of bare encoding's
+BATCH = 16
+SIZES = SdxlSizes(text_width=256, text_2_width=384, text_layers=4, text_heads=4, pooled_width=384)
+
+
+class Bare:
+    """Batched encoding by hand, with transformers alone."""
+
+    def __init__(self, model: Path) -> None:
+        self.encoders: list[tuple[Any, Any]] = [
+            (CLIPTokenizer.from_pretrained(model / f"tokenizer{suffix}"), kind.from_pretrained(model / f"text_encoder{suffix}").eval())
+            for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection))
+        ]
+
+    @torch.no_grad()
+    def seconds(self, captions: Sequence[str]) -> float:
+        began = time.perf_counter()
+        for start in range(0, len(captions), BATCH):
+            for tokenizer, encoder in self.encoders:
+                batch = list(captions[start : start + BATCH])
+                ids = tokenizer(batch, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+                encoder(ids, output_hidden_states=True)
+        return time.perf_counter() - began
+
+
+def cached(folder: Path, encoders: TextEncoders, captions: Sequence[str]) -> float:
+    """Seconds to fill an empty cache."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        cache = Cache(Path(place))
+        began = time.perf_counter()
+        filler, options = TextFiller(cache, encoders), FillOptions(batch_size=BATCH)
+        filled = filler.encode(filler.pending(captions, options), options)
+        seconds = time.perf_counter() - began
+        cache.close()
+    assert filled.encoded == len(captions)
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser(__doc__)
+    options.add_argument("--captions", type=int, default=256)
+    chosen = options.parse_args(arguments)
+    torch.set_num_threads(1)
+    captions = sorted(caption(index) for index in range(chosen.captions))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model = write_sdxl(folder / "model", sizes=SIZES)
+        config = run_settings(folder / "run", model, write_photographs(folder / "pictures", 1), 64)
+        family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+        bare = Bare(model)
+        with family.text_encoders(torch.device("cpu")) as encoders:
+
+            def by_hand() -> float:
+                return bare.seconds(captions)
+
+            def ours() -> float:
+                return cached(folder, encoders, captions)
+
+            by_hand(), ours()  # once for nothing: the encoders are loaded
+            rounds = in_turns(chosen.rounds, by_hand, ours)
+            if chosen.profile:
+                profile("bare encoding", by_hand)
+                profile("caching", ours)
+    each = [(theirs * 1e3 / len(captions), mine * 1e3 / len(captions)) for theirs, mine in rounds]
+    return conclude([compared("a caption cached", "ms", each, at_most=MOST_OF_BARE)], chosen.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""How long an optimiser step of ours takes, beside the same step written by hand in plain torch and diffusers.
+
+    python -m benchmarks.training_step [--sizes middle miniature] [--methods lora full] [--steps 6] [--rounds 7] [--profile]
+
+Both loops train the same U-Net in float32 on the same cached latents and texts, with noise, AdamW, dropout in the adapter and
+clipping, on one thread. The bare one holds its batches in memory; ours reads them from the caches in its background thread, draws its
+randomness by address, and writes metrics.jsonl. Before anything is measured the two must give the same loss for the same noise.
+In each round the first step of ours, for which the background thread has just been started, is not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.material import run_settings, write_photographs
+from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
+from helpers import registry
+from helpers.config.config import Config
+from helpers.data.batches import Batch
+from helpers.data.prepare import prepare_data
+from helpers.data.training_data import TrainingData
+from helpers.families import FAMILIES
+from helpers.families.tiny import SdxlSizes, write_sdxl
+from helpers.methods import METHODS
+from helpers.objectives import OBJECTIVES
+from helpers.protocols import ModelFamily, Reporter
+from helpers.reporting.records import Records
+from helpers.training.engine import Engine
+from helpers.training.runtime import Runtime, start_runtime
+from helpers.training.schedules import Schedule
+from helpers.training.state import TrainState
+from helpers.training.steps import step_result, timed
+from helpers.training.stopping import StopRequest
+from train import MOST_SKIPPED, data_settings, train_step, workers
+
+MOST_OF_BARE = 1.05  # the time of a step, of the bare loop's
+MOST_WAITING = 0.01  # for data, of the time of a step
+IMAGES, BATCH = 24, 4
+
+# middle: a step of 0.3 to 1 s on one thread, so that what is ours can hide behind nothing but a network of some size.
+SIZES = {
+    "middle": (SdxlSizes(unet_channels=(64, 128, 256), unet_heads=(1, 2, 4), unet_transformers=(1, 1, 2), unet_groups=32), 256),
+    "miniature": (SdxlSizes(), 128),
+}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A batch as the bare loop holds it: what the network is given, on the CPU, in float32."""
+
+    latents: Tensor  # (B, 4, h, w)
+    states: Tensor  # (B, 77, D)
+    pooled: Tensor  # (B, P)
+    time_ids: Tensor  # (B, 6)
+
+
+class Bare:
+    """The loop by hand: torch, diffusers and peft, nothing of ours."""
+
+    def __init__(self, model: Path, config: Config) -> None:
+        self.schedule = DDPMScheduler.from_pretrained(model / "scheduler")
+        self.unet = UNet2DConditionModel.from_pretrained(model / "unet").train()
+        if config.method_name == "lora":
+            self.unet.requires_grad_(False)
+            targets = ["to_q", "to_k", "to_v", "to_out.0"]
+            self.unet.add_adapter(LoraConfig(r=16, lora_alpha=16, lora_dropout=0.1, target_modules=targets))
+        self.parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=1e-2)
+
+    def loss(self, batch: Tensors, noise: Tensor, timesteps: Tensor) -> Tensor:
+        noisy = self.schedule.add_noise(batch.latents, noise, timesteps)
+        added = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+        prediction = self.unet(noisy, timesteps, encoder_hidden_states=batch.states, added_cond_kwargs=added).sample
+        return functional.mse_loss(prediction, noise)
+
+    def step(self, batch: Tensors) -> float:
+        noise = torch.randn_like(batch.latents)
+        timesteps = torch.randint(0, 1000, (len(noise),))
+        loss = self.loss(batch, noise, timesteps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 2.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def seconds(self, batches: Sequence[Tensors]) -> float:
+        """Median seconds of a step."""
+        took = []
+        for batch in batches:
+            began = time.perf_counter()
+            self.step(batch)
+            took.append(time.perf_counter() - began)
+        return statistics.median(took)
+
+
+class Ours:
+    """The loop of train.py, from the caches to metrics.jsonl, without checkpoints and validation."""
+
+    def __init__(self, config: Config, runtime: Runtime, family: ModelFamily, data: TrainingData) -> None:
+        self.runtime, self.family, self.data = runtime, family, data
+        self.objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+        method = registry.load(METHODS, config.method_name)(config.adapter, family)
+        optimizer = config.replaced("settled", optimizer=method.default_optimizer("no")).optimizer
+        trainable = method.attach(family.load(method.weights_dtype("no", optimizer.optimizer)))
+        self.engine = Engine(runtime, trainable, optimizer, Schedule.create(config.schedule, 1_000_000))
+        self.state = TrainState(seed=1)
+        self.records = Records(config.run.output_dir, 0, record_samples=False)
+        self.counted, self.waited = 0.0, 0.0  # seconds of all steps that count, and of them waiting for data
+
+    def seconds(self, steps: int) -> float:
+        """Median seconds of a step but the first."""
+        took = []
+        for batches, waited, began in timed(self.data.steps(self.state.step, self.state.step + steps)):
+            self._step(batches, waited, began)
+            took.append(time.perf_counter() - began)
+            if len(took) > 1:
+                self.counted += took[-1]
+                self.waited += waited
+        return statistics.median(took[1:])
+
+    def _step(self, batches: Sequence[Batch], waited: float, began: float) -> None:
+        state = self.state
+        for number, batch in enumerate(batches):
+            self.runtime.seed("dropout", state.seed, state.step, number)
+            losses, _ = train_step(self.family, self.objective, self.engine.denoiser, batch, self.runtime.device)
+            self.engine.backward(losses, batch.loss_weight, batch.global_samples, last=number == len(batches) - 1)
+        update = self.engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
+        state.advance(update.taken, MOST_SKIPPED["no"], batches[-1].samples)
+        self.records.stepped(step_result(state, update, batches, began, waited))
+
+
+def tensors_of(batch: Batch) -> Tensors:
+    """Height and width of the original, top and left of the cut, height and width of the target: written down by hand."""
+    numbers = [
+        (cut.original.height, cut.original.width, cut.top, cut.left, cut.target.height, cut.target.width) for cut in batch.geometry
+    ]
+    return Tensors(batch.latents, batch.text["prompt_embeds"].float(), batch.text["pooled"].float(), torch.tensor(numbers).float())
+
+
+def require_same_loss(bare: Bare, ours: Ours) -> None:
+    """Both loops must do the same work: with the same noise and no dropout they compute the same loss."""
+    (batch,) = next(iter(ours.data.steps(0, 1)))
+    corrupted = ours.objective.corrupt(batch.latents, batch.draws)
+    for network in (bare.unet, ours.engine.denoiser):
+        network.eval()
+    with torch.no_grad():
+        losses, _ = train_step(ours.family, ours.objective, ours.engine.denoiser, batch, ours.runtime.device)
+        expected = bare.loss(tensors_of(batch), corrupted.target, corrupted.timesteps)
+    for network in (bare.unet, ours.engine.denoiser):
+        network.train()
+    torch.testing.assert_close(losses.mean(), expected, rtol=1e-4, atol=1e-6)
+
+
+@contextmanager
+def loops(folder: Path, model: Path, pictures: Path, resolution: int, method: str) -> Iterator[tuple[Bare, Ours]]:
+    """Both loops over the same model and pictures, everything cached."""
+    config = run_settings(folder / method, model, pictures, resolution, model_type=method, train_batch_size=BATCH, cache_dir=folder / "cache")
+    with start_runtime(config.run, config.given, StopRequest()) as runtime:
+        family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+        settings = data_settings(config, runtime, TrainState(seed=1), 1, ())
+        data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())
+        bare, ours = Bare(model, config), Ours(config, runtime, family, data)
+        require_same_loss(bare, ours)
+        yield bare, ours
+        ours.records.close()
+
+
+def measured(bare: Bare, ours: Ours, name: str, steps: int, rounds: int) -> list[Figure]:
+    held = [tensors_of(batch) for (batch,) in ours.data.steps(0, steps)]
+    bare.seconds(held)  # both once for nothing: the first steps allocate, and fill the optimiser's state
+    ours.seconds(steps)
+    ours.counted, ours.waited = 0.0, 0.0
+    took = in_turns(rounds, lambda: bare.seconds(held), lambda: ours.seconds(steps))
+    in_milliseconds = [(theirs * 1e3, mine * 1e3) for theirs, mine in took]
+    overhead = statistics.median(mine - theirs for theirs, mine in in_milliseconds)
+    gated = MOST_OF_BARE if name.startswith("middle") else None  # a step of the miniature is mostly Python on either side
+    return [
+        compared(f"{name} step", "ms", in_milliseconds, at_most=gated),
+        Figure(f"{name} more than bare", overhead, "ms"),
+        Figure(f"{name} waiting for data", 100 * ours.waited / ours.counted, "%", at_most=100 * MOST_WAITING),
+    ]
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    options.add_argument("--methods", nargs="+", choices=("lora", "full"), default=["lora", "full"])
+    options.add_argument("--steps", type=int, default=6, help="of each loop in a round")
+    options.set_defaults(rounds=7)
+    chosen = options.parse_args()
+    torch.set_num_threads(1)
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as place:
+        pictures = write_photographs(Path(place) / "pictures", IMAGES)
+        for size in chosen.sizes:
+            sizes, resolution = SIZES[size]
+            model = write_sdxl(Path(place) / size / "model", sizes=sizes)
+            for method in chosen.methods:
+                with loops(Path(place) / size, model, pictures, resolution, method) as (bare, ours):
+                    figures += measured(bare, ours, f"{size} {method}", chosen.steps, chosen.rounds)
+                    if chosen.profile:
+                        held = [tensors_of(batch) for (batch,) in ours.data.steps(0, chosen.steps)]
+                        profile(f"{size} {method}, bare", lambda bare=bare, held=held: bare.seconds(held))
+                        profile(f"{size} {method}, ours", lambda ours=ours: ours.seconds(chosen.steps))
+    return conclude(figures, chosen.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Training images are only ever read, and a run writes into its OUTPUT_DIR alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runs.conftest import Ended, Trainer
+from tests.runs.folders import can_write_into, make_read_only, run_obeying_modes, snapshot
+
+
+@pytest.mark.slow
+def test_a_read_only_data_folder_trains_to_the_same_bytes_and_nothing_else_is_written(
+    trainer: Trainer, finished: Ended, same_weights: Callable[[Ended, Ended], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cache folders are the default ones."""
+    home, trainer.pictures = tmp_path / "home", shutil.copytree(trainer.pictures, tmp_path / "pictures")
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    make_read_only(trainer.pictures)
+    assert not can_write_into(trainer.pictures)
+    before = snapshot(trainer.pictures)
+    trainer.dataloader()
+    beside, model = set(os.listdir(tmp_path)), snapshot(trainer.model)
+
+    ended = run_obeying_modes(trainer)
+
+    assert ended.code == 0, ended.said
+    assert ended.losses == finished.losses
+    assert same_weights(finished, ended)
+    assert snapshot(trainer.pictures) == before
+    assert snapshot(trainer.model) == model
+    assert set(os.listdir(tmp_path)) - beside == {"out", "here"}
+    assert os.listdir(tmp_path / "here") == []
+    # Matplotlib keeps its list of the machine's fonts in the user's cache folder.
+    assert {path.relative_to(home).parts[:2] for path in home.rglob("*") if path.is_file()} <= {(".cache", "matplotlib")}
+
+
+@pytest.mark.slow
+def test_images_below_the_output_folder_stay_as_they_are(trainer: Trainer) -> None:
+    trainer.pictures = shutil.copytree(trainer.pictures, trainer.folder / "out" / "pictures")
+    before = snapshot(trainer.pictures)
+    trainer.finish(max_train_steps=2)
+    assert snapshot(trainer.pictures) == before
+
+
+@pytest.mark.slow
+def test_an_output_folder_that_cannot_be_written_to_is_refused(trainer: Trainer) -> None:
+    output = trainer.folder / "out"
+    output.mkdir()
+    output.chmod(0o555)
+    refused = run_obeying_modes(trainer)
+    assert refused.code == 2
+    assert f"--output_dir={output} cannot be written to" in refused.said
+    assert list(output.iterdir()) == []
