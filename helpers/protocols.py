@@ -119,6 +119,10 @@ class ModelFamily(Protocol):
         """A denoiser module's name in kohya's layout; None where the family has no such layout."""
         ...
 
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+        """What diffusers makes of a LoRA file of this family: matrices by peft's names, and every alpha it found."""
+        ...
+
     def modelspec(self, kind: str) -> dict[str, str]:
         """`modelspec.*` metadata (Stability AI's model specification 1.0.0) for a file of this kind ("lora")."""
         ...

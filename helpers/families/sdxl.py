@@ -158,6 +158,18 @@ class SDXL:
         name = original_name(module, self.unet_config["layers_per_block"], attention_levels)
         return "lora_unet_" + name.replace(".", "_")
 
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+        from diffusers import StableDiffusionXLPipeline
+        from diffusers.configuration_utils import FrozenDict
+        from diffusers.utils import convert_unet_state_dict_to_peft
+
+        stored, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+            path.parent, weight_name=path.name, unet_config=FrozenDict(self.unet_config), return_lora_metadata=True, local_files_only=True
+        )
+        matrices = convert_unet_state_dict_to_peft({name.removeprefix("unet."): matrix for name, matrix in stored.items()})
+        found = list((alphas or {}).values()) or [metadata["unet.lora_alpha"]]
+        return matrices, [float(alpha) for alpha in found]
+
     def modelspec(self, kind: str) -> dict[str, str]:
         return {
             "modelspec.sai_model_spec": "1.0.0",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
 from helpers.protocols import Parts, Trainable
-from helpers.storage.atomic import atomic_folder
+from helpers.storage.atomic import atomic_folder, scratch_folder
 from helpers.storage.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -64,16 +63,33 @@ class FullFineTune:
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
         """Write `pipeline/`, of the average if there is one, with the live denoiser beside it as `<unet|transformer>_live/`."""
-        written = []
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as aside:
-            [denoiser] = self.save(trainable, Path(aside), average)
-            with atomic_folder(folder / "pipeline") as pipeline:
-                self.family.export_pipeline(denoiser, schedule, pipeline)
-            written.append(folder / "pipeline")
-            if average is not None:
-                live = folder / f"{trainable.role}_live"
-                with atomic_folder(live) as final:
-                    [denoiser] = self.save(trainable, Path(aside), label="_live")
-                    shutil.copytree(denoiser, final, dirs_exist_ok=True)
-                written.append(live)
+        written = [folder / "pipeline"]
+        with scratch_folder(folder, "export") as aside, atomic_folder(folder / "pipeline") as pipeline:
+            [denoiser] = self.save(trainable, aside, average)
+            self.family.export_pipeline(denoiser, schedule, pipeline)
+            _check(pipeline / trainable.role, trainable, average)
+        if average is not None:
+            written.append(folder / f"{trainable.role}_live")
+            with scratch_folder(folder, "export") as aside, atomic_folder(written[-1]) as live:
+                [denoiser] = self.save(trainable, aside)
+                shutil.copytree(denoiser, live, dirs_exist_ok=True)
+                _check(live, trainable, None)
         return written
+
+
+def _check(folder: Path, trainable: Trainable, weights: Mapping[str, Tensor] | None) -> None:
+    """Raises RuntimeError unless the folder describes this network and holds its weights to the bit."""
+    import torch
+    from safetensors import safe_open
+
+    expected = {**trainable.denoiser.state_dict(), **(weights or {})}
+    with torch.device("meta"):
+        described = type(trainable.denoiser).from_config(type(trainable.denoiser).load_config(folder)).state_dict()
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        names = set(file.keys())
+        same = names == set(expected) == set(described) and all(
+            described[name].shape == file.get_tensor(name).shape and torch.equal(file.get_tensor(name), expected[name].cpu())
+            for name in names
+        )
+    if not same:
+        raise RuntimeError(f"{folder} does not read back as the network that was trained.")

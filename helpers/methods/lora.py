@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.facts import Facts
 from helpers.errors import ConfigError
 from helpers.protocols import Parts, Trainable
-from helpers.storage.atomic import write_file
+from helpers.storage.atomic import scratch_folder, write_file
 from helpers.storage.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class Lora:
         return Trainable(denoiser, parameters, description, parts.denoiser_folder)
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write the diffusers layout, and the kohya layout beside it where the family has one."""
+        """Write the diffusers layout, and the kohya layout beside it where the family has one; both are opened again and compared."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._adapter_tensors(trainable, weights or trainable.parameters)
         metadata = {f"{trainable.role}.{key}": value for key, value in self._metadata(trainable).items()}
@@ -78,6 +77,8 @@ class Lora:
             path = folder / f"{WEIGHTS_NAME}{label}.kohya.safetensors"
             save_tensors(kohya, path, self._kohya_metadata())
             written.append(path)
+        for path in written:
+            self._check(path, tensors)
         return written
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
@@ -88,15 +89,13 @@ class Lora:
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
         """Write the LoRA files, of the average if there is one, with the live weights beside them as `..._live`."""
-        written = []
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as aside:
-            files = self.save(trainable, Path(aside), average)
+        with scratch_folder(folder, "lora") as aside:
+            files = self.save(trainable, aside, average)
             if average is not None:
-                files += self.save(trainable, Path(aside), label="_live")
+                files += self.save(trainable, aside, label="_live")
             for file in files:
                 write_file(folder / file.name, file.read_bytes())
-                written.append(folder / file.name)
-        return written
+        return [folder / file.name for file in files]
 
     def _config(self):  # type: ignore[no-untyped-def]  # peft is imported late
         from peft import LoraConfig
@@ -122,6 +121,20 @@ class Lora:
         """
         config = {**trainable.denoiser.peft_config[ADAPTER].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
         return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items() if _plain(value)}
+
+    def _check(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Raises RuntimeError unless diffusers reads from the file just the matrices that were trained, scaled as they were."""
+        import torch
+
+        found, alphas = self.family.read_lora(path)
+        wrong = [
+            name for name in {**found, **tensors} if name not in found or name not in tensors or not torch.equal(found[name], tensors[name])
+        ]
+        if wrong or set(alphas) != {float(self.options.lora_alpha)}:
+            raise RuntimeError(
+                f"{path} does not read back as it was trained: {len(wrong)} of {len(tensors)} matrices differ "
+                f"({', '.join(sorted(wrong)[:3])}), alpha is {sorted(set(alphas))} for {self.options.lora_alpha}."
+            )
 
     def _kohya(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from rich.text import Text
 
 from helpers.protocols import Reporter, StepResult, ValidationImage
 
+INDENT = 11  # columns of a chapter's title
+PLAIN_WIDTH = 160  # of lines where there is no terminal
 PLAIN_EVERY_S = 15.0  # where there is no terminal, a line of progress at most this often
 
 
@@ -66,8 +69,10 @@ class Console(Reporter):
         self.last_plain = 0.0
 
     def chapter(self, title: str, text: str) -> None:
-        self.out.print(f"[bold]{title:<11}[/bold]", end="")
-        self.out.print(text, markup=False)
+        width = self.out.width if self.out.is_terminal else PLAIN_WIDTH
+        first, *more = textwrap.wrap(text, max(40, width - INDENT), break_long_words=False, break_on_hyphens=False) or [""]
+        self.out.print(f"[bold]{title:<{INDENT}}[/bold]", end="")
+        self.out.print("\n".join([first, *(" " * INDENT + line for line in more)]), markup=False)
 
     @contextmanager
     def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -113,8 +118,7 @@ class Console(Reporter):
 
     def failed(self, reason: str) -> None:
         self._stop_bar()
-        self.out.print("[bold red]stopped[/bold red]    ", end="")
-        self.out.print(reason, markup=False)
+        self.chapter("stopped", reason)
 
     def close(self) -> None:
         self._stop_bar()
@@ -148,7 +152,7 @@ class Console(Reporter):
                 last = now
                 speed = done / max(now - started, 1e-9)
                 print(
-                    f"{title:<11}{done:,} of {total:,} · {rate(speed, unit)} · {(total - done) / speed:,.0f} s left",
+                    f"{title:<{INDENT}}{done:,} of {total:,} · {rate(speed, unit)} · {(total - done) / speed:,.0f} s left",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -162,7 +166,7 @@ class Console(Reporter):
             self.last_plain = now
             left = (total - result.step) * result.seconds
             print(
-                f"{'training':<11}step {result.step:,} of {total:,} · {facts} · {result.seconds:.2f} s/step · {left:,.0f} s left",
+                f"{'training':<{INDENT}}step {result.step:,} of {total:,} · {facts} · {result.seconds:.2f} s/step · {left:,.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

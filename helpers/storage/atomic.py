@@ -65,6 +65,18 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_folder(parent: str | Path, name: str) -> Iterator[Path]:
+    """A folder beside the finished ones for what is not finished, gone when left; `remove_leftovers` clears a killed one's."""
+    aside = _aside(Path(parent) / name, "tmp")
+    try:
+        with _storage_errors(aside):
+            aside.mkdir(parents=True)
+            yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def remove_leftovers(folder: str | Path) -> list[Path]:
     """Clear what killed processes left in `folder` and return its paths. Only for the holder of the folder's lock.
 

@@ -59,7 +59,11 @@ class Runtime:
 
     def seed(self, name: str, *address: int) -> None:
         """Set torch's global generators for what libraries draw from them next, by address instead of by history."""
-        torch.manual_seed(seed_of(name, *address))
+        number = seed_of(name, *address)
+        # Not torch.manual_seed: for every kind of device that is not in use it formats a stack trace, a millisecond a call.
+        torch.default_generator.manual_seed(number)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(number)
 
     def wait_for_everyone(self) -> None:
         self.accelerator.wait_for_everyone()

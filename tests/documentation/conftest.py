@@ -1,0 +1,108 @@
+"""The quick start followed step by step, as its reader would, on a miniature SDXL and three photographs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.documentation.pages import ROOT, Page
+
+PHOTOGRAPHS = ("coffee.jpg", "cat.webp", "camera.png")
+SDXL_ON_THE_HUB = "stabilityai/stable-diffusion-xl-base-1.0"
+# What makes the run of a page last seconds.
+SMALL = (
+    "--resolution_type=pixel --resolution=64 --max_train_steps=2 --gradient_accumulation_steps=1 --lr_warmup_steps=0"
+    " --validation_num_inference_steps=2 --train_batch_size=2"
+)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Someone who follows a page in a folder that looks like a clone, with a folder of their own instead of /home/user."""
+
+    clone: Path
+    home: Path
+    model: Path
+    python: str = sys.executable
+
+    def own(self, text: str) -> str:
+        """Text of a page with the reader's folder and model in it."""
+        return text.replace("/home/user", str(self.home)).replace(SDXL_ON_THE_HUB, str(self.model))
+
+    def type(self, commands: str) -> str:
+        """Run shell commands in the clone, `./train_sdxl.sh` for seconds only; returns what they said, insisting on exit code 0."""
+        small = re.sub(r"^\./train_sdxl\.sh", rf"\g<0> {SMALL}", self.own(commands), flags=re.MULTILINE)
+        environ = {**os.environ, "SIMPLETUNER_PYTHON": self.python}
+        ended = subprocess.run(
+            ["bash", "-ec", small], cwd=self.clone, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        )
+        assert ended.returncode == 0, ended.stdout
+        return ended.stdout
+
+    def edit(self, settings: str) -> None:
+        """Put the settings of a page into the env file, in the lines where they stand already."""
+        file = self.clone / "sdxl-env.sh"
+        text = file.read_text(encoding="utf-8")
+        for line in self.own(settings).splitlines():
+            name = line.partition("=")[0]
+            text, lines_changed = re.subn(rf"^{name}=.*$", lambda _, line=line: line, text, flags=re.MULTILINE)
+            assert lines_changed == 1, f"the example has no line for {name}"
+        file.write_text(text, encoding="utf-8")
+
+
+def new_reader(folder: Path, model: Path, pictures: str) -> Reader:
+    clone, home = folder / "clone", folder / "home"
+    clone.mkdir(parents=True)
+    for name in ("train_sdxl.sh", "sdxl-env.sh.example"):
+        (clone / name).symlink_to(ROOT / name)
+    (home / pictures).mkdir(parents=True)
+    for name in PHOTOGRAPHS:
+        for file in (name, Path(name).with_suffix(".txt").name):
+            shutil.copy(ROOT / "demo" / "photos" / file, home / pictures)
+    return Reader(clone, home, model)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from helpers.families.tiny import write_sdxl
+
+    return write_sdxl(tmp_path_factory.mktemp("model") / "sdxl")
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The quick start after its training."""
+
+    reader: Reader
+    output: Path
+    said: str
+
+
+@pytest.fixture(scope="session")
+def quick_start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Followed:
+    page = Page.named("documentation/QUICKSTART.md")
+    reader = new_reader(tmp_path_factory.mktemp("quickstart"), model, "training/pictures")
+    datasets = reader.home / "training" / "multidatabackend.json"
+    assert f"`/home/user/training/{datasets.name}`" in page.text
+    datasets.write_text(reader.own(page.section("2. ").block("json")), encoding="utf-8")
+    copy, settings = (block.text for block in page.section("3. ").blocks("bash"))
+    reader.type(copy)
+    reader.edit(settings)
+    said = reader.type(page.section("4. ").block("bash"))
+    return Followed(reader, reader.home / "training" / "models", said)
+
+
+@pytest.fixture
+def finished_report(quick_start: Followed) -> dict[str, Any]:
+    """The report on the quick start's one data set."""
+    [entry] = json.loads((quick_start.output / "dataset_report.json").read_text(encoding="utf-8"))["datasets"]
+    return entry

@@ -1,0 +1,97 @@
+"""The page on data sets says what the code does: keys, defaults, sizes, cuts, reasons."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, cast
+
+import pytest
+
+from helpers.config.dataloader import read_dataloader
+from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.declare import options_of
+from helpers.config.options import OPTIONS
+from helpers.data.buckets import ResolutionRule, geometry, target_size
+from helpers.data.images import EXTENSIONS
+from helpers.data.sample import Size
+from tests.documentation.pages import ROOT, Page
+
+PAGE = Page.named("documentation/DATALOADER.md")
+SAMPLES = [block.text for name in ("DATALOADER", "QUICKSTART") for block in Page.named(f"documentation/{name}.md").blocks("json", "json5")]
+
+
+def size(text: str) -> Size:
+    width, height = text.split("x")
+    return Size(int(width), int(height))
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) -> None:
+    text = sample.replace("/home/user", str(tmp_path))
+    for folder in re.findall(r'"instance_data_dir": "([^"]+)"', text):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "data.json").write_text(text, encoding="utf-8")
+    options = {name: item.default for name, item in OPTIONS.items()}
+    data = read_dataloader(tmp_path / "data.json", options)
+    assert data.problems == () and data.notes == ()
+    assert data.datasets
+
+
+@pytest.mark.parametrize(
+    ("title", "kind"),
+    [("Every entry", Entry), ("Image data sets", DatasetConfig), ("text_embeds", TextCacheConfig)],
+)
+def test_the_tables_hold_every_key_that_has_an_effect_with_its_default(title: str, kind: type) -> None:
+    inherited = {item.name for item in options_of(Entry)} if kind is not Entry else set()
+    works = {item.name for item in options_of(kind) if not item.not_yet and not item.does_nothing} - inherited
+    [table] = list(PAGE.section("Keys").section(title).tables())[:1]
+    told = {re.findall(r"\w+", row[0])[0]: row[1].strip("`") for row in table[1:]}
+    assert told.keys() == works
+    generated = {row[0]: row[1].strip("`") for rows in Page.named("OPTIONS.md").tables() for row in rows if row[0].startswith("`")}
+    for name, default in told.items():
+        [as_generated] = {text for cell, text in generated.items() if re.findall(r"\w+", cell)[0] == name and "--" not in cell}
+        assert default == as_generated, name
+
+
+def test_the_sizes_are_those_of_the_code() -> None:
+    [heading, *rows] = next(PAGE.section("Sizes").tables())
+    assert len(rows) >= 5
+    for row in rows:
+        for cell, setting in zip(row[1:], heading[1:], strict=True):
+            kind, resolution = setting.replace("`", "").split()
+            rule = ResolutionRule(float(resolution), cast(Literal["area", "pixel"], kind))
+            assert target_size(size(row[0]), rule) == size(cell), f"{row[0]}, {setting}"
+
+
+def test_the_cuts_are_those_of_the_code() -> None:
+    [_, *rows] = next(PAGE.section("Cuts").tables())
+    assert len(rows) >= 5
+    for picture, crop, aspect, style, resized, target, corner, lost in ([cell.strip("`") for cell in row] for row in rows):
+        rule = ResolutionRule(crop=crop == "true", **{key: text for key, text in (("crop_aspect", aspect), ("crop_style", style)) if text})
+        cut = geometry(size(picture), rule)
+        assert (cut.resized, cut.target) == (size(resized), size(target)), picture
+        assert f"{cut.top}, {cut.left}" == corner
+        assert f"{100 * (1 - cut.target.area / cut.resized.area):.1f} %" == lost
+
+
+def test_the_formats_are_those_of_the_code() -> None:
+    files = PAGE.section("Files")
+    assert {span for span in files.spans() if span in EXTENSIONS} == set(EXTENSIONS)
+
+
+def test_the_reasons_for_leaving_a_file_out_are_those_of_the_code() -> None:
+    [_, *rows] = next(PAGE.section("Files").tables())
+    modules = [ROOT / "helpers" / "data" / f"{name}.py" for name in ("scan", "captions", "images", "buckets", "latents")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in modules)
+    told = {reason for row in rows for reason in re.findall(r"`([^`]+)`", row[0])}
+    said = set(re.findall(r'(?:Error\(|(?:problem"?\]?|reason) = \(?|return )\s*f?"([a-z][\w\- ]+): ', sources))
+    assert len(said) >= 10 and said <= told
+    assert all(reason.removesuffix(" ...") in sources for reason in told)
+
+
+def test_what_is_not_yet_available_is_not() -> None:
+    keys = {item.name: item for kind in (Entry, DatasetConfig, TextCacheConfig) for item in options_of(kind)}
+    for span in PAGE.section("Not yet").spans():
+        key, _, value = span.partition(": ")
+        assert keys[key].not_yet or value in keys[key].later, span

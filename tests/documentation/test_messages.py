@@ -1,0 +1,84 @@
+"""What the tables "you see, do" quote is what the program says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers.data.buckets import ResolutionRule
+from helpers.data.captions import CaptionRule
+from helpers.data.catalogue import Catalogue
+from helpers.data.scan import DatasetRules, scan
+from helpers.errors import UserError
+from helpers.storage.local import LocalSource
+from helpers.training.lock import lock_output
+from helpers.training.runtime import settle_precision
+from helpers.training.state import TrainState, require_same
+from tests.documentation.pages import ROOT, Page
+
+
+def quoted() -> list[str]:
+    """Messages in the first column of a table about what one sees: inline code of several words."""
+    readme, quickstart = Page.named("README.md"), Page.named("documentation/QUICKSTART.md")
+    tables = [*readme.section("Troubleshooting").tables(), *quickstart.section("What you see").tables()]
+    return [span for rows in tables for row in rows[1:] for span in re.findall(r"`([^`]+)`", row[0]) if " " in span]
+
+
+def pattern(message: str) -> str:
+    """ "..." stands for anything and a number for any number."""
+    return re.sub(r"\d+", r"\\d+", re.escape(message).replace(re.escape("..."), ".*"))
+
+
+def refusal(act: Callable[[], object], *kinds: type[Exception]) -> str:
+    with pytest.raises(kinds or UserError) as caught:
+        act()
+    return str(caught.value)
+
+
+def wrong_settings(folder: Path) -> str:
+    """All mistakes of one start: a flag, the tenth line of the env file, a folder that is not there."""
+    (folder / "data.json").write_text(json.dumps([{"id": "mine", "instance_data_dir": "nowhere"}]))
+    (folder / "sdxl-env.sh").write_text("\n" * 9 + "LR_SHEDULE='constant'\n")
+    command = [sys.executable, str(ROOT / "helpers" / "launch.py"), "--learning_rat=1", "--data_backend_config=data.json"]
+    environ = {**os.environ, "SIMPLETUNER_ENV_FILE": "sdxl-env.sh"}
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True).stderr
+
+
+def pictures_without_captions(folder: Path) -> str:
+    (folder / "pictures").mkdir()
+    for name in ("beach.jpg", "sofa.jpg"):
+        Image.new("RGB", (64, 64)).save(folder / "pictures" / name)
+    rules = DatasetRules("mine", ResolutionRule(), CaptionRule("textfile"))
+    with Catalogue(folder / "catalogue.sqlite") as catalogue:
+        return refusal(lambda: scan(LocalSource(folder / "pictures"), rules, catalogue))
+
+
+@pytest.fixture
+def said(tmp_path: Path) -> str:
+    lock = lock_output(tmp_path)
+    wrapper = (ROOT / "helpers" / "launch.sh").read_text(encoding="utf-8").replace("$name", "sdxl-env.sh")
+    messages = [
+        wrong_settings(tmp_path),
+        pictures_without_captions(tmp_path),
+        refusal(lambda: lock_output(tmp_path)),
+        refusal(lambda: require_same({"lora_rank": 16}, {"lora_rank": 8}, "checkpoint-150", "")),
+        settle_precision("bf16", False, torch.device("cpu"))[1] or "",
+        refusal(lambda: TrainState(seed=1).advance(False, 0, []), Exception),
+        wrapper,
+    ]
+    lock.close()
+    return "\n".join(messages)
+
+
+def test_every_message_that_is_quoted_is_said(said: str) -> None:
+    assert len(quoted()) >= 8
+    assert [message for message in quoted() if not re.search(pattern(message), said)] == []

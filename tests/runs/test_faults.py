@@ -1,0 +1,225 @@
+"""Full disks, flipped bits, changed data, two runs at once: named, survived, and the result is what it would have been."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from helpers.config.options import CheckpointOptions
+from helpers.families.tiny import write_sdxl
+from helpers.storage.atomic import verify_manifest
+from helpers.training.checkpoints import Checkpointer
+from tests.runs.conftest import Ended, Trainer
+from tests.runs.folders import damage_records, flip_byte
+
+SameWeights = Callable[[Ended, Ended], bool]
+
+
+@pytest.fixture
+def resumable(trainer: Trainer, finished: Ended) -> Trainer:
+    """A trainer on pictures of its own, whose "out" is `finished` as it was after step 2."""
+    trainer.pictures = shutil.copytree(trainer.pictures, trainer.folder / "pictures")
+    output = shutil.copytree(finished.folder, trainer.folder / "out")
+    for step in (4, 6):
+        shutil.rmtree(output / f"checkpoint-{step}")
+    return trainer
+
+
+def limit_files_of(process: subprocess.Popen[str], size: int) -> None:
+    """From now on the kernel refuses to let a file of the process grow beyond `size` bytes, as on a full disk."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.01)
+
+
+# -- full disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_caching_and_then_while_saving_costs_only_what_was_not_written(
+    trainer: Trainer, finished: Ended, same_weights: SameWeights
+) -> None:
+    output = trainer.folder / "out"
+
+    process = trainer.start()
+    limit_files_of(process, 120_000)  # latents take 13 kB, text 142 kB
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert f"{output / 'cache' / 'text'}: the cache cannot be written: File too large" in said
+    assert "Traceback" not in said
+
+    process = trainer.start()
+    wait_for(output / "checkpoint-2", process)
+    limit_files_of(process, 600_000)  # weights take 440 kB, the optimiser 890 kB
+    said, _ = process.communicate(timeout=120)
+    assert "latents    14 needed, 14 cached" in said
+    assert process.returncode == 1, said
+    assert "optimizer.safetensors could not be written" in said and str(output / ".checkpoint-") in said
+    assert "Traceback" not in said
+    assert verify_manifest(output / "checkpoint-2") == []
+    assert not list(output.glob(".checkpoint-*"))
+
+    again = trainer.finish()
+    assert "17 needed, 17 cached" in again.said
+    assert again.losses == finished.losses
+    assert same_weights(finished, again)
+
+
+# -- damaged files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_named_and_the_next_older_one_is_used(finished: Ended, tmp_path: Path) -> None:
+    for step in (2, 4):
+        shutil.copytree(finished.folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    files = [path for path in (tmp_path / "checkpoint-4").rglob("*") if path.is_file()]
+    assert len(files) >= 7
+    checkpoints = Checkpointer(CheckpointOptions(), tmp_path)
+    for path in files:
+        flip_byte(path, path.stat().st_size // 2)
+        told: list[str] = []
+        found = checkpoints.find(told.append)
+        assert found is not None and found.step == 2
+        assert len(told) == 1 and told[0].startswith("checkpoint-4 is damaged and is passed over:")
+        assert path.name in told[0]
+        flip_byte(path, path.stat().st_size // 2)
+    whole = checkpoints.find(lambda text: pytest.fail(text))
+    assert whole is not None and whole.step == 4
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_are_passed_over_and_the_run_still_ends_in_the_same_bytes(
+    trainer: Trainer, finished: Ended, same_weights: SameWeights
+) -> None:
+    output = shutil.copytree(finished.folder, trainer.folder / "out")
+    flip_byte(output / "checkpoint-6" / "pytorch_lora_weights.safetensors", -100)
+    (output / "checkpoint-4" / "optimizer.safetensors").unlink()
+    again = trainer.finish()
+    assert "checkpoint-6 is damaged and is passed over:" in again.said
+    assert "checkpoint-4 is damaged and is passed over:" in again.said
+    assert "going on from checkpoint-2" in again.said
+    assert again.rows("samples.jsonl") == finished.rows("samples.jsonl")
+    assert again.losses == finished.losses
+    assert same_weights(finished, again)
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(resumable: Trainer) -> None:
+    output = resumable.folder / "out"
+    flip_byte(output / "checkpoint-2" / "optimizer.safetensors", -1)
+    refused = resumable.run()
+    assert refused.code == 2
+    assert f"No checkpoint in {output} is intact: restore one, or choose another --output_dir for a new run." in refused.said
+    assert (output / "checkpoint-2").is_dir()
+
+
+@pytest.mark.slow
+def test_flipped_bytes_in_cached_latents_and_text_are_made_again_and_change_nothing(
+    resumable: Trainer, finished: Ended, same_weights: SameWeights
+) -> None:
+    for cache in ("latents", "text"):
+        damage_records(resumable.folder / "out" / "cache" / cache)
+    again = resumable.finish()
+    assert "a record has changed since it was written, that of pictures/a_red_circle_" in again.said
+    assert "a record has changed since it was written, that of the caption" in again.said
+    assert again.losses == finished.losses
+    assert same_weights(finished, again)
+
+
+# -- what a run may go on with ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_encoded(resumable: Trainer) -> None:
+    resumable.model = write_sdxl(resumable.folder / "other", seed=1)
+    refused = resumable.run()
+    assert refused.code == 2
+    assert "checkpoint-2 belongs to a run with other settings: model was '" in refused.said
+    assert "encoded" not in refused.said
+
+
+def change_image(trainer: Trainer) -> None:
+    Image.new("RGB", (64, 64), "white").save(trainer.pictures / "a_red_circle_00.png")
+
+
+def change_captions(trainer: Trainer) -> None:
+    trainer.dataloader(prepend_instance_prompt=True, instance_prompt="photo of")
+
+
+def add_image(trainer: Trainer) -> None:
+    Image.new("RGB", (64, 96), "blue").save(trainer.pictures / "a_blue_picture.png")
+
+
+def remove_image(trainer: Trainer) -> None:
+    (trainer.pictures / "a_red_circle_01.png").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_image, "images"),
+        (change_captions, "captions"),
+        (add_image, "plan, images, captions"),
+        (remove_image, "plan, images, captions"),
+    ],
+)
+def test_changed_data_is_refused_and_named(change: Callable[[Trainer], None], named: str, resumable: Trainer) -> None:
+    change(resumable)
+    refused = resumable.run()
+    assert refused.code == 2
+    assert f"checkpoint-2 was trained on other data than is there now: {named} changed." in refused.said
+    assert "--accept_changed_data" in refused.said
+    assert "Traceback" not in refused.said
+
+
+@pytest.mark.slow
+def test_accepted_changed_data_begins_with_a_whole_epoch_and_is_itself_exact(resumable: Trainer, same_weights: SameWeights) -> None:
+    for change in (change_image, change_captions, add_image, remove_image):
+        change(resumable)
+    shutil.copytree(resumable.folder / "out", resumable.folder / "twice")
+
+    once = resumable.finish(accept_changed_data=True)
+    assert "epoch 1 begins with step 3 on what is there now" in once.said
+    rows = [row for row in once.rows("samples.jsonl") if row["step"] in (3, 4, 5)]
+    assert sorted(row["key"] for row in rows) == sorted(path.name for path in resumable.pictures.iterdir())
+    assert [row["epoch"] for row in once.rows("metrics.jsonl")] == [0, 0, 1, 1, 1, 2]
+
+    resumable.finish("twice", accept_changed_data=True, max_train_steps=4)
+    twice = resumable.finish("twice")  # by now the changed data are the run's own
+    assert twice.rows("samples.jsonl") == once.rows("samples.jsonl")
+    assert twice.losses == once.losses
+    assert same_weights(once, twice)
+
+
+# -- two at once -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_second_run_on_the_same_output_folder_is_refused_with_the_first_ones_pid(trainer: Trainer) -> None:
+    first = trainer.start()
+    try:
+        wait_for(trainer.folder / "out" / ".lock", first)
+        os.kill(first.pid, signal.SIGSTOP)  # it holds the lock for as long as the second one takes to start
+        second = trainer.run()
+        assert second.code == 2
+        assert f"is in use by another run (pid {first.pid})" in second.said
+        assert "Traceback" not in second.said
+    finally:
+        first.kill()
+        first.communicate()
