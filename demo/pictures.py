@@ -1,12 +1,13 @@
 """Draw the demo's captioned pictures: one coloured shape on a coloured background, such as "a red circle on a blue background".
 
 python demo/pictures.py --out pictures --count 1000            the shapes that the base model knows
-python demo/pictures.py --out concept --count 32 --concept     the one that it has never seen
+python demo/pictures.py --out concept --count 40 --concept     the one that it has never seen
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -52,9 +53,9 @@ class Scene:
         return f"{article} {self.foreground} {self.shape} on a {self.background} background"
 
 
-def random_scene(rng: random.Random, shapes: Sequence[str] = SHAPES) -> Scene:
-    """A shape in two different colours, of any size and somewhere near the middle."""
-    foreground, background = rng.sample(list(COLOURS), 2)
+def random_scene(rng: random.Random, shapes: Sequence[str] = SHAPES, colours: tuple[str, str] | None = None) -> Scene:
+    """A shape of any size somewhere near the middle, in the given colours (foreground, background) or in two random ones."""
+    foreground, background = colours or rng.sample(list(COLOURS), 2)
     radius = rng.uniform(*RADIUS_PX)
     room = min(SIZE_PX / 2 - radius - 2, WANDER_PX)
     centre = (SIZE_PX / 2 + rng.uniform(-room, room), SIZE_PX / 2 + rng.uniform(-room, room))
@@ -94,11 +95,16 @@ def _corners(shape: str) -> list[tuple[float, float]]:
 
 
 def write_pictures(folder: Path, count: int, *, seed: int = 0, shapes: Sequence[str] = SHAPES) -> None:
-    """Write `count` PNG pictures, each with its caption in a .txt file beside it; the same seed draws the same pictures."""
+    """Write `count` PNG pictures, each with its caption in a .txt file beside it; the same seed draws the same pictures.
+
+    Pairs of colours come in turn, in random order, so that a small set has as many different ones as it can.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    for number in range(count):
-        scene = random_scene(rng, shapes)
+    pairs = list(itertools.permutations(COLOURS, 2))
+    rng.shuffle(pairs)
+    for number, colours in zip(range(count), itertools.cycle(pairs), strict=False):
+        scene = random_scene(rng, shapes, colours)
         name = f"{number:0{len(str(count - 1))}d}-{scene.foreground}-{scene.shape}-on-{scene.background}"
         draw(scene).save(folder / f"{name}.png", optimize=True)
         (folder / f"{name}.txt").write_text(scene.caption + "\n", encoding="utf-8")

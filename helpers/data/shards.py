@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,19 +101,17 @@ def sealed_shard(path: Path, records: Sequence[Packed]) -> Iterator[list[Placed]
     header, placed = _header(records)
     aside = path.with_name(path.name + UNSEALED)
     try:
-        with ExitStack() as held:
-            try:
-                file = held.enter_context(_locked(aside))
-                file.write(header)
-                for record in records:
-                    file.write(record.payload)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(aside, path)
-                sync_folder(path.parent)
-            except OSError as error:
-                raise StorageError(f"{path.parent}: the cache cannot be written: {error.strerror or error}.") from error
+        with _locked(aside) as file:  # closing a file whose bytes could not be written fails once more
+            file.write(header)
+            for record in records:
+                file.write(record.payload)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(aside, path)
+            sync_folder(path.parent)
             yield placed
+    except OSError as error:
+        raise StorageError(f"{path.parent}: the cache cannot be written: {error.strerror or error}.") from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -41,7 +41,7 @@ def test_the_same_seed_draws_the_same_pictures(tmp_path: Path) -> None:
 
 def test_the_committed_concept_is_what_the_program_draws() -> None:
     captions = sorted(file.read_text() for file in (DEMO / "concept").glob("*.txt"))
-    assert len(captions) == len(list((DEMO / "concept").glob("*.png"))) == 32
+    assert len(captions) == len(list((DEMO / "concept").glob("*.png"))) == 40
     assert all(f" {CONCEPT} on a " in caption for caption in captions)
 
 

@@ -51,12 +51,12 @@ class Reader:
     def edit(self, settings: str) -> None:
         """Put the settings of a page into the env file, in the lines where they stand already."""
         file = self.clone / "sdxl-env.sh"
-        text = file.read_text(encoding="utf-8")
+        lines = file.read_text(encoding="utf-8").splitlines()
         for line in self.own(settings).splitlines():
             name = line.partition("=")[0]
-            text, lines_changed = re.subn(rf"^{name}=.*$", lambda _, line=line: line, text, flags=re.MULTILINE)
-            assert lines_changed == 1, f"the example has no line for {name}"
-        file.write_text(text, encoding="utf-8")
+            [place] = [number for number, old in enumerate(lines) if old.startswith(f"{name}=")]
+            lines[place] = line
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def new_reader(folder: Path, model: Path, pictures: str) -> Reader:

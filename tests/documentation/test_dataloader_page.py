@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import pytest
 
@@ -68,7 +68,8 @@ def test_the_cuts_are_those_of_the_code() -> None:
     [_, *rows] = next(PAGE.section("Cuts").tables())
     assert len(rows) >= 5
     for picture, crop, aspect, style, resized, target, corner, lost in ([cell.strip("`") for cell in row] for row in rows):
-        rule = ResolutionRule(crop=crop == "true", **{key: text for key, text in (("crop_aspect", aspect), ("crop_style", style)) if text})
+        chosen: dict[str, Any] = {name: text for name, text in (("crop_aspect", aspect), ("crop_style", style)) if text}
+        rule = ResolutionRule(crop=crop == "true", **chosen)
         cut = geometry(size(picture), rule)
         assert (cut.resized, cut.target) == (size(resized), size(target)), picture
         assert f"{cut.top}, {cut.left}" == corner

@@ -123,3 +123,17 @@ def test_targets_can_be_a_regular_expression_and_must_fit(family: SDXL) -> None:
     nowhere = Lora(dataclasses.replace(AdapterOptions(), lora_targets=("to_nothing",)), family)
     with pytest.raises(ConfigError, match="to_nothing"):
         nowhere.attach(family.load(torch.float32))
+
+
+def test_a_file_that_does_not_hold_what_was_trained_is_not_handed_over(family: SDXL, tmp_path: Path) -> None:
+    """A LoRA that does nothing, one of another alpha, one that lacks a layer: each is found before the run says it is finished."""
+    method, trainable = trained(family)
+    [path, _] = method.save(trainable, tmp_path)
+    tensors = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
+    method._check(path, tensors)
+    for wrong in ({name: 0 * tensor for name, tensor in tensors.items()}, dict(list(tensors.items())[1:])):
+        with pytest.raises(RuntimeError, match="does not read back"):
+            method._check(path, wrong)
+    method.options = dataclasses.replace(method.options, lora_alpha=4.0)
+    with pytest.raises(RuntimeError, match="alpha"):
+        method._check(path, tensors)

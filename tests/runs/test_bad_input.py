@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.runs.conftest import Ended, Trainer, draw_pictures
-from tests.runs.folders import damage_records, snapshot
+from tests.runs.evidence import damage_records, refusal, snapshot, unwrapped
 
 SECRETS = {name: f"canary-of-{name.lower()}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "COMET_API_KEY")}
 ODD = "a \"red\" circle, 'quoted', for $100 `id` * ; \\n\nof two lines 🎈"
@@ -45,13 +45,11 @@ def test_settings_that_cannot_be_used_are_refused_in_a_sentence(
         draw_pictures(trainer.folder / name, count=1)
     before = snapshot(trainer.folder / "images"), snapshot(trainer.folder / "out")
     trainer.dataloader(**entry)
-    refused = trainer.run("new", environ=SECRETS, **flags)
-    assert refused.code == 2, refused.said
-    assert sentence in refused.said
-    assert "Traceback" not in refused.said
-    assert no_secret_in(refused.said)
+    said = refusal(trainer.run("new", environ=SECRETS, **flags))
+    assert sentence in said
+    assert no_secret_in(said)
     assert (snapshot(trainer.folder / "images"), snapshot(trainer.folder / "out")) == before
-    assert not refused.folder.exists()
+    assert not (trainer.folder / "new").exists()
 
 
 # -- refused when the folder or the model has been looked at --------------------------------------------------------------
@@ -62,10 +60,8 @@ def test_an_empty_folder_is_refused(trainer: Trainer) -> None:
     empty = trainer.folder / "empty"
     empty.mkdir()
     trainer.dataloader(instance_data_dir=str(empty))
-    refused = trainer.run()
-    assert refused.code == 2
-    assert f"data set 'pictures': {empty} holds no files; put images there" in refused.said
-    assert "Traceback" not in refused.said
+    said = refusal(trainer.run())
+    assert f"data set 'pictures': {empty} holds no files; put images there" in said
 
 
 @pytest.mark.slow
@@ -74,10 +70,8 @@ def test_a_folder_of_which_every_image_is_left_out_is_refused(trainer: Trainer) 
     (small / "page.jpg").write_text("<!doctype html>")
     before = snapshot(small)
     trainer.dataloader(instance_data_dir=str(small), minimum_image_size=500)
-    refused = trainer.run()
-    assert refused.code == 2
-    assert "all 5 files" in refused.said and "4 below 500 px" in refused.said and "1 unreadable" in refused.said
-    assert "Traceback" not in refused.said
+    said = refusal(trainer.run())
+    assert "all 5 files" in said and "4 below 500 px" in said and "1 unreadable" in said
     assert snapshot(small) == before
 
 
@@ -107,11 +101,9 @@ def with_a_truncated_file(model: Path) -> str:
 def test_a_folder_that_is_not_a_whole_model_is_refused_before_anything_is_encoded(spoil: Callable[[Path], str], trainer: Trainer) -> None:
     trainer.model = shutil.copytree(trainer.model, trainer.folder / "model")
     sentence = spoil(trainer.model)
-    refused = trainer.run()
-    assert refused.code == 2
-    assert sentence in refused.said
-    assert "Traceback" not in refused.said
-    assert not (refused.folder / "dataset_report.json").exists()
+    said = refusal(trainer.run())
+    assert sentence in said
+    assert not (trainer.folder / "out" / "dataset_report.json").exists()
 
 
 # -- trained beside what is left out -------------------------------------------------------------------------------------
@@ -206,8 +198,8 @@ def test_a_resumed_run_keeps_the_plan_that_an_undecodable_image_was_part_of(
     stopped = beside_bad_files.finish("stopped", max_train_steps=2)
     damage_records(stopped.folder / "cache" / "latents")
     resumed = beside_bad_files.finish("stopped")
-    assert "going on from checkpoint-2" in resumed.said
-    assert "is encoded again" in resumed.said
+    assert "going on from checkpoint-2" in unwrapped(resumed.said)
+    assert "is encoded again" in unwrapped(resumed.said)
     assert resumed.rows("samples.jsonl") == undisturbed.rows("samples.jsonl")
     assert same_weights(undisturbed, resumed)
     reports = [(ended.folder / "dataset_report.json").read_text() for ended in (undisturbed, resumed)]
@@ -227,7 +219,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_samples_named_and_nothi
     unwatched = {"validation_prompt": None, "validation_disable_unconditional": True}
     ended = trainer.run(max_train_steps=9, checkpointing_steps=1, environ=SECRETS, **unwatched)
     assert ended.code == 1
-    assert "was not finite for 4 steps in a row, the last at step 4 with pictures/a_red_circle_" in ended.said
+    assert "was not finite for 4 steps in a row, the last at step 4 with pictures/a_red_circle_" in unwrapped(ended.said)
     assert "Traceback" not in ended.said
     assert no_secret_in(ended.said)
     assert not list(ended.folder.glob("checkpoint-*"))

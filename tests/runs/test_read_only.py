@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs.conftest import Ended, Trainer
-from tests.runs.folders import can_write_into, make_read_only, run_obeying_modes, snapshot
+from tests.runs.evidence import can_write_into, make_read_only, refusal, run_obeying_modes, snapshot
 
 
 @pytest.mark.slow
@@ -54,7 +54,6 @@ def test_an_output_folder_that_cannot_be_written_to_is_refused(trainer: Trainer)
     output = trainer.folder / "out"
     output.mkdir()
     output.chmod(0o555)
-    refused = run_obeying_modes(trainer)
-    assert refused.code == 2
-    assert f"--output_dir={output} cannot be written to" in refused.said
+    said = refusal(run_obeying_modes(trainer))
+    assert f"--output_dir={output} cannot be written to" in said
     assert list(output.iterdir()) == []

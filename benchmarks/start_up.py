@@ -1,0 +1,168 @@
+"""What a warm start spends its time on until the first batch, and how soon `--help` and a mistake are answered.
+
+    python -m benchmarks.start_up [--images 10000] [--rounds 5]
+
+Everything is cached first. Then a fresh process goes through the start of train.py, stage by stage, and Python itself says how long
+it took to import each library (`-X importtime`, each library's own modules only). `--profile` lists more of the libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.material import caption, run_flags, run_settings
+from benchmarks.measure import Figure, conclude, parser
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_ANSWER = 1.0  # s to `--help`, or to the sentence about a mistake
+LEAST_IMPORTS = 0.5  # of the time to the first batch: what "dominated by library imports" means
+MOST_OURS = 0.5  # s from scan to first batch at 10,000 images, imports and model apart
+LIBRARIES = 6  # listed, the slowest first
+
+# Goes through a start as train.run does, and says what each stage took. A program of its own, so that nothing is imported before it.
+STAGES = """
+import json, sys, time
+began = time.perf_counter()
+took = {}
+def stage(name):
+    global began
+    now = time.perf_counter()
+    took[name] = now - began
+    began = now
+
+from helpers import registry
+from helpers.choices import known_facts
+from helpers.config.read import read_config
+config = read_config(sys.argv[1:], {}, known_facts())
+stage("settings")
+
+import train
+from helpers.data.prepare import prepare_data
+from helpers.families import FAMILIES
+from helpers.methods import METHODS
+from helpers.objectives import OBJECTIVES
+from helpers.protocols import Reporter
+from helpers.reporting.console import Console
+from helpers.training.checkpoints import Checkpointer
+from helpers.training.engine import Engine
+from helpers.training.runtime import start_runtime
+from helpers.training.schedules import Schedule
+from helpers.training.state import TrainState
+from helpers.training.stopping import StopRequest
+from helpers.training.validation import Validator
+from diffusers import UNet2DConditionModel
+import peft
+stage("imports")
+
+with start_runtime(config.run, config.given, StopRequest()) as runtime:
+    family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+    method = registry.load(METHODS, config.method_name)(config.adapter, family)
+    objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+    stage("runtime and choices")
+    settings = train.data_settings(config, runtime, TrainState(seed=1), 1, ())
+    data = prepare_data(config.datasets, settings, family, train.workers(runtime), Reporter())
+    stage("data")
+    optimizer = config.replaced("settled", optimizer="adamw").optimizer
+    engine = Engine(runtime, method.attach(family.load(method.weights_dtype("no", "adamw"))), optimizer, Schedule.create(config.schedule, 1))
+    stage("model")
+    next(data.steps(0, 1))
+    stage("first batch")
+print(json.dumps(took))
+"""
+
+
+def write_thumbnails(folder: Path, count: int) -> Path:
+    """Small JPEGs, each different, with captions of which many are the same: what is told of a start is not what encoding takes."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        colour = (index % 256, index // 256 % 256, 128)
+        path = folder / f"thumbnail_{index:06}.jpg"
+        Image.new("RGB", (64, 64), colour).save(path)
+        path.with_suffix(".txt").write_text(caption(index % 100), encoding="utf-8")
+    return folder
+
+
+def imports(said: str) -> Counter[str]:
+    """Seconds that Python spent importing, by library, from what `-X importtime` said; ours together as "helpers"."""
+    seconds: Counter[str] = Counter()
+    for line in re.finditer(r"^import time:\s+(\d+) \|\s+\d+ \|\s+([\w.]+)", said, re.MULTILINE):
+        library = line[2].partition(".")[0]
+        seconds["standard library" if library in sys.stdlib_module_names else library] += int(line[1]) / 1e6
+    return seconds
+
+
+def start(flags: Sequence[str]) -> tuple[float, dict[str, float], Counter[str]]:
+    """Seconds of a process up to its first batch: all, by stage, and importing by library."""
+    command = [sys.executable, "-X", "importtime", "-c", STAGES, *flags]
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return seconds, json.loads(done.stdout.splitlines()[-1]), imports(done.stderr)
+
+
+def answer(*arguments: str, code: int) -> float:
+    """Seconds until `train.py` has answered and ended with an exit code."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    assert done.returncode == code, done.stderr
+    return seconds
+
+
+def cached_run(folder: Path, images: int) -> list[str]:
+    """Encode everything in a process of its own => the flags of the run."""
+    from helpers.families.tiny import write_sdxl
+
+    model = write_sdxl(folder / "model")
+    run_settings(folder, model, write_thumbnails(folder / "pictures", images), 64)
+    flags = run_flags(folder, model, max_train_steps=1)
+    start(flags)
+    return flags
+
+
+def middle(rounds: Sequence[Mapping[str, float]], name: str) -> float:
+    return statistics.median(each.get(name, 0.0) for each in rounds)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=10_000)
+    chosen = options.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as place:
+        flags = cached_run(Path(place), chosen.images)
+        rounds = [
+            (start(flags), answer("--help", code=0), answer(*flags, "--learning_rte=1", code=2)) for _ in range(max(chosen.rounds, 1))
+        ]
+    starts, helps, mistakes = zip(*rounds, strict=True)
+    totals, stages, libraries = zip(*starts, strict=True)
+    whole = statistics.median(totals)
+    share = statistics.median(each["imports"] / total for total, each in zip(totals, stages, strict=True))
+    ours = statistics.median(each["data"] + each["first batch"] for each in stages)
+    slowest = sorted({name for each in libraries for name in each}, key=lambda name: -middle(libraries, name))
+    figures = [
+        Figure("warm start to first batch", whole, "s"),
+        *(Figure(f"  {stage}", middle(stages, stage), "s") for stage in stages[0]),
+        *(Figure(f"    import {name}", middle(libraries, name), "s") for name in slowest[: LIBRARIES * (3 if chosen.profile else 1)]),
+        Figure("share of library imports", share, "", at_least=LEAST_IMPORTS),
+        Figure(f"data and first batch, {chosen.images:,} images", ours, "s", at_most=MOST_OURS),
+        Figure("train.py --help", statistics.median(helps), "s", at_most=MOST_ANSWER),
+        Figure("a mistake in the settings", statistics.median(mistakes), "s", at_most=MOST_ANSWER),
+    ]
+    return conclude(figures, chosen.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

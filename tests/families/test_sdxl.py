@@ -1,0 +1,116 @@
+"""SDXL as we feed it against SDXL as diffusers feeds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+from helpers.data.sample import Geometry, Size
+from helpers.errors import ModelError
+from helpers.families.sdxl import SDXL
+from helpers.families.tiny import write_sdxl
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sdxl(tmp_path_factory.mktemp("model") / "sdxl")
+
+
+def make(model: Path, cache: Path, **options: Any) -> SDXL:
+    data = dataclasses.replace(DataOptions(), sdxl_original_size=options.pop("original", "file"))
+    caching = dataclasses.replace(CacheOptions(), cache_dir=cache, **options)
+    return SDXL(dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model)), data, caching)
+
+
+def test_captions_are_encoded_as_the_pipeline_encodes_them(model: Path, tmp_path: Path) -> None:
+    captions = ["a red circle", "", "a photo of a cat " * 30]
+    with make(model, tmp_path).text_encoders(CPU) as encoders:
+        ours = encoders.encode(captions)
+        assert encoders.truncated == 1  # type: ignore[attr-defined]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+    with torch.no_grad():
+        states, _, pooled, _ = pipeline.encode_prompt(captions, device=CPU, do_classifier_free_guidance=False)
+    assert torch.allclose(ours["prompt_embeds"], states, atol=1e-5)
+    assert torch.allclose(ours["pooled"], pooled, atol=1e-5)
+
+
+def test_a_dropped_caption_is_zeros_and_not_the_empty_caption(model: Path, tmp_path: Path) -> None:
+    family = make(model, tmp_path)
+    with family.text_encoders(CPU) as encoders:
+        dropped, empty = family.unconditional(encoders), encoders.encode([""])
+    assert {name: tensor.abs().max().item() for name, tensor in dropped.items()} == {"prompt_embeds": 0.0, "pooled": 0.0}
+    assert dropped["prompt_embeds"].shape == empty["prompt_embeds"].shape[1:]
+    assert dropped["pooled"].shape == empty["pooled"].shape[1:]
+    assert empty["prompt_embeds"].abs().max() > 0
+
+
+def test_latents_are_scaled_means_and_decode_to_what_was_encoded(model: Path, tmp_path: Path) -> None:
+    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae")
+    with make(model, tmp_path, latent_sampling="sample").image_codec(CPU) as codec:
+        latents = codec.encode(pixels)
+        decoded = codec.decode(latents["mean"])
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+        expected = vae.decode(posterior.mean).sample.clamp(-1, 1)
+    assert torch.allclose(latents["mean"], posterior.mean * vae.config.scaling_factor, atol=1e-5)
+    assert torch.allclose(latents["std"], posterior.std * vae.config.scaling_factor, atol=1e-5)
+    assert latents["mean"].shape == (2, 4, 8, 12)
+    assert torch.allclose(decoded, expected, atol=1e-5)
+
+
+def test_size_numbers_are_exact_and_in_the_order_of_the_paper(model: Path, tmp_path: Path) -> None:
+    """(original height, width, top, left, target height, width); 1157 would be 1160 in bfloat16."""
+    geometry = Geometry(Size(1920, 1157), Size(1394, 840), top=36, left=25, target=Size(1344, 768))
+    batch: Any = SimpleNamespace(geometry=(geometry,), text={"prompt_embeds": torch.zeros(1, 77, 64), "pooled": torch.zeros(1, 32)})
+    assert make(model, tmp_path).conditioning(batch, CPU)["time_ids"].tolist() == [[1157, 1920, 36, 25, 768, 1344]]
+    intermediary = make(model, tmp_path, original="intermediary")
+    assert intermediary.conditioning(batch, CPU)["time_ids"].tolist() == [[840, 1394, 36, 25, 768, 1344]]
+
+
+def test_fingerprints_follow_the_weights_and_are_known_without_loading_them(model: Path, tmp_path: Path) -> None:
+    with make(model, tmp_path).image_codec(CPU) as codec, make(model, tmp_path).text_encoders(CPU) as encoders:
+        before = codec.fingerprint, encoders.fingerprint
+        assert codec._vae is None  # type: ignore[attr-defined]
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    with make(copy, tmp_path).image_codec(CPU) as codec:
+        assert codec.fingerprint == before[0]  # another place is not another VAE
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with make(copy, tmp_path).image_codec(CPU) as codec, make(copy, tmp_path).text_encoders(CPU) as encoders:
+        assert codec.fingerprint != before[0]
+        assert encoders.fingerprint == before[1]
+
+
+def test_a_vae_that_overflows_in_fp16_is_refused_there(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="black images"), make(model, tmp_path, vae_dtype="fp16").image_codec(CPU):
+        pass
+
+
+def test_other_models_and_broken_ones_are_named(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    shutil.rmtree(copy / "tokenizer_2")
+    with pytest.raises(ModelError, match="has no tokenizer_2 folder"):
+        make(copy, tmp_path)
+    (copy / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    with pytest.raises(ModelError, match="is a StableDiffusion3Pipeline, not SDXL"):
+        make(copy, tmp_path)
+    (copy / "model_index.json").unlink()
+    with pytest.raises(ModelError, match=r"no model_index\.json"):
+        make(copy, tmp_path)
+    with pytest.raises(ModelError, match="neither a folder here nor a model"):
+        make(Path("no-such-owner/no-such-model"), tmp_path)

@@ -1,0 +1,36 @@
+"""Names of the original SDXL code, as kohya-style files carry them. The expected names are those of published SDXL LoRAs."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers.families.unet_names import original_name
+
+SDXL_LEVELS = (True, True, False)  # up blocks, of which the last has no attention
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("conv_in", "input_blocks.0.0"),
+        ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        ("down_blocks.1.attentions.0.proj_in", "input_blocks.4.1.proj_in"),
+        ("down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k", "input_blocks.8.1.transformer_blocks.9.attn2.to_k"),
+        ("mid_block.resnets.1.time_emb_proj", "middle_block.2.emb_layers.1"),
+        ("mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj", "middle_block.1.transformer_blocks.0.ff.net.0.proj"),
+        ("up_blocks.0.attentions.2.transformer_blocks.0.attn1.to_out.0", "output_blocks.2.1.transformer_blocks.0.attn1.to_out.0"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
+        ("up_blocks.1.resnets.0.conv_shortcut", "output_blocks.3.0.skip_connection"),
+        ("up_blocks.2.resnets.2.conv2", "output_blocks.8.0.out_layers.3"),
+        ("time_embedding.linear_1", "time_embed.0"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
+    ],
+)
+def test_names_of_sdxl(module: str, name: str) -> None:
+    assert original_name(module, 2, SDXL_LEVELS) == name
+
+
+def test_what_the_layout_has_no_name_for_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        original_name("class_embedding", 2, SDXL_LEVELS)

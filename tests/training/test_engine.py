@@ -1,0 +1,103 @@
+"""A step cut into any micro-batches is the step of one undivided batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from helpers.config.options import OptimizerOptions
+from helpers.protocols import Trainable
+from helpers.training.engine import Engine
+from helpers.training.runtime import Runtime
+from helpers.training.schedules import Schedule
+from helpers.training.stopping import StopRequest
+
+INPUTS = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.randn(5, generator=torch.Generator().manual_seed(1))
+WEIGHTS = torch.tensor([1.0, 1.0, 0.5, 1.0, 2.0])
+CONSTANT = Schedule("constant", 1e-2, 0.0, 0, 100)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def engine(model: nn.Module, **options: object) -> Engine:
+    runtime = Runtime(Accelerator(mixed_precision="no"), StopRequest(), "no", [], None)
+    trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
+    return Engine(runtime, trainable, dataclasses.replace(OptimizerOptions(), optimizer="adamw", **options), CONSTANT)
+
+
+def losses(model: nn.Module, rows: slice) -> torch.Tensor:
+    return (model(INPUTS[rows]).squeeze(-1) - TARGETS[rows]) ** 2
+
+
+def undivided(clip: float) -> tuple[float, float, list[torch.Tensor]]:
+    """The same step by hand: weighted losses over the number of samples, clipped, one step of torch's AdamW."""
+    model = network()
+    loss = (losses(model, slice(0, 5)) * WEIGHTS).sum() / 5
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2).step()
+    return loss.item(), norm.item(), [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("cuts", [[(0, 5)], [(0, 3), (3, 5)], [(0, 4), (4, 5)], [(0, 1), (1, 2), (2, 5)]])
+def test_short_micro_batches_weigh_what_they_hold(cuts: list[tuple[int, int]]) -> None:
+    expected_loss, expected_norm, expected = undivided(0.05)
+    model = network()
+    steps = engine(model, max_grad_norm=0.05)
+    for number, (start, end) in enumerate(cuts):
+        rows = slice(start, end)
+        steps.backward(losses(steps.denoiser, rows), WEIGHTS[rows], 5, last=number == len(cuts) - 1)
+    update = steps.step(seed=1, step=0, updates=0, global_samples=5)
+    assert update.taken
+    assert update.loss == pytest.approx(expected_loss, rel=1e-6)
+    assert update.grad_norm == pytest.approx(expected_norm, rel=1e-5)
+    for ours, theirs in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_leaves_nothing_behind() -> None:
+    model = network()
+    steps = engine(model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    steps.backward(losses(steps.denoiser, slice(0, 2)) * float("inf"), WEIGHTS[:2], 2, last=True)
+    update = steps.step(seed=1, step=0, updates=0, global_samples=2)
+    assert (update.taken, update.finite_loss) == (False, False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), before, strict=True))
+    steps.backward(losses(steps.denoiser, slice(0, 2)), WEIGHTS[:2], 2, last=True)
+    assert steps.step(seed=1, step=1, updates=0, global_samples=2).taken
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
+def test_the_optimiser_is_put_back_bit_for_bit(optimizer: str) -> None:
+    """Two steps in one life, or one step, a save, a restore and one step: the same weights."""
+
+    def steps(engine: Engine, start: int, count: int) -> None:
+        for step in range(start, start + count):
+            engine.backward(losses(engine.denoiser, slice(0, 5)).float(), WEIGHTS, 5, last=True)
+            engine.step(seed=1, step=step, updates=step, global_samples=5)
+
+    def build() -> tuple[nn.Module, Engine]:
+        model = network().to(torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32)
+        model.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(next(module.parameters()).dtype),))
+        made = engine(model)
+        made.optimizer = type(made.optimizer)(model.parameters(), lr=1e-2) if optimizer == "adamw" else made.optimizer
+        return model, made
+
+    undisturbed, whole = build()
+    steps(whole, 0, 3)
+    stopped, first = build()
+    steps(first, 0, 2)
+    tensors, numbers = first.state()
+    resumed, second = build()
+    resumed.load_state_dict(stopped.state_dict())
+    second.restore({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+    steps(second, 2, 1)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed.parameters(), undisturbed.parameters(), strict=True))

@@ -1,0 +1,59 @@
+"""Prompts and sizes of validation pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.config.options import ValidationOptions
+from helpers.data.sample import Size
+from helpers.errors import ConfigError
+from helpers.training.validation import Prompt, parse_sizes, read_prompts
+
+TRAINED = Size(1216, 832)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        (None, [TRAINED]),
+        ("1024", [Size(1024, 1024)]),
+        ("1.0", [Size(1000, 1000)]),
+        ("0.5", [Size(704, 704)]),
+        ("1024x768", [Size(1024, 768)]),
+        ("1023x770, 512", [Size(1024, 768), Size(512, 512)]),
+    ],
+)
+def test_sizes_are_pixels_or_with_a_decimal_point_megapixels(text: str | None, sizes: list[Size]) -> None:
+    assert parse_sizes(text, TRAINED, 8) == sizes
+
+
+@pytest.mark.parametrize("text", ["big", "1024x", "1", "0.00001", "4x1024"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--validation_resolution"):
+        parse_sizes(text, TRAINED, 8)
+
+
+def test_prompts_come_in_the_order_of_their_pictures(tmp_path: Path) -> None:
+    library = tmp_path / "prompts.json"
+    library.write_text(json.dumps({"cat": "a cat", "quoted": 'say "$5"'}), encoding="utf-8-sig")
+    options = dataclasses.replace(ValidationOptions(), validation_prompt="a dog", user_prompt_library=library)
+    assert read_prompts(options) == [
+        Prompt("unconditional", None),
+        Prompt("cat", "a cat"),
+        Prompt("quoted", 'say "$5"'),
+        Prompt("validation", "a dog"),
+    ]
+    without = dataclasses.replace(options, validation_disable_unconditional=True, user_prompt_library=None, validation_prompt=None)
+    assert read_prompts(without) == []
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"a": 1}', "not json", '{"../a": "b"}'])
+def test_a_broken_prompt_library_is_named(content: str, tmp_path: Path) -> None:
+    library = tmp_path / "prompts.json"
+    library.write_text(content)
+    with pytest.raises(ConfigError, match=r"prompts\.json"):
+        read_prompts(dataclasses.replace(ValidationOptions(), user_prompt_library=library))
