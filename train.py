@@ -76,8 +76,8 @@ def main() -> int:
     try:
         train(config, stop, report)
         code = EXIT_FINISHED
-    except Interrupted as stop:
-        report.failed(str(stop))
+    except Interrupted as left:
+        report.failed(str(left))
         code = EXIT_INTERRUPTED
     except UserError as error:
         report.failed(str(error))
@@ -95,7 +95,8 @@ def train(config: Config, stop: StopRequest, report: Reporters) -> None:
     """One life of a run: it begins anew or goes on from a checkpoint, and ends finished, or saved and interrupted."""
     from helpers.training.runtime import start_runtime
 
-    with start_runtime(config.run, config.given, stop) as runtime:  # processes, device, precision, the lock on OUTPUT_DIR
+    folders = {"--output_dir": config.run.output_dir, "--cache_dir": config.cache.cache_dir}
+    with start_runtime(config.run, folders, config.given, stop) as runtime:  # processes, device, precision, locks on its folders
         if runtime.is_main:
             begin_report(config, runtime, report)
         run(config, runtime, report)

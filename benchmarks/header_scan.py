@@ -1,26 +1,25 @@
 """How many images a second a scan takes in on one core, beside Pillow merely opening them.
 
-    python benchmarks/header_scan.py [--images 5000] [--rounds 5]
+    python -m benchmarks.header_scan [--images 5000] [--rounds 5] [--profile]
 
 A scan lists the files, reads each header for size and orientation, and keeps it in the catalogue; no pixel is decoded. A second
-scan of the same folder opens nothing. Exits 1 below the limit.
+scan of the same folder opens nothing. Seconds of a core are seconds of processor time, over all threads.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
 from helpers.data.buckets import ResolutionRule
 from helpers.data.captions import CaptionRule
 from helpers.data.catalogue import Catalogue
@@ -33,6 +32,7 @@ RULES = DatasetRules("benchmark", ResolutionRule(), CaptionRule(strategy="filena
 
 def make_images(folder: Path, count: int) -> None:
     """JPEGs of 1200x800 as a camera writes them, with EXIF: one picture under many names."""
+    folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side
@@ -42,44 +42,55 @@ def make_images(folder: Path, count: int) -> None:
         shutil.copyfile(first, folder / f"image_{number:06}.jpg")
 
 
-def bare(folder: Path) -> float:
+def opened(folder: Path) -> float:
     """Images a second of processor time that Pillow opens in a plain loop."""
     paths = sorted(folder.iterdir())
-    started = time.process_time()
+    began = time.process_time()
     for path in paths:
         with Image.open(path) as image:
             assert image.size == (1200, 800)
-    return len(paths) / (time.process_time() - started)
+    return len(paths) / (time.process_time() - began)
 
 
-def scanned(folder: Path, catalogue_file: Path) -> tuple[float, float]:
-    """Images a second of processor time of a cold scan, and the seconds of a warm one."""
-    with Catalogue(catalogue_file) as catalogue:
-        started = time.process_time()
-        result = scan(LocalSource(folder), RULES, catalogue)
-        cold = result.used / (time.process_time() - started)
-        started = time.perf_counter()
-        assert scan(LocalSource(folder), RULES, catalogue).opened == 0
-        return cold, time.perf_counter() - started
+class Scans:
+    """Scans of one folder into a new catalogue each; `warm` keeps the rates of the second scan into each."""
+
+    def __init__(self, folder: Path, catalogues: Path) -> None:
+        self.folder, self.catalogues = folder, catalogues
+        self.warm: list[float] = []
+
+    def cold(self) -> float:
+        """Images a second of processor time."""
+        with Catalogue(self.catalogues / f"{len(self.warm)}.sqlite") as catalogue:
+            began = time.process_time()
+            result = scan(LocalSource(self.folder), RULES, catalogue)
+            rate = result.used / (time.process_time() - began)
+            began = time.process_time()
+            assert scan(LocalSource(self.folder), RULES, catalogue).opened == 0
+            self.warm.append(result.used / (time.process_time() - began))
+        return rate
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser(__doc__)
     options.add_argument("--images", type=int, default=5_000)
-    options.add_argument("--rounds", type=int, default=5)
-    chosen = options.parse_args()
+    chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "images"
-        folder.mkdir()
         make_images(folder, chosen.images)
-        rounds = [(bare(folder), *scanned(folder, Path(place) / f"{number}.sqlite")) for number in range(chosen.rounds)]
-    opened, cold, warm = (statistics.median(values) for values in zip(*rounds, strict=True))
-    kept = cold >= LEAST_SCANNED
-    print(f"opened by Pillow alone  {opened:>8,.0f} images/s of a core")
-    print(f"scanned, cold           {cold:>8,.0f} images/s of a core; at least {LEAST_SCANNED:,}: {'kept' if kept else 'MISSED'}")
-    print(f"scanned again           {warm:>8.2f} s for {chosen.images:,} images, none opened; medians of {chosen.rounds}")
-    sys.exit(not kept)
+        scans = Scans(folder, Path(place))
+        rounds = in_turns(chosen.rounds, lambda: opened(folder), scans.cold)
+        beside = compared("scanned, beside Pillow opening them", "/s", rounds)
+        figures = [
+            beside,
+            Figure("scanned by a core", beside.value, "/s", at_least=LEAST_SCANNED),
+            Figure("scanned again, none opened", statistics.median(scans.warm), "/s"),
+        ]
+        if chosen.profile:
+            profile("Pillow opening", lambda: opened(folder))
+            profile("a scan (its main thread) and a warm one", scans.cold)
+    return conclude(figures, chosen.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -81,10 +81,11 @@ def number(value: float | None) -> str:
 def table(figures: Iterable[Figure]) -> str:
     rows = [HEADINGS, *(figure.cells() for figure in figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if column in (0, 5) else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
+    lines = []
+    for name, *numbers, verdict in rows:
+        aligned = (cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=False))
+        lines.append("  ".join([name.ljust(widths[0]), *aligned, verdict]).rstrip())
+    return "\n".join(lines)
 
 
 def conclude(figures: Sequence[Figure], rounds: int) -> int:

@@ -50,6 +50,7 @@ class TextEncoders(Protocol):
     """Captions to conditioning tensors, the same function for the cache and for live training."""
 
     fingerprint: str
+    truncated: int  # captions so far that were longer than the encoders read
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """B captions => tensors by name, each (B, ...)."""

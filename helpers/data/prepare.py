@@ -186,10 +186,13 @@ class _Preparation:
                 ]
                 self._fill_unconditional(encoders, options)
             self.text_fingerprint = encoders.fingerprint
+            cut_off = sum(map(int, self.workers.gather(str(encoders.truncated))))
         self.extra_captions = wanted[-1]
         self.encoder_fingerprints["text_encoders"] = f"{self.text_fingerprint} {options.cache_dtype}"
         needed = sum(map(len, wanted))
         self.report.chapter("text", self._all(filled).describe(needed, "the text encoders"))
+        if cut_off:
+            self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and were cut off")
 
     def _fill_captions(self, filler: TextFiller, captions: Sequence[str], options: FillOptions) -> Filled:
         pending = filler.pending(captions, options)

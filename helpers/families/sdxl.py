@@ -223,7 +223,7 @@ class SdxlTextEncoders:
         self.dtype = torch.float32 if device.type == "cpu" else torch.float16
         weights = family.hashes.of(*(family.folder / name for name in TEXT_COMPONENTS))
         self.fingerprint = folder.fingerprint({"weights": weights, "dtype": str(self.dtype), "layer": "penultimate"})
-        self.truncated = 0  # captions that were longer than the encoders read
+        self.truncated = 0
         self._loaded: list[tuple[Any, Any]] = []
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alp
 class Lora:
     """Trains float32 adapter matrices beside frozen weights, and writes them in the layouts other tools load."""
 
-    facts = Facts(name="lora", title="LoRA")
+    facts = Facts(name="lora", title="LoRA", defaults={"learning_rate": 1e-4})  # the declared default is for whole networks
 
     def __init__(self, options: AdapterOptions, family: ModelFamily) -> None:
         self.options = options

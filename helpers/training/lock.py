@@ -1,4 +1,4 @@
-"""One run at a time in an OUTPUT_DIR."""
+"""One run at a time in a folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from helpers.errors import UserError
 LOCK_FILE = ".lock"
 
 
-def lock_output(folder: Path) -> IO[str]:
-    """Hold OUTPUT_DIR until the process ends, however it ends. Raises UserError naming the process that holds it.
+def lock_folder(folder: Path, option: str) -> IO[str]:
+    """Hold a folder until the process ends, however it ends. Raises UserError naming the option and the process that holds it.
 
     The lock is the kernel's, on an open file: a killed run leaves the file but not the lock.
     """
@@ -25,7 +25,7 @@ def lock_output(folder: Path) -> IO[str]:
         holder = stream.read().strip() or "unknown"
         stream.close()
         raise UserError(
-            f"--output_dir={folder} is in use by another run (pid {holder}): wait for it, stop it, or choose another folder."
+            f"{option}={folder} is in use by another run (pid {holder}): wait for it, stop it, or choose another folder."
         ) from None
     stream.truncate(0)
     stream.write(str(os.getpid()))

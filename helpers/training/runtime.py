@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,7 @@ from accelerate.utils import parse_flag_from_env
 from helpers.data.draws import seed_of
 from helpers.errors import ConfigError, Interrupted, UserError
 from helpers.ranks import PROCESSES_VARIABLE, announce_rank
-from helpers.training.lock import lock_output
+from helpers.training.lock import lock_folder
 from helpers.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Runtime:
     stop: StopRequest
     mixed_precision: str  # "no", "bf16" or "fp16", after what the device allows
     notes: list[str]  # what was adjusted to the machine, to be told aloud
-    lock: IO[str] | None  # held by the main process
+    locks: list[IO[str]]  # held by the main process
 
     @property
     def device(self) -> torch.device:
@@ -107,11 +107,11 @@ class Runtime:
             self.accelerator.end_training()
 
 
-def start_runtime(options: RunOptions, chosen: Collection[str], stop: StopRequest) -> Runtime:
-    """Join the other processes, settle the precision for the device, and take the lock on OUTPUT_DIR.
+def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Collection[str], stop: StopRequest) -> Runtime:
+    """Join the other processes, settle the precision for the device, and lock the folders that are this run's alone.
 
-    `chosen` are the options the user set, as opposed to defaults. Raises UserError when the output folder is in use or the
-    precision is impossible here.
+    `folders` are named by their options; `chosen` are the options the user set, as opposed to defaults. Raises UserError when a
+    folder is in use or cannot be written to, or when the precision is impossible here.
     """
     configure_logging()
     # Unless it is told that this is a CPU, accelerate makes each process of a CPU group believe that it is alone.
@@ -125,24 +125,25 @@ def start_runtime(options: RunOptions, chosen: Collection[str], stop: StopReques
     mixed_precision, note = settle_precision(options.mixed_precision, "mixed_precision" in chosen, state.device)
     accelerator = Accelerator(mixed_precision=mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
-    runtime = Runtime(accelerator, stop, mixed_precision, [note] if note else [], None)
-    refusals = runtime.gather(_take_lock(runtime, options.output_dir))
+    runtime = Runtime(accelerator, stop, mixed_precision, [note] if note else [], [])
+    refusals = runtime.gather(_take_locks(runtime, folders))
     if refusal := next(filter(None, refusals), None):
         raise UserError(refusal)
     return runtime
 
 
-def _take_lock(runtime: Runtime, folder: Path) -> str | None:
+def _take_locks(runtime: Runtime, folders: Mapping[str, Path]) -> str | None:
     """The main process locks for all; the refusal goes to everybody, so that no process waits for one that has left."""
     if not runtime.is_main:
         return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        runtime.lock = lock_output(folder)
-    except UserError as error:
-        return str(error)
-    except OSError as error:
-        return f"--output_dir={folder} cannot be written to: {error.strerror}."
+    for option, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            runtime.locks.append(lock_folder(folder, option))
+        except UserError as error:
+            return str(error)
+        except OSError as error:
+            return f"{option}={folder} cannot be written to: {error.strerror}."
     return None
 
 
@@ -163,7 +164,7 @@ def configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("helpers").setLevel(level)
     # transformers says on every import that it does image work without torchvision, and so do we.
-    logging.getLogger("transformers").addFilter(lambda record: "torchvision" not in record.getMessage())
+    logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class HashEncoders:
         self.fingerprint = f"hash {version}"
         self.version = version
         self.encoded: list[str] = []
+        self.truncated = 0
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         self.encoded += captions

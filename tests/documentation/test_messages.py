@@ -20,7 +20,7 @@ from helpers.data.catalogue import Catalogue
 from helpers.data.scan import DatasetRules, scan
 from helpers.errors import UserError
 from helpers.storage.local import LocalSource
-from helpers.training.lock import lock_output
+from helpers.training.lock import lock_folder
 from helpers.training.runtime import settle_precision
 from helpers.training.state import TrainState, require_same
 from tests.documentation.pages import ROOT, Page
@@ -64,12 +64,12 @@ def pictures_without_captions(folder: Path) -> str:
 
 @pytest.fixture
 def said(tmp_path: Path) -> str:
-    lock = lock_output(tmp_path)
+    lock = lock_folder(tmp_path, "--output_dir")
     wrapper = (ROOT / "helpers" / "launch.sh").read_text(encoding="utf-8").replace("$name", "sdxl-env.sh")
     messages = [
         wrong_settings(tmp_path),
         pictures_without_captions(tmp_path),
-        refusal(lambda: lock_output(tmp_path)),
+        refusal(lambda: lock_folder(tmp_path, "--output_dir")),
         refusal(lambda: require_same({"lora_rank": 16}, {"lora_rank": 8}, "checkpoint-150", "")),
         settle_precision("bf16", False, torch.device("cpu"))[1] or "",
         refusal(lambda: TrainState(seed=1).advance(False, 0, []), Exception),

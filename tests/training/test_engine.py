@@ -28,7 +28,7 @@ def network() -> nn.Module:
 
 
 def engine(model: nn.Module, **options: object) -> Engine:
-    runtime = Runtime(Accelerator(mixed_precision="no"), StopRequest(), "no", [], None)
+    runtime = Runtime(Accelerator(mixed_precision="no"), StopRequest(), "no", [], [])
     trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
     return Engine(runtime, trainable, dataclasses.replace(OptimizerOptions(), optimizer="adamw", **options), CONSTANT)
 
