@@ -24,7 +24,7 @@ class Figure:
     """One line of a benchmark's table.
 
     `limit` is what a bare loop reached in the same run, `ratio` how `value` compares with it. The gate (`at_least`, `at_most`) is on
-    the ratio where there is one and on the value otherwise; without a gate the figure is there to be read.
+    the ratio where there is one, unless `gates_value`; without a gate the figure is there to be read.
     """
 
     name: str
@@ -34,28 +34,36 @@ class Figure:
     ratio: float | None = None
     at_least: float | None = None
     at_most: float | None = None
+    gates_value: bool = False
 
     @property
     def kept(self) -> bool:
-        judged = self.value if self.ratio is None else self.ratio
+        judged = self.value if self.ratio is None or self.gates_value else self.ratio
         return (self.at_least is None or judged >= self.at_least) and (self.at_most is None or judged <= self.at_most)
 
     def cells(self) -> tuple[str, ...]:
-        """name, figure, limit, ratio, gate, verdict"""
-        gated = self.at_least is not None or self.at_most is not None
-        bounds = [f">= {number(self.at_least)}"] * (self.at_least is not None) + [f"<= {number(self.at_most)}"] * (self.at_most is not None)
+        """Name, figure, limit, ratio, gate and verdict, as the table shows them."""
+        unit = f" {self.unit}" if self.ratio is None or self.gates_value else ""
+        bounds = ((">=", self.at_least), ("<=", self.at_most))
+        gate = " ".join(f"{sign} {number(bound)}{unit}" for sign, bound in bounds if bound is not None)
         return (
             self.name,
             f"{number(self.value)} {self.unit}",
             "" if self.limit is None else f"{number(self.limit)} {self.unit}",
             "" if self.ratio is None else f"{self.ratio:.3f}",
-            " ".join(bounds),
-            "" if not gated else "ok" if self.kept else "MISSED",
+            gate,
+            "" if not gate else "ok" if self.kept else "MISSED",
         )
 
 
 def compared(
-    name: str, unit: str, rounds: Sequence[tuple[float, float]], at_least: float | None = None, at_most: float | None = None
+    name: str,
+    unit: str,
+    rounds: Sequence[tuple[float, float]],
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    gates_value: bool = False,
 ) -> Figure:
     """A figure of rounds of (the bare loop's, ours): medians, and the median of the rounds' ratios.
 
@@ -63,7 +71,7 @@ def compared(
     """
     bare, ours = (statistics.median(values) for values in zip(*rounds, strict=True))
     ratio = statistics.median(mine / theirs for theirs, mine in rounds)
-    return Figure(name, ours, unit, bare, ratio, at_least, at_most)
+    return Figure(name, ours, unit, bare, ratio, at_least, at_most, gates_value)
 
 
 def in_turns(rounds: int, first: Callable[[], T], second: Callable[[], T]) -> list[tuple[T, T]]:
@@ -71,10 +79,8 @@ def in_turns(rounds: int, first: Callable[[], T], second: Callable[[], T]) -> li
     return [(first(), second()) for _ in range(rounds)]
 
 
-def number(value: float | None) -> str:
+def number(value: float) -> str:
     """Three digits that count, with thousands set apart."""
-    if value is None:
-        return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -65,7 +65,7 @@ from diffusers import UNet2DConditionModel
 import peft
 stage("imports")
 
-with start_runtime(config.run, config.given, StopRequest()) as runtime:
+with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
     family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)

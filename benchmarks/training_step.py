@@ -168,7 +168,7 @@ def loops(folder: Path, model: Path, pictures: Path, resolution: int, method: st
     """Both loops over the same model and pictures, everything cached."""
     changed = {"model_type": method, "train_batch_size": BATCH, "cache_dir": folder / "cache"}
     config = run_settings(folder / method, model, pictures, resolution, **changed)
-    with start_runtime(config.run, config.given, StopRequest()) as runtime:
+    with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
         family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
         settings = data_settings(config, runtime, TrainState(seed=1), 1, ())
         data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())

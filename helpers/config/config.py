@@ -69,13 +69,12 @@ class Config:
         return {item.name: getattr(chosen, item.name) for chosen, section in sections for item in options_of(section)}
 
     def describe(self) -> str:
-        """Every setting that somebody made and that is not the declared default, with its origin: the run's opening line."""
-        told = [
-            f"{name} {_on_one_line(masked(show(value)))} ({self.origins[name]})"
-            for name, value in self.values().items()
-            if name in self.given and value != OPTIONS[name].default and not OPTIONS[name].means
-        ]
-        return " · ".join(told) if told else "all settings are the defaults"
+        """Every setting that somebody made and that is not the declared default, by origin: the run's opening line."""
+        by_origin: dict[str, list[str]] = {}
+        for name, value in self.values().items():
+            if name in self.given and value != OPTIONS[name].default and not OPTIONS[name].means:
+                by_origin.setdefault(self.origins[name], []).append(f"{name} {_on_one_line(masked(show(value)))}")
+        return " · ".join(f"{', '.join(told)} ({origin})" for origin, told in by_origin.items()) or "all settings are the defaults"
 
     def to_json(self) -> dict[str, Any]:
         """What OUTPUT_DIR/config.json holds: every effective setting with its origin. Declared settings only, and no secret."""
