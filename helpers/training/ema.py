@@ -36,9 +36,9 @@ class Average:
         if optimizer_step % self.interval:
             return
         decay = warmed_decay(self.decay, optimizer_step) ** self.interval
-        for name, parameter in self.parameters.items():
-            shadow = self.shadow[name]
-            shadow.lerp_(parameter.detach().to(shadow.device, torch.float32), 1 - decay)
+        shadows = list(self.shadow.values())
+        weights = [self.parameters[name].detach().to(shadow.device, torch.float32) for name, shadow in self.shadow.items()]
+        torch._foreach_lerp_(shadows, weights, 1 - decay)  # one kernel for all, where the device has one
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

@@ -66,7 +66,7 @@ class Engine:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         limit = self.options.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit if limit > 0 else float("inf"), foreach=False)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit if limit > 0 else float("inf"))
         finite = bool(torch.isfinite(grad_norm))
         loss_sum, bad, stop = self.runtime.sum(self._loss.item(), float(not finite), float(self.runtime.stop.asked))
         learning_rate = self.schedule(updates)
