@@ -144,9 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         flags = cached_run(Path(place), chosen.images)
-        rounds = [
-            (start(flags), answer("--help", code=0), answer(*flags, "--learning_rte=1", code=2)) for _ in range(max(chosen.rounds, 1))
-        ]
+        rounds = [(start(flags), answer("--help", code=0), answer(*flags, "--learning_rte=1", code=2)) for _ in range(chosen.rounds)]
     starts, helps, mistakes = zip(*rounds, strict=True)
     totals, stages, libraries = zip(*starts, strict=True)
     whole = statistics.median(totals)

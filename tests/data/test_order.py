@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.data.order import GROUP_SIZE, EpochOrder, MicroBatch
+from helpers.data.order import GROUP_SIZE, EpochOrder, MicroBatch, OrderStart
 
 samples = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=60)  # (shape, repeats) of each
 
@@ -135,6 +136,19 @@ def test_a_million_samples_are_sought_in_under_ten_milliseconds() -> None:
     for step in range(0, 60000, 3000):
         order.step(step, accumulation=4)
     assert (time.perf_counter() - started) / 20 < 0.010
+
+
+@given(samples, st.integers(1, 4), st.integers(0, 30), st.integers(0, 5))
+def test_an_order_that_begins_later_begins_with_a_whole_epoch(rows: list[tuple[int, int]], per_step: int, step: int, number: int) -> None:
+    order = order_of(rows)
+    start = OrderStart(step, number)
+    end = step + 3
+    later = [batch for index in range(step, end) for batch in order.step(index, accumulation=per_step, start=start)]
+    plain = (batch for index in itertools.count(number) for batch in epoch(order, index))
+    for one, other in zip(later, plain, strict=False):
+        assert one.epoch == other.epoch and (one.samples == other.samples).all() and (one.repeats == other.repeats).all()
+    assert order.untouched_epoch(step, per_step, start) == number
+    assert order.untouched_epoch(end, per_step, start) == later[-1].epoch + 1
 
 
 @pytest.mark.parametrize(("shapes", "batch_size"), [([], 1), ([0], 0)])

@@ -15,7 +15,10 @@ import pytest
 from PIL import Image
 
 from helpers.config.options import CheckpointOptions
+from helpers.errors import StorageError
 from helpers.families.tiny import write_sdxl
+from helpers.protocols import StepResult
+from helpers.reporting.records import METRICS, Records
 from helpers.storage.atomic import verify_manifest
 from helpers.training.checkpoints import Checkpointer
 from tests.runs.conftest import Ended, Trainer
@@ -78,6 +81,14 @@ def test_a_disk_that_fills_up_while_caching_and_then_while_saving_costs_only_wha
     assert "17 needed, 17 cached" in unwrapped(again.said)
     assert again.losses == finished.losses
     assert same_weights(finished, again)
+
+
+def test_metrics_that_cannot_be_written_are_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / METRICS).symlink_to("/dev/full")
+    records = Records(tmp_path, resumed_at=0, record_samples=False)
+    with pytest.raises(StorageError, match=f"{tmp_path / METRICS} could not be written: No space left on device"):
+        records.stepped(StepResult(1, 0, 0.5, 1e-4, 1.0, 1.0, 0.0, 4))
+    records.close()
 
 
 # -- damaged files -----------------------------------------------------------------------------------------------------------

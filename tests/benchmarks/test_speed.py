@@ -1,0 +1,120 @@
+"""Short forms of the benchmarks: bounds so wide that only another kind of slowness breaks them, not a busy machine.
+
+The best of a few rounds counts, because what is slow by design is slow in each of them. The programs in benchmarks/ have the gates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks import cache_shards, header_scan, latent_caching, start_up, text_caching, training_step
+from benchmarks.material import caption, run_settings, write_photographs
+from benchmarks.measure import in_turns
+from helpers import registry
+from helpers.families import FAMILIES
+from helpers.families.tiny import SdxlSizes, write_sdxl
+
+pytestmark = pytest.mark.slow
+
+
+PROGRAMS = (cache_shards, header_scan, latent_caching, start_up, text_caching, training_step)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_every_benchmark_explains_itself(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        program.main(["--help"])
+    assert leaving.value.code == 0
+    said = capsys.readouterr().out
+    assert f"python -m {program.__name__}" in said
+    assert "--rounds" in said
+
+
+def test_a_benchmark_prints_each_figure_beside_its_limit_and_then_the_profiles_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    header_scan.main(["--images", "50", "--rounds", "2", "--profile"])
+    said = capsys.readouterr().out
+    assert re.search(r"^scanned, beside Pillow opening them +[\d,]+ /s +[\d,]+ /s +[\d.]+ +>= 5,000 /s +(ok|MISSED)$", said, re.MULTILINE)
+    assert said.count("--- profile:") == 2
+
+
+def best(rounds: list[tuple[float, float]]) -> float:
+    """The smallest share of theirs that ours took, in rounds of (theirs, ours)."""
+    return min(ours / theirs for theirs, ours in rounds)
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Iterator[tuple[training_step.Bare, training_step.Ours]]:
+    """The loop by hand and ours, about to train a LoRA on the miniature."""
+    pictures = write_photographs(tmp_path / "pictures", 8, (240, 160))
+    with training_step.loops(tmp_path, write_sdxl(tmp_path / "model"), pictures, 128, "lora") as loops:
+        yield loops
+
+
+def test_a_training_step_takes_about_as_long_as_one_written_by_hand(both: tuple[training_step.Bare, training_step.Ours]) -> None:
+    bare, ours = both
+    held = [training_step.tensors_of(batch) for (batch,) in ours.data.steps(0, 5)]
+    took = in_turns(4, lambda: bare.steps(held), lambda: ours.steps(5))
+    assert best([(theirs.clock, mine.clock) for theirs, mine in took]) < 1.3
+    assert best([(theirs.processor, mine.processor) for theirs, mine in took]) < 1.3
+    assert ours.waited / ours.counted < 0.1
+
+
+def test_loops_that_compute_something_else_are_not_compared(both: tuple[training_step.Bare, training_step.Ours]) -> None:
+    bare, ours = both
+    training_step.require_same_loss(bare, ours)
+    bare.unet.conv_out.weight.data += 0.1
+    with pytest.raises(AssertionError, match="not close"):
+        training_step.require_same_loss(bare, ours)
+
+
+def test_images_are_cached_about_as_fast_as_they_can_be_decoded_and_encoded(tmp_path: Path) -> None:
+    bench = latent_caching.Bench(tmp_path, images=12, threads=2)
+    bench.bare()  # files come into the page cache
+    rates = in_turns(3, bench.bare, bench.ours)
+    bench.catalogue.close()
+    assert max(ours / theirs for theirs, ours in rates) > 0.6
+
+
+def test_captions_are_cached_about_as_fast_as_they_are_encoded(tmp_path: Path) -> None:
+    captions = [caption(index) for index in range(64)]
+    model = write_sdxl(tmp_path / "model", sizes=SdxlSizes(text_width=128, text_2_width=128, text_layers=4))
+    config = run_settings(tmp_path, model, write_photographs(tmp_path / "pictures", 1, (64, 64)), 64)
+    family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+    bare = text_caching.Bare(model)
+    with family.text_encoders(torch.device("cpu")) as encoders:
+        encoders.encode(captions[:1])  # loads them
+        rounds = in_turns(3, lambda: bare.seconds(captions), lambda: text_caching.cached(tmp_path, encoders, captions))
+    assert best(rounds) < 1.8
+
+
+def test_a_scan_reads_headers_and_a_second_one_nothing(tmp_path: Path) -> None:
+    header_scan.make_images(tmp_path / "images", 600)
+    scans = header_scan.Scans(tmp_path / "images", tmp_path)
+    assert max(scans.cold() for _ in range(3)) > 1_500
+    assert max(scans.warm) > 10_000
+
+
+def test_cached_tensors_are_written_and_read_in_bulk_and_take_hardly_more_than_themselves(tmp_path: Path) -> None:
+    rounds = [cache_shards.measure(tmp_path, 32, 16) for _ in range(3)]
+    assert max(each.written for each in rounds) > 1_000
+    assert max(each.read for each in rounds) > 10_000
+    assert all(each.on_disk < cache_shards.MOST_ON_DISK for each in rounds)
+
+
+def test_a_warm_start_spends_its_time_importing_libraries(tmp_path: Path) -> None:
+    flags = start_up.cached_run(tmp_path, 100)
+    seconds, stages, libraries = start_up.start(flags)
+    assert stages["imports"] / seconds > start_up.LEAST_IMPORTS
+    assert stages["data"] + stages["first batch"] < 2
+    assert {"torch", "diffusers", "transformers", "peft", "accelerate"} <= set(libraries)
+
+
+def test_help_and_mistakes_are_answered_at_once() -> None:
+    assert min(start_up.answer("--help", code=0) for _ in range(2)) < 2
+    assert min(start_up.answer("--learning_rte=1", code=2) for _ in range(2)) < 2
