@@ -40,6 +40,7 @@ class Declared:
     aliases: tuple[str, ...]  # other spellings of a key in the dataloader JSON
     inherits: str  # the option that a data set falls back to
     secret: bool
+    may_be_empty: bool  # an empty variable is a value, not the absence of one
 
 
 def option(
@@ -60,6 +61,7 @@ def option(
     aliases: tuple[str, ...] = (),
     inherits: str = "",
     secret: bool = False,
+    may_be_empty: bool = False,
 ) -> Any:
     """Declare one option; see `Declared` for the words. The flag has the field's name, and its type is the annotation.
 
@@ -84,6 +86,7 @@ def option(
         aliases=aliases,
         inherits=inherits,
         secret=secret,
+        may_be_empty=may_be_empty,
     )
     return dataclasses.field(default=default, metadata={_METADATA: declared})
 

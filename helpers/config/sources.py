@@ -125,10 +125,10 @@ def from_extra_args(environ: Mapping[str, str], env_file: EnvFile) -> Source:
 
 
 def from_variables(environ: Mapping[str, str], env_file: EnvFile) -> Source:
-    """Read every option's variables. One that is set but empty counts as not set."""
+    """Read every option's variables. One that is set but empty counts as not set, unless emptiness is a value of the option."""
     source = Source()
     for item in OPTIONS.values():
-        given = [name for name in item.variables if environ.get(name, "").strip()]
+        given = [name for name in item.variables if environ.get(name, "").strip() or (item.may_be_empty and name in environ)]
         values = {environ[name] for name in given}
         if len(values) > 1:
             both = " and ".join(env_file.origin(name) for name in given)

@@ -238,3 +238,9 @@ def test_settings_are_read_within_a_second_and_without_torch(folder: Path, repos
     seconds, heavy = done.stdout.split(maxsplit=1)
     assert heavy.strip() == "[]"
     assert float(seconds) < 1
+
+
+def test_an_empty_negative_prompt_is_one_and_other_empty_variables_are_not_set(read: Read) -> None:
+    config = read(VALIDATION_NEGATIVE_PROMPT="", LEARNING_RATE="")
+    assert config.validation.validation_negative_prompt == ""
+    assert "learning_rate" not in config.given

@@ -18,7 +18,9 @@ class ValidationOptions:
     validation_prompt: str | None = option(None, "A prompt; its images are named 'validation'.")
     user_prompt_library: Path | None = option(None, "JSON file of more prompts: {name: prompt}.")
     validation_prompt_library: bool = option(False, "Use the built-in prompt library.", not_yet=True)
-    validation_negative_prompt: str = option("blurry, cropped, ugly", "What the images should not look like.")
+    validation_negative_prompt: str = option(
+        "blurry, cropped, ugly", "What the images should not look like; empty for nothing.", may_be_empty=True
+    )
     validation_disable_unconditional: bool = option(False, "Make no image from an empty prompt.")
     num_validation_images: int = option(1, "Images of each prompt and size.", at_least=1)
     validation_steps: int = option(100, "Optimiser steps between validations; 0 validates only before and after training.", at_least=0)
