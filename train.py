@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -93,6 +94,7 @@ def main() -> int:
 
 def train(config: Config, stop: StopRequest, report: Reporters) -> None:
     """One life of a run: it begins anew or goes on from a checkpoint, and ends finished, or saved and interrupted."""
+    gc.disable()  # while libraries are imported: it would go through half a million new objects again and again, and find nothing
     from helpers.training.runtime import start_runtime
 
     folders = {"--output_dir": config.run.output_dir, "--cache_dir": config.cache.cache_dir}
@@ -119,6 +121,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
     prompts = read_prompts(config.validation)
+    gc.freeze()
+    gc.enable()
 
     checkpoints = Checkpointer(config.checkpoints, config.run.output_dir)
     found, state, accumulation = find_start(checkpoints, config, runtime, report)
@@ -196,6 +200,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         if config.run.accelerator_cache_clear_interval and state.step % config.run.accelerator_cache_clear_interval == 0:
             runtime.clear_cache()
 
+    if state.skipped_in_a_row == state.step:
+        raise TrainingError("Not one step had a finite loss and gradient: nothing was learnt, and nothing is handed over.")
     if runtime.is_main:
         report.finished(state.step, hand_over(config, learner, objective))
 
@@ -353,4 +359,7 @@ def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Pa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # everything is written; taking the libraries down object by object would cost another second
