@@ -105,7 +105,9 @@ def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> 
     """The model's schedule with what the user set put in; refuses what cannot be learnt."""
     schedule = {key: value for key, value in model.items() if not key.startswith("_")}
     schedule["prediction_type"] = options.prediction_type or schedule.get("prediction_type", "epsilon")
-    schedule["rescale_betas_zero_snr"] = bool(options.rescale_betas_zero_snr or schedule.get("rescale_betas_zero_snr"))
+    if options.rescale_betas_zero_snr is not None:
+        schedule["rescale_betas_zero_snr"] = options.rescale_betas_zero_snr
+    schedule.setdefault("rescale_betas_zero_snr", False)
     schedule["timestep_spacing"] = options.training_scheduler_timestep_spacing
     if schedule["prediction_type"] not in ("epsilon", "v_prediction"):
         raise ConfigError(f"The model predicts {schedule['prediction_type']!r}, and only epsilon and v_prediction can be trained.")

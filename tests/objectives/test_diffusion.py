@@ -106,6 +106,15 @@ def test_zero_terminal_snr_with_epsilon_is_refused() -> None:
         diffusion(rescale_betas_zero_snr=True)
 
 
+def test_the_models_own_schedule_holds_unless_the_user_says_otherwise() -> None:
+    ends_in_noise = {**SDXL_SCHEDULE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert Diffusion(ObjectiveOptions(), ends_in_noise).alphas_cumprod[-1].item() == 0.0
+    usual = dataclasses.replace(ObjectiveOptions(), prediction_type="epsilon", rescale_betas_zero_snr=False)
+    objective = Diffusion(usual, ends_in_noise)
+    assert objective.alphas_cumprod[-1].item() == pytest.approx(0.0047, abs=1e-4)
+    assert objective.prediction_type == objective.scheduler_config["prediction_type"] == "epsilon"
+
+
 def test_offset_noise_has_the_variance_of_its_formula() -> None:
     """The mean of a channel has variance 1/HW + a^2 = 0.013906 for 16 x 16 and a = 0.1; each sample has an offset of its own."""
     objective = diffusion(offset_noise=True, noise_offset=0.1, noise_offset_probability=1.0)

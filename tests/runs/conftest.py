@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ SIZES = [(64, 64), (96, 64), (64, 96), (160, 80)]
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from helpers.families.tiny import write_sdxl
-
-    return write_sdxl(tmp_path_factory.mktemp("model") / "sdxl")
+def model() -> Path:
+    """The embedded default: a true SDXL whose pictures mean something, and which a run may not change."""
+    return ROOT / "demo" / "model"
 
 
 def draw_pictures(folder: Path, count: int = 14) -> Path:
@@ -65,6 +64,7 @@ class Trainer:
     pictures: Path
     folder: Path
     settings: dict[str, object] = field(default_factory=dict)
+    wrapper: str = ""  # "train_sdxl.sh" starts runs as users do
 
     def dataloader(self, **keys: object) -> Path:
         entry = {
@@ -111,11 +111,11 @@ class Trainer:
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
     def start(
-        self, output: str = "out", *, wrapper: str = "", environ: Mapping[str, str] | None = None, **settings: object
+        self, output: str = "out", *, environ: Mapping[str, str] | None = None, command: Sequence[str] = (), **settings: object
     ) -> subprocess.Popen[str]:
         if not (self.folder / "dataloader.json").exists():
             self.dataloader()
-        program = ["bash", str(ROOT / wrapper)] if wrapper else [sys.executable, str(ROOT / "train.py")]
+        program = ["bash", str(ROOT / self.wrapper)] if self.wrapper else [*(command or [sys.executable]), str(ROOT / "train.py")]
         settings_file = self.folder / "empty-env.sh"
         settings_file.touch()
         environment = {**os.environ, "ENV_FILE": str(settings_file), "SIMPLETUNER_PYTHON": sys.executable, **(environ or {})}

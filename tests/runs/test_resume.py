@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,13 @@ SameWeights = Callable[[Ended, Ended], bool]
 TWO = {"TRAINING_NUM_PROCESSES": "2"}
 
 
+@pytest.fixture
+def trainer(trainer: Trainer) -> Trainer:
+    """Everything here goes through the wrapper."""
+    trainer.wrapper = "train_sdxl.sh"
+    return trainer
+
+
 def without_loss(ended: Ended) -> list[dict[str, object]]:
     return [{key: value for key, value in row.items() if key != "loss"} for row in ended.rows("samples.jsonl")]
 
@@ -28,6 +37,12 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], se
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def lines(path: Path) -> int:
@@ -82,23 +97,79 @@ def test_killed_again_and_again_at_random_it_ends_in_the_same_bytes(
 def test_a_signal_to_the_wrapper_saves_and_exits_75(
     number: signal.Signals, trainer: Trainer, finished: Ended, same_weights: SameWeights
 ) -> None:
-    process = trainer.start(wrapper="train_sdxl.sh", checkpointing_steps=100)
+    process = trainer.start(checkpointing_steps=100)
     wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 3, process)
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    assert "going on" not in said
-    again = trainer.finish(wrapper="train_sdxl.sh")
+    again = trainer.finish()
     assert "going on from checkpoint-" in again.said
     assert again.losses == finished.losses
     assert same_weights(finished, again)
 
 
+def slow_disk(folder: Path, seconds: float) -> dict[str, str]:
+    """An environment in which flushing an optimiser's state to disk takes so long."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "flush = os.fsync\n"
+        "def fsync(descriptor):\n"
+        "    number = descriptor if isinstance(descriptor, int) else descriptor.fileno()\n"
+        "    if os.readlink(f'/proc/self/fd/{number}').endswith('optimizer.safetensors'):\n"
+        f"        time.sleep({seconds})\n"
+        "    flush(descriptor)\n"
+        "os.fsync = fsync\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
+def is_saving(out: Path) -> bool:
+    return out.exists() and any(out.glob(".checkpoint-*/optimizer.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_save_may_take_its_time_and_a_second_signal_does_not_wait_for_it(processes: int, trainer: Trainer) -> None:
+    """SIMPLETUNER_TEST_LONG=1 makes the save take 40 seconds, which is more than launchers usually grant."""
+    seconds = 40.0 if os.environ.get("SIMPLETUNER_TEST_LONG") else 4.0
+    environ = slow_disk(trainer.folder / "slow", seconds) | {"TRAINING_NUM_PROCESSES": str(processes)}
+    settings = {"checkpointing_steps": 100, "max_train_steps": 200, "validation_steps": 0}
+    out = trainer.folder / "out"
+    process = trainer.start(environ=environ, **settings)
+    wait_for(lambda: lines(out / "metrics.jsonl") >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    [checkpoint] = out.glob("checkpoint-*")
+
+    process = trainer.start(environ=environ, **settings)
+    wait_for(lambda: lines(out / "metrics.jsonl") >= int(checkpoint.name.split("-")[1]) + 2, process)
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: is_saving(out), process)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert time.monotonic() - asked < seconds
+    assert list(out.glob("checkpoint-*")) == [checkpoint]
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_step_as_one_would_accumulate_it(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
-    two = trainer.finish(wrapper="train_sdxl.sh", environ=TWO, gradient_accumulation_steps=1)
+    two = trainer.finish(environ=TWO, gradient_accumulation_steps=1)
     assert without_loss(two) == without_loss(finished)
     assert two.losses == pytest.approx(finished.losses, rel=1e-6)
+    assert same_weights(finished, two)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_by_hand_does_the_same(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
+    trainer.wrapper = ""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    port = f"--main_process_port={free_port()}"
+    two = trainer.finish(command=[*launch, "--mixed_precision=no", "--dynamo_backend=no", port], gradient_accumulation_steps=1)
+    assert without_loss(two) == without_loss(finished)
     assert same_weights(finished, two)
 
 
@@ -106,11 +177,11 @@ def test_two_processes_share_a_step_as_one_would_accumulate_it(trainer: Trainer,
 def test_two_killed_processes_go_on_as_two_and_stopped_ones_as_one(
     trainer: Trainer, finished: Ended, same_weights: SameWeights
 ) -> None:
-    process = trainer.start(wrapper="train_sdxl.sh", environ=TWO, gradient_accumulation_steps=1)
+    process = trainer.start(environ=TWO, gradient_accumulation_steps=1)
     wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 3, process)
     process.kill()
     process.wait()
-    process = trainer.start(wrapper="train_sdxl.sh", environ=TWO, gradient_accumulation_steps=1)
+    process = trainer.start(environ=TWO, gradient_accumulation_steps=1)
     wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 4, process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)

@@ -1,0 +1,169 @@
+"""Where effects are looked at: two miniature models, folders of pictures, and whole runs in this process, a quarter of a second each."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+import train
+from helpers.choices import known_facts
+from helpers.config.config import Config
+from helpers.config.read import read_config
+from helpers.errors import ConfigError, UserError
+from helpers.families import tiny
+from helpers.reporting import Reporters
+from helpers.training.stopping import StopRequest
+from tests.data.toys import Story, picture
+
+Flags = tuple[str, ...]
+SIZES = [(96, 64), (64, 96), (160, 160)]  # trained at 64 pixels, three shapes of two pictures each: three steps an epoch
+ENTRY: Mapping[str, Any] = {"id": "pictures", "instance_data_dir": "images", "resolution_type": "pixel"}
+SECOND: Mapping[str, Any] = {**ENTRY, "id": "second", "instance_data_dir": "other_images"}
+
+# Three deterministic steps of a LoRA without pictures; the flags of an effect come after these, and the later one counts.
+USUAL: Flags = (
+    "--pretrained_model_name_or_path=model",
+    "--data_backend_config=data.json",
+    "--cache_dir=cache",
+    "--model_type=lora",
+    "--lora_rank=2",
+    "--lora_dropout=0",
+    "--resolution=64",
+    "--train_batch_size=2",
+    "--gradient_accumulation_steps=1",
+    "--max_train_steps=3",
+    "--learning_rate=1e-2",
+    "--lr_scheduler=constant",
+    "--caption_dropout_probability=0",
+    "--validation_disable_unconditional",
+    "--record_samples",
+    "--report_to=none",
+)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A run that has ended: what it left and what it told."""
+
+    folder: Path
+    story: Sequence[str]
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass
+class Lab:
+    """Relative paths in flags and data sets are taken from `folder`, which is the working directory of every check."""
+
+    folder: Path
+    facts: Any = field(default_factory=known_facts)
+    ran: dict[Flags, Ran] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def config(self, flags: Flags = (), usual: Flags = USUAL) -> Config:
+        return read_config([*usual, *flags], {}, self.facts)
+
+    def run(self, flags: Flags = ()) -> Ran:
+        """The run with these flags; the same flags are run once."""
+        if flags not in self.ran:
+            self.ran[flags] = self.run_again(flags, self.new_folder())
+        return self.ran[flags]
+
+    def run_again(self, flags: Flags, output: Path) -> Ran:
+        config = self.config((f"--output_dir={output}", *flags))
+        story = Story()
+        with alone_in_this_process():
+            train.train(config, StopRequest(), Reporters(story))
+        return Ran(config.run.output_dir, story.lines)
+
+    def new_folder(self) -> Path:
+        """A name under `runs` that nothing has yet."""
+        return Path("runs") / str(next(self.numbers))
+
+    def data(self, entries: Sequence[Mapping[str, Any]]) -> str:
+        """The flag for a dataloader file with these entries."""
+        path = self.folder / f"data-{next(self.numbers)}.json"
+        path.write_text(json.dumps(entries), encoding="utf-8")
+        return f"--data_backend_config={path.name}"
+
+
+@contextmanager
+def alone_in_this_process() -> Iterator[None]:
+    """A run sets what belongs to the whole process: accelerate's state, TF32, the garbage collector. It is put back."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        gc.unfreeze()
+        gc.enable()
+
+
+def build_lab(folder: Path) -> Lab:
+    tiny.write_sdxl(folder / "model")
+    tiny.write_sdxl(folder / "other", seed=1)
+    _with_variant(folder)
+    for name, first in (("images", 0), ("other_images", 100)):
+        for index in range(6):
+            picture(folder / name / f"picture_{index}.png", first + index, SIZES[index % 3], f"caption number {index}")
+    (folder / "data.json").write_text(json.dumps([ENTRY]))
+    (folder / "other.json").write_text(json.dumps([SECOND]))
+    (folder / "prompts.json").write_text(json.dumps({"cat": "a cat", "dog": "a dog"}))
+    return Lab(folder)
+
+
+def _with_variant(folder: Path) -> None:
+    """`varied`: the model, with the other model's U-Net as its fp16 variant. `hub`: both models as revisions in a hub cache."""
+    shutil.copytree(folder / "model", folder / "varied")
+    weights = "unet/diffusion_pytorch_model"
+    shutil.copy(folder / "other" / f"{weights}.safetensors", folder / "varied" / f"{weights}.fp16.safetensors")
+    repository = folder / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for revision, model, commit in (("main", "model", "a" * 40), ("second", "other", "b" * 40)):
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(folder / model, repository / "snapshots" / commit)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What is seen under values of one setting, as they are written in a flag.
+
+    `values` is a mapping where what is to be seen is known, else any values under which it must differ. `beside` are flags that it
+    needs. For keys of data sets: `entries` makes the entries of the file from the key and its value.
+    """
+
+    see: Callable[[Lab, Flags], object]
+    values: Sequence[str] | Mapping[str, object]
+    beside: Flags = ()
+    entries: Callable[[str, Any], list[dict[str, Any]]] = lambda key, value: [{**ENTRY, key: value}]
+
+    def check(self, lab: Lab, flag_of: Callable[[str], str]) -> None:
+        """Look once under each value: it is what is expected, or under no two values the same. `flag_of` gives a value's flag."""
+        seen = {value: self.see(lab, (*self.beside, flag_of(value))) for value in self.values}
+        if isinstance(self.values, Mapping):
+            assert seen == self.values
+        assert all(one != other for one, other in itertools.combinations(seen.values(), 2)), seen
+
+
+def refusal(lab: Lab, flags: Flags) -> str:
+    """What the settings are refused with, or what the run is; "" when it is fine."""
+    try:
+        lab.run(flags)
+    except ConfigError as error:
+        return "\n".join(error.problems)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,302 @@
+"""What can be seen of a run: each function looks at one thing that a setting may change, and gives something comparable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from helpers.data.buckets import target_size
+from helpers.data.planning import rules_of
+from helpers.data.sample import Size
+from helpers.families.sdxl import SDXL
+from helpers.launch import plan_launch
+from helpers.training.ema import Average
+from helpers.training.optimizers import create_optimizer
+from helpers.training.runtime import Runtime
+from helpers.training.schedules import Schedule
+from tests.config.effects.lab import Flags, Lab, refusal
+
+Sight = Callable[[Lab, Flags], Any]
+LORA = "pytorch_lora_weights.safetensors"
+PICTURES: Flags = ("--validation_prompt=a red circle", "--validation_num_inference_steps=2", "--max_train_steps=1")
+
+
+# -- the network ------------------------------------------------------------------------------------------------------------
+
+
+def losses(lab: Lab, flags: Flags) -> object:
+    """Of every step, to the last bit: anything that reaches the weights, the data or the noise shows here."""
+    return [row["loss"] for row in lab.run(flags).rows("metrics.jsonl")]
+
+
+def base_weights(lab: Lab, flags: Flags) -> object:
+    """Of the U-Net that a run would start from."""
+    config = lab.config(flags)
+    denoiser = SDXL(config.model, config.data, config.cache).load(torch.float32).denoiser
+    return hashlib.sha256(b"".join(weights.detach().numpy().tobytes() for weights in denoiser.parameters())).hexdigest()
+
+
+def handed_over(lab: Lab, flags: Flags) -> object:
+    """Names of weights in OUTPUT_DIR."""
+    names = {path.name for path in lab.run(flags).folder.iterdir()}
+    return names & {"pipeline", "unet_live", LORA, LORA.replace(".", "_live.")}
+
+
+def lora_ranks(lab: Lab, flags: Flags) -> object:
+    return {min(tensor.shape) for tensor in _tensors(lab.run(flags).folder / LORA).values()}
+
+
+def lora_modules(lab: Lab, flags: Flags) -> object:
+    """Endings of the modules that have an adapter."""
+    return {name.rsplit(".lora_", 1)[0].removesuffix(".0").rsplit(".", 1)[1] for name in _tensors(lab.run(flags).folder / LORA)}
+
+
+def full_weights_dtype(lab: Lab, flags: Flags) -> object:
+    return {tensor.dtype for tensor in _tensors(next((lab.run(flags).folder / "pipeline" / "unet").glob("*.safetensors"))).values()}
+
+
+def exported_scheduler(lab: Lab, flags: Flags) -> dict[str, Any]:
+    """The scheduler that diffusers builds from the exported pipeline: its own settings, and the class that the index names."""
+    folder = lab.run(flags).folder / "pipeline"
+    settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return {**settings, "index": json.loads((folder / "model_index.json").read_text())["scheduler"][1]}
+
+
+def exported_spacing(lab: Lab, flags: Flags) -> object:
+    return exported_scheduler(lab, flags)["timestep_spacing"]
+
+
+def calls(kind: str, of: Callable[[tuple[Any, ...]], Any]) -> Sight:
+    """How often modules of a class are called in a run, counted by what `of` tells of their arguments."""
+
+    def see(lab: Lab, flags: Flags) -> object:
+        seen: Counter[Any] = Counter()
+
+        def count(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            if type(module).__name__ == kind:
+                seen[of(arguments)] += 1
+
+        handle = register_module_forward_hook(count)
+        try:
+            lab.run((f"--cache_dir=own/{next(lab.numbers)}", *flags))
+        finally:
+            handle.remove()
+        return dict(seen)
+
+    return see
+
+
+# -- the data ---------------------------------------------------------------------------------------------------------------
+
+
+def of_samples(field: str) -> Sight:
+    """The different values of a field of samples.jsonl."""
+
+    def see(lab: Lab, flags: Flags) -> object:
+        return {tuple(row[field]) if isinstance(row[field], list) else row[field] for row in lab.run(flags).rows("samples.jsonl")}
+
+    return see
+
+
+def samples_of_a_step(lab: Lab, flags: Flags) -> object:
+    return lab.run(flags).rows("metrics.jsonl")[0]["samples"]
+
+
+def steps(lab: Lab, flags: Flags) -> object:
+    return len(lab.run(flags).rows("metrics.jsonl"))
+
+
+def buckets(lab: Lab, flags: Flags) -> object:
+    """Sizes that images are trained at, each with its number of images."""
+    return _report(lab, flags)["buckets"]
+
+
+def images_used(lab: Lab, flags: Flags) -> object:
+    return _report(lab, flags)["used"]
+
+
+def target_of_an_image(lab: Lab, flags: Flags) -> object:
+    """Of 3000 x 2000 pixels: arithmetic alone, no such image is encoded."""
+    return target_size(Size(3000, 2000), rules_of(lab.config(flags).datasets[0]).resolution)
+
+
+def has_samples_file(lab: Lab, flags: Flags) -> object:
+    return (lab.run(flags).folder / "samples.jsonl").is_file()
+
+
+def goes_on_with_other_data(lab: Lab, flags: Flags) -> object:
+    """Whether a run of one step can be resumed on other pictures."""
+    output = lab.run_again(("--max_train_steps=1",), lab.new_folder()).folder
+    return "accept_changed_data" not in refusal(lab, (f"--output_dir={output}", "--data_backend_config=other.json", *flags))
+
+
+def demo_pictures(lab: Lab, flags: Flags) -> object:
+    return lab.config(flags, usual=()).datasets[0].instance_data_dir.name
+
+
+def cached_dtypes(lab: Lab, flags: Flags) -> object:
+    folder = lab.folder / "own" / str(next(lab.numbers))
+    lab.run((f"--cache_dir={folder}", *flags))
+    return {tensor.dtype for shard in folder.rglob("*.safetensors") for tensor in _tensors(shard).values()}
+
+
+def new_folders(lab: Lab, flags: Flags) -> object:
+    """Folders beside the data that a run made and put files into."""
+    before = set(lab.folder.iterdir())
+    lab.run(flags)
+    made = [path for path in lab.folder.iterdir() if path not in before and any(file.is_file() for file in path.rglob("*"))]
+    return {path.name for path in made}
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------------
+
+
+def allows_tf32(lab: Lab, flags: Flags) -> object:
+    """As it is when the first batch is asked for."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("helpers.training.steps.time.perf_counter", lambda: seen.append(torch.backends.cuda.matmul.allow_tf32) or 0.0)
+        lab.run(flags)
+    return set(seen)
+
+
+def cache_clearings(lab: Lab, flags: Flags) -> object:
+    count = 0
+
+    def clear(runtime: Runtime) -> None:
+        nonlocal count
+        count += 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "clear_cache", clear)  # a CPU has no cache to look into
+        lab.run(flags)
+    return count
+
+
+def optimizer_or_refusal(lab: Lab, flags: Flags) -> object:
+    """The optimiser's class, or that its library is not installed."""
+    if said := refusal(lab, (*flags, "--max_train_steps=1")):
+        return said
+    config = lab.config(flags)
+    return type(create_optimizer(config.optimizer, {"w": nn.Parameter(torch.zeros(1))})).__name__
+
+
+def rates(lab: Lab, flags: Flags) -> object:
+    schedule = Schedule.create(lab.config(flags).schedule, total_steps=20)
+    return [schedule(step) for step in range(20)]
+
+
+def rates_of_a_run(lab: Lab, flags: Flags) -> object:
+    return [row["learning_rate"] for row in lab.run(flags).rows("metrics.jsonl")]
+
+
+def average(lab: Lab, flags: Flags) -> object:
+    """The averaged weights in the last checkpoint."""
+    path = lab.run(("--use_ema", *flags)).folder / "checkpoint-3" / LORA.replace(".", "_ema.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def average_device(lab: Lab, flags: Flags) -> object:
+    """Of weights on torch's "meta" device, which stands for an accelerator here: nothing can be copied from it to a CPU."""
+    try:
+        return str(Average({"w": nn.Parameter(torch.zeros(1, device="meta"))}, lab.config(flags).ema).shadow["w"].device)
+    except NotImplementedError:
+        return "cpu"
+
+
+def checkpoints(lab: Lab, flags: Flags) -> object:
+    return {int(path.name.removeprefix("checkpoint-")) for path in lab.run(flags).folder.glob("checkpoint-*")}
+
+
+def resumed_from(lab: Lab, flags: Flags) -> object:
+    """The checkpoint that a second life says it goes on from."""
+    every = ("--checkpointing_steps=1", "--max_train_steps=2")
+    output = lab.run_again(every, lab.new_folder()).folder
+    story = lab.run_again((*every, *flags), output).story
+    return next((line.rsplit(" ", 1)[1] for line in story if line.startswith("checkpoint: going on")), None)
+
+
+# -- pictures and reports ---------------------------------------------------------------------------------------------------
+
+
+def picture_names(lab: Lab, flags: Flags) -> object:
+    return {path.stem.split("_", 2)[2] for path in _pictures(lab.run((*PICTURES, *flags)).folder)}
+
+
+def picture_steps(lab: Lab, flags: Flags) -> object:
+    return {int(path.stem.split("_")[1]) for path in _pictures(lab.run((*PICTURES, "--max_train_steps=3", *flags)).folder)}
+
+
+def picture_bytes(lab: Lab, flags: Flags) -> object:
+    """Of the prompt's picture before training."""
+    return _first_picture(lab.run((*PICTURES, *flags)).folder)
+
+
+def different_pictures_in_two_runs(lab: Lab, flags: Flags) -> object:
+    return len({_first_picture(lab.run_again((*PICTURES, *flags), lab.new_folder()).folder) for _ in range(2)})
+
+
+def event_files(lab: Lab, flags: Flags) -> object:
+    """Folders of TensorBoard's files, relative to OUTPUT_DIR."""
+    folder = lab.run(flags).folder
+    return {path.parent.relative_to(folder).as_posix() for path in folder.rglob("events.out.tfevents.*")}
+
+
+def project_of_wandb(lab: Lab, flags: Flags) -> object:
+    """What the real tracker of accelerate tells the wandb library, of which a stand-in listens."""
+    told: dict[str, Any] = {}
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", loader=None)
+    run = types.SimpleNamespace(id="1", log=lambda *values, **more: None, finish=lambda: None)
+    vars(wandb).update(init=lambda **given: told.update(given) or run, config={})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", wandb)
+        lab.run(("--report_to=wandb", *flags))
+    return told["project"]
+
+
+def notes(lab: Lab, flags: Flags) -> object:
+    """What is said of settings that do nothing."""
+    return lab.config(flags).notes
+
+
+def launch_arguments(lab: Lab, flags: Flags) -> object:
+    """Of accelerate launch; ports are drawn anew each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("helpers.launch.free_port", lambda: 0)
+        launch = plan_launch(lab.config(flags).launch, {"HF_HOME": str(lab.folder)})
+    return launch and launch.arguments
+
+
+# -- details ----------------------------------------------------------------------------------------------------------------
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+
+
+def _report(lab: Lab, flags: Flags) -> dict[str, Any]:
+    [entry] = json.loads((lab.run((*flags, "--max_train_steps=1")).folder / "dataset_report.json").read_text())["datasets"]
+    return entry
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted((folder / "validation_images").glob("step_*.png"))
+
+
+def _first_picture(folder: Path) -> str:
+    return hashlib.sha256(_pictures(folder)[0].read_bytes()).hexdigest()

@@ -1,0 +1,53 @@
+"""What one rank of a pair does for test_engine: a step whose samples are shared unevenly, then one whose loss is not finite on one rank.
+
+Prints gradient norm, loss and weights of the first step, and whether the second moved anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from helpers.config.options import OptimizerOptions
+from helpers.protocols import Trainable
+from helpers.training.engine import Engine
+from helpers.training.runtime import Runtime
+from helpers.training.schedules import Schedule
+from helpers.training.stopping import StopRequest
+
+INPUTS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.randn(4, generator=torch.Generator().manual_seed(1))
+ROWS = [slice(0, 3), slice(3, 4)]  # of each rank
+
+
+def main() -> None:
+    runtime = Runtime(Accelerator(cpu=True), StopRequest(), "no", [], [])
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
+    options = dataclasses.replace(OptimizerOptions(), optimizer="adamw", max_grad_norm=0.05)
+    engine = Engine(runtime, trainable, options, Schedule("constant", 1e-2, 0.0, 0, 100))
+    rows = [slice(0, 4)] if runtime.world_size == 1 else ROWS
+    mine = rows[runtime.rank]
+
+    def step(number: int, factor: float) -> dict[str, object]:
+        losses = (engine.denoiser(INPUTS[mine]).squeeze(-1) - TARGETS[mine]) ** 2 * factor
+        engine.backward(losses, torch.ones(len(losses)), 4, last=True)
+        update = engine.step(seed=1, step=number, updates=number, global_samples=4)
+        weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
+        return {"taken": update.taken, "loss": update.loss, "grad_norm": update.grad_norm, "weights": weights}
+
+    first = step(0, 1.0)
+    second = step(1, float("nan") if runtime.rank == runtime.world_size - 1 else 1.0)
+    print(json.dumps({"first": first, "second": {**second, "loss": None, "grad_norm": None}}))
+    runtime.wait_for_everyone()
+    runtime.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
