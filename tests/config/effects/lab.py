@@ -27,7 +27,7 @@ from tests.data.toys import Story, picture
 
 Flags = tuple[str, ...]
 SIZES = [(96, 64), (64, 96), (160, 160)]  # trained at 64 pixels, three shapes of two pictures each: three steps an epoch
-ENTRY: Mapping[str, Any] = {"id": "pictures", "instance_data_dir": "images", "resolution_type": "pixel"}
+ENTRY: Mapping[str, Any] = {"id": "pictures", "instance_data_dir": "images"}
 SECOND: Mapping[str, Any] = {**ENTRY, "id": "second", "instance_data_dir": "other_images"}
 
 # Three deterministic steps of a LoRA without pictures; the flags of an effect come after these, and the later one counts.
@@ -39,6 +39,7 @@ USUAL: Flags = (
     "--lora_rank=2",
     "--lora_dropout=0",
     "--resolution=64",
+    "--resolution_type=pixel",
     "--train_batch_size=2",
     "--gradient_accumulation_steps=1",
     "--max_train_steps=3",

@@ -1,0 +1,236 @@
+"""What every option that can be used changes, in the order of OPTIONS.md."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.config.effects.lab import Effect
+from tests.config.effects.sights import (
+    allows_tf32,
+    average,
+    average_device,
+    base_weights,
+    buckets,
+    cache_clearings,
+    cached_dtypes,
+    calls,
+    checkpoints,
+    demo_pictures,
+    different_pictures_in_two_runs,
+    event_files,
+    exported_spacing,
+    full_weights_dtype,
+    goes_on_with_other_data,
+    handed_over,
+    has_samples_file,
+    images_used,
+    launch_arguments,
+    lora_modules,
+    lora_ranks,
+    losses,
+    new_folders,
+    notes,
+    of_samples,
+    optimizer_or_refusal,
+    picture_bytes,
+    picture_names,
+    picture_steps,
+    project_of_wandb,
+    rates,
+    rates_of_a_run,
+    resumed_from,
+    samples_of_a_step,
+    steps,
+    target_of_an_image,
+)
+
+SPACINGS = ("leading", "linspace", "trailing")
+FILENAMES = {f"picture {index}" for index in range(6)}
+CAPTIONS = {f"caption number {index}" for index in range(6)}
+DOG = "--instance_prompt=a dog"
+
+MODEL = {
+    "pretrained_model_name_or_path": Effect(losses, ["model", "other"]),
+    "model_type": Effect(handed_over, {"full": {"pipeline"}, "lora": {"pytorch_lora_weights.safetensors"}}),
+    "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
+    "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
+    "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
+}
+
+ADAPTER = {
+    "lora_rank": Effect(lora_ranks, {"1": {1}, "3": {3}}),
+    "lora_alpha": Effect(losses, ["1", "16"]),
+    "lora_dropout": Effect(losses, ["0", "0.5"]),
+    "lora_init_type": Effect(losses, ["default", "gaussian"]),
+    "lora_targets": Effect(lora_modules, {"to_q": {"to_q"}, "to_k,to_out.0": {"to_k", "to_out"}}),
+}
+
+OBJECTIVE = {
+    "prediction_type": Effect(losses, ["epsilon", "v_prediction"]),
+    "rescale_betas_zero_snr": Effect(losses, ["false", "true"], ("--prediction_type=v_prediction",)),
+    "training_scheduler_timestep_spacing": Effect(exported_spacing, {name: name for name in SPACINGS}, ("--model_type=full",)),
+    "inference_scheduler_timestep_spacing": Effect(picture_bytes, SPACINGS),
+    "loss_weighting": Effect(losses, ["none", "min_snr"]),
+    "snr_gamma": Effect(losses, ["0", "0.5", "5"]),
+    "snr_weight": Effect(losses, ["1", "2"]),
+    "offset_noise": Effect(losses, ["false", "true"], ("--noise_offset_probability=1",)),
+    "noise_offset": Effect(losses, ["0.1", "0.2"], ("--offset_noise", "--noise_offset_probability=1")),
+    "noise_offset_probability": Effect(losses, ["0", "1"], ("--offset_noise",)),
+    "input_perturbation": Effect(losses, ["0", "0.1"]),
+}
+
+DATA = {
+    "data_backend_config": Effect(of_samples("dataset"), {"data.json": {"pictures"}, "other.json": {"second"}}),
+    "train_batch_size": Effect(samples_of_a_step, {"1": 1, "2": 2}),
+    "resolution": Effect(buckets, {"64": {"96x64": 2, "64x96": 2, "64x64": 2}, "32": {"48x32": 2, "32x48": 2, "32x32": 2}}),
+    "resolution_type": Effect(target_of_an_image, ["area", "pixel"], ("--resolution=20",)),
+    "aspect_bucket_alignment": Effect(
+        buckets, {"8": {"96x64": 2, "64x96": 2, "64x64": 2}, "64": {"128x64": 2, "64x128": 2, "64x64": 2}}
+    ),
+    "minimum_image_size": Effect(images_used, {"64": 6, "65": 2}),
+    "caption_strategy": Effect(
+        of_samples("caption"), {"filename": FILENAMES, "textfile": CAPTIONS, "instanceprompt": {"a dog"}}, (DOG,)
+    ),
+    "instance_prompt": Effect(of_samples("caption"), {"a cat": {"a cat"}, "a dog": {"a dog"}}, ("--caption_strategy=instanceprompt",)),
+    "prepend_instance_prompt": Effect(
+        of_samples("caption"), {"false": FILENAMES, "true": {f"a dog {name}" for name in FILENAMES}}, (DOG,)
+    ),
+    "only_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {"a dog"}}, (DOG,)),
+    "caption_dropout_probability": Effect(of_samples("caption"), {"0": FILENAMES, "1": {""}}),
+    "sdxl_original_size": Effect(losses, ["file", "intermediary"]),
+    "record_samples": Effect(has_samples_file, {"false": False, "true": True}),
+    "accept_changed_data": Effect(goes_on_with_other_data, {"false": False, "true": True}),
+}
+
+CACHE = {
+    "cache_dir": Effect(new_folders, {"cache_1": {"cache_1"}, "cache_2": {"cache_2"}}),
+    "cache_dir_vae": Effect(new_folders, {"latents_1": {"latents_1"}, "latents_2": {"latents_2"}}),
+    "cache_dir_text": Effect(new_folders, {"texts_1": {"texts_1"}, "texts_2": {"texts_2"}}),
+    "cache_dtype": Effect(cached_dtypes, {"fp16": {torch.float16}, "bf16": {torch.bfloat16}, "fp32": {torch.float32}}),
+    "latent_sampling": Effect(losses, ["mean", "sample"]),
+    "vae_batch_size": Effect(calls("Encoder", of=lambda arguments: len(arguments[0])), {"1": {1: 6}, "2": {2: 3}}),
+    "vae_dtype": Effect(
+        calls("Encoder", of=lambda arguments: arguments[0].dtype), {"fp32": {torch.float32: 3}, "bf16": {torch.bfloat16: 3}}
+    ),
+}
+
+RUN = {
+    "output_dir": Effect(new_folders, {"out_1": {"out_1"}, "out_2": {"out_2"}}),
+    "demo": Effect(demo_pictures, {"lora": "concept", "photos": "photos"}),
+    "seed": Effect(losses, ["1", "2"]),
+    "max_train_steps": Effect(steps, {"1": 1, "4": 4}),
+    "num_train_epochs": Effect(steps, {"1": 3, "2": 6}, ("--max_train_steps=0",)),
+    "gradient_accumulation_steps": Effect(samples_of_a_step, {"1": 2, "3": 6}),
+    "gradient_checkpointing": Effect(calls("Transformer2DModel", of=lambda arguments: "calls"), ["false", "true"]),
+    "mixed_precision": Effect(
+        calls("Attention", of=lambda arguments: arguments[0].dtype),
+        ["no", "bf16"],
+    ),
+    "allow_tf32": Effect(allows_tf32, {"false": {False}, "true": {True}}),
+    "accelerator_cache_clear_interval": Effect(cache_clearings, {"1": 3, "2": 1}),
+}
+
+OPTIMIZER = {
+    "optimizer": Effect(
+        full_weights_dtype, {"adamw": {torch.float32}, "adamw_bf16": {torch.bfloat16}}, ("--model_type=full", "--mixed_precision=bf16")
+    ),
+    "adam_bfloat16": Effect(optimizer_or_refusal, {"false": "AdamW", "true": "AdamWBF16"}, ("--model_type=full",)),
+    "use_8bit_adam": Effect(optimizer_or_refusal, ["false", "true"]),
+    "adam_beta1": Effect(losses, ["0.9", "0.5"]),
+    "adam_beta2": Effect(losses, ["0.999", "0.9"]),
+    "adam_weight_decay": Effect(losses, ["0", "10"]),
+    "adam_epsilon": Effect(losses, ["1e-8", "0.1"]),
+    "max_grad_norm": Effect(losses, ["0", "0.001"]),
+}
+
+SCHEDULE = {
+    "learning_rate": Effect(rates_of_a_run, {"1e-3": [1e-3] * 3, "1e-2": [1e-2] * 3}),
+    "lr_scheduler": Effect(
+        rates,
+        ["linear", "sine", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+        ("--lr_warmup_steps=2", "--lr_num_cycles=2"),
+    ),
+    "lr_warmup_steps": Effect(rates, ["1", "3"], ("--lr_scheduler=constant_with_warmup",)),
+    "lr_num_cycles": Effect(rates, ["1", "2"], ("--lr_scheduler=cosine_with_restarts", "--lr_warmup_steps=0")),
+    "lr_power": Effect(rates, ["0.8", "2"], ("--lr_scheduler=polynomial", "--lr_warmup_steps=0")),
+    "lr_end": Effect(rates, ["0", "1e-3"], ("--lr_scheduler=linear", "--lr_warmup_steps=0")),
+}
+
+EMA = {
+    "use_ema": Effect(
+        handed_over,
+        {
+            "false": {"pytorch_lora_weights.safetensors"},
+            "true": {"pytorch_lora_weights.safetensors", "pytorch_lora_weights_live.safetensors"},
+        },
+    ),
+    "ema_decay": Effect(average, ["0.01", "0.999"]),
+    "ema_device": Effect(average_device, {"cpu": "cpu", "accelerator": "meta"}),
+    "ema_cpu_only": Effect(average_device, {"false": "cpu", "true": "cpu"}),
+    "ema_update_interval": Effect(average, ["1", "2"]),
+}
+
+CHECKPOINTS = {
+    "checkpointing_steps": Effect(checkpoints, {"1": {1, 2, 3}, "2": {2, 3}}),
+    "checkpoints_total_limit": Effect(checkpoints, {"1": {3}, "2": {2, 3}}, ("--checkpointing_steps=1",)),
+    "keep_every": Effect(checkpoints, {"1": {1, 2, 3}, "2": {2, 3}, "9": {3}}, ("--checkpointing_steps=1", "--checkpoints_total_limit=1")),
+    "resume_from_checkpoint": Effect(resumed_from, {"latest": "checkpoint-2", "checkpoint-1": "checkpoint-1", "none": None}),
+}
+
+VALIDATION = {
+    "validation_prompt": Effect(picture_bytes, ["a cat", "a dog"]),
+    "user_prompt_library": Effect(
+        picture_names, {"none": {"validation_64x64"}, "prompts.json": {"cat_64x64", "dog_64x64", "validation_64x64"}}
+    ),
+    "validation_negative_prompt": Effect(picture_bytes, ["", "a dog"]),
+    "validation_disable_unconditional": Effect(
+        picture_names, {"false": {"unconditional_64x64", "validation_64x64"}, "true": {"validation_64x64"}}
+    ),
+    "num_validation_images": Effect(picture_names, {"1": {"validation_64x64"}, "2": {"validation_64x64_1", "validation_64x64_2"}}),
+    "validation_steps": Effect(picture_steps, {"0": {0, 3}, "1": {0, 1, 2, 3}, "2": {0, 2, 3}}),
+    "validation_num_inference_steps": Effect(picture_bytes, ["1", "2"]),
+    "validation_resolution": Effect(
+        picture_names, {"64": {"validation_64x64"}, "96x64,32": {"validation_96x64", "validation_32x32"}}
+    ),
+    "validation_guidance": Effect(picture_bytes, ["3", "7.5"]),
+    "validation_guidance_rescale": Effect(picture_bytes, ["0", "0.7"]),
+    "validation_noise_scheduler": Effect(picture_bytes, ["ddim", "ddpm", "euler", "euler-a", "unipc"]),
+    "validation_seed": Effect(picture_bytes, ["1", "2"]),
+    "validation_randomize": Effect(different_pictures_in_two_runs, {"false": 1, "true": 2}),
+}
+
+WITHOUT_THE_HUB = "does nothing while push_to_hub is off."
+
+REPORTING = {
+    "report_to": Effect(event_files, {"none": set(), "tensorboard": {"logs/simpletuner-testing"}}),
+    "tracker_project_name": Effect(project_of_wandb, {"one": "one", "two": "two"}),
+    "tracker_run_name": Effect(event_files, {"one": {"logs/one"}, "two": {"logs/two"}}, ("--report_to=tensorboard",)),
+    "logging_dir": Effect(
+        event_files, {"events": {"events/simpletuner-testing"}, "logs": {"logs/simpletuner-testing"}}, ("--report_to=tensorboard",)
+    ),
+    "push_checkpoints_to_hub": Effect(notes, {"false": (), "true": (f"--push_checkpoints_to_hub {WITHOUT_THE_HUB}",)}),
+    "hub_model_id": Effect(notes, {"none": (), "me/mine": (f"--hub_model_id {WITHOUT_THE_HUB}",)}),
+}
+
+LAUNCH = {
+    "training_num_processes": Effect(launch_arguments, ["1", "2", "4"]),
+    "training_num_machines": Effect(launch_arguments, ["1", "2"], ("--training_num_processes=2",)),
+    "accelerate_extra_args": Effect(launch_arguments, ["", "--gpu_ids 1", "--gpu_ids 2"]),
+    "training_dynamo_backend": Effect(launch_arguments, ["no", "inductor"]),
+}
+
+OPTION_EFFECTS: dict[str, Effect] = {
+    **MODEL,
+    **ADAPTER,
+    **OBJECTIVE,
+    **DATA,
+    **CACHE,
+    **RUN,
+    **OPTIMIZER,
+    **SCHEDULE,
+    **EMA,
+    **CHECKPOINTS,
+    **VALIDATION,
+    **REPORTING,
+    **LAUNCH,
+}
