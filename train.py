@@ -144,7 +144,11 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if config.run.gradient_checkpointing:
         trainable.denoiser.enable_gradient_checkpointing()
     total = total_steps(config, data, accumulation * runtime.world_size, state.order)
-    engine = Engine(runtime, trainable, config.optimizer, Schedule.create(config.schedule, total))
+    schedule = Schedule.create(config.schedule, total)
+    if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
+        laid = f"--lr_scheduler={schedule.name} was laid over {planned:,} steps and now is over {total:,}"
+        report.chapter("", f"the learning rate bends: {laid}")
+    engine = Engine(runtime, trainable, config.optimizer, schedule)
     average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
     learner = Learner(method, trainable, engine, average)
     if found:
@@ -155,6 +159,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         batch = {"gradient_accumulation_steps": accumulation, "processes": runtime.world_size}
         position = {
             "state": state.to_json(),
+            "total_steps": total,
             "untouched_epoch": data.untouched_epoch(state.step, state.order),
             "identity": identity,
             "data": data.fingerprint(),
@@ -348,12 +353,14 @@ def make_validator(
 
 def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Path]:
     """Write what the user came for, and list everything worth looking at."""
+    from helpers.families.samplers import SAMPLERS
     from helpers.reporting.contact_sheet import SHEET
     from helpers.reporting.loss_curve import write_loss_curve
     from helpers.training import validation
 
     folder = config.run.output_dir
-    weights = learner.export(folder, objective.scheduler_config)
+    sampler = SAMPLERS[config.validation.validation_noise_scheduler]  # exported with the weights, so that pictures come out as here
+    weights = learner.export(folder, {**objective.scheduler_config, "_class_name": sampler})
     worth_a_look = (write_loss_curve(folder), folder / validation.FOLDER / SHEET, folder / "dataset_report.json")
     return [*weights, *(path for path in worth_a_look if path and path.exists())]
 

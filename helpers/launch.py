@@ -71,7 +71,8 @@ def plan_launch(options: LaunchOptions, environ: Mapping[str, str], wants_file: 
     named = {word.partition("=")[0] for word in extra}
     file = accelerate_file(environ) if wants_file and "--config_file" not in named else None
     processes, machines = options.training_num_processes, options.training_num_machines
-    if processes == 1 and machines == 1 and not extra and file is None:
+    compiled = options.training_dynamo_backend != "no"
+    if processes == 1 and machines == 1 and not extra and file is None and not compiled:
         return None
     has_file = file is not None or "--config_file" in named
     arguments: list[str] = []

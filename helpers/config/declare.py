@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -191,6 +192,11 @@ def masked(text: str) -> str:
 
 def options_of(section: type) -> tuple[Option, ...]:
     """The options a section's dataclass declares, in its order."""
+    return _options_of(section)
+
+
+@functools.cache
+def _options_of(section: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(section)
     return tuple(
         Option(**_told(field), name=field.name, section=section.__name__, **_kind(hints[field.name]))

@@ -142,7 +142,8 @@ class _Preparation:
                 self._locate(fillers)
                 filled = [self._fill_images(filler, options) for filler in fillers]
             self.images = self._all(filled)
-            if self.images.encoded:
+            if not self.locations["shard"].all():
+                # Not only what was encoded: an image whose bytes were known under another name is found once it was read.
                 self._locate(fillers)
             self.encoder_fingerprints["image_codec"] = f"{codec.fingerprint} {options.cache_dtype}"
         self.report.chapter("latents", self.images.describe(len(self.plan), "the VAE"))

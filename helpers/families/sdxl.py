@@ -137,10 +137,12 @@ class SDXL:
         }
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
-        """A complete diffusers folder: the base model with this U-Net and this noise schedule."""
-        from diffusers import EulerDiscreteScheduler
+        """A complete diffusers folder: the base model with this U-Net and this noise schedule, sampled as its `_class_name` does."""
+        import diffusers
 
+        from helpers.families import folder
         from helpers.families.tokenizer_files import complete_clip_tokenizer
+        from helpers.storage.atomic import write_json
 
         for component in COMPONENTS:
             source = {"unet": denoiser_folder, "vae": self.vae_folder}.get(component, self.folder / component)
@@ -148,8 +150,9 @@ class SDXL:
         for tokenizer in ("tokenizer", "tokenizer_2"):
             complete_clip_tokenizer(target / tokenizer)
         shutil.rmtree(target / "scheduler")
-        EulerDiscreteScheduler.from_config(dict(scheduler_config)).save_pretrained(target / "scheduler")
-        shutil.copy(self.folder / "model_index.json", target / "model_index.json")
+        kind = scheduler_config.get("_class_name", "EulerDiscreteScheduler")
+        getattr(diffusers, kind).from_config(dict(scheduler_config)).save_pretrained(target / "scheduler")
+        write_json(target / "model_index.json", {**folder.model_index(self.folder), "scheduler": ["diffusers", kind]})
 
     def kohya_name(self, module: str) -> str | None:
         from helpers.families.unet_names import original_name

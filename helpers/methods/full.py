@@ -33,8 +33,9 @@ class FullFineTune:
     def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
         import torch
 
-        # Small updates vanish in half-precision weights, unless the optimiser rounds stochastically.
-        return torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32
+        # Small updates vanish in half-precision weights, unless the optimiser rounds stochastically; without mixed precision
+        # the network is fed float32, which weights in bfloat16 cannot take.
+        return torch.bfloat16 if optimizer == "adamw_bf16" and mixed_precision == "bf16" else torch.float32
 
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw_bf16" if mixed_precision == "bf16" else "adamw"

@@ -80,6 +80,11 @@ class Checkpointer:
         """
         asked = self.options.resume_from_checkpoint
         if asked is None:
+            if there := self._folders():
+                raise CheckpointError(
+                    f"--resume_from_checkpoint=none: {self.output_dir} holds {there[0].name} of an earlier run, and two runs in one folder "
+                    "could not be told apart. Choose another --output_dir, or go on with that run."
+                )
             return None
         if asked != "latest":
             return self._named(Path(asked).name)

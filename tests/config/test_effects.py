@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 
-from helpers.config.config import Config
 from helpers.config.datasets import DatasetConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of
 from helpers.config.options import OPTIONS
 from tests.config.effects.keys import DATASET_EFFECTS, TEXT_CACHE_EFFECTS
 from tests.config.effects.lab import ENTRY, Effect, Lab, build_lab
 from tests.config.effects.options import OPTION_EFFECTS
-from tests.config.effects.sights import exported_scheduler, losses
+from tests.config.effects.sights import exported_scheduler
 from tests.config.test_every_option import values_to_try
 
 KEYS: dict[type, Mapping[str, Effect]] = {DatasetConfig: DATASET_EFFECTS, TextCacheConfig: TEXT_CACHE_EFFECTS}
@@ -47,3 +45,57 @@ def test_a_key_has_its_effect(kind: type, name: str, lab: Lab) -> None:
 def test_the_same_settings_give_the_same_losses(lab: Lab) -> None:
     """Or losses would differ under any two values of an option."""
     assert lab.run_again((), lab.new_folder()).rows("samples.jsonl") == lab.run().rows("samples.jsonl")
+
+
+def test_the_exported_pipeline_samples_as_validation_does(lab: Lab) -> None:
+    """The second effect of --validation_noise_scheduler."""
+    for name, kind in (("euler", "EulerDiscreteScheduler"), ("ddim", "DDIMScheduler")):
+        exported = exported_scheduler(lab, ("--model_type=full", f"--validation_noise_scheduler={name}"))
+        assert exported["_class_name"] == exported["index"] == kind
+
+
+# -- the table is complete: there is no list of exceptions ------------------------------------------------------------------
+
+
+def can_be_used(item: Option) -> bool:
+    """Whether it is accepted with any other value than its default, and claims that this changes something."""
+    if item.not_yet or item.does_nothing:
+        return False
+    targets = [(item, item.parse(text)) for text in values_to_try(item)]
+    if item.means:
+        targets = [(OPTIONS[item.means[0]], item.means[1])]
+    return any(target.unavailable(value) is None for target, value in targets)
+
+
+def test_the_table_holds_every_option_that_can_be_used_and_no_other() -> None:
+    assert set(OPTION_EFFECTS) == {name for name, item in OPTIONS.items() if can_be_used(item)}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_the_table_holds_every_key_that_can_be_used_and_no_other(kind: type) -> None:
+    assert set(KEYS[kind]) == {item.name for item in options_of(kind) if can_be_used(item)}
+
+
+def test_an_effect_is_looked_for_under_more_than_one_value() -> None:
+    effects = {**OPTION_EFFECTS, **DATASET_EFFECTS, **TEXT_CACHE_EFFECTS}
+    assert [name for name, effect in effects.items() if len(effect.values) < 2] == []
+
+
+# -- what has no effect -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, item in OPTIONS.items() if item.does_nothing])
+def test_an_option_without_effect_says_so(name: str, lab: Lab) -> None:
+    item = OPTIONS[name]
+    assert lab.config().notes == ()
+    for text in values_to_try(item):
+        assert lab.config((f"--{name}={text}",)).notes == (f"--{name} does nothing: {item.does_nothing}.",)
+
+
+@pytest.mark.parametrize(("kind", "item"), [(kind, item) for kind in KEYS for item in options_of(kind) if item.does_nothing])
+def test_a_key_without_effect_says_so(kind: type, item: Option, lab: Lab) -> None:
+    for text in values_to_try(item):
+        entry = {"id": "text", "dataset_type": "text_embeds"} if kind is TextCacheConfig else dict(ENTRY)
+        flag = lab.data([dict(ENTRY) | {"id": "first"}, {**entry, item.name: item.parse(text)}])
+        [note] = lab.config((flag,)).notes
+        assert note.endswith(f"datasets[1].{item.name} does nothing: {item.does_nothing}.")

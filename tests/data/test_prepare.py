@@ -103,6 +103,19 @@ def test_a_second_start_encodes_nothing_and_opens_no_image(place: Place, monkeyp
     assert first.fingerprint() == second.fingerprint()
 
 
+def test_pictures_that_were_only_touched_or_renamed_keep_their_latents(place: Place) -> None:
+    """The catalogue forgets them, the cache does not: they are read again, not encoded, and trained on as before."""
+    before = latents(place.prepare())
+    for index in range(10):
+        os.utime(place.data / f"picture_{index:02}.png", (1, 1))
+    for ending in ("png", "txt"):
+        (place.data / f"picture_09.{ending}").rename(place.data / f"renamed.{ending}")
+    family = ToyFamily()
+    after = latents(place.prepare(family))
+    assert not family.codec.batches
+    assert_same(after, {key.replace("picture_09", "renamed"): latent for key, latent in before.items()})
+
+
 def test_nothing_is_written_into_the_data_folder(place: Place) -> None:
     before = tree_hash(place.data)
     epoch(place.prepare())

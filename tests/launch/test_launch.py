@@ -23,6 +23,12 @@ def test_one_process_needs_no_accelerate() -> None:
     assert plan_launch(PLAIN, os.environ) is None
 
 
+def test_a_compiler_is_asked_of_accelerate_for_one_process_too() -> None:
+    launch = plan_launch(replace(PLAIN, training_dynamo_backend="inductor"), {})
+    assert launch is not None
+    assert launch.arguments[launch.arguments.index("--dynamo_backend") + 1] == "inductor"
+
+
 def test_two_processes_are_asked_for_in_words_that_accelerate_does_not_ignore_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("helpers.launch.torch_has_a_gpu", lambda: False)
     launch = plan_launch(replace(PLAIN, training_num_processes=2), os.environ)

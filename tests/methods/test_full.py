@@ -76,4 +76,5 @@ def test_weights_are_bf16_only_for_the_optimiser_made_for_them(family: SDXL) -> 
     method = FullFineTune(AdapterOptions(), family)
     assert method.weights_dtype("bf16", "adamw_bf16") == torch.bfloat16
     assert method.weights_dtype("bf16", "adamw") == torch.float32
+    assert method.weights_dtype("no", "adamw_bf16") == torch.float32  # the network is fed float32 there
     assert (method.default_optimizer("bf16"), method.default_optimizer("no")) == ("adamw_bf16", "adamw")

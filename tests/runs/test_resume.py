@@ -208,6 +208,7 @@ def test_a_longer_run_goes_on_and_a_finished_one_is_finished(trainer: Trainer, f
     longer = trainer.finish(max_train_steps=6)
     assert longer.losses == finished.losses
     assert same_weights(finished, longer)
+    assert "the learning rate bends" not in longer.said  # a constant one does not
     before = {path: path.stat().st_mtime_ns for path in longer.folder.glob("checkpoint-*/*")}
     once_more = trainer.finish(max_train_steps=6)
     assert {path: path.stat().st_mtime_ns for path in once_more.folder.glob("checkpoint-*/*")} == before

@@ -55,10 +55,12 @@ def test_the_newest_is_gone_on_from_and_other_names_are_nobodys_business(tmp_pat
     assert found.optimizer_tensors()["w/exp_avg"].item() == 100.0
 
 
-def test_no_checkpoint_is_a_new_run_and_so_is_the_wish_for_one(tmp_path: Path) -> None:
-    assert found_by(checkpointer(tmp_path))[0] is None
+def test_no_checkpoint_is_a_new_run_and_a_new_run_needs_a_folder_of_its_own(tmp_path: Path) -> None:
+    for asked in ("latest", None):
+        assert found_by(checkpointer(tmp_path, resume_from_checkpoint=asked))[0] is None
     save(checkpointer(tmp_path), 5)
-    assert found_by(checkpointer(tmp_path, resume_from_checkpoint=None))[0] is None
+    with pytest.raises(CheckpointError, match="holds checkpoint-5 of an earlier run"):
+        found_by(checkpointer(tmp_path, resume_from_checkpoint=None))
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "training_state.json", "manifest.json"])

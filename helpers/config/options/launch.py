@@ -32,7 +32,6 @@ VARIABLES = (
     Variable("BASE_DIR", "A helper for the env file's own paths."),
     Variable("TOKENIZERS_PARALLELISM", "Read by the tokenizers library."),
     Variable("SIMPLETUNER_LOG_LEVEL", "Log level of the trainer: DEBUG, INFO, WARNING, ERROR."),
-    Variable("SIMPLETUNER_TRAINING_LOOP_LOG_LEVEL", "Log level of the training loop."),
     Variable("SIMPLETUNER_ENV_FILE", "Set by the wrapper: the env file it sourced."),
     Variable("HF_HOME", "Where models from the hub are kept."),
     Variable("HF_TOKEN", "Hub token, read by the hub's own library and stored nowhere."),
@@ -43,6 +42,7 @@ VARIABLES = (
 WITHOUT_EFFECT = (
     Variable("PURE_BF16", "Say OPTIMIZER='adamw_bf16'."),
     Variable("PLATFORM", "The device is found by looking."),
+    Variable("SIMPLETUNER_TRAINING_LOOP_LOG_LEVEL", "The times of every step are in metrics.jsonl."),
     Variable("SIMPLETUNER_COLLATE_LOG_LEVEL", "Use SIMPLETUNER_LOG_LEVEL."),
     Variable("SIMPLETUNER_AWS_LOG_LEVEL", "Use SIMPLETUNER_LOG_LEVEL."),
     Variable("SIMPLETUNER_SCHEDULER_VERBOSE", "The learning rate of every step is in metrics.jsonl."),

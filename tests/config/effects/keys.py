@@ -6,7 +6,7 @@ from typing import Any
 
 from helpers.config.datasets import DatasetConfig
 from helpers.config.declare import options_of
-from tests.config.effects.lab import ENTRY, SECOND, Effect
+from tests.config.effects.lab import ENTRY, SECOND, Effect, refusal
 from tests.config.effects.options import OPTION_EFFECTS
 from tests.config.effects.sights import buckets, losses, new_folders, of_samples, steps
 
@@ -34,6 +34,14 @@ def with_two_text_caches(key: str, value: str) -> list[dict[str, Any]]:
 
 def one_by_default(key: str, value: bool) -> list[dict[str, Any]]:
     return [dict(ENTRY), *text_caches("default", default="one" if value else "two")]
+
+
+def wanted_by_its_id(key: str, value: str) -> list[dict[str, Any]]:
+    return [{**ENTRY, "text_embeds": "wanted"}, {"dataset_type": "text_embeds", key: value}]
+
+
+def perhaps_disabled(key: str, value: bool) -> list[dict[str, Any]]:
+    return [dict(ENTRY), {"id": "text", "dataset_type": "text_embeds", "cache_dir": "kept", key: value}]
 
 
 def one_text_cache(key: str, value: str) -> list[dict[str, Any]]:
@@ -67,9 +75,9 @@ DATASET_EFFECTS: dict[str, Effect] = {
 }
 
 TEXT_CACHE_EFFECTS: dict[str, Effect] = {
-    "id": DATASET_EFFECTS["text_embeds"],  # what data sets name it by
+    "id": Effect(refusal, ["wanted", "another"], (), wanted_by_its_id),
     "dataset_type": DATASET_EFFECTS["dataset_type"],
-    "disabled": Effect(of_samples("dataset"), []),
+    "disabled": Effect(new_folders, {"false": {"kept"}, "true": set()}, (), perhaps_disabled),
     "cache_dir": Effect(new_folders, {"texts_3": {"texts_3"}, "texts_4": {"texts_4"}}, (), one_text_cache),
     "default": Effect(new_folders, {"true": {"default_one"}, "false": {"default_two"}}, (), one_by_default),
 }

@@ -6,12 +6,14 @@ import gc
 import itertools
 import json
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 
@@ -37,6 +39,7 @@ USUAL: Flags = (
     "--cache_dir=cache",
     "--model_type=lora",
     "--lora_rank=2",
+    "--lora_targets=to_q",
     "--lora_dropout=0",
     "--resolution=64",
     "--resolution_type=pixel",
@@ -73,7 +76,10 @@ class Lab:
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def config(self, flags: Flags = (), usual: Flags = USUAL) -> Config:
-        return read_config([*usual, *flags], {}, self.facts)
+        """What is no flag is a variable, such as `SEED=1`."""
+        said = [*usual, *flags]
+        variables = dict(word.split("=", 1) for word in said if not word.startswith("--"))
+        return read_config([word for word in said if word.startswith("--")], variables, self.facts)
 
     def run(self, flags: Flags = ()) -> Ran:
         """The run with these flags; the same flags are run once."""
@@ -82,10 +88,15 @@ class Lab:
         return self.ran[flags]
 
     def run_again(self, flags: Flags, output: Path) -> Ran:
+        """A run, or another life of one where `output` is that of an earlier run."""
         config = self.config((f"--output_dir={output}", *flags))
         story = Story()
         with alone_in_this_process():
-            train.train(config, StopRequest(), Reporters(story))
+            try:
+                train.train(config, StopRequest(), Reporters(story))
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they hold the locks on the run's folders
+                raise
         return Ran(config.run.output_dir, story.lines)
 
     def new_folder(self) -> Path:
@@ -95,7 +106,7 @@ class Lab:
     def data(self, entries: Sequence[Mapping[str, Any]]) -> str:
         """The flag for a dataloader file with these entries."""
         path = self.folder / f"data-{next(self.numbers)}.json"
-        path.write_text(json.dumps(entries), encoding="utf-8")
+        path.write_text(json.dumps(entries, default=str), encoding="utf-8")
         return f"--data_backend_config={path.name}"
 
 
@@ -105,7 +116,10 @@ def alone_in_this_process() -> Iterator[None]:
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            # Half of the time of such a run, and no option changes it.
+            patch.setattr("helpers.reporting.loss_curve.write_loss_curve", lambda folder: None)
+            yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
@@ -114,8 +128,9 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    tiny.write_sdxl(folder / "model")
-    tiny.write_sdxl(folder / "other", seed=1)
+    """Models `model`, `other` and `varied`, pictures in `images` and `other_images`, and files that flags may name."""
+    for seed, name in enumerate(("model", "other")):
+        tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
     _with_variant(folder)
     for name, first in (("images", 0), ("other_images", 100)):
         for index in range(6):
@@ -155,12 +170,12 @@ class Effect:
         """Look once under each value: it is what is expected, or under no two values the same. `flag_of` gives a value's flag."""
         seen = {value: self.see(lab, (*self.beside, flag_of(value))) for value in self.values}
         if isinstance(self.values, Mapping):
-            assert seen == self.values
+            assert seen == self.values, seen
         assert all(one != other for one, other in itertools.combinations(seen.values(), 2)), seen
 
 
 def refusal(lab: Lab, flags: Flags) -> str:
-    """What the settings are refused with, or what the run is; "" when it is fine."""
+    """What a run is refused with, by its settings or on its way; "" when it went well."""
     try:
         lab.run(flags)
     except ConfigError as error:

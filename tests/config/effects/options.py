@@ -71,7 +71,7 @@ OBJECTIVE = {
     "training_scheduler_timestep_spacing": Effect(exported_spacing, {name: name for name in SPACINGS}, ("--model_type=full",)),
     "inference_scheduler_timestep_spacing": Effect(picture_bytes, SPACINGS),
     "loss_weighting": Effect(losses, ["none", "min_snr"]),
-    "snr_gamma": Effect(losses, ["0", "0.5", "5"]),
+    "snr_gamma": Effect(losses, ["0", "5"]),
     "snr_weight": Effect(losses, ["1", "2"]),
     "offset_noise": Effect(losses, ["false", "true"], ("--noise_offset_probability=1",)),
     "noise_offset": Effect(losses, ["0.1", "0.2"], ("--offset_noise", "--noise_offset_probability=1")),
@@ -84,17 +84,11 @@ DATA = {
     "train_batch_size": Effect(samples_of_a_step, {"1": 1, "2": 2}),
     "resolution": Effect(buckets, {"64": {"96x64": 2, "64x96": 2, "64x64": 2}, "32": {"48x32": 2, "32x48": 2, "32x32": 2}}),
     "resolution_type": Effect(target_of_an_image, ["area", "pixel"], ("--resolution=20",)),
-    "aspect_bucket_alignment": Effect(
-        buckets, {"8": {"96x64": 2, "64x96": 2, "64x64": 2}, "64": {"128x64": 2, "64x128": 2, "64x64": 2}}
-    ),
+    "aspect_bucket_alignment": Effect(buckets, {"8": {"96x64": 2, "64x96": 2, "64x64": 2}, "64": {"128x64": 2, "64x128": 2, "64x64": 2}}),
     "minimum_image_size": Effect(images_used, {"64": 6, "65": 2}),
-    "caption_strategy": Effect(
-        of_samples("caption"), {"filename": FILENAMES, "textfile": CAPTIONS, "instanceprompt": {"a dog"}}, (DOG,)
-    ),
+    "caption_strategy": Effect(of_samples("caption"), {"filename": FILENAMES, "textfile": CAPTIONS, "instanceprompt": {"a dog"}}, (DOG,)),
     "instance_prompt": Effect(of_samples("caption"), {"a cat": {"a cat"}, "a dog": {"a dog"}}, ("--caption_strategy=instanceprompt",)),
-    "prepend_instance_prompt": Effect(
-        of_samples("caption"), {"false": FILENAMES, "true": {f"a dog {name}" for name in FILENAMES}}, (DOG,)
-    ),
+    "prepend_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {f"a dog {name}" for name in FILENAMES}}, (DOG,)),
     "only_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {"a dog"}}, (DOG,)),
     "caption_dropout_probability": Effect(of_samples("caption"), {"0": FILENAMES, "1": {""}}),
     "sdxl_original_size": Effect(losses, ["file", "intermediary"]),
@@ -121,7 +115,7 @@ RUN = {
     "max_train_steps": Effect(steps, {"1": 1, "4": 4}),
     "num_train_epochs": Effect(steps, {"1": 3, "2": 6}, ("--max_train_steps=0",)),
     "gradient_accumulation_steps": Effect(samples_of_a_step, {"1": 2, "3": 6}),
-    "gradient_checkpointing": Effect(calls("Transformer2DModel", of=lambda arguments: "calls"), ["false", "true"]),
+    "gradient_checkpointing": Effect(calls("BasicTransformerBlock", of=lambda arguments: "calls"), ["false", "true"]),
     "mixed_precision": Effect(
         calls("Attention", of=lambda arguments: arguments[0].dtype),
         ["no", "bf16"],
@@ -166,7 +160,7 @@ EMA = {
     ),
     "ema_decay": Effect(average, ["0.01", "0.999"]),
     "ema_device": Effect(average_device, {"cpu": "cpu", "accelerator": "meta"}),
-    "ema_cpu_only": Effect(average_device, {"false": "cpu", "true": "cpu"}),
+    "ema_cpu_only": Effect(average_device, {"false": "meta", "true": "cpu"}, ("EMA_DEVICE=accelerator",)),
     "ema_update_interval": Effect(average, ["1", "2"]),
 }
 
@@ -174,7 +168,7 @@ CHECKPOINTS = {
     "checkpointing_steps": Effect(checkpoints, {"1": {1, 2, 3}, "2": {2, 3}}),
     "checkpoints_total_limit": Effect(checkpoints, {"1": {3}, "2": {2, 3}}, ("--checkpointing_steps=1",)),
     "keep_every": Effect(checkpoints, {"1": {1, 2, 3}, "2": {2, 3}, "9": {3}}, ("--checkpointing_steps=1", "--checkpoints_total_limit=1")),
-    "resume_from_checkpoint": Effect(resumed_from, {"latest": "checkpoint-2", "checkpoint-1": "checkpoint-1", "none": None}),
+    "resume_from_checkpoint": Effect(resumed_from, {"latest": "checkpoint-2", "checkpoint-1": "checkpoint-1"}),
 }
 
 VALIDATION = {
@@ -189,9 +183,7 @@ VALIDATION = {
     "num_validation_images": Effect(picture_names, {"1": {"validation_64x64"}, "2": {"validation_64x64_1", "validation_64x64_2"}}),
     "validation_steps": Effect(picture_steps, {"0": {0, 3}, "1": {0, 1, 2, 3}, "2": {0, 2, 3}}),
     "validation_num_inference_steps": Effect(picture_bytes, ["1", "2"]),
-    "validation_resolution": Effect(
-        picture_names, {"64": {"validation_64x64"}, "96x64,32": {"validation_96x64", "validation_32x32"}}
-    ),
+    "validation_resolution": Effect(picture_names, {"64": {"validation_64x64"}, "96x64,32": {"validation_96x64", "validation_32x32"}}),
     "validation_guidance": Effect(picture_bytes, ["3", "7.5"]),
     "validation_guidance_rescale": Effect(picture_bytes, ["0", "0.7"]),
     "validation_noise_scheduler": Effect(picture_bytes, ["ddim", "ddpm", "euler", "euler-a", "unipc"]),
@@ -209,7 +201,7 @@ REPORTING = {
         event_files, {"events": {"events/simpletuner-testing"}, "logs": {"logs/simpletuner-testing"}}, ("--report_to=tensorboard",)
     ),
     "push_checkpoints_to_hub": Effect(notes, {"false": (), "true": (f"--push_checkpoints_to_hub {WITHOUT_THE_HUB}",)}),
-    "hub_model_id": Effect(notes, {"none": (), "me/mine": (f"--hub_model_id {WITHOUT_THE_HUB}",)}),
+    "hub_model_id": Effect(notes, {"": (), "me/mine": (f"--hub_model_id {WITHOUT_THE_HUB}",)}),
 }
 
 LAUNCH = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from helpers.data.buckets import target_size
 from helpers.data.planning import rules_of
@@ -85,11 +85,11 @@ def calls(kind: str, of: Callable[[tuple[Any, ...]], Any]) -> Sight:
     def see(lab: Lab, flags: Flags) -> object:
         seen: Counter[Any] = Counter()
 
-        def count(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             if type(module).__name__ == kind:
                 seen[of(arguments)] += 1
 
-        handle = register_module_forward_hook(count)
+        handle = register_module_forward_pre_hook(count)
         try:
             lab.run((f"--cache_dir=own/{next(lab.numbers)}", *flags))
         finally:
@@ -226,7 +226,7 @@ def resumed_from(lab: Lab, flags: Flags) -> object:
     every = ("--checkpointing_steps=1", "--max_train_steps=2")
     output = lab.run_again(every, lab.new_folder()).folder
     story = lab.run_again((*every, *flags), output).story
-    return next((line.rsplit(" ", 1)[1] for line in story if line.startswith("checkpoint: going on")), None)
+    return next(line.rsplit(" ", 1)[1] for line in story if line.startswith("checkpoint: going on"))
 
 
 # -- pictures and reports ---------------------------------------------------------------------------------------------------
@@ -250,9 +250,10 @@ def different_pictures_in_two_runs(lab: Lab, flags: Flags) -> object:
 
 
 def event_files(lab: Lab, flags: Flags) -> object:
-    """Folders of TensorBoard's files, relative to OUTPUT_DIR."""
+    """Folders of TensorBoard's curves, relative to OUTPUT_DIR; the settings are in a folder below, named by the time."""
     folder = lab.run(flags).folder
-    return {path.parent.relative_to(folder).as_posix() for path in folder.rglob("events.out.tfevents.*")}
+    folders = {path.parent for path in folder.rglob("events.out.tfevents.*")}
+    return {path.relative_to(folder).as_posix() for path in folders if path.parent not in folders}
 
 
 def project_of_wandb(lab: Lab, flags: Flags) -> object:
