@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034 # an env file: the wrapper exports what it sets
 # The settings that trained demo/model's U-Net from random weights; demo/README.md has the commands around it.
 #   ENV_FILE=demo/base-env.sh ./train_sdxl.sh      (from the repository's root)
 MODEL_NAME='output/base/start'                # what demo/make_base.py wrote: VAE and text encoders trained, U-Net random
