@@ -30,12 +30,12 @@ from helpers.data.order import EpochOrder
 from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan
 from helpers.data.report import dataset_report, summary
 from helpers.data.scan import ScanResult, scan
+from helpers.data.sources import open_source
 from helpers.data.texts import TextFiller, text_key
 from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError
 from helpers.storage.atomic import write_json
-from helpers.storage.local import LocalSource
 
 if TYPE_CHECKING:
     from helpers.protocols import ModelFamily, Reporter, TextEncoders
@@ -89,7 +89,7 @@ class _Preparation:
         self.family = family
         self.workers = workers
         self.report = report
-        self.sources = [LocalSource(dataset.instance_data_dir) for dataset in datasets]
+        self.sources = [open_source(dataset) for dataset in datasets]
         self.scanned: list[ScanResult] = []  # in the first process
         self.images = Filled()  # what encoding images came to in all processes
         self.encoder_fingerprints: dict[str, str] = {}
@@ -167,7 +167,7 @@ class _Preparation:
                 row = int(self.plan.columns["row"][np.flatnonzero(rows)[0]])
                 reason = self.images.failed.get(row, "its latents are missing")
                 raise DataError(
-                    f"data set {dataset.id!r}: none of its {int(rows.sum()):,} images in {dataset.instance_data_dir} could be encoded;"
+                    f"data set {dataset.id!r}: none of its {int(rows.sum()):,} images in {self.sources[index].name} could be encoded;"
                     f" {self.catalogue.sample(row).key}: {reason}."
                 )
 
