@@ -304,7 +304,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
     """What must stay as it is from one life of a run to the next, beside the data: JSON values by the options' names."""
     adapter = dataclasses.asdict(config.adapter) if config.method_name == "lora" else {}
     loss = dataclasses.asdict(config.objective)
-    sampling_only = ("inference_scheduler_timestep_spacing",)
+    sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
     effective = {name: objective.scheduler_config[name] for name in ("prediction_type", "rescale_betas_zero_snr")}
     identity = {
         "model": family.identity,

@@ -87,8 +87,10 @@ def plan_launch(options: LaunchOptions, environ: Mapping[str, str], wants_file: 
             variables["ACCELERATE_USE_CPU"] = "true"
     if not has_file:
         # Left out, accelerate warns; the trainer itself says which precision it computes in.
-        arguments += ["--mixed_precision", "no", "--dynamo_backend", options.training_dynamo_backend]
+        arguments += ["--mixed_precision", "no"]
         arguments += ["--main_process_port", str(free_port())] if machines == 1 else []
+    if not has_file or compiled:
+        arguments += ["--dynamo_backend", options.training_dynamo_backend]
     if not has_file or processes > 1:
         arguments += ["--num_processes", str(processes), "--num_machines", str(machines)]
         if "--num_processes" not in named:

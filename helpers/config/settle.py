@@ -16,6 +16,7 @@ DEFAULT_SNR_GAMMA = 5.0  # Hang et al. (2023), section 4
 # What has an effect only beside another setting: (options, the other, the values of it that they need).
 DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_init_type"), "model_type", ("lora",)),
+    (("training_scheduler_timestep_spacing",), "model_type", ("full",)),  # it stands in the scheduler of an exported pipeline
     (("noise_offset", "noise_offset_probability"), "offset_noise", (True,)),
     (("ema_decay", "ema_device", "ema_cpu_only", "ema_update_interval"), "use_ema", (True,)),
     (("lr_power",), "lr_scheduler", ("polynomial",)),

@@ -86,6 +86,8 @@ def test_accelerates_own_configuration_counts_when_it_asks_for_more_than_one_pla
     assert launch is not None
     assert launch.arguments == ("--config_file", str(file))
     assert ranks.PROCESSES_VARIABLE not in launch.variables
+    compiled = plan_launch(replace(PLAIN, training_dynamo_backend="inductor"), environ)
+    assert compiled is not None and compiled.arguments == ("--config_file", str(file), "--dynamo_backend", "inductor")
     assert plan_launch(PLAIN, environ, wants_file=False) is None
 
 

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,66 @@ def test_metrics_that_cannot_be_written_are_told_in_a_sentence(tmp_path: Path) -
     with pytest.raises(StorageError, match=f"{tmp_path / METRICS} could not be written: No space left on device"):
         records.stepped(StepResult(1, 0, 0.5, 1e-4, 1.0, 1.0, 0.0, 4))
     records.close()
+
+
+# -- disks that fail ---------------------------------------------------------------------------------------------------------
+
+
+def on_a_failing_disk(call: str, pattern: str, error: str, times: int = 0) -> dict[str, object]:
+    """For `Trainer.run`: Python's `call` fails for paths that hold `pattern`; see failing_disk.py."""
+    return {"command": [sys.executable, str(Path(__file__).with_name("failing_disk.py")), call, pattern, error, str(times)]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_cache_that_cannot_be_made_durable_is_told_and_keeps_nothing_of_it(
+    call: str, trainer: Trainer, finished: Ended, same_weights: SameWeights
+) -> None:
+    cut_short = trainer.run(**on_a_failing_disk(call, "/cache/latents/", "EIO"))
+    assert cut_short.code == 1, cut_short.said
+    assert f"{cut_short.folder / 'cache' / 'latents'}: the cache cannot be written: Input/output error" in unwrapped(cut_short.said)
+    assert "Traceback" not in cut_short.said
+    assert not list((cut_short.folder / "cache" / "latents").glob("*.safetensors*"))
+
+    again = trainer.finish()
+    assert "14 needed, 0 cached" in unwrapped(again.said)
+    assert same_weights(finished, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "pattern"), [("fsync", "/.checkpoint-4."), ("replace", "/checkpoint-4")])
+def test_a_checkpoint_that_cannot_be_made_durable_is_told_and_the_one_before_it_stays(
+    call: str, pattern: str, trainer: Trainer, finished: Ended, same_weights: SameWeights
+) -> None:
+    cut_short = trainer.run(**on_a_failing_disk(call, pattern, "EIO"))
+    assert cut_short.code == 1, cut_short.said
+    assert "could not be written: Input/output error" in unwrapped(cut_short.said)
+    assert "Traceback" not in cut_short.said
+    assert [path.name for path in cut_short.folder.glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert verify_manifest(cut_short.folder / "checkpoint-2") == []
+
+    again = trainer.finish()
+    assert again.losses == finished.losses
+    assert same_weights(finished, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["EMFILE", "EIO", "ESTALE"])
+def test_a_picture_that_twice_cannot_be_opened_is_tried_again_and_used(
+    error: str, trainer: Trainer, finished: Ended, same_weights: SameWeights
+) -> None:
+    blinked = trainer.run(**on_a_failing_disk("open", "a_red_circle_03.png", error, times=2))
+    assert blinked.code == 0, blinked.said
+    assert "14 files = 14 used + 0 left out" in unwrapped(blinked.said)
+    assert same_weights(finished, blinked)
+
+
+@pytest.mark.slow
+def test_a_picture_that_cannot_be_read_at_all_ends_the_run_in_a_sentence(trainer: Trainer) -> None:
+    ended = trainer.run(**on_a_failing_disk("open", "a_red_circle_03.png", "EIO"))
+    assert ended.code == 1, ended.said
+    assert "a_red_circle_03.png could not be read: Input/output error" in unwrapped(ended.said)
+    assert "Traceback" not in ended.said
 
 
 # -- damaged files -----------------------------------------------------------------------------------------------------------

@@ -155,6 +155,7 @@ def cached_dtypes(lab: Lab, flags: Flags) -> object:
 
 def new_folders(lab: Lab, flags: Flags) -> object:
     """Folders beside the data that a run made and put files into."""
+    lab.run()  # whose caches all runs share
     before = set(lab.folder.iterdir())
     lab.run(flags)
     made = [path for path in lab.folder.iterdir() if path not in before and any(file.is_file() for file in path.rglob("*"))]
