@@ -153,6 +153,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     learner = Learner(method, trainable, engine, average)
     if found:
         learner.restore(found)
+        if runtime.is_main and (left := checkpoints.set_newer_aside(found.step)):
+            report.chapter("checkpoint", f"later than {found.folder.name} and set aside: {', '.join(path.name for path in left)}")
     validator = make_validator(config, runtime, family, objective, data, prompts, state)
 
     def save() -> None:

@@ -32,7 +32,8 @@ LIBRARIES = 6  # listed, the slowest first
 
 # Goes through a start as train.run does, and says what each stage took. A program of its own, so that nothing is imported before it.
 STAGES = """
-import json, sys, time
+import gc, json, sys, time
+gc.disable()
 began = time.perf_counter()
 took = {}
 def stage(name):
@@ -69,6 +70,8 @@ with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.g
     family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+    gc.freeze()
+    gc.enable()
     stage("runtime and choices")
     settings = train.data_settings(config, runtime, TrainState(seed=1), 1, ())
     data = prepare_data(config.datasets, settings, family, train.workers(runtime), Reporter())

@@ -117,6 +117,24 @@ class Checkpointer:
         self._prune()
         return final
 
+    def set_newer_aside(self, step: int) -> list[Path]:
+        """Where the run goes on from a checkpoint asked for by name, rename those beyond `step`: `latest` shall not mean the way left.
+
+        They stay whole, as `left-checkpoint-<N>`, and are neither counted nor pruned. => their new paths. StorageError when it fails.
+        """
+        if self.options.resume_from_checkpoint in (None, "latest"):
+            return []
+        moved = []
+        for folder in self._folders():
+            if int(folder.name.removeprefix("checkpoint-")) > step:
+                names = (f"left-{folder.name}{again}" for again in ("", *(f"-{number}" for number in range(2, 1000))))
+                aside = next(path for path in map(self.output_dir.joinpath, names) if not path.exists())
+                try:
+                    moved.append(folder.rename(aside))
+                except OSError as error:
+                    raise StorageError(f"{folder} could not be renamed to {aside.name}: {error.strerror}.") from error
+        return moved
+
     def tidy(self) -> None:
         """Remove what killed runs left half-written. For the holder of the lock on OUTPUT_DIR."""
         remove_leftovers(self.output_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers.storage.atomic import verify_manifest
 from tests.runs.conftest import Ended, Trainer
+from tests.runs.evidence import unwrapped
 
 SameWeights = Callable[[Ended, Ended], bool]
 TWO = {"TRAINING_NUM_PROCESSES": "2"}
@@ -212,6 +215,17 @@ def test_a_longer_run_goes_on_and_a_finished_one_is_finished(trainer: Trainer, f
     before = {path: path.stat().st_mtime_ns for path in longer.folder.glob("checkpoint-*/*")}
     once_more = trainer.finish(max_train_steps=6)
     assert {path: path.stat().st_mtime_ns for path in once_more.folder.glob("checkpoint-*/*")} == before
+
+
+@pytest.mark.slow
+def test_going_on_from_a_named_checkpoint_leaves_the_later_ones_aside(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
+    output = shutil.copytree(finished.folder, trainer.folder / "out")
+    back = trainer.finish(resume_from_checkpoint="checkpoint-2", max_train_steps=3)
+    assert "later than checkpoint-2 and set aside: left-checkpoint-6, left-checkpoint-4" in unwrapped(back.said)
+    again = trainer.finish()
+    assert "going on from checkpoint-3" in unwrapped(again.said)
+    assert same_weights(finished, again)
+    assert verify_manifest(output / "left-checkpoint-4") == []
 
 
 @pytest.mark.slow

@@ -106,6 +106,26 @@ def test_a_checkpoint_asked_for_by_name_must_be_there_and_whole(tmp_path: Path) 
         found_by(checkpointer(tmp_path, resume_from_checkpoint="checkpoint-7"))
 
 
+def test_where_a_named_one_is_gone_on_from_later_ones_are_set_aside_whole(tmp_path: Path) -> None:
+    target = checkpointer(tmp_path, resume_from_checkpoint="checkpoint-2")
+    for again in ("", "-2"):
+        save(target, 2, 4)
+        bytes_before = (tmp_path / "checkpoint-4" / "weights.safetensors").read_bytes()
+        [aside] = target.set_newer_aside(2)
+        assert aside.name == f"left-checkpoint-4{again}"
+        assert (aside / "weights.safetensors").read_bytes() == bytes_before
+    assert there(tmp_path) == ["checkpoint-2", "left-checkpoint-4", "left-checkpoint-4-2"]
+    found, _ = found_by(checkpointer(tmp_path))
+    assert found is not None and found.step == 2
+
+
+def test_later_ones_stay_where_the_newest_is_gone_on_from(tmp_path: Path) -> None:
+    target = checkpointer(tmp_path)
+    save(target, 2, 4)
+    assert target.set_newer_aside(2) == []
+    assert there(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_old_ones_go_only_when_a_newer_one_is_whole(tmp_path: Path) -> None:
     target = checkpointer(tmp_path, checkpoints_total_limit=2)
     save(target, 5, 10, 15)
