@@ -178,7 +178,12 @@ class TrainingData:
 
     @property
     def micro_batches_per_epoch(self) -> int:
+        """Of the first epoch; see `EpochOrder`."""
         return self._order.micro_batches_per_epoch
+
+    def micro_batches(self, first_epoch: int, end_epoch: int) -> int:
+        """Of the epochs from `first_epoch` up to but without `end_epoch`, over all processes."""
+        return self._order.micro_batches(first_epoch, end_epoch)
 
     @property
     def samples_per_epoch(self) -> int:
