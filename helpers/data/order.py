@@ -32,7 +32,7 @@ Indices = NDArray[np.int64]
 ShapesOf = Callable[[int], ArrayLike]
 
 _FEW = 16 * GROUP_SIZE  # micro-batches of a data set in an epoch
-_ROWS_AT_ONCE = 1 << 20  # of the plan, when buckets are gathered
+_ROWS_AT_ONCE = 1 << 18  # of the plan, when buckets are gathered
 
 
 @dataclass(frozen=True)
