@@ -108,6 +108,11 @@ class EpochOrder:
         return self.micro_batches(0, 1)
 
     @property
+    def mix(self) -> Mix:
+        """Of epoch 0, as above."""
+        return self._buckets_of(0).mix
+
+    @property
     def samples_per_epoch(self) -> int:
         """Appearances of samples in an epoch, those of data sets that only fill left aside."""
         rows = np.bincount(self._datasets, minlength=len(self._shares)).tolist()
@@ -208,7 +213,7 @@ class _Buckets:
         self.first = np.searchsorted(dataset, np.arange(len(shares) + 1))  # buckets of data set d: first[d] up to first[d + 1]
         own = np.array([int(self.batches[a:b].sum()) for a, b in zip(self.first, self.first[1:], strict=False)])
         self.own = own  # micro-batches of one pass over each data set
-        self.mix = _Mix(own, shares)
+        self.mix = Mix(own, shares)
         self.micro_batches = int(self.mix.counts.sum())
 
     def gather(self) -> None:
@@ -229,11 +234,11 @@ class _Buckets:
             yield datasets.astype(np.int64) * self._width + shapes
 
 
-class _Mix:
+class Mix:
     """How many micro-batches of each data set an epoch has, and how fast they go, from the micro-batches of one pass over each.
 
     In the time from 0 to 1, `even_from` is when the first data set is used up, and `early[d]` the part of data set d that is gone by
-    then.
+    then: 1 for that one. Where no data set has a probability, all are used up at 1.
     """
 
     def __init__(self, own: Indices, shares: Sequence[Share]) -> None:
@@ -251,7 +256,7 @@ class _Mix:
         total = own[counting].sum()
         self.early = np.where(counting, np.minimum(weights * shortest / np.maximum(own, 1), 1.0), 1.0)
         self.even_from = float(min((self.early * own)[counting].sum() / total, 1.0))
-        self.early[~counting] = self.even_from  # these keep their pace
+        self.early[~counting] = self.even_from  # these keep their pace to the end
         asked = np.maximum(np.rint(total * weights / weights[drawn].sum()), 1).astype(np.int64)
         self.counts = np.where(counting, own, np.where(own > 0, asked, 0))
 

@@ -28,7 +28,7 @@ from helpers.data.fill import Filled, FillOptions, available_threads
 from helpers.data.latents import LatentFiller
 from helpers.data.order import EpochOrder, Share
 from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan
-from helpers.data.report import dataset_report, summary
+from helpers.data.report import dataset_report, mix_summary, summary
 from helpers.data.scan import ScanResult, scan
 from helpers.data.sources import open_source
 from helpers.data.texts import TextFiller, text_key
@@ -257,7 +257,7 @@ class _Preparation:
             self.usable,
             self.locations,
             [
-                PreparedDataset(source, latents, texts, dataset.loss_weight)
+                PreparedDataset(source, latents, texts, dataset.loss_weight, dataset.is_regularisation_data)
                 for dataset, source, latents, texts in zip(
                     self.datasets, self.sources, self.latent_caches, self.text_caches[:-1], strict=True
                 )
@@ -268,9 +268,12 @@ class _Preparation:
         )
         trained = restricted(self.plan, self.usable)
         shares = [Share(dataset.repeats, dataset.probability, dataset.ignore_epochs) for dataset in self.datasets]
+        order = EpochOrder(trained.columns["shape"], trained.columns["dataset"], shares, settings.batch_size, settings.seed)
+        if len(shares) > 1:
+            self.report.chapter("mix", mix_summary(trained.datasets, order.mix))
         return TrainingData(
             records,
-            EpochOrder(trained.columns["shape"], trained.columns["dataset"], shares, settings.batch_size, settings.seed),
+            order,
             BatchMaker(records, settings.seed, settings.caption_dropout),
             accumulation=settings.accumulation,
             rank=workers.rank,
