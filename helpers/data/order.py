@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from helpers.data.draws import seed_of
-from helpers.data.shuffle import hashed, key_words, shuffled
+from helpers.data.shuffle import Words, hashed, key_words, shuffled
 from helpers.data.spread import GROUP_SIZE, Spread, Stretch
 
 Indices = NDArray[np.int64]
@@ -296,11 +296,11 @@ class _Epoch:
 
     def _worked_out(self, stretch: Stretch) -> _Part:
         buckets = self.buckets
-        bucket, number = np.empty_like(stretch.items), np.empty_like(stretch.items)
+        bucket, number, rounds = (np.empty_like(stretch.items) for _ in range(3))
         key = np.empty(len(stretch.items), np.uint64)
         for dataset in np.unique(stretch.items).tolist():
             here = np.flatnonzero(stretch.items == dataset)
-            bucket[here], number[here], key[here] = self._run(dataset, int(stretch.numbers[here[0]]), len(here))
+            bucket[here], number[here], rounds[here], key[here] = self._run(dataset, int(stretch.numbers[here[0]]), len(here))
         # The short micro-batch of a bucket has its turn at a drawn place, not always at the end.
         missing = buckets.batches[bucket] * buckets.batch_size - buckets.entries[bucket]
         short = (hashed(key, 0) % buckets.batches[bucket].astype(np.uint64)).astype(np.int64)
@@ -311,29 +311,34 @@ class _Epoch:
         bucket = np.repeat(bucket, size)
         entry = shuffled(place, buckets.entries[bucket], np.repeat(hashed(key, 1), size))
         repeat, row = np.divmod(entry, buckets.counts[bucket])
+        repeat += np.repeat(rounds, size) * (buckets.entries[bucket] // buckets.counts[bucket])
         samples = buckets.rows[buckets.starts[bucket] + row].astype(np.int64)
         return _Part(self.number, stretch.start, size.tolist(), (ends - size).tolist(), samples, repeat)
 
-    def _run(self, dataset: int, first: int, count: int) -> tuple[Indices, Indices, NDArray[np.uint64]]:
-        """`count` micro-batches of a data set from its `first` in this epoch on: bucket, number in it, and a key for (pass, bucket).
+    def _run(self, dataset: int, first: int, count: int) -> tuple[Indices, Indices, Indices, Words]:
+        """`count` micro-batches of a data set from its `first` in this epoch on: bucket, number in it, pass, and a key for pass and bucket.
 
-        A data set that counts goes through one pass an epoch, one that fills goes on where the epoch before left it.
+        A data set that counts goes through one pass an epoch, one that fills goes on where the epoch before left it; passes are numbered
+        from the one that the epoch begins in.
         """
         own = int(self.buckets.own[dataset])
-        at = self.number * int(self.buckets.mix.counts[dataset]) + first
-        found: list[tuple[Indices, Indices, NDArray[np.uint64]]] = []
+        begins = self.number * int(self.buckets.mix.counts[dataset])
+        at = begins + first
+        found: list[tuple[Indices, Indices, Indices, Words]] = []
         missing = count
         while missing:
             through, position = divmod(at + count - missing, own)
             spread, keys = self._pass(dataset, through)
             stretch = spread.stretch(position)
             run = slice(position - stretch.start, position - stretch.start + missing)
-            found.append((stretch.items[run] + self.buckets.first[dataset], stretch.numbers[run], keys[stretch.items[run]]))
-            missing -= len(stretch.items[run])
-        bucket, number, key = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return bucket, number, key
+            items = stretch.items[run]
+            rounds = np.full(len(items), through - begins // own)
+            found.append((items + self.buckets.first[dataset], stretch.numbers[run], rounds, keys[items]))
+            missing -= len(items)
+        bucket, number, rounds, key = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return bucket, number, rounds, key
 
-    def _begun(self, dataset: int, through: int) -> tuple[Spread, NDArray[np.uint64]]:
+    def _begun(self, dataset: int, through: int) -> tuple[Spread, Words]:
         """One pass over a data set, and a key for each of its buckets."""
         of_dataset = slice(self.buckets.first[dataset], self.buckets.first[dataset + 1])
         spread = Spread(self.buckets.batches[of_dataset], seed_of("order/buckets", self.seed, dataset, through))

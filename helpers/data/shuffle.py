@@ -53,7 +53,7 @@ def shuffled(places: Indices, counts: Indices, keys: Words) -> Indices:
 
 
 def _looked_up(places: Indices, counts: Indices, keys: Words) -> Indices:
-    distinct, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    distinct, first, which = np.unique(hashed(keys, counts), return_index=True, return_inverse=True)
     tables = [_table(int(key), int(count)) for key, count in zip(distinct, counts[first], strict=True)]
     starts = np.cumsum([0, *(len(table) for table in tables[:-1])])
     return np.concatenate(tables)[starts[which] + places]
