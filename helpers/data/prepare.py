@@ -26,9 +26,9 @@ from helpers.data.cache import LOCATION, Cache, Locations
 from helpers.data.catalogue import Catalogue
 from helpers.data.fill import Filled, FillOptions, available_threads
 from helpers.data.latents import LatentFiller
-from helpers.data.order import EpochOrder
+from helpers.data.order import EpochOrder, Share
 from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan
-from helpers.data.report import dataset_report, summary
+from helpers.data.report import dataset_report, mix_summary, summary
 from helpers.data.scan import ScanResult, scan
 from helpers.data.sources import open_source
 from helpers.data.texts import TextFiller, text_key
@@ -257,7 +257,7 @@ class _Preparation:
             self.usable,
             self.locations,
             [
-                PreparedDataset(source, latents, texts, dataset.loss_weight)
+                PreparedDataset(source, latents, texts, dataset.loss_weight, dataset.is_regularisation_data)
                 for dataset, source, latents, texts in zip(
                     self.datasets, self.sources, self.latent_caches, self.text_caches[:-1], strict=True
                 )
@@ -267,10 +267,13 @@ class _Preparation:
             unconditional=recall.text(self.text_caches[-1], None, lambda: []),
         )
         trained = restricted(self.plan, self.usable)
-        repeats = np.array([dataset.repeats for dataset in self.datasets])[trained.columns["dataset"]]
+        shares = [Share(dataset.repeats, dataset.probability, dataset.ignore_epochs) for dataset in self.datasets]
+        order = EpochOrder(trained.columns["shape"], trained.columns["dataset"], shares, settings.batch_size, settings.seed)
+        if len(shares) > 1:
+            self.report.chapter("mix", mix_summary(trained.datasets, order.mix))
         return TrainingData(
             records,
-            EpochOrder(trained.columns["shape"], repeats, settings.batch_size, settings.seed),
+            order,
             BatchMaker(records, settings.seed, settings.caption_dropout),
             accumulation=settings.accumulation,
             rank=workers.rank,
@@ -301,6 +304,7 @@ class _Preparation:
             "images": images.hexdigest(),
             "captions": captions.hexdigest(),
             "repeats": ", ".join(f"{dataset.id} {dataset.repeats}" for dataset in self.datasets),
+            "mix": ", ".join(_part_in_the_mix(dataset) for dataset in self.datasets),
             "batch_size": str(self.settings.batch_size),
             **self.encoder_fingerprints,
         }
@@ -331,6 +335,11 @@ class _Preparation:
         total.encoding_seconds = max(share.encoding_seconds for share in shares)  # the processes work at the same time
         total.waiting_seconds = max(share.waiting_seconds for share in shares)
         return total
+
+
+def _part_in_the_mix(dataset: DatasetConfig) -> str:
+    asked = "by size" if dataset.probability is None else f"{dataset.probability:g}"
+    return f"{dataset.id} {asked}{' without holding epochs open' if dataset.ignore_epochs else ''}"
 
 
 def _open_caches(folders: Iterable[Path], report: Reporter) -> list[Cache]:
