@@ -9,7 +9,7 @@ import regex
 from helpers.config.caption_filters import FilterLine, parse_filter
 from helpers.errors import DataError
 
-SECONDS = 1.0  # that one line may take on one caption. An expression that backtracks without end takes longer than a run.
+SECONDS = 1.0  # of processor time that one line may take on one caption. An expression that backtracks without end takes longer than a run.
 
 
 class CaptionFilters:

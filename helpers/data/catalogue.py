@@ -198,7 +198,8 @@ class Catalogue:
             raise DataError(f"{self.path} is not a catalogue of this version; move it away and it is built anew from the images.")
         database.execute("CREATE TEMP VIEW used AS SELECT * FROM files WHERE kind = 'image' AND captions IS NOT NULL")
         database.execute(
-            "CREATE TEMP VIEW used_captions AS SELECT used.dataset, used.key, each.value AS caption FROM used, json_each(used.captions) each"
+            "CREATE TEMP VIEW used_captions AS SELECT used.dataset, used.key, each.value AS caption"
+            " FROM used, json_each(used.captions) each"
         )
 
 

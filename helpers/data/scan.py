@@ -198,7 +198,8 @@ def _read_block(
     finally:
         with catalogue.transaction() as database:
             database.executemany(
-                "UPDATE files SET was_read = 1, width = :width, height = :height, text = :text, problem = :problem,"
+                "UPDATE files SET was_read = 1, width = :width, height = :height, problem = :problem,"
+                " text = CASE kind WHEN 'caption' THEN :text ELSE text END,"  # an image's is what a table said
                 " modified_ns = coalesce(:modified_ns, modified_ns) WHERE id = :id",
                 facts,
             )
