@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TextCacheConfig, complete
+from helpers.config.caption_filters import parse_filter, read_filter_file
+from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TableConfig, TextCacheConfig, complete
 from helpers.config.declare import Option, options_of
-from helpers.config.json_file import JsonDocument, read_json
+from helpers.config.json_file import JsonDocument, Place, read_json
+from helpers.config.options.data import TABLES
 from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
 
@@ -110,6 +112,10 @@ class _Entries:
         if raw is None:
             return None
         try:
+            if item.kind is TableConfig:
+                return self._table(index, key, raw)
+            if item.name == "caption_filter_list":
+                return self._filter_lines(raw)
             value = _typed(item, raw)
             item.check(value)
         except ValueError as error:
@@ -123,6 +129,34 @@ class _Entries:
         if item.kind is Path and self.base is not None:
             return self.base / value
         return value
+
+    def _table(self, index: int, key: str, raw: Any) -> TableConfig:
+        """The object of a table; its keys are judged as those of an entry are."""
+        if not isinstance(raw, dict):
+            raise ValueError(f"is {_described(raw)}; it must be an object with a path")
+        declared = {item.name: item for item in options_of(TableConfig)}
+        values: dict[str, Any] = {item.name: self.options[item.inherits] for item in declared.values() if item.inherits}
+        for name, said in raw.items():
+            if name not in declared:
+                self._problem(index, f"{key}.{name}", f"is not a key of a table{did_you_mean(name, declared)}")
+            elif (value := self._value(index, f"{key}.{name}", declared[name], said)) is not None:
+                values[name] = value
+        if not values.get("path"):
+            self._problem(index, f"{key}.path", "is missing; name the table")
+        return TableConfig(**values)
+
+    def _filter_lines(self, raw: Any) -> tuple[str, ...]:
+        """A list of lines as it stands, or what the file of a path holds. ValueError names the first line that cannot be used."""
+        if isinstance(raw, str):
+            path = Path(raw).expanduser()
+            lines = read_filter_file(path if self.base is None else self.base / path)
+        elif isinstance(raw, list) and all(isinstance(line, str) for line in raw):
+            lines = tuple(raw)
+        else:
+            raise ValueError(f"is {_described(raw)}; it must be a list of texts, or the path of a .json or .txt file")
+        for line in lines:
+            parse_filter(line)
+        return lines
 
     def _text_caches(self, found: list[tuple[int, TextCacheConfig]]) -> dict[str, TextCacheConfig]:
         """Text caches by id, with their folders and the default one filled in."""
@@ -141,18 +175,20 @@ class _Entries:
     def _dataset(self, index: int, dataset: DatasetConfig, caches: Mapping[str, TextCacheConfig]) -> DatasetConfig:
         self._require_id(index, dataset)
         self._check_folder(index, dataset)
-        folder = self.options["cache_dir_text"]
+        self._check_tables(index, dataset)
+        folder: Path = self.options["cache_dir_text"]
+        filters: tuple[str, ...] = ()
         wanted = dataset.text_embeds
         if wanted is not None and wanted not in caches:
             self._problem(index, "text_embeds", f"{wanted!r} is not the id of a text_embeds entry{did_you_mean(wanted, caches)}")
         for text in caches.values():
             if text.id == wanted or (wanted is None and text.default):
-                folder = text.cache_dir
+                folder, filters = text.cache_dir, text.caption_filter_list
         entry = self.document.value[index]
         if "minimum_image_size" not in entry and dataset.resolution_type != self.options["resolution_type"]:
             # The option's number is in the option's unit, which is not this data set's.
             dataset = dataclasses.replace(dataset, minimum_image_size=None)
-        return dataclasses.replace(complete(dataset, self.options), text_cache_dir=folder)
+        return dataclasses.replace(complete(dataset, self.options), text_cache_dir=folder, caption_filters=filters)
 
     def _require_id(self, index: int, entry: Entry) -> None:
         if not entry.id:
@@ -166,6 +202,28 @@ class _Entries:
             self._problem(index, "instance_data_dir", f"there is no folder {folder}; check the path")
         elif not os.path.isdir(folder):
             self._problem(index, "instance_data_dir", f"{folder} is a file; name the folder it is in")
+
+    def _check_tables(self, index: int, dataset: DatasetConfig) -> None:
+        """Tables that are asked for are described and there, and those described are asked for."""
+        wanted = {"caption_strategy": dataset.caption_table, "metadata_backend": dataset.metadata_backend}
+        for setting, key in wanted.items():
+            if key in TABLES and getattr(dataset, key) is None and not self._is_said(index, key):
+                self._problem(index, key, f'is missing; {setting} {key} needs it: {{"path": ...}}')
+        for key in TABLES:
+            table = getattr(dataset, key)
+            if table is not None and key not in dataset.tables_in_use:
+                unused = f"neither caption_strategy nor metadata_backend is {key}"
+                self.notes.append(f"{self.document.path.name}: datasets[{index}].{key} does nothing: {unused}.")
+        if dataset.type != "local" or dataset.instance_data_dir is None:
+            return
+        for key, table in dataset.tables_in_use.items():
+            path = dataset.instance_data_dir / Path(table.path).expanduser()  # an absolute path stays as it is
+            if table.path and not os.path.isfile(path):
+                self._problem(index, f"{key}.path", f"there is no file {path}; name it from the data set's folder, or from the root: /...")
+
+    def _is_said(self, index: int, key: str) -> bool:
+        """Whether an entry has the key, be it with a value that was refused."""
+        return self.document.value[index].get(key) is not None
 
     def _unique_ids(self, entries: list[tuple[int, Any]]) -> None:
         first: dict[str, int] = {}
@@ -196,7 +254,9 @@ class _Entries:
             self._problem(datasets[0][0], "is_regularisation_data", what)
 
     def _problem(self, index: int, key: str, what: str) -> None:
-        name, place = (f"datasets[{index}].{key}", (index, key)) if key else (f"datasets[{index}]", (index,))
+        """Note what is wrong with a key of an entry, such as `crop` or `parquet.path`, or with all of it where the key is ""."""
+        place: Place = (index, *key.split(".")) if key else (index,)
+        name = f"datasets[{index}].{key}" if key else f"datasets[{index}]"
         self.problems.append(f"{name}{'' if what.startswith('is ') else ':'} {what} ({self.document.where(place)}).")
 
 

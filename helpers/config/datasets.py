@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.config.declare import option
-from helpers.config.options.data import CAPTION_STRATEGIES, LATER_CAPTION_STRATEGIES
+from helpers.config.options.data import CAPTION_STRATEGIES, TABLES
 
 _IN_PLACE = "caches follow changed settings by themselves"
 _WORKERS = "workers follow the machine's cores"
@@ -50,7 +50,28 @@ class TextCacheConfig(Entry):
 
     cache_dir: Path = option(None, "Folder of the embeddings.", default_text="--cache_dir_text")
     default: bool = option(False, "Used by data sets that name no text_embeds entry; a single entry is the default.")
-    caption_filter_list: str | None = option(None, "List or file of what to remove from captions.", not_yet=True)
+    caption_filter_list: tuple[str, ...] = option(
+        (), "What to remove from or replace in captions: a list of lines, or the path of a .json or .txt file that holds them."
+    )
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """The keys of `parquet`, `jsonl` and `csv`: a table of captions and sizes. Only the columns that are needed must be there."""
+
+    path: str = option(
+        "", "The table: a path inside the data set's folder, or from the root of this machine. Required.", default_text="required"
+    )
+    filename_column: str = option(None, "The file each row is about.", inherits="parquet_filename_column")
+    identifier_includes_extension: bool | None = option(
+        None, "Whether the names in that column end as the files' do; unset, either is found.", default_text="either"
+    )
+    caption_column: str = option(None, "Captions.", inherits="parquet_caption_column")
+    fallback_caption_column: str | None = option(None, "Captions where that column is empty.")
+    width_column: str = option("width", "Width in pixels of the picture as shown.")
+    height_column: str = option("height", "Height in pixels of the picture as shown.")
+    aspect_ratio_column: str | None = option(None, "Aspect ratios.", does_nothing="they follow from width and height")
+    luminance_column: str | None = option(None, "Luminance.", does_nothing="nothing is chosen by it")
 
 
 @dataclass(frozen=True)
@@ -83,16 +104,17 @@ class DatasetConfig(Entry):
         "Where captions come from.",
         choices=CAPTION_STRATEGIES,
         spelt={"instance_prompt": "instanceprompt"},
-        later=LATER_CAPTION_STRATEGIES,
         inherits="caption_strategy",
     )
     instance_prompt: str | None = option(None, "The caption, or the beginning of it.", inherits="instance_prompt")
     prepend_instance_prompt: bool = option(None, "Put the instance prompt before each caption.", inherits="prepend_instance_prompt")
     only_instance_prompt: bool = option(None, "Use the instance prompt in place of captions.", inherits="only_instance_prompt")
-    multiple_captions: bool = option(False, "Each line of the text file is a caption.", not_yet=True)
-    shuffle_tags: bool = option(False, "Shuffle the tags of a caption.", not_yet=True)
-    keep_tags: int = option(0, "Tags that keep their place.", at_least=0, not_yet=True)
-    tag_separator: str = option(",", "What stands between tags.", not_yet=True)
+    multiple_captions: bool = option(
+        False, "Each line of a text, or each element of a table's list, is a caption of its own; one is drawn for each appearance."
+    )
+    shuffle_tags: bool = option(False, "Put the tags of a caption in another order, one of eight drawn for each caption.")
+    keep_tags: int = option(0, "That many tags stay first when tags are shuffled.", at_least=0)
+    tag_separator: str = option(",", "What stands between tags.")
     repeats: int = option(0, "Extra passes: N means N + 1 views of each image in an epoch.", at_least=0)
     probability: float | None = option(
         None,
@@ -109,10 +131,10 @@ class DatasetConfig(Entry):
         False, "It is there to keep what the model can do, and counts by its loss_weight: a run needs another set to learn from."
     )
     vae_cache_clear_each_epoch: bool = option(False, "Encode anew each epoch.", not_yet=True)
-    metadata_backend: str = option("json", "Where sizes come from.", choices=("json", "parquet"), later=("parquet",))
-    parquet: dict[str, object] | None = option(None, "Parquet table.", not_yet=True)
-    jsonl: dict[str, object] | None = option(None, "JSON lines table.", not_yet=True)
-    csv: dict[str, object] | None = option(None, "CSV table.", not_yet=True)
+    metadata_backend: str = option("json", "Where sizes come from: the pictures themselves (json), or a table.", choices=("json", *TABLES))
+    parquet: TableConfig | None = option(None, "Parquet table of captions or sizes.")
+    jsonl: TableConfig | None = option(None, "The same as JSON lines.")
+    csv: TableConfig | None = option(None, "The same as comma-separated values.")
     conditioning_data: str | None = option(None, "id of the conditioning set.", not_yet=True)
     path: str | None = option(None, "Hub data set.", not_yet=True)
     split: str | None = option(None, "Split of the hub data set.", not_yet=True)
@@ -135,6 +157,18 @@ class DatasetConfig(Entry):
 
     aspect_bucket_alignment: int = 64  # pixels; from the option, or from the resolution where that is unset
     text_cache_dir: Path = Path()  # where the embeddings of its captions are kept
+    caption_filters: tuple[str, ...] = ()  # of the text_embeds entry that it uses
+
+    @property
+    def caption_table(self) -> str | None:
+        """The key of the table that captions come from, or None."""
+        return self.caption_strategy if self.caption_strategy in TABLES and not self.only_instance_prompt else None
+
+    @property
+    def tables_in_use(self) -> dict[str, TableConfig]:
+        """The tables that captions or sizes come from, by key. What is asked for and not described is absent."""
+        wanted = {self.caption_table, self.metadata_backend}
+        return {key: table for key in TABLES if key in wanted and (table := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True)
@@ -151,6 +185,12 @@ def alignment(resolution: float, resolution_type: str) -> int:
     """The pixel grid for a data set that names none: 64, or 8 where a square image has under a quarter of a megapixel."""
     megapixels = resolution if resolution_type == "area" else resolution**2 / 1e6
     return 64 if megapixels >= 0.25 else 8
+
+
+def table_format(path: str) -> str | None:
+    """The format that a table's name tells, whatever key it stands under; None where the key decides."""
+    endings = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv"}
+    return endings.get(Path(path).suffix.lower())
 
 
 def complete(dataset: DatasetConfig, options: Mapping[str, object]) -> DatasetConfig:

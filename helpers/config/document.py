@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of, show
 from helpers.config.options import SECTIONS, VARIABLES, WITHOUT_EFFECT, IgnoredOptions, Variable
 from helpers.config.sources import ABBREVIATIONS, REPOSITORY
@@ -87,6 +87,7 @@ def _page() -> Iterator[str]:
     yield "The file is a list of entries, each an object; comments and trailing commas are allowed.\n"
     yield from _keys("Every entry", Entry, ())
     yield from _keys("Image data sets", DatasetConfig, options_of(Entry))
+    yield from _keys("Objects `parquet`, `jsonl` and `csv` of an image data set", TableConfig, ())
     yield from _keys("Entries with `dataset_type: text_embeds`", TextCacheConfig, options_of(Entry))
 
 
@@ -144,7 +145,7 @@ def _range(item: Option) -> str:
     return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
-def _keys(title: str, kind: type[Entry], left_out: Sequence[Option]) -> Iterator[str]:
+def _keys(title: str, kind: type, left_out: Sequence[Option]) -> Iterator[str]:
     known = {item.name for item in left_out}
     yield f"### {title}\n"
     yield from _table(("Key", "Default", "What it does"), (_key_row(item) for item in options_of(kind) if item.name not in known))

@@ -99,6 +99,12 @@ def _captions(data: DataConfig) -> Iterator[str]:
             yield f"data set {dataset.id!r}: {setting} needs an instance_prompt."
         if dataset.only_instance_prompt and dataset.prepend_instance_prompt:
             yield f"data set {dataset.id!r}: only_instance_prompt and prepend_instance_prompt exclude each other; remove one."
+        if dataset.multiple_captions and dataset.caption_strategy in ("filename", "instanceprompt"):
+            yield f"data set {dataset.id!r}: multiple_captions needs caption_strategy textfile, parquet, jsonl or csv."
+        if dataset.shuffle_tags and not dataset.tag_separator:
+            yield f"data set {dataset.id!r}: tag_separator is empty; name what stands between tags, or a space."
+        if dataset.keep_tags and not dataset.shuffle_tags:
+            yield f"data set {dataset.id!r}: keep_tags needs shuffle_tags: true."
 
 
 def _files(chosen: Chosen) -> Iterator[str]:

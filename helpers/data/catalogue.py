@@ -7,6 +7,7 @@ modification time are, and a verdict on each image under the data set's present 
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 import threading
 from collections import Counter
@@ -20,7 +21,9 @@ from numpy.typing import NDArray
 from helpers.data.sample import LeftOut, Sample, Size
 from helpers.errors import DataError, StorageError
 
-_VERSION = 1
+_VERSION = 2
+FROM_TABLE = 2  # `was_read` of an image whose size a table told; 1 of a file that was opened
+
 _SCHEMA = """
 CREATE TABLE files (
     id INTEGER PRIMARY KEY,
@@ -33,16 +36,18 @@ CREATE TABLE files (
     etag TEXT NOT NULL,
     was_read INTEGER NOT NULL DEFAULT 0,
     width INTEGER, height INTEGER,  -- of an image as shown
-    text TEXT,                      -- of a caption file
+    text TEXT,                      -- of a caption file; of an image a JSON list of the captions that a table has for it ...
+    text_problem TEXT,              -- ... or why it has none
     problem TEXT,                   -- why the file cannot be used, whatever the rules
     undecodable TEXT,               -- why the pixels could not be decoded, found out while encoding
     content TEXT,                   -- SHA-256 of the bytes, filled in by whoever reads them all
-    caption TEXT,                   -- the verdict: what the image is trained under ...
+    captions TEXT,                  -- the verdict: a JSON list of what the image is trained under, at least one ...
     left_out TEXT,                  -- ... or why it is not trained on
     UNIQUE (dataset, key)
 );
 CREATE INDEX files_by_stem ON files (dataset, stem, kind, key);
 CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL);
+CREATE TABLE joined (dataset TEXT PRIMARY KEY, stated TEXT NOT NULL, counts TEXT NOT NULL);  -- tables, as they were last read
 """
 
 
@@ -101,22 +106,22 @@ class Catalogue:
             yield content
 
     def captions(self, dataset: str) -> Iterator[str]:
-        """Each distinct caption in use, sorted."""
-        for (caption,) in self._select("SELECT DISTINCT caption FROM used WHERE dataset = ? ORDER BY caption", dataset):
+        """Each distinct caption that any image in use may be trained under, sorted."""
+        for (caption,) in self._select("SELECT DISTINCT caption FROM used_captions WHERE dataset = ? ORDER BY caption", dataset):
             yield caption
 
     def captions_by_image(self, dataset: str) -> Iterator[str]:
-        """The caption of each image in use, in key order."""
-        for (caption,) in self._select("SELECT caption FROM used WHERE dataset = ? ORDER BY key", dataset):
-            yield caption
+        """The captions of each image in use as a JSON list, in key order."""
+        for (captions,) in self._select("SELECT captions FROM used WHERE dataset = ? ORDER BY key", dataset):
+            yield captions
 
     def sample(self, row: int) -> Sample:
         """One image by its row id. KeyError when there is none."""
-        found = next(self._select("SELECT dataset, key, width, height, caption FROM files WHERE id = ?", int(row)), None)
+        found = next(self._select("SELECT dataset, key, width, height, captions FROM files WHERE id = ?", int(row)), None)
         if found is None:
             raise KeyError(row)
-        dataset, key, width, height, caption = found
-        return Sample(dataset, key, Size(width, height), (caption,))
+        dataset, key, width, height, captions = found
+        return Sample(dataset, key, Size(width, height), tuple(json.loads(captions)))
 
     def content(self, row: int) -> str | None:
         """SHA-256 of one image's bytes in hex, or None when it is not known. KeyError when there is no such row."""
@@ -191,7 +196,11 @@ class Catalogue:
             database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
         else:
             raise DataError(f"{self.path} is not a catalogue of this version; move it away and it is built anew from the images.")
-        database.execute("CREATE TEMP VIEW used AS SELECT * FROM files WHERE kind = 'image' AND caption IS NOT NULL")
+        database.execute("CREATE TEMP VIEW used AS SELECT * FROM files WHERE kind = 'image' AND captions IS NOT NULL")
+        database.execute(
+            "CREATE TEMP VIEW used_captions AS SELECT used.dataset, used.key, each.value AS caption"
+            " FROM used, json_each(used.captions) each"
+        )
 
 
 def _explained(error: sqlite3.DatabaseError, path: Path) -> Exception:

@@ -57,6 +57,13 @@ def read_size(stream: BinaryIO) -> Size:
     return _shown(image.size, _orientation(image))
 
 
+def require_size(data: bytes, expected: Size) -> None:
+    """ImageError unless an image file has the size as shown that it was planned with: the file, or a table of sizes, may have changed."""
+    size = read_size(io.BytesIO(data))
+    if size != expected:
+        raise _wrong_size(size, expected)
+
+
 def decode(data: bytes, resized: Size | None = None) -> Image.Image:
     """The first frame of an image file as upright sRGB, mode RGB; transparency shows white.
 
@@ -85,7 +92,7 @@ def cut(image: Image.Image, geometry: Geometry) -> Tensor:
     image is not of the size that the geometry was planned for.
     """
     if not _is_size_of(image.size, geometry.original):
-        raise ImageError(f"changed: the image is {Size(*image.size)} but was {geometry.original} when it was scanned")
+        raise _wrong_size(Size(*image.size), geometry.original)
     if image.size != geometry.resized:
         image = image.resize(geometry.resized, Image.Resampling.LANCZOS)
     if geometry.flip:
@@ -144,6 +151,10 @@ def _what_instead(stream: BinaryIO) -> str:
     if start.lstrip()[:1] == b"<":
         return "unreadable: this is a web page or XML, not an image"
     return f"unreadable: not a {_READABLE} image, or its header is damaged"
+
+
+def _wrong_size(size: Size, expected: Size) -> ImageError:
+    return ImageError(f"wrong size: the image is {size} and not {expected}, as the scan or a table said")
 
 
 def _reason(error: Exception) -> str:

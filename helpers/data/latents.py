@@ -19,7 +19,7 @@ from helpers.data.buckets import BucketPlan
 from helpers.data.cache import Cache, Locations, Writer, record_key
 from helpers.data.catalogue import Catalogue
 from helpers.data.fill import REASONS, WRITES_AHEAD, Filled, FillOptions, background, is_finite, stored
-from helpers.data.images import ImageError, cut, decode
+from helpers.data.images import ImageError, cut, decode, require_size
 from helpers.data.sample import Geometry, Sample
 from helpers.errors import Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
@@ -242,6 +242,8 @@ class _Contents:
 
 def _decode(member: _Member, data: bytes) -> None:
     try:
+        # Before decoding: a JPEG may be decoded at half its size, which then looks like that of an image half as large.
+        require_size(data, member.geometry.original)
         member.pixels = cut(decode(data, member.geometry.resized), member.geometry)
     except ImageError as error:
         member.problem = str(error)

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from helpers.config.datasets import DatasetConfig
+from helpers.config.datasets import DatasetConfig, TableConfig, table_format
 from helpers.data.buckets import BucketPlan, DatasetColumns, ResolutionRule
-from helpers.data.captions import CaptionRule
+from helpers.data.captions import CaptionRule, TagShuffle
 from helpers.data.catalogue import Catalogue
 from helpers.data.draws import uniform
 from helpers.data.sample import Size
 from helpers.data.scan import DatasetRules
+from helpers.data.tables import TableRule
 from helpers.storage.atomic import write_file, write_json
 
 _COLUMNS = "plan.npy"
 _TABLES = "plan.json"
 
 
-def rules_of(dataset: DatasetConfig) -> DatasetRules:
-    """What a configured data set says of sizes, cuts and captions."""
+def rules_of(dataset: DatasetConfig, seed: int = 0) -> DatasetRules:
+    """What a configured data set says of sizes, cuts and captions; `seed` is what shuffled captions are drawn from."""
     resolution = ResolutionRule(
         resolution=dataset.resolution,
         resolution_type=cast(Literal["area", "pixel"], dataset.resolution_type),
@@ -35,12 +37,46 @@ def rules_of(dataset: DatasetConfig) -> DatasetRules:
         minimum_image_size=dataset.minimum_image_size or 0,
     )
     captions = CaptionRule(
-        strategy=cast(Literal["textfile", "filename", "instanceprompt"], dataset.caption_strategy),
+        strategy=cast(Literal["textfile", "filename", "instanceprompt", "parquet", "jsonl", "csv"], dataset.caption_strategy),
         instance_prompt=dataset.instance_prompt or "",
         prepend_instance_prompt=dataset.prepend_instance_prompt,
         only_instance_prompt=dataset.only_instance_prompt,
+        multiple=dataset.multiple_captions,
+        filters=dataset.caption_filters,
+        shuffle=TagShuffle(seed, dataset.keep_tags, dataset.tag_separator) if dataset.shuffle_tags else None,
     )
-    return DatasetRules(dataset.id, resolution, captions)
+    return DatasetRules(dataset.id, resolution, captions, _tables(dataset))
+
+
+def _tables(dataset: DatasetConfig) -> tuple[TableRule, ...]:
+    """The tables that a data set takes sizes or captions from; one where both stand in the same."""
+    return tuple(
+        _table(dataset, kind, table, captions=kind == dataset.caption_table, sizes=kind == dataset.metadata_backend)
+        for kind, table in dataset.tables_in_use.items()
+    )
+
+
+def _table(dataset: DatasetConfig, kind: str, table: TableConfig, *, captions: bool, sizes: bool) -> TableRule:
+    return TableRule(
+        path=_table_path(dataset, table),
+        format=table_format(table.path) or kind,
+        filename_column=table.filename_column,
+        includes_extension=table.identifier_includes_extension,
+        caption_column=table.caption_column if captions else None,
+        fallback_caption_column=table.fallback_caption_column if captions else None,
+        width_column=table.width_column if sizes else None,
+        height_column=table.height_column if sizes else None,
+        lists=dataset.multiple_captions,
+    )
+
+
+def _table_path(dataset: DatasetConfig, table: TableConfig) -> str:
+    """As a `TableRule` has it: a key where the table lies in the data set's folder, and then no stray file of it; else absolute."""
+    if dataset.instance_data_dir is None:
+        return table.path
+    folder = os.path.abspath(dataset.instance_data_dir)
+    path = Path(os.path.normpath(os.path.join(folder, Path(table.path).expanduser())))
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
 def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int) -> DatasetColumns:

@@ -116,7 +116,7 @@ class _Preparation:
                     self.report.chapter("dataset", summary(result, len(shapes)))
 
     def _scan(self, index: int) -> ScanResult:
-        rules = rules_of(self.datasets[index])
+        rules = rules_of(self.datasets[index], self.settings.seed)
         with _late_bar(self.report, f"scan {rules.dataset}", "files") as told:
             return scan(
                 self.sources[index],
@@ -295,10 +295,10 @@ class _Preparation:
                 self.catalogue.captions_by_image(dataset.id),
                 strict=True,
             )
-            for used, key, content, caption in facts:
+            for used, key, content, said in facts:
                 if used:
                     images.update(f"{key}\0{content}\0".encode())
-                    captions.update(f"{caption}\0".encode())
+                    captions.update(f"{said}\0".encode())
         return {
             "plan": trained.fingerprint(),
             "images": images.hexdigest(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ def _entry(index: int, result: ScanResult, plan: BucketPlan, catalogue: Catalogu
         "found": result.found,
         "used": result.used,
         "left_out": [{"key": entry.key, "reason": entry.reason} for entry in catalogue.left_out(result.dataset)],
+        **({"tables": [dataclasses.asdict(table) for table in result.tables]} if result.tables else {}),
         "buckets": {str(shape): int(count) for shape, count in zip(plan.shapes, counts, strict=True) if count},
         "upscaled": int(rows["upscaled"].sum()),
         "cropped_share": round(float(1 - kept.mean()), 4),
@@ -43,6 +45,9 @@ def summary(result: ScanResult, shapes: int) -> str:
     line = f"{result.dataset}: {result.found:,} files = {result.used:,} used + {result.left_out:,} left out"
     if result.kinds:
         line += " (" + ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) + ")"
+    for table in result.tables:
+        if stray := table.unnamed + table.without_image:
+            line += f" · {stray:,} of {table.rows:,} rows of {table.path} name no image"
     return line + f" · {shapes:,} shape{'s' if shapes != 1 else ''}"
 
 

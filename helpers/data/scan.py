@@ -1,7 +1,8 @@
 """From a folder of files to a catalogue: list everything, open what is new or changed, judge every image under the rules.
 
 Found = used + left out. What counts as found is every file outside system folders, but for a .txt beside an image of the same
-name, which is part of that image. A .txt without an image is left out like any other stray file.
+name, which is part of that image, and the tables that the data set names. A .txt without an image is left out like any other stray
+file.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from helpers.data.buckets import ResolutionRule, too_small
-from helpers.data.captions import CAPTION_EXTENSION, MAX_CAPTION_BYTES, CaptionError, CaptionRule, caption_of, decode_caption
+from helpers.data.captions import CAPTION_EXTENSION, MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption
 from helpers.data.catalogue import Catalogue
 from helpers.data.images import EXTENSIONS, ImageError, read_size
 from helpers.data.sample import Size
+from helpers.data.table_join import JoinedTable, join_tables
+from helpers.data.tables import TableRule
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import Entry, SourceBackend
 
@@ -35,6 +38,12 @@ class DatasetRules:
     dataset: str  # id
     resolution: ResolutionRule
     captions: CaptionRule
+    tables: tuple[TableRule, ...] = ()  # of sizes, of captions, or one of both
+
+    @property
+    def opens_images(self) -> bool:
+        """Whether sizes come from the images themselves."""
+        return not any(table.width_column for table in self.tables)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class ScanResult:
     changed: int
     removed: int
     opened: int  # files opened by this scan; 0 on a warm start
+    tables: tuple[JoinedTable, ...] = ()
 
 
 def scan(
@@ -70,6 +80,7 @@ def scan(
     DataError when there is nothing to train on; StorageError when the store fails while it is read.
     """
     new, changed, removed = _compare(backend, rules.dataset, catalogue)
+    tables = join_tables(backend, rules.dataset, rules.tables, catalogue, should_stop)
     opened = 0
     pending = _count_pending(catalogue, rules)
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
@@ -83,7 +94,9 @@ def scan(
     left_out = kinds.total()
     if not used:
         raise DataError(_nothing_left(backend, rules.dataset, catalogue, kinds))
-    return ScanResult(rules.dataset, used + left_out, used, left_out, dict(kinds.most_common()), new, changed, removed, opened)
+    return ScanResult(
+        rules.dataset, used + left_out, used, left_out, dict(kinds.most_common()), new, changed, removed, opened, tuple(tables)
+    )
 
 
 # 1. The listing against the catalogue.
@@ -101,7 +114,7 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
         removed = database.execute("DELETE FROM files WHERE dataset = ? AND key NOT IN (SELECT key FROM listed)", (dataset,)).rowcount
         changed = database.execute(
             "UPDATE files SET size = l.size, modified_ns = l.modified_ns, etag = l.etag, was_read = 0, width = NULL, height = NULL,"
-            " text = NULL, problem = l.problem, undecodable = NULL, content = NULL, caption = NULL, left_out = NULL"
+            " text = NULL, text_problem = NULL, problem = l.problem, undecodable = NULL, content = NULL, captions = NULL, left_out = NULL"
             " FROM listed l WHERE dataset = ? AND files.key = l.key"
             " AND (files.size, files.modified_ns, files.etag) IS NOT (l.size, l.modified_ns, l.etag)",
             (dataset,),
@@ -115,6 +128,7 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
         if new or changed or removed:
             # In the same transaction: whoever is killed from here on leaves a catalogue that knows it has to be judged again.
             database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
+            database.execute("DELETE FROM joined WHERE dataset = ?", (dataset,))
     return new, changed, removed
 
 
@@ -138,12 +152,17 @@ def _listed(entry: Entry) -> tuple[str, str, str, int, int, str, str | None]:
 
 # 2. Facts from files.
 
-_PENDING = "dataset = ? AND was_read = 0 AND (kind = 'image' OR (kind = 'caption' AND ?))"
+_PENDING = "dataset = ? AND was_read = 0 AND ((kind = 'image' AND ?) OR (kind = 'caption' AND ?))"
+
+
+def _pending_values(rules: DatasetRules) -> tuple[str, bool, bool]:
+    """What stands for the question marks of `_PENDING`."""
+    return rules.dataset, rules.opens_images, rules.captions.reads_files
 
 
 def _count_pending(catalogue: Catalogue, rules: DatasetRules) -> int:
     with catalogue.transaction() as database:
-        return database.execute(f"SELECT count(*) FROM files WHERE {_PENDING}", (rules.dataset, rules.captions.reads_files)).fetchone()[0]
+        return database.execute(f"SELECT count(*) FROM files WHERE {_PENDING}", _pending_values(rules)).fetchone()[0]
 
 
 def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[tuple[int, str, str]]]:
@@ -152,7 +171,7 @@ def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[tuple[i
     query = f"SELECT id, kind, key FROM files WHERE {_PENDING} AND id > ? ORDER BY id LIMIT {_BLOCK}"
     while True:
         with catalogue.transaction() as database:
-            block = database.execute(query, (rules.dataset, rules.captions.reads_files, last)).fetchall()
+            block = database.execute(query, (*_pending_values(rules), last)).fetchall()
         if not block:
             return
         yield block
@@ -179,7 +198,8 @@ def _read_block(
     finally:
         with catalogue.transaction() as database:
             database.executemany(
-                "UPDATE files SET was_read = 1, width = :width, height = :height, text = :text, problem = :problem,"
+                "UPDATE files SET was_read = 1, width = :width, height = :height, problem = :problem,"
+                " text = CASE kind WHEN 'caption' THEN :text ELSE text END,"  # an image's is what a table said
                 " modified_ns = coalesce(:modified_ns, modified_ns) WHERE id = :id",
                 facts,
             )
@@ -217,6 +237,7 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: boo
         judged = database.execute("SELECT rules FROM verdicts WHERE dataset = ?", (rules.dataset,)).fetchone()
         if judged == (stated,):
             return
+        captioner = Captioner(rules.captions, rules.dataset)
         database.execute("UPDATE files SET left_out = problem WHERE dataset = ? AND kind = 'other'", (rules.dataset,))
         database.execute(
             "UPDATE files SET left_out = CASE WHEN EXISTS (SELECT 1 FROM files image WHERE image.dataset = files.dataset"
@@ -224,37 +245,43 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: boo
             " WHERE dataset = ? AND kind = 'caption'",
             (rules.dataset,),
         )
-        for images in _images(database, rules.dataset):
-            verdicts = (_verdict(image, rules, leave_out_undecodable) for image in images)
-            database.executemany("UPDATE files SET caption = ?, left_out = ? WHERE id = ?", verdicts)
+        for table in rules.tables:
+            database.execute("UPDATE files SET left_out = NULL WHERE dataset = ? AND key = ?", (rules.dataset, table.path))
+        for images in _images(database, rules):
+            verdicts = (_verdict(image, rules, captioner, leave_out_undecodable) for image in images)
+            database.executemany("UPDATE files SET captions = ?, left_out = ? WHERE id = ?", verdicts)
         database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (rules.dataset, stated))
 
 
-def _images(database: sqlite3.Connection, dataset: str) -> Iterator[list[tuple[Any, ...]]]:
-    """Blocks of images joined with their caption files; the rows of a block may be updated before the next is asked for."""
+def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[tuple[Any, ...]]]:
+    """Blocks of images with what is said of them; the rows of a block may be updated before the next is asked for."""
     last = ""
+    said = "i.text, i.text_problem" if rules.captions.table else "t.text, t.problem"
     query = (
-        "SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, t.text, t.problem"
+        f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {said}"
         " FROM (SELECT * FROM files WHERE dataset = :dataset AND kind = 'image' AND key > :last ORDER BY key LIMIT :block) i"
         # "cat.TXT" may stand beside "cat.txt": the first by name counts.
         " LEFT JOIN files t ON t.id = (SELECT id FROM files c WHERE c.dataset = :dataset AND c.stem = i.stem AND c.kind = 'caption'"
         " ORDER BY c.key LIMIT 1) ORDER BY i.key"
     )
-    while block := database.execute(query, {"dataset": dataset, "last": last, "block": _BLOCK}).fetchall():
+    while block := database.execute(query, {"dataset": rules.dataset, "last": last, "block": _BLOCK}).fetchall():
         yield block
         last = block[-1][0]
 
 
-def _verdict(image: tuple[Any, ...], rules: DatasetRules, leave_out_undecodable: bool) -> tuple[str | None, str | None, int]:
-    """Caption or reason, and the row id."""
+def _verdict(
+    image: tuple[Any, ...], rules: DatasetRules, captioner: Captioner, leave_out_undecodable: bool
+) -> tuple[str | None, str | None, int]:
+    """Captions as a JSON list, or a reason, and the row id."""
     key, row, width, height, problem, undecodable, text, text_problem = image
     reason = problem or (undecodable if leave_out_undecodable else None) or too_small(Size(width, height), rules.resolution)
-    if reason is None and rules.captions.reads_files:
+    if reason is None and (rules.captions.reads_files or rules.captions.table):
         reason = text_problem
     if reason is not None:
         return None, reason, row
+    texts = text if text is None else json.loads(text) if rules.captions.table else [text]
     try:
-        return caption_of(key, text, rules.captions), None, row
+        return json.dumps(captioner.captions(key, texts), ensure_ascii=False), None, row
     except CaptionError as error:
         return None, str(error), row
 

@@ -337,7 +337,7 @@ def test_shrinking_averages_what_it_drops() -> None:
 
 
 def test_an_image_that_was_replaced_since_the_scan_is_refused() -> None:
-    with pytest.raises(ImageError, match="changed: the image is 90x60 but was 91x60"):
+    with pytest.raises(ImageError, match="wrong size: the image is 90x60 and not 91x60"):
         cut(chart(), Geometry(Size(91, 60), Size(96, 64), 0, 0, Size(64, 64)))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from helpers.config.declare import option
 
-CAPTION_STRATEGIES = ("filename", "textfile", "instanceprompt", "parquet", "jsonl", "csv")
-LATER_CAPTION_STRATEGIES = ("parquet", "jsonl", "csv")
+TABLES = ("parquet", "jsonl", "csv")
+CAPTION_STRATEGIES = ("filename", "textfile", "instanceprompt", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,10 @@ class DataOptions:
     target_downsample_size: float | None = option(None, "The size they are shrunk to.", at_least=0, not_yet=True)
     caption_strategy: str = option(
         "filename",
-        "Where captions come from: the file's name, the .txt beside it, or --instance_prompt.",
+        "Where captions come from: the file's name, the .txt beside it, --instance_prompt, or the data set's table of this kind.",
         env="DEFAULT_CAPTION_STRATEGY",
         choices=CAPTION_STRATEGIES,
         spelt={"instance_prompt": "instanceprompt"},
-        later=LATER_CAPTION_STRATEGIES,
     )
     instance_prompt: str | None = option(None, "The caption, or the beginning of it, for every image.")
     prepend_instance_prompt: bool = option(False, "Put the instance prompt before each caption.")
@@ -43,8 +42,8 @@ class DataOptions:
     caption_dropout_probability: float = option(
         0.1, "Share of the samples trained without their caption, which guidance needs.", at_least=0, at_most=1
     )
-    parquet_caption_column: str | None = option(None, "Caption column of a parquet table.", not_yet=True)
-    parquet_filename_column: str | None = option(None, "File name column of a parquet table.", not_yet=True)
+    parquet_caption_column: str = option("description", "Column of captions, in tables of any kind whose entry names none.")
+    parquet_filename_column: str = option("id", "Column of file names, in tables of any kind whose entry names none.")
     sdxl_original_size: str = option(
         "file",
         "The original size SDXL is told: the file's after EXIF rotation, or the resized image's (intermediary).",

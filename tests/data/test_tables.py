@@ -1,0 +1,343 @@
+"""Captions and sizes from tables: Parquet, JSON lines and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from helpers.data.buckets import ResolutionRule
+from helpers.data.captions import CaptionRule
+from helpers.data.catalogue import Catalogue
+from helpers.data.sample import Size
+from helpers.data.scan import DatasetRules, ScanResult, scan
+from helpers.data.table_join import JoinedTable
+from helpers.data.tables import TableRule
+from helpers.errors import DataError, Interrupted
+from helpers.storage.local import LocalSource
+from helpers.storage.memory import MemoryBackend
+from tests.data.test_scan import Watched, picture, reasons
+
+Rows = list[dict[str, Any]]
+BOTH = TableRule("t.parquet", "parquet", caption_column="description", width_column="width", height_column="height")
+SIZES = replace(BOTH, caption_column=None)
+CAPTIONS = replace(BOTH, width_column=None, height_column=None)
+
+
+def parquet(rows: Rows, **types: pa.DataType) -> bytes:
+    stream = io.BytesIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: pa.array([row.get(name) for row in rows], types.get(name)) for name in names}
+    pq.write_table(pa.table(columns), stream)
+    return stream.getvalue()
+
+
+def jsonl(rows: Rows) -> bytes:
+    return b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row) for row in rows).encode() + b"\n\n"
+
+
+def json_list(rows: Rows) -> bytes:
+    return json.dumps(rows, indent=1).encode()
+
+
+def comma_separated(rows: Rows) -> bytes:
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8-sig")
+
+
+FORMATS: list[tuple[str, Callable[[Rows], bytes]]] = [
+    ("parquet", parquet),
+    ("jsonl", jsonl),
+    ("jsonl", json_list),
+    ("csv", comma_separated),
+]
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
+    with Catalogue(tmp_path / "catalogue.sqlite") as made:
+        yield made
+
+
+def rules(*tables: TableRule, strategy: Any = "parquet", **changed: Any) -> DatasetRules:
+    if not any(table.caption_column for table in tables):
+        strategy = "filename"
+    return DatasetRules("set", ResolutionRule(0.25), CaptionRule(strategy, **changed), tables)
+
+
+def images(*keys: str, **tables: bytes) -> dict[str, bytes]:
+    """Files that are no images under images' names: whoever opens them fails."""
+    return {**dict.fromkeys(keys, b"never opened"), **{f"t.{ending}": data for ending, data in tables.items()}}
+
+
+def told(catalogue: Catalogue) -> dict[str, tuple[Size, tuple[str, ...]]]:
+    samples = [catalogue.sample(row) for row in catalogue.columns("set").rows]
+    return {sample.key: (sample.size, sample.captions) for sample in samples}
+
+
+ROWS: Rows = [
+    {"id": "a", "description": "an ant", "width": 640, "height": 480},
+    {"id": "sub/b.png", "description": 'a "bee",\nsitting', "width": 300, "height": 500},
+    {"id": "./c.jpg", "description": "  une abeille 🐝 ", "width": 64, "height": 64},
+]
+
+
+@pytest.mark.parametrize(("format", "write"), FORMATS, ids=["parquet", "jsonl", "json list", "csv"])
+def test_captions_and_sizes_come_from_any_table_and_no_image_is_opened(
+    format: str, write: Callable[[Rows], bytes], catalogue: Catalogue
+) -> None:
+    store = Watched({**images("a.jpg", "sub/b.png", "c.jpg"), "t.any": write(ROWS)})
+    table = replace(BOTH, path="t.any", format=format)
+    result = scan(store, rules(table, strategy=format), catalogue)
+    assert told(catalogue) == {
+        "a.jpg": (Size(640, 480), ("an ant",)),
+        "c.jpg": (Size(64, 64), ("une abeille 🐝",)),
+        "sub/b.png": (Size(300, 500), ('a "bee",\nsitting',)),
+    }
+    assert (result.found, result.used, result.left_out, result.opened) == (3, 3, 0, 0)
+    assert store.opened == ["t.any"]
+    assert result.tables == (JoinedTable("t.any", 3, 0, 0),)
+    store.opened.clear()
+    assert scan(store, rules(table, strategy=format), catalogue).tables == result.tables
+    assert store.opened == [], "a table that has not changed is not read again"
+
+
+def test_every_image_that_a_table_does_not_serve_is_left_out_with_its_reason(catalogue: Catalogue) -> None:
+    rows: Rows = [
+        {"id": "good", "description": "good", "width": 64, "height": 64},
+        {"id": "twice", "description": "one", "width": 64, "height": 64},
+        {"id": "twice", "description": "two", "width": 64, "height": 64},
+        {"id": "silent", "description": None, "width": 64, "height": 64},
+        {"id": "blank", "description": " \n", "width": 64, "height": 64},
+        {"id": "sizeless", "description": "x", "width": None, "height": 64},
+        {"id": "flat", "description": "x", "width": 64, "height": 0},
+        {"id": "vast", "description": "x", "width": 60_000, "height": 60_000},
+        {"id": "tiny", "description": "x", "width": 5, "height": 5},
+        {"id": "gone", "description": "x", "width": 64, "height": 64},
+        {"id": None, "description": "x", "width": 64, "height": 64},
+        {"id": "", "description": "x", "width": 64, "height": 64},
+    ]
+    named = [f"{row['id']}.png" for row in rows if row["id"] not in (None, "", "gone")]
+    files = images(*dict.fromkeys(named), "unknown.png", "stray.md", parquet=parquet(rows))
+    smallest = replace(rules(BOTH), resolution=ResolutionRule(0.25, minimum_image_size=0.001))
+    result = scan(MemoryBackend(files), smallest, catalogue)
+    assert (result.found, result.used, result.left_out) == (10, 1, 9)
+    assert result.tables == (JoinedTable("t.parquet", 12, 2, 1),)
+    assert reasons(catalogue) == {
+        "blank.png": "empty caption: description of t.parquet says nothing of it",
+        "flat.png": "no size: the column height of t.parquet says 0 for it",
+        "silent.png": "empty caption: description of t.parquet says nothing of it",
+        "sizeless.png": "no size: the column width of t.parquet says nothing for it",
+        "stray.md": "not an image: its name ends in .md",
+        "tiny.png": "below 0.001 megapixels: 5x5",
+        "twice.png": "several rows: t.parquet has 2 rows of this name",
+        "unknown.png": "not in the table: t.parquet has no row of this name",
+        "vast.png": "too large: 60000x60000, more than 128 megapixels",
+    }
+
+
+def test_a_fallback_column_speaks_where_the_first_is_silent(catalogue: Catalogue) -> None:
+    rows: Rows = [{"id": "a", "description": None, "alt": "from alt"}, {"id": "b", "description": "own", "alt": "unused"}]
+    table = replace(CAPTIONS, fallback_caption_column="alt")
+    scan(MemoryBackend({"a.png": picture(), "b.png": picture(), "t.parquet": parquet(rows)}), rules(table), catalogue)
+    assert list(catalogue.captions("set")) == ["from alt", "own"]
+
+
+def test_a_list_column_gives_several_captions_when_asked_and_is_refused_otherwise(catalogue: Catalogue) -> None:
+    rows: Rows = [{"id": "a", "description": ["one", " two ", "", None, "one"]}, {"id": "b", "description": []}]
+    store = MemoryBackend({"a.png": picture(), "b.png": picture(), "t.parquet": parquet(rows, description=pa.list_(pa.string()))})
+    with pytest.raises(DataError, match="t.parquet: the column 'description' holds lists of captions; set multiple_captions to true"):
+        scan(store, rules(CAPTIONS), catalogue)
+    scan(store, rules(replace(CAPTIONS, lists=True), multiple=True), catalogue)
+    assert told(catalogue) == {"a.png": (Size(40, 30), ("one", "two", "one"))}
+    assert list(catalogue.captions("set")) == ["one", "two"]
+    assert reasons(catalogue)["b.png"].startswith("empty caption")
+
+
+@pytest.mark.parametrize(
+    ("ends", "names", "found"),
+    [
+        (None, ["a.png", "b"], {"a.png", "b.png"}),
+        (True, ["a.png", "b"], {"a.png"}),
+        (False, ["a.png", "b"], {"b.png"}),
+    ],
+)
+def test_names_are_found_with_or_without_their_ending(ends: bool | None, names: list[str], found: set[str], catalogue: Catalogue) -> None:
+    table = parquet([{"id": name, "width": 64, "height": 64} for name in names])
+    scan(MemoryBackend(images("a.png", "b.png", parquet=table)), rules(replace(SIZES, includes_extension=ends)), catalogue)
+    assert set(catalogue.keys("set")) == found
+
+
+def test_the_whole_name_counts_before_the_name_without_ending(catalogue: Catalogue) -> None:
+    rows: Rows = [{"id": "a", "width": 1, "height": 1}, {"id": "a.png", "width": 2, "height": 2}]
+    scan(MemoryBackend(images("a.jpg", "a.png", parquet=parquet(rows))), rules(SIZES), catalogue)
+    assert {key: size for key, (size, _) in told(catalogue).items()} == {"a.jpg": Size(1, 1), "a.png": Size(2, 2)}
+
+
+def test_where_names_are_numbers_leading_zeros_of_files_do_not_count(catalogue: Catalogue) -> None:
+    files = images("000123.jpg", "7.jpg", "000.jpg", "x1.jpg")
+    numbers: Rows = [{"id": number, "width": 64, "height": 64} for number in (123, 7, 0)]
+    assert scan(MemoryBackend({**files, "t.parquet": parquet(numbers)}), rules(SIZES), catalogue).used == 3
+    texts: Rows = [{**row, "id": str(row["id"])} for row in numbers]
+    assert scan(MemoryBackend({**files, "t.parquet": parquet(texts)}), rules(SIZES), catalogue).used == 1
+
+
+def test_sizes_and_captions_may_stand_in_two_tables(catalogue: Catalogue) -> None:
+    sizes = parquet([{"id": "a", "width": 640, "height": 480}])
+    said = comma_separated([{"file": "a.png", "text": "said"}])
+    table = TableRule("t.csv", "csv", filename_column="file", caption_column="text")
+    result = scan(MemoryBackend(images("a.png", parquet=sizes, csv=said)), rules(SIZES, table, strategy="csv"), catalogue)
+    assert told(catalogue) == {"a.png": (Size(640, 480), ("said",))}
+    assert (result.found, len(result.tables)) == (1, 2)
+
+
+@pytest.mark.parametrize("path", ["t.csv", "t.tsv"])
+def test_sizes_in_texts_are_numbers_and_captions_that_look_like_numbers_are_texts(path: str, catalogue: Catalogue) -> None:
+    data = comma_separated([{"id": "001", "description": "007", "width": "64", "height": "32.0"}])
+    data = data.replace(b",", b"\t") if path.endswith("tsv") else data
+    table = replace(BOTH, path=path, format="csv")
+    scan(MemoryBackend({**images("001.png", "1.png"), path: data}), rules(table, strategy="csv"), catalogue)
+    assert told(catalogue) == {"001.png": (Size(64, 32), ("007",))}
+
+
+@pytest.mark.parametrize(
+    ("format", "data", "said"),
+    [
+        ("parquet", b"PAR1 no", "t is not a Parquet table, or damaged: "),
+        (
+            "parquet",
+            parquet([{"id": "a", "descripton": "x"}]),
+            r"t has no column 'description' \(did you mean descripton\?\); it has",
+        ),
+        ("csv", b"id,text\na,b\n", "t has no column 'description'; it has id, text"),
+        ("csv", b"", "t has no column 'id'; it has none"),
+        ("csv", b"id,id,description\n", "t has 2 columns 'id'; rename all but one"),
+        ("csv", b"id,description\na,b\nc,a cat, a mat\n", "t, line 3: 3 values under 2 columns; a value with a comma stands in double quo"),
+        ("csv", b'id,description\na,"b\n', "t, line 2: is not CSV: "),
+        ("csv", b"id,description\na,caf\xe9\n", "t: is not UTF-8 after line"),
+        ("jsonl", b'{"id": "a", "description": "x"}\n{"id": \n', "t, line 2: is not JSON: "),
+        ("jsonl", b'{"id": "a", "description": "caf\xe9"}', "t, line 1: is not UTF-8"),
+        ("jsonl", b'{"id": "a"}\n[1]\n', r"t, line 2: \[1\] is not an object"),
+        ("jsonl", b'[{"id": "a", "description": "x"}, 7]', "t, element 2: 7 is not an object"),
+        ("jsonl", b'{"id": "a", "text": "x"}\n', "t has no column 'description'; it has id, text"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_one_sentence(format: str, data: bytes, said: str, catalogue: Catalogue) -> None:
+    table = replace(CAPTIONS, path="t", format=format)
+    with pytest.raises(DataError, match=said):
+        scan(MemoryBackend({"a.png": picture(), "t": data}), rules(table, strategy=format), catalogue)
+
+
+def test_a_table_that_is_missing_is_named_with_its_place(tmp_path: Path, catalogue: Catalogue) -> None:
+    with pytest.raises(DataError, match="data set 'set': there is no table t.parquet in memory; check its path"):
+        scan(MemoryBackend({"a.png": picture()}), rules(CAPTIONS), catalogue)
+    absolute = replace(CAPTIONS, path=str(tmp_path / "nowhere.parquet"))
+    with pytest.raises(DataError, match=r"the table .*nowhere\.parquet cannot be opened: No such file"):
+        scan(MemoryBackend({"a.png": picture()}), rules(absolute), catalogue)
+
+
+def test_captions_that_are_no_text_are_left_out_by_name(catalogue: Catalogue) -> None:
+    lines = b'{"id": "a", "description": 7}\n{"id": "b", "description": "\\ud83d"}\n{"id": "c", "description": "c"}\n'
+    table = replace(CAPTIONS, path="t.jsonl", format="jsonl")
+    files = {f"{name}.png": picture() for name in "abc"}
+    assert scan(MemoryBackend({**files, "t.jsonl": lines}), rules(table, strategy="jsonl"), catalogue).used == 1
+    assert reasons(catalogue) == {
+        "a.png": "caption is not text: the column description of t.jsonl says 7 for it",
+        "b.png": "caption is not UTF-8: the column description of t.jsonl has half of a character pair for it",
+    }
+
+
+# -- changes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_table_is_read_again_and_only_it(catalogue: Catalogue) -> None:
+    store = Watched(images("a.png", "b.png", parquet=parquet(ROWS[:1])))
+    assert store.reopened(rules(BOTH), catalogue) == ["t.parquet"]
+    assert reasons(catalogue).keys() == {"b.png"}
+    catalogue.set_content([(int(catalogue.columns("set").rows[0]), "f" * 64)])
+    store.write("t.parquet", parquet([{**ROWS[0], "description": "other"}, {**ROWS[0], "id": "b"}]))
+    assert store.reopened(rules(BOTH), catalogue) == ["t.parquet"]
+    assert list(catalogue.captions("set")) == ["an ant", "other"]
+    assert list(catalogue.contents("set")) == ["f" * 64, None], "a file's bytes are known whatever the table says"
+    store.write("c.jpg", b"never opened")
+    assert store.reopened(rules(BOTH), catalogue) == ["t.parquet"]
+    assert reasons(catalogue).keys() == {"c.jpg"}
+
+
+def test_another_column_is_another_table(catalogue: Catalogue) -> None:
+    rows: Rows = [{"id": "a", "description": "one", "other": "two"}]
+    store = Watched({"a.png": picture(), "t.parquet": parquet(rows)})
+    scan(store, rules(CAPTIONS), catalogue)
+    assert store.reopened(rules(replace(CAPTIONS, caption_column="other")), catalogue) == ["t.parquet"]
+    assert list(catalogue.captions("set")) == ["two"]
+
+
+def test_sizes_from_a_table_are_forgotten_when_they_come_from_the_images_again(catalogue: Catalogue) -> None:
+    store = Watched({"a.png": picture(40, 30), "t.parquet": parquet([{"id": "a", "width": 4, "height": 3}])})
+    by_name = DatasetRules("set", ResolutionRule(0.25), CaptionRule("filename"))
+    for _ in range(2):
+        assert store.reopened(rules(SIZES), catalogue) == ["t.parquet"]
+        assert told(catalogue)["a.png"][0] == Size(4, 3)
+        assert store.reopened(by_name, catalogue) == ["a.png"]
+        assert told(catalogue)["a.png"][0] == Size(40, 30)
+    assert reasons(catalogue) == {"t.parquet": "not an image: its name ends in .parquet"}, "a table that nothing names is a stray file"
+
+
+def test_an_image_left_out_for_its_size_is_tried_again_once_the_table_says_another(catalogue: Catalogue) -> None:
+    store = MemoryBackend(images("a.png", "b.png", parquet=parquet([{"id": name, "width": 64, "height": 32} for name in "ab"])))
+    scan(store, rules(SIZES), catalogue)
+    for row in catalogue.columns("set").rows[:2]:
+        catalogue.set_undecodable(int(row), "wrong size: the image is 32x64")
+    right: Rows = [{"id": "a", "width": 32, "height": 64}, {"id": "b", "width": 64, "height": 32}]
+    store.write("t.parquet", parquet(right))
+    scan(store, rules(SIZES), catalogue)
+    assert reasons(catalogue) == {"b.png": "wrong size: the image is 32x64"}
+
+
+def test_a_stop_while_a_table_is_read_leaves_the_catalogue_as_it_was(catalogue: Catalogue) -> None:
+    store = MemoryBackend(images("a.png", parquet=parquet(ROWS[:1])))
+    with pytest.raises(Interrupted):
+        scan(store, rules(BOTH), catalogue, should_stop=lambda: True)
+    assert scan(store, rules(BOTH), catalogue).used == 1
+
+
+def test_a_store_whose_streams_cannot_seek_will_do(catalogue: Catalogue) -> None:
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *place: int) -> int:
+            raise io.UnsupportedOperation("seek")
+
+    class Streaming(MemoryBackend):
+        def open(self, key: str) -> BinaryIO:
+            return Pipe(self.read(key))
+
+    result: ScanResult = scan(Streaming(images("a.png", parquet=parquet(ROWS[:1]))), rules(BOTH), catalogue)
+    assert result.used == 1
+
+
+def test_a_table_anywhere_on_this_machine_is_found_and_watched(tmp_path: Path, catalogue: Catalogue) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(b"never opened")
+    path = tmp_path / "elsewhere.parquet"
+    path.write_bytes(parquet(ROWS[:1]))
+    there = rules(replace(BOTH, path=str(path)))
+    assert scan(LocalSource(tmp_path / "data"), there, catalogue).used == 1
+    path.write_bytes(parquet([{**ROWS[0], "description": "changed"}]))
+    os.utime(path, ns=(0, 1))
+    scan(LocalSource(tmp_path / "data"), there, catalogue)
+    assert list(catalogue.captions("set")) == ["changed"]
