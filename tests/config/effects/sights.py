@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from helpers.data.buckets import target_size
 from helpers.data.planning import rules_of
 from helpers.data.sample import Size
+from helpers.data.targets import target_size
 from helpers.families.sdxl import SDXL
 from helpers.launch import plan_launch
 from helpers.training.ema import Average
