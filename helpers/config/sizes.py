@@ -26,7 +26,7 @@ def size_problems(dataset: DatasetConfig) -> Iterator[str]:
         return
     if dataset.crop_aspect == "random" and not dataset.crop_aspect_buckets:
         yield f"{name}: crop_aspect random needs crop_aspect_buckets, the shapes to draw from, such as [0.67, 1, 1.5]."
-    if dataset.crop_style == "face" and not _finds_faces():
+    if dataset.crop_style == "face" and not finds_faces():
         yield (
             f"{name}: crop_style face needs the face detector of OpenCV 4, which OpenCV 5 no longer has;"
             " .venv/bin/pip install 'opencv-python-headless<5', or choose another crop_style."
@@ -50,7 +50,7 @@ def _shrinking(name: str, dataset: DatasetConfig) -> Iterator[str]:
         )
 
 
-def _finds_faces() -> bool:
+def finds_faces() -> bool:
     """Whether an OpenCV with a face detector is installed; told from its files, because importing it takes a while."""
     library = importlib.util.find_spec("cv2")
     folders = (library.submodule_search_locations if library else None) or []
