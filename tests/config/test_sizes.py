@@ -128,7 +128,10 @@ def test_sizes_of_ones_own_are_read_from_the_output_folder(name: str, folder: Pa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"1.46": [1216, 830]}, '"1.46" has the size 1216x830; both sides must be multiples of 64 (out/aspect_resolution_map-1.0.json, line 1)'),
+        (
+            {"1.46": [1216, 830]},
+            '"1.46" has the size 1216x830; both sides must be multiples of 64 (out/aspect_resolution_map-1.0.json, line 1)',
+        ),
         ({"1.46": [0, 64]}, "has the size 0x64; both sides must be multiples of 64"),
         ({"1.46": "1216x832"}, '"1.46" must have a size such as [1216, 832]'),
         ({"1.46": [1216.0, 832]}, '"1.46" must have a size such as [1216, 832]'),
