@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.material import write_photographs
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
-from helpers.data.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
+from helpers.data.buckets import BucketPlan, DatasetColumns, plan
 from helpers.data.cache import LOCATION, Cache
 from helpers.data.captions import CaptionRule
 from helpers.data.catalogue import Catalogue
@@ -34,6 +34,7 @@ from helpers.data.fill import FillOptions, available_threads
 from helpers.data.latents import LatentFiller
 from helpers.data.sample import Geometry
 from helpers.data.scan import DatasetRules, scan
+from helpers.data.targets import ResolutionRule
 from helpers.families.vae import VaeCodec
 from helpers.storage.local import LocalSource
 

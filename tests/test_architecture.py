@@ -47,6 +47,7 @@ HEAVY_HOMES = {  # library => the parts that may import it
     "transformers": {"families", "methods", "training"},
     "peft": {"families", "methods"},
     "accelerate": {"training", "reporting"},
+    "cv2": {"data"},
 }
 READS_ENVIRONMENT = {"helpers/config/read.py", "helpers/training/runtime.py", "helpers/launch.py", "train.py"}
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}

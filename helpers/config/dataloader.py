@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from helpers.config.aspects import map_of, read_map
 from helpers.config.caption_filters import parse_filter, read_filter_file
 from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TableConfig, TextCacheConfig, complete
 from helpers.config.declare import Option, options_of
 from helpers.config.json_file import JsonDocument, Place, read_json
 from helpers.config.options.data import TABLES
+from helpers.config.sizes import IN_THE_UNIT, size_notes, size_option_notes
 from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
 
@@ -23,7 +25,7 @@ _KINDS: dict[type, str] = {
     float: "a number",
     str: "text",
     Path: "a path",
-    tuple: "a list of texts",
+    tuple: "a list",
     dict: "an object",
 }
 
@@ -71,6 +73,7 @@ class _Entries:
         self._unique_ids([*datasets, *texts])
         self._epochs_end(datasets)
         self._something_to_learn(datasets)
+        self.notes += size_option_notes(self.options, complete_sets)
         if not datasets and not self.problems:
             self.problems.append(f"{self.document.path}: has no enabled image data set; add one with an instance_data_dir.")
         return DataConfig(complete_sets, tuple(caches.values()), tuple(self.problems), tuple(self.notes))
@@ -184,11 +187,29 @@ class _Entries:
         for text in caches.values():
             if text.id == wanted or (wanted is None and text.default):
                 folder, filters = text.cache_dir, text.caption_filter_list
+        dataset = self._sizes(index, complete(dataset, self.options))
+        return dataclasses.replace(dataset, text_cache_dir=folder, caption_filters=filters)
+
+    def _sizes(self, index: int, dataset: DatasetConfig) -> DatasetConfig:
+        """The data set with the sizes that are not its own in its own unit, and with those of the user's file."""
         entry = self.document.value[index]
-        if "minimum_image_size" not in entry and dataset.resolution_type != self.options["resolution_type"]:
-            # The option's number is in the option's unit, which is not this data set's.
-            dataset = dataclasses.replace(dataset, minimum_image_size=None)
-        return dataclasses.replace(complete(dataset, self.options), text_cache_dir=folder, caption_filters=filters)
+        if dataset.resolution_type != self.options["resolution_type"]:
+            # The options' numbers are in the options' unit, which is not this data set's.
+            foreign: dict[str, Any] = {name: None for name in IN_THE_UNIT if name not in entry}
+            dataset = dataclasses.replace(dataset, **foreign)
+        self.notes += [f"{self.document.path.name}: datasets[{index}].{note}." for note in size_notes(entry, dataset)]
+        try:
+            path = map_of(self.options["output_dir"], dataset.resolution)
+            if path is None:
+                return dataset
+            if dataset.resolution_type != "area":
+                self.notes.append(f"{path} does nothing for data set {dataset.id!r}: only sizes of resolution_type area have such a file.")
+                return dataset
+            sizes = read_map(path, dataset.aspect_bucket_alignment, dataset.aspect_bucket_rounding)
+            return dataclasses.replace(dataset, bucket_sizes=sizes)
+        except ConfigError as error:
+            self.problems += error.problems
+            return dataset
 
     def _require_id(self, index: int, entry: Entry) -> None:
         if not entry.id:
@@ -278,10 +299,17 @@ def _typed(item: Option, raw: Any) -> Any:
             raise ValueError("holds a zero byte, which no path can")
         return Path(raw).expanduser()
     if item.kind is tuple and isinstance(raw, list):
-        return tuple(str(element) for element in raw)
+        return tuple(_element(item, place, element) for place, element in enumerate(raw))
     if item.kind is str and isinstance(raw, str):
         return item.spelt.get(raw, raw)
     return float(raw) if item.kind is float and fits[float] else raw
+
+
+def _element(item: Option, place: int, raw: Any) -> Any:
+    try:
+        return item.each(raw)
+    except ValueError as error:
+        raise ValueError(f"element {place} {error}") from None
 
 
 def _described(raw: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.config.aspects import DEFAULT_ROUNDING, AspectBucket, BucketSize, aspect_bucket
 from helpers.config.declare import option
 from helpers.config.options.data import CAPTION_STRATEGIES, TABLES
 
@@ -88,16 +89,29 @@ class DatasetConfig(Entry):
     resolution: float = option(None, "Size that images are trained at.", above=0, inherits="resolution")
     resolution_type: str = option(None, "Unit of its sizes.", choices=("area", "pixel"), inherits="resolution_type")
     minimum_image_size: float | None = option(None, "Leave out smaller images.", at_least=0, inherits="minimum_image_size")
-    maximum_image_size: float | None = option(None, "Shrink larger images before cropping.", at_least=0, not_yet=True)
-    target_downsample_size: float | None = option(None, "The size they are shrunk to.", at_least=0, not_yet=True)
+    maximum_image_size: float | None = option(
+        None, "Shrink larger images to target_downsample_size before the cut.", above=0, inherits="maximum_image_size"
+    )
+    target_downsample_size: float | None = option(
+        None, "What images above maximum_image_size are shrunk to.", above=0, inherits="target_downsample_size"
+    )
     crop: bool = option(False, "Cut images to the target's shape; off keeps as much of each image as its shape allows.")
     crop_style: str = option(
-        "random", "Where the cut is.", choices=("random", "corner", "center", "face"), spelt={"centre": "center"}, later=("face",)
+        "random",
+        "Where the cut is: drawn, bottom right, in the middle, or around the largest face.",
+        choices=("random", "corner", "center", "face"),
+        spelt={"centre": "center"},
     )
     crop_aspect: str = option(
-        "square", "Shape of the cut: square, or the image's own.", choices=("square", "preserve", "random"), later=("random",)
+        "square",
+        "Shape of the cut: square, the image's own, or drawn from crop_aspect_buckets.",
+        choices=("square", "preserve", "random"),
     )
-    crop_aspect_buckets: tuple[str, ...] = option((), "Shapes to choose from.", not_yet=True)
+    crop_aspect_buckets: tuple[AspectBucket, ...] = option(
+        (),
+        'Shapes to draw from, as width / height: 1.5, or {"aspect": 1.5, "weight": 2}; weights are relative.',
+        each=aspect_bucket,
+    )
     flip: bool = option(False, "Mirror each sample left to right with probability 0.5; the cut and the sizes SDXL is told follow.")
     caption_strategy: str = option(
         None,
@@ -156,6 +170,8 @@ class DatasetConfig(Entry):
     disable_after_epoch_step: int | None = option(None, "Had no effect.", does_nothing="it never did")
 
     aspect_bucket_alignment: int = 64  # pixels; from the option, or from the resolution where that is unset
+    bucket_sizes: tuple[BucketSize, ...] = ()  # that the user's aspect_resolution_map gives
+    aspect_bucket_rounding: int = DEFAULT_ROUNDING  # decimals of the aspects in it
     text_cache_dir: Path = Path()  # where the embeddings of its captions are kept
     caption_filters: tuple[str, ...] = ()  # of the text_embeds entry that it uses
 
@@ -197,4 +213,6 @@ def complete(dataset: DatasetConfig, options: Mapping[str, object]) -> DatasetCo
     """Fill in what follows from other values."""
     asked = options["aspect_bucket_alignment"]
     grid = asked if isinstance(asked, int) else alignment(dataset.resolution, dataset.resolution_type)
-    return dataclasses.replace(dataset, aspect_bucket_alignment=grid)
+    rounding = options["aspect_bucket_rounding"]
+    decimals = rounding if isinstance(rounding, int) else DEFAULT_ROUNDING
+    return dataclasses.replace(dataset, aspect_bucket_alignment=grid, aspect_bucket_rounding=decimals)

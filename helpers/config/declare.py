@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Declared:
     aliases: tuple[str, ...]  # other spellings of a key in the dataloader JSON
     inherits: str  # the option that a data set falls back to
     secret: bool
+    each: Callable[[Any], Any]  # reads an element of a list in the dataloader JSON; ValueError says what is wrong with it
     may_be_empty: bool  # an empty variable is a value, not the absence of one
 
 
@@ -62,6 +63,7 @@ def option(
     aliases: tuple[str, ...] = (),
     inherits: str = "",
     secret: bool = False,
+    each: Callable[[Any], Any] = str,
     may_be_empty: bool = False,
 ) -> Any:
     """Declare one option; see `Declared` for the words. The flag has the field's name, and its type is the annotation.
@@ -87,6 +89,7 @@ def option(
         aliases=aliases,
         inherits=inherits,
         secret=secret,
+        each=each,
         may_be_empty=may_be_empty,
     )
     return dataclasses.field(default=default, metadata={_METADATA: declared})

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from helpers.config.aspects import LARGEST_MEGAPIXELS
 from helpers.config.datasets import DataConfig
+from helpers.config.sizes import ALIGNMENTS, IN_THE_UNIT, size_problems
 from helpers.config.sources import Rank, Setting
 
-LARGEST_MEGAPIXELS = 32  # nobody trains above it: the number is a length in pixels
 SMALLEST_PIXELS = 16  # nobody trains below it: the number is an area in megapixels
 VALIDATION_FOLDER = "validation_images"  # in OUTPUT_DIR; those of an earlier run are tempting as a data set
 _SIZE = re.compile(r"[1-9]\d*x[1-9]\d*|[1-9]\d*|\d*\.\d+|\d+\.", re.IGNORECASE)
@@ -51,10 +52,14 @@ def _required(chosen: Chosen) -> Iterator[str]:
 
 def _sizes(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     unit = chosen["resolution_type"].value
-    for name in ("resolution", "minimum_image_size"):
+    grid = chosen["aspect_bucket_alignment"].value
+    if grid is not None and grid not in ALIGNMENTS:
+        yield f"{_origin(chosen, 'aspect_bucket_alignment')}: {grid} is neither 8 nor 64; use one of them."
+    for name in ("resolution", *IN_THE_UNIT):
         yield from _size(_origin(chosen, name), chosen[name].value, unit, "--resolution_type=")
     for dataset in data.datasets:
-        for name in ("resolution", "minimum_image_size"):
+        yield from size_problems(dataset)
+        for name in ("resolution", *IN_THE_UNIT):
             value = getattr(dataset, name)
             if value != chosen[name].value or dataset.resolution_type != unit:
                 yield from _size(f"data set {dataset.id!r}, {name}", value, dataset.resolution_type, "resolution_type ")
@@ -63,7 +68,7 @@ def _sizes(chosen: Chosen, data: DataConfig) -> Iterator[str]:
 def _size(what: str, value: float | None, unit: str, remedy: str) -> Iterator[str]:
     if value is None:
         return
-    if unit == "area" and value > LARGEST_MEGAPIXELS:
+    if unit == "area" and value > LARGEST_MEGAPIXELS:  # the number is a length in pixels
         yield f"{what}: {value:g} megapixels; did you mean {remedy}pixel?"
     if unit == "pixel" and 0 < value < SMALLEST_PIXELS:
         yield f"{what}: {value:g} pixels; did you mean {remedy}area?"

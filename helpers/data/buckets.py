@@ -1,25 +1,22 @@
 """How every image becomes training pixels: sizes in, `Geometry` out. Pure arithmetic; opens no file and draws no number.
 
-An image keeps its aspect. It is resized so that it just covers its target, and what sticks out is cut away. The target depends on
-the image's own size and on the rule of its data set alone, so adding or removing other images changes nothing.
+`targets` says which size an image is trained at, `cuts` how it is resized and where the target is cut out; the plan holds both for
+all images.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helpers.data.cuts import Places, cuts
 from helpers.data.sample import Geometry, Size
-
-MAX_ASPECT = 50  # beyond this, a picture is a line: covering even the thinnest target would blow it up out of memory
-
-Integers = NDArray[np.int64]
+from helpers.data.targets import Fractions, Integers, ResolutionRule, targets
 
 ROW = np.dtype(
     [
@@ -39,39 +36,13 @@ ROW = np.dtype(
 
 
 @dataclass(frozen=True)
-class ResolutionRule:
-    """What a data set says of sizes and cuts.
-
-    `resolution` is megapixels (1.0 = 10^6 pixels) when `resolution_type` is area, else the shorter edge in pixels. With `crop` off
-    the cut is central and serves alignment only; with `crop` on it follows `crop_style` (corner is bottom right) and
-    `crop_aspect`. `minimum_image_size` has the unit of `resolution`; 0 accepts all.
-    """
-
-    resolution: float = 1.0
-    resolution_type: Literal["area", "pixel"] = "area"
-    alignment: int = 64  # target edges are multiples of this many pixels
-    crop: bool = False
-    crop_style: Literal["center", "corner", "random"] = "random"
-    crop_aspect: Literal["square", "preserve"] = "square"
-    minimum_image_size: float = 0
-
-    @property
-    def style(self) -> Literal["center", "corner", "random"]:
-        """Where the cut is made."""
-        return self.crop_style if self.crop else "center"
-
-    @property
-    def square(self) -> bool:
-        """Whether every target is square, whatever the image's aspect."""
-        return self.crop and self.crop_aspect == "square"
-
-
-@dataclass(frozen=True)
 class DatasetColumns:
     """The usable images of one data set, in key order, as arrays of equal length N.
 
     `crop_u` and `crop_v` in [0, 1) place a random cut from left to right and from top to bottom; needed only where
-    `rule.style` is random. `flip` marks the images to mirror; None mirrors none.
+    `rule.style` is random. `aspect_u` in [0, 1) draws the shape where `rule.draws_aspect`. `face_x` and `face_y` in [0, 1] are the
+    middle of the face in the picture as shown, before any mirroring, and NaN where there is none; needed only where `rule.style` is
+    face. `flip` marks the images to mirror; None mirrors none.
     """
 
     dataset: str
@@ -79,8 +50,11 @@ class DatasetColumns:
     rows: Integers
     width: Integers
     height: Integers
-    crop_u: NDArray[np.float64] | None = None
-    crop_v: NDArray[np.float64] | None = None
+    crop_u: Fractions | None = None
+    crop_v: Fractions | None = None
+    aspect_u: Fractions | None = None
+    face_x: Fractions | None = None
+    face_y: Fractions | None = None
     flip: NDArray[np.bool_] | None = None
 
 
@@ -119,33 +93,32 @@ class BucketPlan:
         return digest.hexdigest()
 
 
-def target_size(size: Size, rule: ResolutionRule) -> Size:
-    """The training size of an image: its aspect at the rule's resolution, each edge to the nearest multiple of the alignment."""
-    width, height = _targets(np.array([size.width]), np.array([size.height]), rule)
-    return Size(int(width[0]), int(height[0]))
-
-
-def geometry(size: Size, rule: ResolutionRule, u: float = 0.5, v: float = 0.5, flip: bool = False) -> Geometry:
-    """The cut of one image; `u` (from the left) and `v` (from the top) in [0, 1) place it where the rule's style is random."""
-    cut = _cuts(np.array([size.width]), np.array([size.height]), rule, np.array([u]), np.array([v]))
-    rw, rh, top, left, tw, th = (int(column[0]) for column in cut)
-    return Geometry(size, Size(rw, rh), top, left, Size(tw, th), flip)
-
-
-def too_small(size: Size, rule: ResolutionRule) -> str | None:
-    """Why an image is not to be trained on at all, as "kind: detail", or None.
-
-    Pixels: both edges count. Megapixels: the area counts, and for square cuts also that a square of that area fits inside.
-    """
-    if max(size) > MAX_ASPECT * min(size):
-        return f"too narrow: {size}, one side is more than {MAX_ASPECT} times the other"
-    minimum = rule.minimum_image_size
-    if rule.resolution_type == "pixel":
-        return f"below {minimum:g} px: {size}" if min(size) < minimum else None
-    edge = math.isqrt(int(minimum * 1e6)) if rule.square else 0
-    if size.area < minimum * 1e6 or min(size) < edge:
-        return f"below {minimum:g} megapixels: {size}" + (", whose largest square is smaller" if size.area >= minimum * 1e6 else "")
-    return None
+def geometry(
+    size: Size,
+    rule: ResolutionRule,
+    u: float = 0.5,
+    v: float = 0.5,
+    flip: bool = False,
+    *,
+    aspect_u: float = 0.5,
+    face: tuple[float, float] | None = None,
+) -> Geometry:
+    """The cut of one image; the numbers are those of `DatasetColumns`."""
+    face_x, face_y = face or (np.nan, np.nan)
+    image = DatasetColumns(
+        dataset="",
+        rule=rule,
+        rows=np.zeros(1, np.int64),
+        width=np.array([size.width]),
+        height=np.array([size.height]),
+        crop_u=np.array([u]),
+        crop_v=np.array([v]),
+        aspect_u=np.array([aspect_u]),
+        face_x=np.array([face_x]),
+        face_y=np.array([face_y]),
+        flip=np.array([flip]),
+    )
+    return plan([image]).geometry(0)
 
 
 def plan(datasets: Sequence[DatasetColumns]) -> BucketPlan:
@@ -164,61 +137,32 @@ def plan(datasets: Sequence[DatasetColumns]) -> BucketPlan:
 
 def _part(index: int, dataset: DatasetColumns) -> tuple[NDArray[Any], Integers]:
     """The plan rows of one data set, and each row's target as one number (width * 2^32 + height) that sorts like the size."""
+    _require_draws(dataset)
     rule, width, height = dataset.rule, dataset.width.astype(np.int64), dataset.height.astype(np.int64)
-    if rule.style == "random" and (dataset.crop_u is None or dataset.crop_v is None):
-        raise ValueError(f"data set {dataset.dataset!r} crops at random but was given no draws")
+    target_width, target_height = targets(width, height, rule, dataset.aspect_u)
+    face_x = dataset.face_x
+    if face_x is not None and dataset.flip is not None:
+        face_x = np.where(dataset.flip, 1 - face_x, face_x)  # the cut is made in the mirrored picture
+    places = Places(dataset.crop_u, dataset.crop_v, face_x, dataset.face_y)
+    cut = cuts(width, height, target_width, target_height, rule, places)
     columns = np.zeros(len(width), ROW)
-    rw, rh, top, left, tw, th = _cuts(width, height, rule, dataset.crop_u, dataset.crop_v)
     columns["row"], columns["dataset"] = dataset.rows, index
     columns["width"], columns["height"] = width, height
-    columns["resized_width"], columns["resized_height"] = rw, rh
-    columns["top"], columns["left"] = top, left
-    columns["upscaled"] = rw * rh > width * height
+    columns["resized_width"], columns["resized_height"] = cut.resized_width, cut.resized_height
+    columns["top"], columns["left"] = cut.top, cut.left
+    columns["upscaled"] = cut.resized_width * cut.resized_height > width * height
     if dataset.flip is not None:
         columns["flip"] = dataset.flip
-    return columns, (tw << 32) | th
+    return columns, (target_width << 32) | target_height
 
 
-def _targets(width: Integers, height: Integers, rule: ResolutionRule) -> tuple[Integers, Integers]:
-    aspect = np.ones(len(width)) if rule.square else width / height
-    if rule.resolution_type == "area":
-        edge = math.sqrt(rule.resolution * 1e6)
-        wide, high = edge * np.sqrt(aspect), edge / np.sqrt(aspect)
-    else:
-        wide, high = rule.resolution * np.maximum(aspect, 1.0), rule.resolution / np.minimum(aspect, 1.0)
-    return _aligned(wide, rule.alignment), _aligned(high, rule.alignment)
-
-
-def _aligned(edge: NDArray[np.float64], alignment: int) -> Integers:
-    """The nearest multiple of the alignment, a half upwards, and at least one of them."""
-    return np.maximum(np.floor(edge / alignment + 0.5).astype(np.int64), 1) * alignment
-
-
-def _cuts(
-    width: Integers, height: Integers, rule: ResolutionRule, u: NDArray[np.float64] | None, v: NDArray[np.float64] | None
-) -> tuple[Integers, Integers, Integers, Integers, Integers, Integers]:
-    """Resized width and height, top and left of the cut, target width and height."""
-    target_width, target_height = _targets(width, height, rule)
-    # The edge that needs the larger factor becomes the target's, the other follows, rounded: integers, so nothing depends on the machine.
-    by_width = target_width * height >= target_height * width
-    resized_width = np.where(by_width, target_width, np.maximum(target_width, _divided(width * target_height, height)))
-    resized_height = np.where(by_width, np.maximum(target_height, _divided(height * target_width, width)), target_height)
-    spare_width, spare_height = resized_width - target_width, resized_height - target_height
-    if rule.style == "center":
-        top, left = spare_height // 2, spare_width // 2
-    elif rule.style == "corner":
-        top, left = spare_height, spare_width
-    else:
-        assert u is not None and v is not None
-        top, left = _fraction(v, spare_height), _fraction(u, spare_width)
-    return resized_width, resized_height, top, left, target_width, target_height
-
-
-def _divided(numerator: Integers, denominator: Integers) -> Integers:
-    """The quotient to the nearest integer, a half upwards."""
-    return (2 * numerator + denominator) // (2 * denominator)
-
-
-def _fraction(fraction: NDArray[np.float64], spare: Integers) -> Integers:
-    """One of the spare + 1 positions, all equally likely for a uniform fraction in [0, 1)."""
-    return np.minimum(np.floor(fraction * (spare + 1)).astype(np.int64), spare)
+def _require_draws(dataset: DatasetColumns) -> None:
+    """That a rule comes without its numbers is a bug of the caller's."""
+    needed = {
+        "crops at random": (dataset.rule.style == "random", dataset.crop_u, dataset.crop_v),
+        "draws its aspects": (dataset.rule.draws_aspect, dataset.aspect_u),
+        "crops around faces": (dataset.rule.style == "face", dataset.face_x, dataset.face_y),
+    }
+    for does, (asked, *given) in needed.items():
+        if asked and any(numbers is None for numbers in given):
+            raise ValueError(f"data set {dataset.dataset!r} {does} but was given no draws")

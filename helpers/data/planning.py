@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -12,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helpers.config.datasets import DatasetConfig, TableConfig, table_format
-from helpers.data.buckets import BucketPlan, DatasetColumns, ResolutionRule
+from helpers.data.buckets import BucketPlan, DatasetColumns
 from helpers.data.captions import CaptionRule, TagShuffle
 from helpers.data.catalogue import Catalogue
 from helpers.data.draws import uniform
+from helpers.data.faces import face_middles
 from helpers.data.sample import Size
 from helpers.data.scan import DatasetRules
 from helpers.data.tables import TableRule
+from helpers.data.targets import CropAspect, CropStyle, ResolutionRule
 from helpers.storage.atomic import write_file, write_json
 
 _COLUMNS = "plan.npy"
@@ -32,9 +35,14 @@ def rules_of(dataset: DatasetConfig, seed: int = 0) -> DatasetRules:
         resolution_type=cast(Literal["area", "pixel"], dataset.resolution_type),
         alignment=dataset.aspect_bucket_alignment,
         crop=dataset.crop,
-        crop_style=cast(Literal["center", "corner", "random"], dataset.crop_style),
-        crop_aspect=cast(Literal["square", "preserve"], dataset.crop_aspect),
+        crop_style=cast(CropStyle, dataset.crop_style),
+        crop_aspect=cast(CropAspect, dataset.crop_aspect),
+        aspect_buckets=dataset.crop_aspect_buckets,
         minimum_image_size=dataset.minimum_image_size or 0,
+        maximum_image_size=dataset.maximum_image_size or 0,
+        target_downsample_size=dataset.target_downsample_size or 0,
+        bucket_sizes=dataset.bucket_sizes,
+        rounding=dataset.aspect_bucket_rounding,
     )
     captions = CaptionRule(
         strategy=cast(Literal["textfile", "filename", "instanceprompt", "parquet", "jsonl", "csv"], dataset.caption_strategy),
@@ -80,7 +88,7 @@ def _table_path(dataset: DatasetConfig, table: TableConfig) -> str:
 
 
 def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int) -> DatasetColumns:
-    """The usable images of a data set, with the place of each random cut drawn for (seed, data set, key)."""
+    """The usable images of a data set, with what is drawn of each cut drawn for (seed, data set, key), and the faces that were found."""
     rule = rules_of(dataset).resolution
     columns = catalogue.columns(dataset.id)
 
@@ -88,6 +96,7 @@ def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int) -> Datas
         return np.array([uniform(name, seed, dataset.id, key) for key in catalogue.keys(dataset.id)])
 
     drawn = rule.style == "random"
+    face_x, face_y = face_middles(catalogue, dataset.id) if rule.style == "face" else (None, None)
     return DatasetColumns(
         dataset=dataset.id,
         rule=rule,
@@ -96,8 +105,16 @@ def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int) -> Datas
         height=columns.height,
         crop_u=draw("crop_u") if drawn else None,
         crop_v=draw("crop_v") if drawn else None,
+        aspect_u=draw("aspect_u") if rule.draws_aspect else None,
+        face_x=face_x,
+        face_y=face_y,
         flip=draw("flip") < 0.5 if dataset.flip else None,
     )
+
+
+def without_a_face(columns: Sequence[DatasetColumns]) -> dict[str, NDArray[np.int64]]:
+    """Of every data set that is cut around faces: the catalogue's rows of the images in which none was found."""
+    return {of.dataset: of.rows[np.isnan(of.face_x)] for of in columns if of.rule.style == "face" and of.face_x is not None}
 
 
 def save_plan(plan: BucketPlan, folder: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,10 +24,11 @@ from helpers.data.batches import BatchMaker
 from helpers.data.buckets import BucketPlan, plan
 from helpers.data.cache import LOCATION, Cache, Locations
 from helpers.data.catalogue import Catalogue
+from helpers.data.faces import find_faces
 from helpers.data.fill import Filled, FillOptions, available_threads
 from helpers.data.latents import LatentFiller
 from helpers.data.order import EpochOrder, Share
-from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan
+from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan, without_a_face
 from helpers.data.report import dataset_report, mix_summary, summary
 from helpers.data.scan import ScanResult, scan
 from helpers.data.sources import open_source
@@ -91,6 +92,7 @@ class _Preparation:
         self.report = report
         self.sources = [open_source(dataset) for dataset in datasets]
         self.scanned: list[ScanResult] = []  # in the first process
+        self.faceless: dict[str, NDArray[np.int64]] = {}  # there too
         self.images = Filled()  # what encoding images came to in all processes
         self.encoder_fingerprints: dict[str, str] = {}
 
@@ -103,17 +105,23 @@ class _Preparation:
             if self.workers.is_first:
                 self.catalogue = Catalogue(catalogue_file)
                 self.scanned = [self._scan(index) for index in range(len(self.datasets))]
+                for index in range(len(self.datasets)):
+                    self._find_faces(index)
                 columns = [columns_of(dataset, self.catalogue, self.settings.seed) for dataset in self.datasets]
+                self.faceless = without_a_face(columns)
                 save_plan(plan(columns), plan_folder)
         if not self.workers.is_first:
             self.catalogue = Catalogue(catalogue_file)
         self.plan = load_plan(plan_folder)
         with self.workers.phase():
             if self.workers.is_first:
-                write_json(self.settings.output_dir / "dataset_report.json", dataset_report(self.scanned, self.plan, self.catalogue))
+                write_json(self.settings.output_dir / "dataset_report.json", self._dataset_report(self.scanned, self.plan))
                 for index, result in enumerate(self.scanned):
                     shapes = np.unique(self.plan.columns["shape"][self.plan.columns["dataset"] == index])
                     self.report.chapter("dataset", summary(result, len(shapes)))
+                for dataset, rows in self.faceless.items():
+                    if len(rows):
+                        self.report.chapter("faces", f"{dataset}: no face was found in {len(rows):,} pictures; their cut is in the middle")
 
     def _scan(self, index: int) -> ScanResult:
         rules = rules_of(self.datasets[index], self.settings.seed)
@@ -126,6 +134,22 @@ class _Preparation:
                 should_stop=self.workers.should_stop,
                 leave_out_undecodable=not self.settings.resumed,
             )
+
+    def _find_faces(self, index: int) -> None:
+        if rules_of(self.datasets[index]).resolution.style != "face":
+            return
+        with _late_bar(self.report, f"find faces {self.datasets[index].id}", "images") as told:
+            find_faces(
+                self.sources[index],
+                self.datasets[index].id,
+                self.catalogue,
+                threads=self.settings.threads,
+                on_progress=told,
+                should_stop=self.workers.should_stop,
+            )
+
+    def _dataset_report(self, results: Sequence[ScanResult], planned: BucketPlan) -> dict[str, Any]:
+        return dataset_report(results, planned, self.catalogue, self.faceless)
 
     # -- images ---------------------------------------------------------------------------------------------------------
 
@@ -234,7 +258,7 @@ class _Preparation:
         for result in self.scanned:
             lost = sum(dataset == result.dataset for dataset, _ in left_out)
             results.append(dataclasses.replace(result, used=result.used - lost, left_out=result.left_out + lost))
-        told = dataset_report(results, restricted(self.plan, self.usable), self.catalogue)
+        told = self._dataset_report(results, restricted(self.plan, self.usable))
         for entry in told["datasets"]:
             entry["left_out"] += [item for dataset, item in left_out if dataset == entry["id"]]
             entry["left_out"].sort(key=lambda item: item["key"])

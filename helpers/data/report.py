@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helpers.data.buckets import BucketPlan
 from helpers.data.catalogue import Catalogue
@@ -14,13 +15,21 @@ from helpers.data.order import Mix
 from helpers.data.scan import ScanResult
 
 
-def dataset_report(results: Sequence[ScanResult], plan: BucketPlan, catalogue: Catalogue) -> dict[str, Any]:
+def dataset_report(
+    results: Sequence[ScanResult], plan: BucketPlan, catalogue: Catalogue, faceless: Mapping[str, NDArray[np.int64]] | None = None
+) -> dict[str, Any]:
     """The content of dataset_report.json, data sets in the order of `results`, which is the plan's.
 
     `upscaled` counts images resized to more pixels than they have; `cropped_share` is the mean share of a resized image's area that
-    the cut removes, from 0 to 1.
+    the cut removes, from 0 to 1. `faceless` holds, for the data sets that are cut around faces, the catalogue's rows of the images
+    in which none was found; they are counted as `without_a_face`.
     """
-    return {"datasets": [_entry(index, result, plan, catalogue) for index, result in enumerate(results)]}
+    entries = [_entry(index, result, plan, catalogue) for index, result in enumerate(results)]
+    for index, entry in enumerate(entries):
+        rows = (faceless or {}).get(entry["id"])
+        if rows is not None:
+            entry["without_a_face"] = int(np.isin(plan.columns["row"][plan.columns["dataset"] == index], rows).sum())
+    return {"datasets": entries}
 
 
 def _entry(index: int, result: ScanResult, plan: BucketPlan, catalogue: Catalogue) -> dict[str, Any]:

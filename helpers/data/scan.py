@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from helpers.data.buckets import ResolutionRule, too_small
 from helpers.data.captions import CAPTION_EXTENSION, MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption
 from helpers.data.catalogue import Catalogue
 from helpers.data.images import EXTENSIONS, ImageError, read_size
 from helpers.data.sample import Size
 from helpers.data.table_join import JoinedTable, join_tables
 from helpers.data.tables import TableRule
+from helpers.data.targets import ResolutionRule, too_small
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import Entry, SourceBackend
 

@@ -153,8 +153,24 @@ def keys(kind: type[Entry]) -> Iterator[Any]:
         yield pytest.param(kind, item, id=f"{kind.__name__}.{item.name}")
 
 
+# Keys that a key needs beside it.
+BESIDE: dict[str, dict[str, Any]] = {
+    "crop_style": {"crop": True},
+    "crop_aspect": {"crop": True, "crop_aspect_buckets": [1.5]},
+    "crop_aspect_buckets": {"crop": True, "crop_aspect": "random"},
+    "maximum_image_size": {"crop": True, "target_downsample_size": 1},
+    "target_downsample_size": {"crop": True, "maximum_image_size": 1},
+}
+OTHER_VALUES: dict[str, Any] = {
+    "crop_style": "center",  # the last choice, face, needs a library
+    "crop_aspect_buckets": [{"aspect": 1.5, "weight": 2}, 1],
+}
+
+
 def other_value(item: Option) -> Any:
     """A usable JSON value that is not the default."""
+    if item.name in OTHER_VALUES:
+        return OTHER_VALUES[item.name]
     choices = [choice for choice in item.choices if choice != item.default and choice not in item.later]
     if choices or item.later:
         return (choices or item.later)[-1]
@@ -174,7 +190,7 @@ def test_every_key_lands_in_its_field_or_is_refused_by_name(
         return  # tested by name above
     value = other_value(item)
     start = IMAGES if kind is DatasetConfig else {"id": "t", "dataset_type": "text_embeds"}
-    start = {**start, "resolution": 512} if value == "pixel" else start
+    start = {**start, "resolution": 512} if value == "pixel" else {**start, **BESIDE.get(item.name, {})}
     write_data([{**start, item.name: value}, {**IMAGES, "id": "beside"}])
     if item.not_yet or value in item.later:
         assert f"datasets[0].{item.name}" in (told := refuse("--instance_prompt=x")) and "is not available yet" in told
@@ -182,7 +198,8 @@ def test_every_key_lands_in_its_field_or_is_refused_by_name(
     config = read("--instance_prompt=x")
     entry = config.datasets[0] if kind is DatasetConfig else config.text_caches[0]
     landed = getattr(entry, item.name)
-    assert (str(landed) if isinstance(landed, Path) else landed) == value
+    expected = tuple(map(item.each, value)) if item.kind is tuple else value
+    assert (str(landed) if isinstance(landed, Path) else landed) == expected
     assert any(f"datasets[0].{item.name} does nothing" in note for note in config.notes) == bool(item.does_nothing)
 
 

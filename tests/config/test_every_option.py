@@ -17,6 +17,7 @@ from helpers.errors import ConfigError
 # Text of a usable value where one cannot be made from the declaration alone.
 SAMPLES = {
     "resolution": "0.5",
+    "aspect_bucket_alignment": "8",
     "lr_end": "1e-7",
     "validation_resolution": "512,1024x768",
     "resume_from_checkpoint": "checkpoint-20",
@@ -27,6 +28,8 @@ SAMPLES = {
 # Other settings that a value needs beside it.
 COMPANIONS = {
     ("resolution_type", "pixel"): ("--resolution=512",),
+    ("maximum_image_size", "0.05"): ("--target_downsample_size=0.05",),
+    ("target_downsample_size", "0.05"): ("--maximum_image_size=1",),
     ("lr_scheduler", "polynomial"): ("--learning_rate=1e-4",),
     ("caption_strategy", "instanceprompt"): ("--instance_prompt=a dog",),
     ("prepend_instance_prompt", "true"): ("--instance_prompt=a dog",),

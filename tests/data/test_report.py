@@ -6,11 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from helpers.data.buckets import DatasetColumns, ResolutionRule, plan
+from helpers.data.buckets import DatasetColumns, plan
 from helpers.data.captions import CaptionRule
 from helpers.data.catalogue import Catalogue
 from helpers.data.report import dataset_report, summary
 from helpers.data.scan import DatasetRules, ScanResult, scan
+from helpers.data.targets import ResolutionRule
 from helpers.storage.memory import MemoryBackend
 
 

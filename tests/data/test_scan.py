@@ -16,11 +16,11 @@ from typing import BinaryIO
 import pytest
 from PIL import Image
 
-from helpers.data.buckets import ResolutionRule
 from helpers.data.captions import CaptionRule
 from helpers.data.catalogue import Catalogue
 from helpers.data.sample import LeftOut, Sample, Size
 from helpers.data.scan import DatasetRules, scan
+from helpers.data.targets import ResolutionRule
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
 from helpers.storage.memory import MemoryBackend

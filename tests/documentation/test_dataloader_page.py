@@ -6,15 +6,18 @@ import re
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import pytest
 
+from helpers.config.aspects import AspectBucket, read_map
 from helpers.config.dataloader import read_dataloader
 from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
 from helpers.config.declare import options_of
 from helpers.config.options import OPTIONS
-from helpers.data.buckets import ResolutionRule, geometry, target_size
+from helpers.data.buckets import geometry
 from helpers.data.images import EXTENSIONS
 from helpers.data.sample import Size
+from helpers.data.targets import ResolutionRule, target_size
 from tests.documentation.pages import ROOT, Page
 
 PAGE = Page.named("documentation/DATALOADER.md")
@@ -76,6 +79,43 @@ def test_the_cuts_are_those_of_the_code() -> None:
         assert f"{100 * (1 - cut.target.area / cut.resized.area):.1f} %" == lost
 
 
+def test_the_drawn_shapes_are_those_of_the_code() -> None:
+    [heading, *rows] = next(PAGE.section("Drawn shapes").tables())
+    draws = (np.arange(100) + 0.5) / 100
+    for row in rows:
+        for cell, setting in zip(row[1:], heading[1:], strict=True):
+            kind, resolution = setting.partition(":")[0].replace("`", "").split()
+            rule = ResolutionRule(
+                float(resolution),
+                cast(Literal["area", "pixel"], kind),
+                crop=True,
+                crop_aspect="random",
+                aspect_buckets=tuple(AspectBucket(aspect) for aspect in (0.67, 1, 1.5)),
+            )
+            assert ", ".join(sorted({str(target_size(size(row[0]), rule, u)) for u in draws}, key=size)) == cell, row[0]
+
+
+def test_the_shrinking_of_large_pictures_is_that_of_the_code() -> None:
+    [_, *rows] = next(PAGE.section("Large pictures").tables())
+    assert len(rows) >= 5
+    for picture, largest, shrunk, resized, corner, lost in rows:
+        rule = ResolutionRule(
+            crop=True, crop_style="center", maximum_image_size=float(largest or 0), target_downsample_size=float(shrunk or 0)
+        )
+        cut = geometry(size(picture), rule)
+        assert (cut.resized, f"{cut.top}, {cut.left}") == (size(resized), corner), picture
+        assert f"{100 * (1 - cut.target.area / cut.resized.area):.1f} %" == lost
+
+
+def test_the_example_of_own_sizes_does_what_the_page_says(tmp_path: Path) -> None:
+    [example] = [span for span in PAGE.section("Sizes").spans() if span.startswith("{")]
+    (tmp_path / "map.json").write_text(example)
+    rule = ResolutionRule(bucket_sizes=read_map(tmp_path / "map.json", alignment=64, rounding=2))
+    assert target_size(Size(6000, 4000), ResolutionRule()) == Size(1216, 832)
+    assert target_size(Size(6000, 4000), rule) == Size(1152, 768)
+    assert target_size(Size(4000, 6000), rule) == Size(768, 1152)
+
+
 def test_the_formats_are_those_of_the_code() -> None:
     files = PAGE.section("Files")
     assert {span for span in files.spans() if span in EXTENSIONS} == set(EXTENSIONS)
@@ -83,7 +123,7 @@ def test_the_formats_are_those_of_the_code() -> None:
 
 def test_the_reasons_for_leaving_a_file_out_are_those_of_the_code() -> None:
     [_, *rows] = next(PAGE.section("Files").tables())
-    modules = [ROOT / "helpers" / "data" / f"{name}.py" for name in ("scan", "captions", "images", "buckets", "latents")]
+    modules = [ROOT / "helpers" / "data" / f"{name}.py" for name in ("scan", "captions", "images", "targets", "latents")]
     sources = "".join(path.read_text(encoding="utf-8") for path in modules)
     told = {reason for row in rows for reason in re.findall(r"`([^`]+)`", row[0])}
     said = set(re.findall(r'(?:Error\(|(?:problem"?\]?|reason) = \(?|return )\s*f?"([a-z][\w\- ]+): ', sources))

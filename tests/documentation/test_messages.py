@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.data.buckets import ResolutionRule
 from helpers.data.captions import CaptionRule
 from helpers.data.catalogue import Catalogue
 from helpers.data.scan import DatasetRules, scan
+from helpers.data.targets import ResolutionRule
 from helpers.errors import UserError
 from helpers.storage.local import LocalSource
 from helpers.training.lock import lock_folder

@@ -24,11 +24,20 @@ class DataOptions:
         "area", "Unit of all sizes: megapixels (area), or length of the shorter side (pixel).", choices=("area", "pixel")
     )
     aspect_bucket_alignment: int | None = option(None, "Sides are multiples of this: 64 or 8.", default_text="64; 8 below 0.25 megapixels")
+    aspect_bucket_rounding: int | None = option(
+        None,
+        "Decimals of the aspects in OUTPUT_DIR/aspect_resolution_map-RESOLUTION.json, a file of your own sizes.",
+        at_least=1,
+        at_most=9,
+        default_text="2",
+    )
     minimum_image_size: float | None = option(
         None, "Leave out smaller images: megapixels, or pixels of the shorter side.", env="MINIMUM_RESOLUTION", at_least=0
     )
-    maximum_image_size: float | None = option(None, "Shrink larger images before cropping.", at_least=0, not_yet=True)
-    target_downsample_size: float | None = option(None, "The size they are shrunk to.", at_least=0, not_yet=True)
+    maximum_image_size: float | None = option(
+        None, "Where crop is on: shrink larger images to --target_downsample_size before the cut.", above=0
+    )
+    target_downsample_size: float | None = option(None, "What images above --maximum_image_size are shrunk to.", above=0)
     caption_strategy: str = option(
         "filename",
         "Where captions come from: the file's name, the .txt beside it, --instance_prompt, or the data set's table of this kind.",

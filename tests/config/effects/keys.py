@@ -6,7 +6,7 @@ from typing import Any
 
 from helpers.config.datasets import DatasetConfig
 from helpers.config.declare import options_of
-from tests.config.effects.lab import ENTRY, SECOND, Effect, refusal
+from tests.config.effects.lab import ENTRY, SECOND, Effect, cropped, refusal
 from tests.config.effects.options import OPTION_EFFECTS
 from tests.config.effects.sights import buckets, losses, new_folders, of_samples, steps
 
@@ -14,8 +14,13 @@ BOTH = {"pictures", "second"}
 SHAPES = {"96x64": 2, "64x96": 2, "64x64": 2}
 
 
-def cropped(key: str, value: Any) -> list[dict[str, Any]]:
-    return [{**ENTRY, "crop": True, key: value}]
+def cropped_to_wide(key: str, value: Any) -> list[dict[str, Any]]:
+    """Where shapes are drawn there is one to draw."""
+    return [{**ENTRY, "crop": True, "crop_aspect_buckets": [1.5], key: value}]
+
+
+def cropped_to_one_of(key: str, value: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{**ENTRY, "crop": True, "crop_aspect": "random", key: [float(aspect) for aspect in value]}]
 
 
 def beside_another(key: str, value: Any) -> list[dict[str, Any]]:
@@ -73,7 +78,8 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "text_embeds": Effect(new_folders, {"one": {"left_one"}, "two": {"left_two"}}, (), with_two_text_caches),
     "crop": Effect(buckets, {"false": SHAPES, "true": {"64x64": 6}}),
     "crop_style": Effect(of_samples("crop"), ["random", "corner", "center"], (), cropped),
-    "crop_aspect": Effect(buckets, {"square": {"64x64": 6}, "preserve": SHAPES}, (), cropped),
+    "crop_aspect": Effect(buckets, {"square": {"64x64": 6}, "preserve": SHAPES, "random": {"96x64": 6}}, (), cropped_to_wide),
+    "crop_aspect_buckets": Effect(buckets, {"1": {"64x64": 6}, "1.5": {"96x64": 6}}, (), cropped_to_one_of),
     "flip": Effect(losses, ["false", "true"]),
     "probability": Effect(of_samples("dataset"), {"0": {"pictures"}, "1e9": {"second"}}, (), beside_another),
     "ignore_epochs": Effect(steps, {"false": 6, "true": 4}, ("--max_train_steps=0", "--num_train_epochs=1"), mixed_in_thinly),

@@ -128,7 +128,10 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other` and `varied`, pictures in `images` and `other_images`, and files that flags may name."""
+    """Models `model`, `other` and `varied`, pictures in `images` and `other_images`, and files that flags may name.
+
+    `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
+    """
     for seed, name in enumerate(("model", "other")):
         tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
     _with_variant(folder)
@@ -137,6 +140,9 @@ def build_lab(folder: Path) -> Lab:
             picture(folder / name / f"picture_{index}.png", first + index, SIZES[index % 3], f"caption number {index}")
     (folder / "data.json").write_text(json.dumps([ENTRY]))
     (folder / "other.json").write_text(json.dumps([SECOND]))
+    (folder / "cropped.json").write_text(json.dumps([{**ENTRY, "crop": True}]))
+    (folder / "mapped").mkdir()
+    (folder / "mapped" / "aspect_resolution_map-1.0.json").write_text(json.dumps({"1.5": [1152, 768]}))
     (folder / "prompts.json").write_text(json.dumps({"cat": "a cat", "dog": "a dog"}))
     return Lab(folder)
 
@@ -172,6 +178,10 @@ class Effect:
         if isinstance(self.values, Mapping):
             assert seen == self.values, seen
         assert all(one != other for one, other in itertools.combinations(seen.values(), 2)), seen
+
+
+def cropped(key: str, value: Any) -> list[dict[str, Any]]:
+    return [{**ENTRY, "crop": True, key: value}]
 
 
 def refusal(lab: Lab, flags: Flags) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.config.effects.lab import Effect
+from helpers.data.sample import Size
+from tests.config.effects.lab import Effect, cropped
 from tests.config.effects.sights import (
     allows_tf32,
     average,
@@ -40,6 +41,7 @@ from tests.config.effects.sights import (
     rates_of_a_run,
     resumed_from,
     samples_of_a_step,
+    size_of_an_image_before_its_cut,
     steps,
     target_of_an_image,
 )
@@ -47,6 +49,7 @@ from tests.config.effects.sights import (
 SPACINGS = ("leading", "linspace", "trailing")
 FILENAMES = {f"picture {index}" for index in range(6)}
 CAPTIONS = {f"caption number {index}" for index in range(6)}
+CROPPED = "--data_backend_config=cropped.json"
 DOG = "--instance_prompt=a dog"
 
 MODEL = {
@@ -85,7 +88,24 @@ DATA = {
     "resolution": Effect(buckets, {"64": {"96x64": 2, "64x96": 2, "64x64": 2}, "32": {"48x32": 2, "32x48": 2, "32x32": 2}}),
     "resolution_type": Effect(target_of_an_image, ["area", "pixel"], ("--resolution=20",)),
     "aspect_bucket_alignment": Effect(buckets, {"8": {"96x64": 2, "64x96": 2, "64x64": 2}, "64": {"128x64": 2, "64x128": 2, "64x64": 2}}),
+    "aspect_bucket_rounding": Effect(
+        target_of_an_image,
+        {"1": Size(1152, 768), "2": Size(1216, 832)},
+        ("--resolution_type=area", "--resolution=1", "--output_dir=mapped"),
+    ),
     "minimum_image_size": Effect(images_used, {"64": 6, "65": 2}),
+    "maximum_image_size": Effect(
+        size_of_an_image_before_its_cut,
+        {"1000": Size(150, 100), "2500": Size(96, 64)},
+        (CROPPED, "--target_downsample_size=100"),
+        cropped,
+    ),
+    "target_downsample_size": Effect(
+        size_of_an_image_before_its_cut,
+        {"100": Size(150, 100), "200": Size(300, 200)},
+        (CROPPED, "--maximum_image_size=1000"),
+        cropped,
+    ),
     "caption_strategy": Effect(of_samples("caption"), {"filename": FILENAMES, "textfile": CAPTIONS, "instanceprompt": {"a dog"}}, (DOG,)),
     "instance_prompt": Effect(of_samples("caption"), {"a cat": {"a cat"}, "a dog": {"a dog"}}, ("--caption_strategy=instanceprompt",)),
     "prepend_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {f"a dog {name}" for name in FILENAMES}}, (DOG,)),

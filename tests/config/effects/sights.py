@@ -18,9 +18,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from helpers.data.buckets import target_size
+from helpers.data.buckets import geometry
 from helpers.data.planning import rules_of
 from helpers.data.sample import Size
+from helpers.data.targets import target_size
 from helpers.families.sdxl import SDXL
 from helpers.launch import plan_launch
 from helpers.training.ema import Average
@@ -131,6 +132,11 @@ def images_used(lab: Lab, flags: Flags) -> object:
 def target_of_an_image(lab: Lab, flags: Flags) -> object:
     """Of 3000 x 2000 pixels: arithmetic alone, no such image is encoded."""
     return target_size(Size(3000, 2000), rules_of(lab.config(flags).datasets[0]).resolution)
+
+
+def size_of_an_image_before_its_cut(lab: Lab, flags: Flags) -> object:
+    """Of the same image."""
+    return geometry(Size(3000, 2000), rules_of(lab.config(flags).datasets[0]).resolution).resized
 
 
 def has_samples_file(lab: Lab, flags: Flags) -> object:
