@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TextCacheConfig, complete
 from helpers.config.declare import Option, options_of
 from helpers.config.json_file import JsonDocument, read_json
+from helpers.config.places import placed, text_cache_problems
 from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
 
@@ -98,6 +98,8 @@ class _Entries:
                 self._problem(index, key, "is not a key of " + _entry_name(kind) + _elsewhere(key, kind, spelling))
             elif item.name in values:
                 self._problem(index, key, f"says {item.name} a second time; remove one")
+            elif item.of_type not in ("", entry.get("type") or "local"):
+                self._problem(index, key, f"is a key of type {item.of_type}; remove it, or set type")
             else:
                 values[item.name] = self._value(index, key, item, raw)
         inherited = {item.name: self.options[item.inherits] for item in declared if item.inherits and values.get(item.name) is None}
@@ -132,13 +134,18 @@ class _Entries:
         caches = {}
         for index, text in found:
             self._require_id(index, text)
+            for key, what in text_cache_problems(text):
+                self._problem(index, key, what)
             folder = text.cache_dir or self.options["cache_dir_text"]
             caches[text.id] = dataclasses.replace(text, cache_dir=folder, default=text.default or len(found) == 1)
         return caches
 
     def _dataset(self, index: int, dataset: DatasetConfig, caches: Mapping[str, TextCacheConfig]) -> DatasetConfig:
         self._require_id(index, dataset)
-        self._check_folder(index, dataset)
+        entry = self.document.value[index]
+        dataset, problems = placed(dataset, entry, self.base)
+        for key, what in problems:
+            self._problem(index, key, what)
         folder = self.options["cache_dir_text"]
         wanted = dataset.text_embeds
         if wanted is not None and wanted not in caches:
@@ -146,7 +153,6 @@ class _Entries:
         for text in caches.values():
             if text.id == wanted or (wanted is None and text.default):
                 folder = text.cache_dir
-        entry = self.document.value[index]
         if "minimum_image_size" not in entry and dataset.resolution_type != self.options["resolution_type"]:
             # The option's number is in the option's unit, which is not this data set's.
             dataset = dataclasses.replace(dataset, minimum_image_size=None)
@@ -155,15 +161,6 @@ class _Entries:
     def _require_id(self, index: int, entry: Entry) -> None:
         if not entry.id:
             self._problem(index, "id", "is missing; give every entry a name of its own")
-
-    def _check_folder(self, index: int, dataset: DatasetConfig) -> None:
-        folder = dataset.instance_data_dir
-        if folder is None:
-            self._problem(index, "instance_data_dir", "is missing; name the folder of the images")
-        elif not os.path.exists(folder):
-            self._problem(index, "instance_data_dir", f"there is no folder {folder}; check the path")
-        elif not os.path.isdir(folder):
-            self._problem(index, "instance_data_dir", f"{folder} is a file; name the folder it is in")
 
     def _unique_ids(self, entries: list[tuple[int, Any]]) -> None:
         first: dict[str, int] = {}
@@ -187,6 +184,11 @@ def _typed(item: Option, raw: Any) -> Any:
         tuple: isinstance(raw, list),
         dict: isinstance(raw, dict),
     }
+    if item.one_or_many and isinstance(raw, str):
+        raw = [raw]
+        fits[tuple] = True
+    if item.one_or_many and isinstance(raw, list) and not all(isinstance(element, str) for element in raw):
+        raise ValueError("holds what is no text; it must be a text or a list of texts")
     if not fits[item.kind] and not item.not_yet:
         raise ValueError(f"is {_described(raw)}; it must be {_KINDS[item.kind]}")
     if item.kind is Path and isinstance(raw, str):

@@ -42,6 +42,8 @@ class Declared:
     inherits: str  # the option that a data set falls back to
     secret: bool
     may_be_empty: bool  # an empty variable is a value, not the absence of one
+    one_or_many: bool  # in the dataloader JSON, a text stands for a list of one
+    of_type: str  # the only `type` of data set that has this key; "" for all
 
 
 def option(
@@ -63,6 +65,8 @@ def option(
     inherits: str = "",
     secret: bool = False,
     may_be_empty: bool = False,
+    one_or_many: bool = False,
+    of_type: str = "",
 ) -> Any:
     """Declare one option; see `Declared` for the words. The flag has the field's name, and its type is the annotation.
 
@@ -88,6 +92,8 @@ def option(
         inherits=inherits,
         secret=secret,
         may_be_empty=may_be_empty,
+        one_or_many=one_or_many,
+        of_type=of_type,
     )
     return dataclasses.field(default=default, metadata={_METADATA: declared})
 

@@ -263,7 +263,7 @@ def _verdict(image: tuple[Any, ...], rules: DatasetRules, leave_out_undecodable:
 
 def _nothing_left(backend: SourceBackend, dataset: str, catalogue: Catalogue, kinds: Counter[str]) -> str:
     if not kinds:
-        return f"data set {dataset!r}: {backend.name} holds no files; put images there, or point instance_data_dir elsewhere."
+        return f"data set {dataset!r}: {backend.name} holds no files; put images there, or point the data set elsewhere."
     first = next(catalogue.left_out(dataset))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     return (

@@ -171,7 +171,7 @@ def _headers(stream: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (found := tar.next()) is not None:
                 yield found
-                tar.members.clear()  # it would remember every header
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember every header
             stream.seek(tar.offset)
             after = stream.read(_BLOCK)
     except (tarfile.TarError, ValueError) as error:
