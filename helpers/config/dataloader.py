@@ -51,6 +51,7 @@ class _Entries:
         self.base = base
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.unread: set[tuple[int, str]] = set()  # (entry, key) of values that could not be read
 
     def read(self) -> DataConfig:
         datasets: list[tuple[int, DatasetConfig]] = []
@@ -65,11 +66,14 @@ class _Entries:
             else:
                 datasets.append((index, self._entry(DatasetConfig, index, entry)))
         caches = self._text_caches(texts)
-        complete_sets = tuple(self._dataset(index, dataset, caches) for index, dataset in datasets)
+        complete_sets = [(index, self._dataset(index, dataset, caches)) for index, dataset in datasets]
         self._unique_ids([*datasets, *texts])
         if not datasets and not self.problems:
             self.problems.append(f"{self.document.path}: has no enabled image data set; add one with an instance_data_dir.")
-        return DataConfig(complete_sets, tuple(caches.values()), tuple(self.problems), tuple(self.notes))
+        # What stands in for a value that could not be read would be judged with the others, and told as a second mistake.
+        unread = {index for index, _ in self.unread}
+        readable = tuple(dataset for index, dataset in complete_sets if index not in unread)
+        return DataConfig(readable, tuple(caches.values()), tuple(self.problems), tuple(self.notes))
 
     def _is_disabled(self, index: int, entry: dict[str, Any]) -> bool:
         """A disabled entry is not judged further, so that one can be kept for later."""
@@ -98,7 +102,7 @@ class _Entries:
                 self._problem(index, key, "is not a key of " + _entry_name(kind) + _elsewhere(key, kind, spelling))
             elif item.name in values:
                 self._problem(index, key, f"says {item.name} a second time; remove one")
-            elif item.of_type not in ("", entry.get("type") or "local"):
+            elif raw is not None and item.of_type not in ("", entry.get("type") or "local"):
                 self._problem(index, key, f"is a key of type {item.of_type}; remove it, or set type")
             else:
                 values[item.name] = self._value(index, key, item, raw)
@@ -114,6 +118,7 @@ class _Entries:
             item.check(value)
         except ValueError as error:
             self._problem(index, key, "has a value of the wrong kind" if item.secret else str(error))
+            self.unread.add((index, item.name))
             return None
         refusal = item.unavailable(value)
         if refusal:
@@ -145,7 +150,8 @@ class _Entries:
         entry = self.document.value[index]
         dataset, problems = placed(dataset, entry, self.base)
         for key, what in problems:
-            self._problem(index, key, what)
+            if (index, key) not in self.unread:
+                self._problem(index, key, what)
         folder = self.options["cache_dir_text"]
         wanted = dataset.text_embeds
         if wanted is not None and wanted not in caches:
@@ -159,7 +165,7 @@ class _Entries:
         return dataclasses.replace(complete(dataset, self.options), text_cache_dir=folder)
 
     def _require_id(self, index: int, entry: Entry) -> None:
-        if not entry.id:
+        if not entry.id and (index, "id") not in self.unread:
             self._problem(index, "id", "is missing; give every entry a name of its own")
 
     def _unique_ids(self, entries: list[tuple[int, Any]]) -> None:
@@ -184,11 +190,8 @@ def _typed(item: Option, raw: Any) -> Any:
         tuple: isinstance(raw, list),
         dict: isinstance(raw, dict),
     }
-    if item.one_or_many and isinstance(raw, str):
-        raw = [raw]
-        fits[tuple] = True
-    if item.one_or_many and isinstance(raw, list) and not all(isinstance(element, str) for element in raw):
-        raise ValueError("holds what is no text; it must be a text or a list of texts")
+    if item.one_or_many:
+        return _texts(raw)
     if not fits[item.kind] and not item.not_yet:
         raise ValueError(f"is {_described(raw)}; it must be {_KINDS[item.kind]}")
     if item.kind is Path and isinstance(raw, str):
@@ -200,6 +203,14 @@ def _typed(item: Option, raw: Any) -> Any:
     if item.kind is str and isinstance(raw, str):
         return item.spelt.get(raw, raw)
     return float(raw) if item.kind is float and fits[float] else raw
+
+
+def _texts(raw: Any) -> tuple[str, ...]:
+    """A text or a list of texts as texts."""
+    found = [raw] if isinstance(raw, str) else raw
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"is {_described(raw)}; it must be a text or a list of texts")
+    return tuple(found)
 
 
 def _described(raw: Any) -> str:

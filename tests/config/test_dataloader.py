@@ -102,8 +102,8 @@ def test_disabled_entries_are_left_out_whatever_they_say(read: Read, write_data:
         ([{**ROWS, "path": "images", "cache_dir_vae": "images/x"}], "images/x is inside the images of data set 'a'"),
         ([{"id": "a", "type": "webdataset"}], "datasets[0].urls is missing; name the tars"),
         ([{**TARS, "urls": []}], "datasets[0].urls is missing; name the tars"),
-        ([{**TARS, "urls": [7]}], "datasets[0].urls: holds what is no text; it must be a text or a list of texts"),
-        ([{**TARS, "urls": 7}], "datasets[0].urls is the number 7; it must be a list of texts"),
+        ([{**TARS, "urls": [7]}], "datasets[0].urls is a list; it must be a text or a list of texts"),
+        ([{**TARS, "urls": 7}], "datasets[0].urls is the number 7; it must be a text or a list of texts"),
         ([{**TARS, "urls": "s3://bucket/a.tar"}], "datasets[0].urls: 's3://bucket/a.tar' is an address; only paths are available yet"),
         ([{**TARS, "urls": "pipe:cat a.tar"}], "datasets[0].urls: 'pipe:cat a.tar' is an address"),
         ([{**TARS, "urls": "b-{0..2}.tar"}], "datasets[0].urls: there is no file b-0.tar; check the path (2 more like it)"),
@@ -116,6 +116,36 @@ def test_disabled_entries_are_left_out_whatever_they_say(read: Read, write_data:
 def test_a_mistake_is_named_by_entry_key_and_remedy(entries: list[Any], said: str, write_data: Write, refuse: Refuse) -> None:
     write_data(entries)
     assert said in refuse()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"resolution": "64", "resolution_type": "pixel"},
+        {"resolution": 64, "resolution_type": "pixels"},
+        {"id": 7},
+        {"instance_data_dir": 7},
+        {"caption_strategy": "instanceprompt", "instance_prompt": 7},
+        {"type": "huggingface", "path": ["images"], "instance_data_dir": None},
+        {"type": "webdataset", "urls": {"a": 1}, "instance_data_dir": None},
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told_once(mistake: dict[str, Any], write_data: Write, refuse: Refuse) -> None:
+    write_data([{**IMAGES, **mistake}])
+    assert refuse().count("\n") == 0
+
+
+def test_every_mistake_of_a_file_is_told_at_once(write_data: Write, refuse: Refuse) -> None:
+    write_data([{**IMAGES, "resolution": "64", "crop_stile": 1, "instance_data_dir": "nowhere"}, {"id": "a", "repeats": -1}])
+    told = refuse().splitlines()
+    assert [problem.split()[0].rstrip(":") for problem in sorted(told)] == [
+        "datasets[0].crop_stile",
+        "datasets[0].instance_data_dir",
+        "datasets[0].resolution",
+        "datasets[1].id",
+        "datasets[1].instance_data_dir",
+        "datasets[1].repeats",
+    ]
 
 
 def test_a_mistake_is_named_by_file_and_line(write_data: Write, refuse: Refuse) -> None:
