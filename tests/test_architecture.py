@@ -37,7 +37,7 @@ ALLOWED = {
 LIGHT = {
     "errors": set(),
     "config": {"pydantic", "json5"},
-    "storage": {"boto3", "botocore", "safetensors"},
+    "storage": {"boto3", "botocore", "datasets", "huggingface_hub", "pyarrow", "safetensors"},
     "ranks": set(),
     "supervisor": set(),
     "launch": {"yaml"},
@@ -48,6 +48,7 @@ HEAVY_HOMES = {  # library => the parts that may import it
     "peft": {"families", "methods"},
     "accelerate": {"training", "reporting"},
     "cv2": {"data"},
+    "datasets": {"storage"},
 }
 READS_ENVIRONMENT = {"helpers/config/read.py", "helpers/training/runtime.py", "helpers/launch.py", "train.py"}
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
@@ -169,9 +170,11 @@ def test_the_environment_is_read_in_one_place() -> None:
 WITHOUT_LIBRARIES = """
 import importlib, pathlib, sys
 
+HIDDEN = {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "peft", "safetensors", "datasets", "pyarrow"}
+
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "peft", "safetensors"}:
+        if name.partition(".")[0] in HIDDEN:
             raise ImportError(f"{name} is hidden")
 
 sys.meta_path.insert(0, Hidden())

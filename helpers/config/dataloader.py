@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TableConfi
 from helpers.config.declare import Option, options_of
 from helpers.config.json_file import JsonDocument, Place, read_json
 from helpers.config.options.data import TABLES
+from helpers.config.places import placed, text_cache_problems
 from helpers.config.sizes import IN_THE_UNIT, size_notes, size_option_notes
 from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
@@ -55,6 +55,7 @@ class _Entries:
         self.base = base
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.unread: set[tuple[int, str]] = set()  # (entry, key) of values that could not be read
 
     def read(self) -> DataConfig:
         datasets: list[tuple[int, DatasetConfig]] = []
@@ -69,14 +70,17 @@ class _Entries:
             else:
                 datasets.append((index, self._entry(DatasetConfig, index, entry)))
         caches = self._text_caches(texts)
-        complete_sets = tuple(self._dataset(index, dataset, caches) for index, dataset in datasets)
+        complete_sets = [(index, self._dataset(index, dataset, caches)) for index, dataset in datasets]
         self._unique_ids([*datasets, *texts])
         self._epochs_end(datasets)
         self._something_to_learn(datasets)
-        self.notes += size_option_notes(self.options, complete_sets)
+        self.notes += size_option_notes(self.options, [dataset for _, dataset in complete_sets])
         if not datasets and not self.problems:
             self.problems.append(f"{self.document.path}: has no enabled image data set; add one with an instance_data_dir.")
-        return DataConfig(complete_sets, tuple(caches.values()), tuple(self.problems), tuple(self.notes))
+        # What stands in for a value that could not be read would be judged with the others, and told as a second mistake.
+        unread = {index for index, _ in self.unread}
+        readable = tuple(dataset for index, dataset in complete_sets if index not in unread)
+        return DataConfig(readable, tuple(caches.values()), tuple(self.problems), tuple(self.notes))
 
     def _is_disabled(self, index: int, entry: dict[str, Any]) -> bool:
         """A disabled entry is not judged further, so that one can be kept for later."""
@@ -105,6 +109,8 @@ class _Entries:
                 self._problem(index, key, "is not a key of " + _entry_name(kind) + _elsewhere(key, kind, spelling))
             elif item.name in values:
                 self._problem(index, key, f"says {item.name} a second time; remove one")
+            elif raw is not None and item.of_type not in ("", entry.get("type") or "local"):
+                self._problem(index, key, f"is a key of type {item.of_type}; remove it, or set type")
             else:
                 values[item.name] = self._value(index, key, item, raw)
         inherited = {item.name: self.options[item.inherits] for item in declared if item.inherits and values.get(item.name) is None}
@@ -123,6 +129,7 @@ class _Entries:
             item.check(value)
         except ValueError as error:
             self._problem(index, key, "has a value of the wrong kind" if item.secret else str(error))
+            self.unread.add((index, item.name))
             return None
         refusal = item.unavailable(value)
         if refusal:
@@ -171,13 +178,19 @@ class _Entries:
         caches = {}
         for index, text in found:
             self._require_id(index, text)
+            for key, what in text_cache_problems(text):
+                self._problem(index, key, what)
             folder = text.cache_dir or self.options["cache_dir_text"]
             caches[text.id] = dataclasses.replace(text, cache_dir=folder, default=text.default or len(found) == 1)
         return caches
 
     def _dataset(self, index: int, dataset: DatasetConfig, caches: Mapping[str, TextCacheConfig]) -> DatasetConfig:
         self._require_id(index, dataset)
-        self._check_folder(index, dataset)
+        entry = self.document.value[index]
+        dataset, problems = placed(dataset, entry, self.base)
+        for key, what in problems:
+            if (index, key) not in self.unread:
+                self._problem(index, key, what)
         self._check_tables(index, dataset)
         folder: Path = self.options["cache_dir_text"]
         filters: tuple[str, ...] = ()
@@ -212,17 +225,8 @@ class _Entries:
             return dataset
 
     def _require_id(self, index: int, entry: Entry) -> None:
-        if not entry.id:
+        if not entry.id and (index, "id") not in self.unread:
             self._problem(index, "id", "is missing; give every entry a name of its own")
-
-    def _check_folder(self, index: int, dataset: DatasetConfig) -> None:
-        folder = dataset.instance_data_dir
-        if folder is None:
-            self._problem(index, "instance_data_dir", "is missing; name the folder of the images")
-        elif not os.path.exists(folder):
-            self._problem(index, "instance_data_dir", f"there is no folder {folder}; check the path")
-        elif not os.path.isdir(folder):
-            self._problem(index, "instance_data_dir", f"{folder} is a file; name the folder it is in")
 
     def _check_tables(self, index: int, dataset: DatasetConfig) -> None:
         """Tables that are asked for are described and there, and those described are asked for."""
@@ -292,6 +296,8 @@ def _typed(item: Option, raw: Any) -> Any:
         tuple: isinstance(raw, list),
         dict: isinstance(raw, dict),
     }
+    if item.one_or_many:
+        return _texts(raw)
     if not fits[item.kind] and not item.not_yet:
         raise ValueError(f"is {_described(raw)}; it must be {_KINDS[item.kind]}")
     if item.kind is Path and isinstance(raw, str):
@@ -310,6 +316,14 @@ def _element(item: Option, place: int, raw: Any) -> Any:
         return item.each(raw)
     except ValueError as error:
         raise ValueError(f"element {place} {error}") from None
+
+
+def _texts(raw: Any) -> tuple[str, ...]:
+    """A text or a list of texts as texts."""
+    found = [raw] if isinstance(raw, str) else raw
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"is {_described(raw)}; it must be a text or a list of texts")
+    return tuple(found)
 
 
 def _described(raw: Any) -> str:

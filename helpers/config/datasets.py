@@ -22,9 +22,9 @@ class Entry:
     id: str = option("", "Name of the entry, unique in the file. Required.", default_text="required")
     type: str = option(
         "local",
-        "Where it is kept: a local folder.",
+        "Where it is kept: a local folder, a Hugging Face data set, or tars in the webdataset layout.",
         choices=("local", "aws", "huggingface", "webdataset"),
-        later=("aws", "huggingface", "webdataset"),
+        later=("aws",),
     )
     dataset_type: str = option(
         "image",
@@ -80,7 +80,7 @@ class DatasetConfig(Entry):
     """An entry of type image, with everything it does not say taken from the options."""
 
     instance_data_dir: Path = option(
-        None, "Folder of the images, read recursively and never written to. Required.", default_text="required"
+        None, "Folder of the images, read recursively and never written to. Required.", default_text="required", of_type="local"
     )
     cache_dir_vae: Path = option(None, "Folder of the latents.", inherits="cache_dir_vae")
     text_embeds: str | None = option(
@@ -150,11 +150,24 @@ class DatasetConfig(Entry):
     jsonl: TableConfig | None = option(None, "The same as JSON lines.")
     csv: TableConfig | None = option(None, "The same as comma-separated values.")
     conditioning_data: str | None = option(None, "id of the conditioning set.", not_yet=True)
-    path: str | None = option(None, "Hub data set.", not_yet=True)
-    split: str | None = option(None, "Split of the hub data set.", not_yet=True)
-    image_column: str | None = option(None, "Its image column.", not_yet=True)
-    caption_column: str | None = option(None, "Its caption column.", not_yet=True)
-    urls: tuple[str, ...] = option((), "Shards of a webdataset.", not_yet=True)
+    path: str | None = option(
+        None,
+        "Folder or file of a Hugging Face data set, or its id where the hub's cache holds it. Required.",
+        default_text="required",
+        of_type="huggingface",
+    )
+    split: str | None = option(None, "Split of the Hugging Face data set.", default_text="the only one, or `train`", of_type="huggingface")
+    image_column: str | None = option(None, "Its column of images.", default_text="`image`, `img`, `jpg` or `png`", of_type="huggingface")
+    caption_column: str | None = option(
+        None, "Its column of captions.", default_text="`caption`, `text` or `prompt`", of_type="huggingface"
+    )
+    urls: tuple[str, ...] = option(
+        (),
+        "Tars of a webdataset: paths, or patterns such as `pictures-{00000..00012}.tar`. Required.",
+        default_text="required",
+        one_or_many=True,
+        of_type="webdataset",
+    )
     cache_local_dir: Path | None = option(None, "Local tier of a remote cache.", not_yet=True)
     cache_local_limit_gb: float | None = option(None, "Size of that tier.", above=0, not_yet=True)
     disable_validation: bool = option(False, "Take no validation images from it.", does_nothing="none are taken from data sets yet")
@@ -185,6 +198,15 @@ class DatasetConfig(Entry):
         """The tables that captions or sizes come from, by key. What is asked for and not described is absent."""
         wanted = {self.caption_table, self.metadata_backend}
         return {key: table for key in TABLES if key in wanted and (table := getattr(self, key)) is not None}
+
+    shards: tuple[Path, ...] = ()  # the tars that `urls` stands for
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that is all of this data set, and so is never written to; None where there is none on this machine."""
+        if self.type == "huggingface":
+            return Path(self.path) if self.path and Path(self.path).is_dir() else None
+        return self.instance_data_dir
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class Declared:
     secret: bool
     each: Callable[[Any], Any]  # reads an element of a list in the dataloader JSON; ValueError says what is wrong with it
     may_be_empty: bool  # an empty variable is a value, not the absence of one
+    one_or_many: bool  # in the dataloader JSON, a text stands for a list of one
+    of_type: str  # the only `type` of data set that has this key; "" for all
 
 
 def option(
@@ -65,6 +67,8 @@ def option(
     secret: bool = False,
     each: Callable[[Any], Any] = str,
     may_be_empty: bool = False,
+    one_or_many: bool = False,
+    of_type: str = "",
 ) -> Any:
     """Declare one option; see `Declared` for the words. The flag has the field's name, and its type is the annotation.
 
@@ -91,6 +95,8 @@ def option(
         secret=secret,
         each=each,
         may_be_empty=may_be_empty,
+        one_or_many=one_or_many,
+        of_type=of_type,
     )
     return dataclasses.field(default=default, metadata={_METADATA: declared})
 

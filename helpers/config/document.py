@@ -1,7 +1,7 @@
-"""Options -> OPTIONS.md and --help.
+"""Options -> OPTIONS.md, --help and the schema of the dataloader JSON.
 
-python -m helpers.config.document            writes OPTIONS.md
-python -m helpers.config.document --check    exits 1 when OPTIONS.md is not what the code declares
+python -m helpers.config.document            writes OPTIONS.md and documentation/dataloader.schema.json
+python -m helpers.config.document --check    exits 1 when one of them is not what the code declares
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of, show
 from helpers.config.options import SECTIONS, VARIABLES, WITHOUT_EFFECT, IgnoredOptions, Variable
+from helpers.config.schema import SCHEMA_JSON, schema_text
 from helpers.config.sources import ABBREVIATIONS, REPOSITORY
 
 OPTIONS_MD = REPOSITORY / "OPTIONS.md"
@@ -158,15 +159,18 @@ def _key_row(item: Option) -> tuple[str, ...]:
 
 
 def main(argv: Sequence[str]) -> int:
+    pages = {OPTIONS_MD: options_page, SCHEMA_JSON: schema_text}
     if list(argv) == ["--check"]:
-        current = OPTIONS_MD.is_file() and OPTIONS_MD.read_text(encoding="utf-8") == options_page()
-        print(f"{OPTIONS_MD.name} is {'current' if current else 'not current: run python -m helpers.config.document'}")
-        return 0 if current else 1
+        old = [path for path, made in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != made()]
+        for path in pages:
+            print(f"{path.name} is {'not current: run python -m helpers.config.document' if path in old else 'current'}")
+        return 1 if old else 0
     if argv:
         print(__doc__)
         return 2
-    OPTIONS_MD.write_text(options_page(), encoding="utf-8")
-    print(f"wrote {OPTIONS_MD.name}")
+    for path, made in pages.items():
+        path.write_text(made(), encoding="utf-8")
+        print(f"wrote {path.name}")
     return 0
 
 

@@ -140,9 +140,9 @@ def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     told = set()
     for what, folder in written:
         for dataset in data.datasets:
-            if dataset.instance_data_dir is None or folder in told:
+            if dataset.folder is None or folder in told:
                 continue
-            images = dataset.instance_data_dir.resolve()
+            images = dataset.folder.resolve()
             if folder.resolve().is_relative_to(images):
                 told.add(folder)
                 yield f"{what}: {folder} is inside the images of data set {dataset.id!r} ({images}), which are never written to."

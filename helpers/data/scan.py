@@ -141,7 +141,9 @@ def _listed(entry: Entry) -> tuple[str, str, str, int, int, str, str | None]:
     except UnicodeEncodeError:  # shown with its stray bytes as \xNN; such a name can be stored and reported nowhere else
         key = entry.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return key, kind, key, entry.size, entry.modified_ns, entry.etag, "file name is not UTF-8: rename the file"
-    if ending.lower() in EXTENSIONS:
+    if entry.problem:
+        problem = entry.problem
+    elif ending.lower() in EXTENSIONS:
         kind = "image"
     elif ending.lower() == CAPTION_EXTENSION:
         kind = "caption"
@@ -288,7 +290,7 @@ def _verdict(
 
 def _nothing_left(backend: SourceBackend, dataset: str, catalogue: Catalogue, kinds: Counter[str]) -> str:
     if not kinds:
-        return f"data set {dataset!r}: {backend.name} holds no files; put images there, or point instance_data_dir elsewhere."
+        return f"data set {dataset!r}: {backend.name} holds no files; put images there, or point the data set elsewhere."
     first = next(catalogue.left_out(dataset))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     return (

@@ -18,6 +18,7 @@ class Entry:
     size: int  # bytes
     modified_ns: int  # nanoseconds since 1970 by the store's clock; compared for equality only
     etag: str = ""  # the store's own version mark, where it has one
+    problem: str = ""  # why it cannot be used, as "kind: detail", where the listing shows that already
 
 
 class SourceBackend(Protocol):

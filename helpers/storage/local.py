@@ -70,10 +70,10 @@ class LocalSource:
 
     def open(self, key: str) -> BinaryIO:
         path = self._path(key)
-        return _patiently(lambda: path.open("rb"))
+        return patiently(lambda: path.open("rb"))
 
     def read(self, key: str) -> bytes:
-        return _patiently(self._path(key).read_bytes)
+        return patiently(self._path(key).read_bytes)
 
     def _path(self, key: str) -> Path:
         """The file of a key. Keys that would leave the root by name are refused, whoever made them."""
@@ -153,7 +153,7 @@ def _listed(key: str, entry: os.DirEntry[str]) -> Entry | None:
     return Entry(key, found.st_size, found.st_mtime_ns)
 
 
-def _patiently(attempt: Callable[[], _Result]) -> _Result:
+def patiently(attempt: Callable[[], _Result]) -> _Result:
     """Try again after errors that pass by themselves."""
     for seconds in _RETRY_AFTER_SECONDS:
         try:

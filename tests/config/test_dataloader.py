@@ -22,6 +22,8 @@ Refuse = Callable[..., str]
 Write = Callable[..., None]
 
 IMAGES: dict[str, Any] = {"id": "a", "instance_data_dir": "images"}
+ROWS: dict[str, Any] = {"id": "a", "type": "huggingface", "path": "someone/pictures"}
+TARS: dict[str, Any] = {"id": "a", "type": "webdataset", "urls": "a.tar"}
 
 
 def test_a_data_set_falls_back_to_the_options(read: Read, write_data: Write) -> None:
@@ -92,6 +94,23 @@ def test_disabled_entries_are_left_out_whatever_they_say(read: Read, write_data:
         ([IMAGES, {"id": "t", "dataset_type": "text_embeds", "repeats": 1}], "datasets[1].repeats is not a key of a text_embeds entry"),
         ([{**IMAGES, "text_embeds": "t", "text_embed_cache": "t"}], "datasets[0].text_embed_cache: says text_embeds a second time"),
         ([{**IMAGES, "cache_dir_vae": "images/latents"}], "data set 'a', cache_dir_vae: images/latents is inside the images"),
+        ([{**IMAGES, "path": "x"}], "datasets[0].path is a key of type huggingface; remove it, or set type"),
+        ([{**ROWS, "instance_data_dir": "images"}], "datasets[0].instance_data_dir is a key of type local; remove it"),
+        ([{"id": "a", "type": "huggingface"}], "datasets[0].path is missing; name the folder of the data set"),
+        ([{**ROWS, "path": "/no/where"}], "datasets[0].path: there is no folder /no/where; check the path"),
+        ([{**ROWS, "caption_strategy": "filename"}], "datasets[0].caption_strategy: filename has nothing to say of rows"),
+        ([{**ROWS, "path": "images", "cache_dir_vae": "images/x"}], "images/x is inside the images of data set 'a'"),
+        ([{"id": "a", "type": "webdataset"}], "datasets[0].urls is missing; name the tars"),
+        ([{**TARS, "urls": []}], "datasets[0].urls is missing; name the tars"),
+        ([{**TARS, "urls": [7]}], "datasets[0].urls is a list; it must be a text or a list of texts"),
+        ([{**TARS, "urls": 7}], "datasets[0].urls is the number 7; it must be a text or a list of texts"),
+        ([{**TARS, "urls": "s3://bucket/a.tar"}], "datasets[0].urls: 's3://bucket/a.tar' is an address; only paths are available yet"),
+        ([{**TARS, "urls": "pipe:cat a.tar"}], "datasets[0].urls: 'pipe:cat a.tar' is an address"),
+        ([{**TARS, "urls": "b-{0..2}.tar"}], "datasets[0].urls: there is no file b-0.tar; check the path (2 more like it)"),
+        ([{**TARS, "urls": "b-{3..1}.tar"}], "datasets[0].urls: 'b-{3..1}.tar' {3..1} counts down"),
+        ([{**TARS, "urls": "images"}], "datasets[0].urls: images is a folder; name the tars in it"),
+        ([{**TARS, "urls": "data.json"}], "datasets[0].urls: data.json is not named .tar"),
+        ([IMAGES, {"id": "t", "dataset_type": "text_embeds", "type": "webdataset"}], "datasets[1].type: webdataset is for images"),
     ],
 )
 def test_a_mistake_is_named_by_entry_key_and_remedy(entries: list[Any], said: str, write_data: Write, refuse: Refuse) -> None:
@@ -128,6 +147,34 @@ def test_data_sets_that_make_no_epoch_together_are_refused(
 def test_a_disabled_data_set_does_not_end_epochs(write_data: Write, refuse: Refuse) -> None:
     write_data([{**IMAGES, "ignore_epochs": True}, {**MORE, "disabled": True}])
     assert "ignore_epochs is true in every data set" in refuse()
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"resolution": "64", "resolution_type": "pixel"},
+        {"resolution": 64, "resolution_type": "pixels"},
+        {"id": 7},
+        {"instance_data_dir": 7},
+        {"caption_strategy": "instanceprompt", "instance_prompt": 7},
+        {"type": "huggingface", "path": ["images"], "instance_data_dir": None},
+        {"type": "webdataset", "urls": {"a": 1}, "instance_data_dir": None},
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told_once(mistake: dict[str, Any], write_data: Write, refuse: Refuse) -> None:
+    write_data([{**IMAGES, **mistake}])
+    assert refuse().count("\n") == 0
+
+
+def test_every_mistake_of_a_file_is_told_at_once(write_data: Write, refuse: Refuse) -> None:
+    write_data([{**IMAGES, "resolution": "64", "crop_stile": 1, "instance_data_dir": "nowhere"}, {"id": "a", "repeats": -1}])
+    told = refuse().splitlines()
+    assert [problem.split()[0].rstrip(":") for problem in sorted(told)] == [
+        "datasets[0].crop_stile",
+        "datasets[0].instance_data_dir",
+        "datasets[0].resolution",
+        "datasets[1].id",
+        "datasets[1].instance_data_dir",
+        "datasets[1].repeats",
+    ]
 
 
 def test_a_mistake_is_named_by_file_and_line(write_data: Write, refuse: Refuse) -> None:
@@ -165,12 +212,16 @@ OTHER_VALUES: dict[str, Any] = {
     "crop_style": "center",  # the last choice, face, needs a library
     "crop_aspect_buckets": [{"aspect": 1.5, "weight": 2}, 1],
 }
+SAMPLES = {"type": "aws", "path": "someone/pictures", "urls": ["a.tar", "b.tar"]}
+STARTS = {"huggingface": ROWS, "webdataset": TARS}
 
 
 def other_value(item: Option) -> Any:
     """A usable JSON value that is not the default."""
     if item.name in OTHER_VALUES:
         return OTHER_VALUES[item.name]
+    if item.name in SAMPLES:
+        return SAMPLES[item.name]
     choices = [choice for choice in item.choices if choice != item.default and choice not in item.later]
     if choices or item.later:
         return (choices or item.later)[-1]
@@ -189,7 +240,9 @@ def test_every_key_lands_in_its_field_or_is_refused_by_name(
     if item.name in ("id", "dataset_type", "disabled", "instance_data_dir", "text_embeds"):
         return  # tested by name above
     value = other_value(item)
-    start = IMAGES if kind is DatasetConfig else {"id": "t", "dataset_type": "text_embeds"}
+    start = STARTS.get(item.of_type, IMAGES) if kind is DatasetConfig else {"id": "t", "dataset_type": "text_embeds"}
+    for name in ("a.tar", "b.tar"):
+        (folder / name).touch()
     start = {**start, "resolution": 512} if value == "pixel" else {**start, **BESIDE.get(item.name, {})}
     write_data([{**start, item.name: value}, {**IMAGES, "id": "beside"}])
     if item.not_yet or value in item.later:
@@ -206,6 +259,51 @@ def test_every_key_lands_in_its_field_or_is_refused_by_name(
 def test_the_british_centre_is_the_center(read: Read, write_data: Write) -> None:
     write_data([{**IMAGES, "crop_style": "centre"}])
     assert read().datasets[0].crop_style == "center"
+
+
+def test_captions_come_with_rows_and_tars_unless_something_else_is_asked_for(folder: Path, read: Read, write_data: Write) -> None:
+    (folder / "a.tar").touch()
+    for entry in (ROWS, TARS):
+        write_data([entry, {**IMAGES, "id": "b"}, {**entry, "id": "c", "caption_strategy": "instanceprompt"}])
+        assert [dataset.caption_strategy for dataset in read("--instance_prompt=x").datasets] == ["textfile", "filename", "instanceprompt"]
+        assert read("--instance_prompt=x", "--caption_strategy=instanceprompt").datasets[0].caption_strategy == "instanceprompt"
+
+
+def test_patterns_of_tars_stand_for_files_in_their_order(folder: Path, read: Read, write_data: Write) -> None:
+    names = ["a-08.tar", "a-09.tar", "a-10.tar", "x_1.tar", "x_2.tar", "y_1.tar", "y_2.tar", "z.tar"]
+    (folder / "sub").mkdir()
+    for name in names:
+        (folder / "sub" / name).touch()
+    write_data([{**TARS, "urls": ["sub/a-{08..10}.tar", "sub/{x,y}_{1..2}.tar", "sub/z.tar"]}])
+    assert read().datasets[0].shards == tuple(Path("sub") / name for name in names)
+    data = read_dataloader(folder / "data.json", read().values(), base=folder)
+    assert data.datasets[0].shards == tuple(folder / "sub" / name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("{0..999999999999}.tar", "stands for more than 100,000 files"),
+        ("{000..999}{000..999}.tar", "stands for more than 100,000 files"),
+        ("{1..2.tar", "has a brace without its partner"),
+        ("{{1..2}}.tar", "has a brace without its partner"),
+        ("{}.tar", "{} is neither a range"),
+        ("{a..c}.tar", "{a..c} is neither a range"),
+    ],
+)
+def test_a_pattern_that_cannot_be_read_is_refused(pattern: str, said: str, write_data: Write, refuse: Refuse) -> None:
+    write_data([{**TARS, "urls": pattern}])
+    assert f"datasets[0].urls: {pattern!r} {said}" in refuse()
+
+
+def test_tars_of_one_name_are_refused(folder: Path, write_data: Write, refuse: Refuse) -> None:
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        (folder / name / "0.tar").touch()
+    write_data([{**TARS, "urls": "{one,two}/0.tar"}])
+    assert "datasets[0].urls: two/0.tar and one/0.tar have one name, which keys begin with; make them two data sets" in refuse()
+    write_data([{**TARS, "urls": ["one/0.tar", "one/0.tar"]}])
+    assert "datasets[0].urls: one/0.tar stands there twice" in refuse()
 
 
 KEYS = [item.name for kind in (DatasetConfig, TextCacheConfig) for item in options_of(kind)]

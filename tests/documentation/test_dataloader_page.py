@@ -21,7 +21,8 @@ from helpers.data.targets import ResolutionRule, target_size
 from tests.documentation.pages import ROOT, Page
 
 PAGE = Page.named("documentation/DATALOADER.md")
-SAMPLES = [block.text for name in ("DATALOADER", "QUICKSTART") for block in Page.named(f"documentation/{name}.md").blocks("json", "json5")]
+BLOCKS = [block.text for name in ("DATALOADER", "QUICKSTART") for block in Page.named(f"documentation/{name}.md").blocks("json", "json5")]
+SAMPLES = [text for text in BLOCKS if text.startswith("[")]  # the others are settings of editors
 
 
 def size(text: str) -> Size:
@@ -34,6 +35,10 @@ def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) ->
     text = sample.replace("/home/user", str(tmp_path))
     for folder in re.findall(r'"instance_data_dir": "([^"]+)"', text):
         Path(folder).mkdir(parents=True, exist_ok=True)
+    for name in ("rows", "tars"):
+        (tmp_path / name).mkdir()
+    for number in range(3):
+        (tmp_path / "tars" / f"{number:05}.tar").touch()
     (tmp_path / "data.json").write_text(text, encoding="utf-8")
     options = {name: item.default for name, item in OPTIONS.items()}
     data = read_dataloader(tmp_path / "data.json", options)
@@ -123,7 +128,8 @@ def test_the_formats_are_those_of_the_code() -> None:
 
 def test_the_reasons_for_leaving_a_file_out_are_those_of_the_code() -> None:
     [_, *rows] = next(PAGE.section("Files").tables())
-    modules = [ROOT / "helpers" / "data" / f"{name}.py" for name in ("scan", "captions", "images", "targets", "latents")]
+    data, storage = ("scan", "captions", "images", "targets", "latents"), ("tar", "webdataset")
+    modules = [ROOT / "helpers" / part / f"{name}.py" for part, names in (("data", data), ("storage", storage)) for name in names]
     sources = "".join(path.read_text(encoding="utf-8") for path in modules)
     told = {reason for row in rows for reason in re.findall(r"`([^`]+)`", row[0])}
     said = set(re.findall(r'(?:Error\(|(?:problem"?\]?|reason) = \(?|return )\s*f?"([a-z][\w\- ]+): ', sources))

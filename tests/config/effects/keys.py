@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from helpers.config.datasets import DatasetConfig
@@ -10,7 +11,15 @@ from tests.config.effects.lab import ENTRY, SECOND, Effect, cropped, refusal
 from tests.config.effects.options import OPTION_EFFECTS
 from tests.config.effects.sights import buckets, losses, new_folders, of_samples, steps
 
+ROWS: Mapping[str, Any] = {"id": "pictures", "type": "huggingface", "path": "rows", "split": "images"}
+TARS: Mapping[str, Any] = {"id": "pictures", "type": "webdataset", "urls": "images.tar"}
 BOTH = {"pictures", "second"}
+CAPTIONS = {f"caption number {index}" for index in range(6)}
+FILES = {
+    "local": {f"picture_{index}.png" for index in range(6)},
+    "huggingface": {f"{index:07}.jpg" for index in range(6)},
+    "webdataset": {f"images/picture_{index}.png" for index in range(6)},
+}
 SHAPES = {"96x64": 2, "64x96": 2, "64x64": 2}
 
 
@@ -58,6 +67,18 @@ def one_text_cache(key: str, value: str) -> list[dict[str, Any]]:
     return [dict(ENTRY), {"id": "text", "dataset_type": "text_embeds", key: value}]
 
 
+def of_type(key: str, value: str) -> list[dict[str, Any]]:
+    return [{**{"local": ENTRY, "huggingface": ROWS, "webdataset": TARS}[value], key: value}]
+
+
+def of_rows(key: str, value: str) -> list[dict[str, Any]]:
+    return [{**ROWS, key: value}]
+
+
+def of_tars(key: str, value: str) -> list[dict[str, Any]]:
+    return [{**TARS, key: value}]
+
+
 def text_caches(name: str, default: str) -> list[dict[str, Any]]:
     """Two entries `one` and `two`, each with a folder of its own."""
     return [{"id": id, "dataset_type": "text_embeds", "cache_dir": f"{name}_{id}", "default": id == default} for id in ("one", "two")]
@@ -86,10 +107,17 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "is_regularisation_data": Effect(refusal, ["false", "true"]),
     "repeats": Effect(steps, {"0": 3, "1": 6}, ("--max_train_steps=0", "--num_train_epochs=1")),
     "loss_weight": Effect(losses, ["1", "2"]),
+    "type": Effect(of_samples("key"), FILES, (), of_type),
+    "path": Effect(losses, ["rows", "other_rows"], (), of_rows),
+    "split": Effect(losses, ["images", "other_images"], (), of_rows),
+    "image_column": Effect(losses, ["image", "turned"], (), of_rows),
+    "caption_column": Effect(of_samples("caption"), {"text": CAPTIONS, "loud": {c.upper() for c in CAPTIONS}}, (), of_rows),
+    "urls": Effect(losses, ["images.tar", "other_images.tar"], (), of_tars),
 }
 
 TEXT_CACHE_EFFECTS: dict[str, Effect] = {
     "id": Effect(refusal, ["wanted", "another"], (), wanted_by_its_id),
+    "type": Effect(refusal, ["local", "webdataset"], (), one_text_cache),
     "dataset_type": DATASET_EFFECTS["dataset_type"],
     "disabled": Effect(new_folders, {"false": {"kept"}, "true": set()}, (), perhaps_disabled),
     "cache_dir": Effect(new_folders, {"texts_3": {"texts_3"}, "texts_4": {"texts_4"}}, (), one_text_cache),

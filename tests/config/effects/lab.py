@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import shutil
+import tarfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,7 @@ def build_lab(folder: Path) -> Lab:
     """Models `model`, `other` and `varied`, pictures in `images` and `other_images`, and files that flags may name.
 
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
+    The same pictures are in the tars `images.tar` and `other_images.tar`, and as splits of a Hugging Face data set in `rows`.
     """
     for seed, name in enumerate(("model", "other")):
         tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
@@ -138,6 +140,8 @@ def build_lab(folder: Path) -> Lab:
     for name, first in (("images", 0), ("other_images", 100)):
         for index in range(6):
             picture(folder / name / f"picture_{index}.png", first + index, SIZES[index % 3], f"caption number {index}")
+        _in_a_tar(folder / name)
+    _as_rows(folder / "rows", {name: folder / name for name in ("images", "other_images")})
     (folder / "data.json").write_text(json.dumps([ENTRY]))
     (folder / "other.json").write_text(json.dumps([SECOND]))
     (folder / "cropped.json").write_text(json.dumps([{**ENTRY, "crop": True}]))
@@ -145,6 +149,27 @@ def build_lab(folder: Path) -> Lab:
     (folder / "mapped" / "aspect_resolution_map-1.0.json").write_text(json.dumps({"1.5": [1152, 768]}))
     (folder / "prompts.json").write_text(json.dumps({"cat": "a cat", "dog": "a dog"}))
     return Lab(folder)
+
+
+def _in_a_tar(pictures: Path) -> None:
+    with tarfile.open(pictures.with_suffix(".tar"), "w") as tar:
+        for path in sorted(pictures.iterdir()):
+            tar.add(path, path.name)
+
+
+def _as_rows(folder: Path, splits: Mapping[str, Path]) -> None:
+    """Pictures in the columns `image` and `turned`, captions in `text` and `loud`. `other_rows` has the splits exchanged."""
+    import datasets
+
+    tables = {}
+    for name, pictures in splits.items():
+        paths = sorted(map(str, pictures.glob("*.png")))
+        captions = [Path(path).with_suffix(".txt").read_text() for path in paths]
+        columns = {"image": paths, "turned": paths[::-1], "text": captions, "loud": [caption.upper() for caption in captions]}
+        kinds = {"image": datasets.Image(), "turned": datasets.Image(), "text": datasets.Value("string"), "loud": datasets.Value("string")}
+        tables[name] = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    datasets.DatasetDict(tables).save_to_disk(folder)
+    datasets.DatasetDict(dict(zip(tables, reversed(tables.values()), strict=True))).save_to_disk(folder.with_name("other_rows"))
 
 
 def _with_variant(folder: Path) -> None:

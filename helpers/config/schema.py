@@ -1,0 +1,114 @@
+"""Keys of the dataloader JSON -> a JSON Schema (draft 7, which editors know best), for completion and for marks under mistakes.
+
+It says no more than the reader: what the reader takes, the schema takes. What needs the disk or other entries only the reader judges.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.declare import Option, options_of
+from helpers.config.sources import REPOSITORY
+
+SCHEMA_JSON = REPOSITORY / "documentation" / "dataloader.schema.json"
+
+Schema = dict[str, Any]
+
+_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", tuple: "array", dict: "object"}
+
+
+def schema_text() -> str:
+    """The whole of dataloader.schema.json."""
+    return json.dumps(dataloader_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def dataloader_schema() -> Schema:
+    """A list of entries, of which disabled ones may say anything."""
+    kinds = {
+        "if": _says("dataset_type", "text_embeds"),
+        "then": {"$ref": "#/definitions/text_embeds"},
+        "else": {"$ref": "#/definitions/image"},
+    }
+    disabled = {"anyOf": [_says("disabled", True), _says("disable", True)]}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "SimpleTuner data sets",
+        "description": "Generated from helpers/config/datasets.py by python -m helpers.config.document; see documentation/DATALOADER.md.",
+        "allowComments": True,  # these two are for VS Code, and mean what the reader allows
+        "allowTrailingCommas": True,
+        "type": "array",
+        "items": {"type": "object", "if": disabled, "else": kinds},
+        "definitions": {"image": _entry(DatasetConfig), "text_embeds": _entry(TextCacheConfig)},
+    }
+
+
+def _entry(kind: type[Entry]) -> Schema:
+    usable = [item for item in options_of(kind) if not item.not_yet]
+    types = list(_types(usable))
+    return {
+        "type": "object",
+        "properties": {name: _key(item, name) for item in usable for name in (item.name, *item.aliases)},
+        "additionalProperties": False,
+        "required": [item.name for item in usable if _is_required(item) and not item.of_type],
+    } | ({"allOf": types} if types else {})
+
+
+def _types(items: Iterable[Option]) -> Iterable[Schema]:
+    """For each `type` that has keys of its own: they are required where they must be, and elsewhere are not there, or null."""
+    own: dict[str, list[Option]] = {}
+    default = ""
+    for item in items:
+        if item.name == "type":
+            default = item.default
+        elif item.of_type:
+            own.setdefault(item.of_type, []).append(item)
+    for kind, keys in own.items():
+        yield {
+            "if": _says("type", kind, unless_said=kind == default),
+            "then": {"required": [item.name for item in keys if _is_required(item)]},
+            "else": {"properties": {item.name: {"type": "null"} for item in keys}},
+        }
+
+
+def _says(key: str, value: Any, unless_said: bool = False) -> Schema:
+    """Whether an entry has a key with this value; `unless_said` also where it lacks the key."""
+    values = [value, None] if unless_said else [value]
+    return {"properties": {key: {"enum": values}}} | ({} if unless_said else {"required": [key]})
+
+
+def _is_required(item: Option) -> bool:
+    return item.default_text == "required"
+
+
+def _key(item: Option, name: str) -> Schema:
+    """One key. Null is accepted everywhere, and means that nothing was said."""
+    told: Schema = {"description": _description(item, name)}
+    choices = [choice for choice in (*item.choices, *item.spelt) if choice not in item.later]
+    if choices:
+        told["enum"] = [*choices, None]
+    elif item.kind is tuple:
+        texts = {"type": "array", "items": {"type": "string"}}
+        told |= {"anyOf": [{"type": "string"}, texts, {"type": "null"}]} if item.one_or_many else {"type": ["array", "null"]}
+    else:
+        told["type"] = [_TYPES[item.kind], "null"]
+    bounds = {"minimum": item.at_least, "exclusiveMinimum": item.above, "maximum": item.at_most}
+    told |= {word: bound for word, bound in bounds.items() if bound is not None}
+    if item.default not in (None, "", ()) and not item.inherits:
+        told["default"] = item.default
+    if item.does_nothing:
+        told["deprecated"] = True
+        told["deprecationMessage"] = f"Does nothing: {item.does_nothing}."
+    return told
+
+
+def _description(item: Option, name: str) -> str:
+    parts = [item.help if name == item.name else f"Another name of {item.name}. {item.help}"]
+    if item.inherits:
+        parts.append(f"Unless said: --{item.inherits}.")
+    elif item.default_text and not _is_required(item):
+        parts.append(f"Unless said: {item.default_text.replace('`', '')}.")
+    return " ".join(parts)
