@@ -119,9 +119,9 @@ class _Preparation:
                 for index, result in enumerate(self.scanned):
                     shapes = np.unique(self.plan.columns["shape"][self.plan.columns["dataset"] == index])
                     self.report.chapter("dataset", summary(result, len(shapes)))
-                for dataset, rows in self.faceless.items():
-                    if len(rows):
-                        self.report.chapter("faces", f"{dataset}: no face was found in {len(rows):,} pictures; their cut is in the middle")
+                    if faceless := len(self.faceless.get(result.dataset, ())):
+                        told = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
+                        self.report.chapter("faces", f"{result.dataset}: {told}")
 
     def _scan(self, index: int) -> ScanResult:
         rules = rules_of(self.datasets[index], self.settings.seed)

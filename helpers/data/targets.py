@@ -117,10 +117,10 @@ def _in_place(width: Integers, height: Integers, rule: ResolutionRule) -> tuple[
     if not rule.bucket_sizes or rule.resolution_type != "area":
         return width, height
     wanted = {size.aspect: (size.width, size.height) for size in rule.bucket_sizes}
-    computed, which = np.unique(np.stack([width, height], axis=1), axis=0, return_inverse=True)
-    used = np.array([wanted.get(round(w / h, rule.rounding), (w, h)) for w, h in computed.tolist()], np.int64).reshape(-1, 2)
-    found = used[which.reshape(-1)]
-    return found[:, 0], found[:, 1]
+    computed, which = np.unique((width << 32) | height, return_inverse=True)  # as one number each: sorting pairs is slow
+    pairs = [(int(packed) >> 32, int(packed) & 0xFFFFFFFF) for packed in computed]
+    used = np.array([wanted.get(round(w / h, rule.rounding), (w, h)) for w, h in pairs], np.int64).reshape(-1, 2)
+    return used[which, 0], used[which, 1]
 
 
 def _drawn(width: Integers, height: Integers, rule: ResolutionRule, aspect_u: Fractions) -> tuple[Integers, Integers]:
