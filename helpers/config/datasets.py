@@ -139,6 +139,7 @@ class DatasetConfig(Entry):
     aspect_bucket_alignment: int = 64  # pixels; from the option, or from the resolution where that is unset
     text_cache_dir: Path = Path()  # where the embeddings of its captions are kept
     shards: tuple[Path, ...] = ()  # the tars that `urls` stands for
+    index_dir: Path | None = None  # where it is kept what their headers say
 
     @property
     def folder(self) -> Path | None:
@@ -168,4 +169,5 @@ def complete(dataset: DatasetConfig, options: Mapping[str, object]) -> DatasetCo
     """Fill in what follows from other values."""
     asked = options["aspect_bucket_alignment"]
     grid = asked if isinstance(asked, int) else alignment(dataset.resolution, dataset.resolution_type)
-    return dataclasses.replace(dataset, aspect_bucket_alignment=grid)
+    caches = options["cache_dir"]
+    return dataclasses.replace(dataset, aspect_bucket_alignment=grid, index_dir=caches / "tars" if isinstance(caches, Path) else None)
