@@ -1,4 +1,4 @@
-"""Indices of tars, kept on disk: reading a million headers takes minutes, reading what they say a second."""
+"""Indices of tars, kept on disk: headers lie all over a tar, so reading them is slow where a disk is."""
 
 from __future__ import annotations
 
