@@ -187,6 +187,8 @@ class DatasetConfig(Entry):
     aspect_bucket_rounding: int = DEFAULT_ROUNDING  # decimals of the aspects in it
     text_cache_dir: Path = Path()  # where the embeddings of its captions are kept
     caption_filters: tuple[str, ...] = ()  # of the text_embeds entry that it uses
+    shards: tuple[Path, ...] = ()  # the tars that `urls` stands for
+    index_dir: Path | None = None  # where it is kept what their headers say
 
     @property
     def caption_table(self) -> str | None:
@@ -198,8 +200,6 @@ class DatasetConfig(Entry):
         """The tables that captions or sizes come from, by key. What is asked for and not described is absent."""
         wanted = {self.caption_table, self.metadata_backend}
         return {key: table for key in TABLES if key in wanted and (table := getattr(self, key)) is not None}
-
-    shards: tuple[Path, ...] = ()  # the tars that `urls` stands for
 
     @property
     def folder(self) -> Path | None:
@@ -237,4 +237,10 @@ def complete(dataset: DatasetConfig, options: Mapping[str, object]) -> DatasetCo
     grid = asked if isinstance(asked, int) else alignment(dataset.resolution, dataset.resolution_type)
     rounding = options["aspect_bucket_rounding"]
     decimals = rounding if isinstance(rounding, int) else DEFAULT_ROUNDING
-    return dataclasses.replace(dataset, aspect_bucket_alignment=grid, aspect_bucket_rounding=decimals)
+    caches = options["cache_dir"]
+    return dataclasses.replace(
+        dataset,
+        aspect_bucket_alignment=grid,
+        aspect_bucket_rounding=decimals,
+        index_dir=caches / "tars" if isinstance(caches, Path) else None,
+    )

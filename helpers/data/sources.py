@@ -27,7 +27,7 @@ def _huggingface(dataset: DatasetConfig) -> SourceBackend:
 
 
 def _webdataset(dataset: DatasetConfig) -> SourceBackend:
-    return WebDataset(dataset.shards, EXTENSIONS)
+    return WebDataset(dataset.shards, EXTENSIONS, dataset.index_dir)
 
 
 _OPENERS: dict[str, Callable[[DatasetConfig], SourceBackend]] = {

@@ -122,10 +122,8 @@ class HuggingFaceSource:
         images = rows.select_columns([image])
         if isinstance(rows.features[image], datasets.Image):
             images = images.cast_column(image, datasets.Image(decode=False))
-        etag = _etag(folder, files)
-        return _Opened(
-            images, rows.select_columns([caption]) if caption else None, image, caption, folder if folder.is_dir() else folder.parent, etag
-        )
+        captions = rows.select_columns([caption]) if caption else None
+        return _Opened(images, captions, image, caption, folder if folder.is_dir() else folder.parent, _etag(folder, files))
 
 
 # -- finding the rows -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import posixpath
 import tarfile
@@ -40,16 +41,25 @@ class Version:
 
 
 class Members:
-    """The readable members of a tar by name, in a few arrays: some 40 bytes each, where objects would take ten times that."""
+    """The readable members of a tar by name, in a few arrays: 24 bytes each beside the name, where objects take hundreds."""
 
-    def __init__(self, members: Iterable[Member]) -> None:
+    def __init__(self, names: bytes, ends: array[int], offsets: array[int], sizes: array[int]) -> None:
+        self._names = names  # in the order of their bytes, one after the other
+        self._ends = ends  # where each name ends
+        self._offsets = offsets
+        self._sizes = sizes
+
+    @classmethod
+    def of(cls, members: Iterable[Member]) -> Members:
         ordered = sorted(members, key=lambda member: _encoded(member.name))
-        self._names = b"".join(_encoded(member.name) for member in ordered)
-        self._ends = array("Q")
-        for member in ordered:
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(_encoded(member.name)))
-        self._offsets = array("Q", (member.offset for member in ordered))
-        self._sizes = array("Q", (member.size for member in ordered))
+        names = [_encoded(member.name) for member in ordered]
+        ends = array("Q", itertools.accumulate(map(len, names)))
+        return cls(b"".join(names), ends, array("Q", (m.offset for m in ordered)), array("Q", (m.size for m in ordered)))
+
+    @property
+    def parts(self) -> tuple[bytes, bytes, bytes, bytes]:
+        """What it is made of, as bytes in the machine's own order."""
+        return self._names, self._ends.tobytes(), self._offsets.tobytes(), self._sizes.tobytes()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -72,7 +82,7 @@ class Members:
 
 @dataclass(frozen=True)
 class TarIndex:
-    """What a tar holds."""
+    """What a tar holds, by its headers."""
 
     version: Version
     members: Members
@@ -90,7 +100,7 @@ def read_index(path: Path) -> TarIndex:
     names: set[str] = set()
     damage = ""
     with patiently(lambda: path.open("rb")) as stream:
-        version = _version(stream.fileno())
+        version = _version(os.fstat(stream.fileno()))
         _refuse_other_formats(path, stream.read(_BLOCK))
         stream.seek(0)
         try:
@@ -101,7 +111,7 @@ def read_index(path: Path) -> TarIndex:
                     (problems if member.problem else good).append(member)
         except _Damaged as error:
             damage = str(error)
-    return TarIndex(version, Members(good), tuple(problems), damage)
+    return TarIndex(version, Members.of(good), tuple(problems), damage)
 
 
 def read_member(path: Path, version: Version, offset: int, size: int) -> bytes:
@@ -110,7 +120,7 @@ def read_member(path: Path, version: Version, offset: int, size: int) -> bytes:
     def attempt() -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if _version(descriptor) != version:
+            if _version(os.fstat(descriptor)) != version:
                 raise OSError(f"{path} was changed while it was in use; start again")
             parts = []
             at, end = offset, offset + size
@@ -214,8 +224,12 @@ def _refuse_other_formats(path: Path, beginning: bytes) -> None:
             raise DataError(f"{path} is not a tar; name tars in urls.") from None
 
 
-def _version(descriptor: int) -> Version:
-    found = os.fstat(descriptor)
+def version_of(path: Path) -> Version:
+    """OSError when there is no such file."""
+    return _version(path.stat())
+
+
+def _version(found: os.stat_result) -> Version:
     return Version(found.st_size, found.st_mtime_ns)
 
 

@@ -23,6 +23,7 @@ from typing import BinaryIO, cast
 
 from helpers.errors import DataError
 from helpers.storage.backend import Entry
+from helpers.storage.kept_index import kept_index
 from helpers.storage.tar import Member, Section, TarIndex, read_index, read_member
 
 PICKLED = frozenset({".pyd", ".pickle", ".pkl", ".pt", ".pth"})
@@ -36,11 +37,12 @@ _THREADS = 8  # that read headers: on network file systems most of the time is w
 class WebDataset:
     """The samples of tars, read-only, by the key `name-of-the-tar/name-of-the-member`.
 
-    `pictures` are the endings of pictures, in lower case. Headers are read once, when a tar is first needed.
+    `pictures` are the endings of pictures, in lower case. Headers are read once, when a tar is first needed, and what they say is
+    kept in the folder `indices`, if there is one: other processes and later runs read that instead.
     """
 
-    def __init__(self, shards: Sequence[Path], pictures: Collection[str]) -> None:
-        self._shards = {shard.stem: _Shard(shard, pictures) for shard in sorted(shards, key=lambda shard: shard.stem)}
+    def __init__(self, shards: Sequence[Path], pictures: Collection[str], indices: Path | None = None) -> None:
+        self._shards = {shard.stem: _Shard(shard, pictures, indices) for shard in sorted(shards, key=lambda shard: shard.stem)}
         if len(self._shards) != len(shards):
             raise ValueError("two tars have one name")
         self.name = str(shards[0]) if len(shards) == 1 else f"{len(shards):,} tars from {shards[0]} on"
@@ -75,8 +77,9 @@ class WebDataset:
 class _Shard:
     """One tar."""
 
-    def __init__(self, path: Path, pictures: Collection[str]) -> None:
+    def __init__(self, path: Path, pictures: Collection[str], indices: Path | None) -> None:
         self.path = path
+        self._indices = indices
         self._pictures = pictures
         self._index: TarIndex | None = None
         self._lock = threading.Lock()
@@ -86,7 +89,7 @@ class _Shard:
         with self._lock:
             if self._index is None:
                 try:
-                    self._index = read_index(self.path)
+                    self._index = kept_index(self.path, self._indices) if self._indices else read_index(self.path)
                 except OSError as error:
                     raise DataError(f"{self.path} cannot be read: {error.strerror or error}; check the urls.") from error
             return self._index

@@ -269,6 +269,12 @@ def test_captions_come_with_rows_and_tars_unless_something_else_is_asked_for(fol
         assert read("--instance_prompt=x", "--caption_strategy=instanceprompt").datasets[0].caption_strategy == "instanceprompt"
 
 
+def test_a_library_that_is_not_there_is_named_with_its_remedy(write_data: Write, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data([ROWS])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "datasets[0].type: huggingface needs the library datasets; .venv/bin/pip install datasets" in refuse("--report_to=none")
+
+
 def test_patterns_of_tars_stand_for_files_in_their_order(folder: Path, read: Read, write_data: Write) -> None:
     names = ["a-08.tar", "a-09.tar", "a-10.tar", "x_1.tar", "x_2.tar", "y_1.tar", "y_2.tar", "z.tar"]
     (folder / "sub").mkdir()

@@ -26,6 +26,7 @@ OF_THE_SET_UP = {"SIMPLETUNER_TORCH_BACKEND", "SIMPLETUNER_PYTHON", "PYTHON", "E
 OF_OTHER_PROGRAMS = {
     "accelerate launch": {"--config_file", "--machine_rank", "--main_process_ip", "--main_process_port"},
     "uv": {"--torch-backend"},
+    "hf": {"--repo-type"},
     "tensorboard": {"--logdir"},
     "ubuntu.sh": {"--detect", "--test"},
     "class_images": {flag for action in class_images.parser()._actions for flag in action.option_strings},

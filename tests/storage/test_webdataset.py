@@ -14,6 +14,8 @@ import pytest
 
 from helpers.data.images import EXTENSIONS
 from helpers.errors import DataError
+from helpers.storage import kept_index as kept_index_module
+from helpers.storage import webdataset
 from helpers.storage.backend import Entry
 from helpers.storage.tar import Member, Members
 from helpers.storage.webdataset import WebDataset
@@ -205,8 +207,6 @@ def test_a_changed_tar_is_noticed_in_the_listing_and_while_it_is_in_use(tmp_path
 
 
 def test_headers_are_read_once_and_many_threads_read_the_right_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from helpers.storage import webdataset
-
     indexed = []
     really = webdataset.read_index
     monkeypatch.setattr(webdataset, "read_index", lambda path: indexed.append(path) or really(path))
@@ -219,9 +219,35 @@ def test_headers_are_read_once_and_many_threads_read_the_right_bytes(tmp_path: P
     assert indexed == [tmp_path / "s.tar"]
 
 
-def test_an_index_is_small_and_finds_every_name() -> None:
+def test_what_headers_say_is_kept_and_used_as_long_as_the_tar_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, indices = tmp_path / "s.tar", tmp_path / "cache" / "tars"
+    write_tar(path, [("a.jpg", b"one"), ("a.jpg", b"again"), ("caf\udce9.jpg", b"2"), ("b.txt", b"three")])
+    path.write_bytes(path.read_bytes()[: 4 * 1024])  # and without its end
+    read = []
+    really = kept_index_module.read_index
+    monkeypatch.setattr(kept_index_module, "read_index", lambda path: read.append(path) or really(path))
+
+    def listed_and_read() -> tuple[list[Entry], bytes]:
+        source = WebDataset([path], EXTENSIONS, indices)
+        return list(source.list()), source.read("s/a.jpg")
+
+    first = listed_and_read()
+    assert first == (list(opened(path).list()), b"one")
+    assert listed_and_read() == first and len(read) == 1
+    [kept] = indices.iterdir()
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[:50], whole[:-1], whole.replace(b"a.jpg", b"x.jpg", 1), whole + b"1", b"\0" * len(whole)):
+        kept.write_bytes(damaged)
+        assert listed_and_read() == first
+    assert len(read) == 7 and kept.read_bytes() == whole
+    write_tar(path, {"a.jpg": b"two"})
+    assert listed_and_read() == (list(opened(path).list()), b"two")
+    assert len(list(indices.iterdir())) == 1
+
+
+def test_an_index_finds_every_name_and_no_other() -> None:
     names = [f"{number * 7919 % 100_003:06}.jpg" for number in range(20_000)]
-    members = Members(Member(name, place, place + 1) for place, name in enumerate(names))
+    members = Members.of(Member(name, place, place + 1) for place, name in enumerate(names))
     assert all(members.get(name) == Member(name, place, place + 1) for place, name in enumerate(names))
     assert [member.name for member in members] == sorted(names)
     assert members.get("") is members.get("000000.jp") is members.get("zzz") is None

@@ -134,6 +134,8 @@ def build_lab(folder: Path) -> Lab:
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
     The same pictures are in the tars `images.tar` and `other_images.tar`, and as splits of a Hugging Face data set in `rows`.
     """
+    for name in ("cache", "runs"):
+        (folder / name).mkdir(parents=True)  # made by the first run otherwise, and seen as its effect
     for seed, name in enumerate(("model", "other")):
         tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
     _with_variant(folder)
