@@ -148,7 +148,7 @@ def test_a_table_falls_back_to_the_options_for_its_columns(table: Path, read: Re
         ),
         (
             {"csv": {"path": "t.csv", "width_column": 3}},
-            "datasets[0].csv.width_column is the number 3; it must be text (data.json, line 9)",
+            "datasets[0].csv.width_column is the number 3; it must be text (data.json, line 8)",
         ),
         ({"csv": {}}, "datasets[0].csv.path is missing; name the table"),
         ({"csv": "t.csv"}, 'datasets[0].csv is the text "t.csv"; it must be an object with a path'),
