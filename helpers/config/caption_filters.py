@@ -32,7 +32,7 @@ def parse_filter(line: str) -> FilterLine:
     In a replacement `\/` stands for a slash. ValueError tells what is wrong with the line and how to put it right.
     """
     if not line:
-        raise ValueError("is empty, and would be found everywhere; remove it")
+        raise ValueError("has an empty line, which would be found everywhere; remove it")
     if len(line) > MAX_LINE:
         raise ValueError(f"has {len(line):,} characters; a line has at most {MAX_LINE:,}")
     slashes = [match.end() - 1 for match in _SLASH.finditer(line)]

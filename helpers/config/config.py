@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import masked, options_of, show
 from helpers.config.options import (
     OPTIONS,
@@ -98,12 +98,12 @@ class Config:
         return dataclasses.replace(self, origins=origins, given=self.given | values.keys(), **sections)
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
-    """The effective keys of a data set; those without effect or not available yet say nothing and are left out."""
+def _entry(entry: Entry | TableConfig) -> dict[str, Any]:
+    """The effective keys of a data set or a table; those without effect or not available yet say nothing and are left out."""
     return dict(_telling(entry))
 
 
-def _telling(entry: Entry) -> Iterator[tuple[str, Any]]:
+def _telling(entry: Entry | TableConfig) -> Iterator[tuple[str, Any]]:
     declared = {item.name: item for item in options_of(type(entry))}
     for field in dataclasses.fields(entry):
         item = declared.get(field.name)
@@ -117,6 +117,8 @@ def _plain(value: Any) -> Any:
         return masked(str(value))
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, TableConfig):
+        return _entry(value)
     return value
 
 

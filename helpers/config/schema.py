@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of
 from helpers.config.sources import REPOSITORY
 
@@ -46,6 +46,23 @@ def dataloader_schema() -> Schema:
     }
 
 
+# What the elements of a list may be, where that is more than texts; they are read by functions of their own (`Option.each`).
+_ELEMENTS: dict[str, Schema] = {
+    "crop_aspect_buckets": {
+        "anyOf": [
+            {"type": "number", "exclusiveMinimum": 0},
+            {
+                "type": "object",
+                "properties": {"aspect": {"type": "number", "exclusiveMinimum": 0}, "weight": {"type": "number", "exclusiveMinimum": 0}},
+                "additionalProperties": False,
+                "required": ["aspect"],
+            },
+        ]
+    },
+}
+_TEXT_OR_TEXTS = ("caption_filter_list",)  # a path, or the lines themselves
+
+
 def _entry(kind: type[Entry]) -> Schema:
     usable = [item for item in options_of(kind) if not item.not_yet]
     types = list(_types(usable))
@@ -55,6 +72,17 @@ def _entry(kind: type[Entry]) -> Schema:
         "additionalProperties": False,
         "required": [item.name for item in usable if _is_required(item) and not item.of_type],
     } | ({"allOf": types} if types else {})
+
+
+def _object(kind: type) -> Schema:
+    """An object inside an entry."""
+    usable = [item for item in options_of(kind) if not item.not_yet]
+    return {
+        "type": "object",
+        "properties": {item.name: _key(item, item.name) for item in usable},
+        "additionalProperties": False,
+        "required": [item.name for item in usable if _is_required(item)],
+    }
 
 
 def _types(items: Iterable[Option]) -> Iterable[Schema]:
@@ -90,9 +118,12 @@ def _key(item: Option, name: str) -> Schema:
     choices = [choice for choice in (*item.choices, *item.spelt) if choice not in item.later]
     if choices:
         told["enum"] = [*choices, None]
+    elif item.kind is TableConfig:
+        told |= {"anyOf": [_object(TableConfig), {"type": "null"}]}
     elif item.kind is tuple:
-        texts = {"type": "array", "items": {"type": "string"}}
-        told |= {"anyOf": [{"type": "string"}, texts, {"type": "null"}]} if item.one_or_many else {"type": ["array", "null"]}
+        elements = {"type": "array", "items": _ELEMENTS.get(item.name, {"type": "string"})}
+        alone = [{"type": "string"}] if item.one_or_many or item.name in _TEXT_OR_TEXTS else []
+        told |= {"anyOf": [*alone, elements, {"type": "null"}]}
     else:
         told["type"] = [_TYPES[item.kind], "null"]
     bounds = {"minimum": item.at_least, "exclusiveMinimum": item.above, "maximum": item.at_most}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Literal
 
 from helpers.data.caption_filters import CaptionFilters
@@ -15,6 +16,7 @@ CAPTION_EXTENSION = ".txt"  # in any case
 MAX_CAPTION_BYTES = 1 << 20  # a text this long beside an image is a mistake, not a caption
 SHUFFLES = 8  # orders of the tags of one caption: enough to keep a place from meaning something, few enough to encode them all
 TABLES = ("parquet", "jsonl", "csv")
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,18 @@ class Captioner:
 
     def _said(self, key: str, texts: Sequence[str] | None) -> list[str]:
         """The captions as they were written. CaptionError when there is none."""
-        name = PurePosixPath(key)
+        stem = posixpath.splitext(key)[0]
         if self.rule.strategy == "filename":
-            texts = [" ".join(name.stem.replace("_", " ").split())]
+            texts = [" ".join(posixpath.basename(stem).replace("_", " ").split())]
         elif texts is None:
-            raise CaptionError(f"no caption: {name.with_suffix(CAPTION_EXTENSION)} is missing")
+            raise CaptionError(f"no caption: {stem}{CAPTION_EXTENSION} is missing")
         if self.rule.multiple:
             texts = [line.strip() for text in texts for line in text.split("\n")]
         found = [text for text in texts if text]
         if not found:
-            raise CaptionError(f"empty caption: {name.with_suffix(CAPTION_EXTENSION) if self.rule.reads_files else name} says nothing")
+            raise CaptionError(
+                f"empty caption: {stem + CAPTION_EXTENSION if self.rule.reads_files else posixpath.basename(key)} says nothing"
+            )
         return found
 
     def _shuffled(self, key: str, captions: Sequence[str]) -> list[str]:
@@ -120,6 +124,11 @@ def _tags(caption: str, separator: str) -> tuple[list[str], str]:
     mark = r"\s*" + re.escape(separator.strip()) + r"\s*" if separator.strip() else r"\s+"
     first = re.search(mark, caption)
     return [tag for tag in re.split(mark, caption) if tag], first[0] if first else separator
+
+
+def json_list(texts: Sequence[str]) -> str:
+    """Texts as a JSON list; several times as fast as `json.dumps`, and a data set may have millions."""
+    return "[" + ", ".join(map(_encode, texts)) + "]"
 
 
 def clean(text: str) -> str:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from helpers.data.captions import CAPTION_EXTENSION, MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption
+from helpers.data.captions import CAPTION_EXTENSION, MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption, json_list
 from helpers.data.catalogue import Catalogue
 from helpers.data.images import EXTENSIONS, ImageError, read_size
 from helpers.data.sample import Size
@@ -283,7 +283,7 @@ def _verdict(
         return None, reason, row
     texts = text if text is None else json.loads(text) if rules.captions.table else [text]
     try:
-        return json.dumps(captioner.captions(key, texts), ensure_ascii=False), None, row
+        return json_list(captioner.captions(key, texts)), None, row
     except CaptionError as error:
         return None, str(error), row
 

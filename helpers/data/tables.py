@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from helpers.config.suggest import did_you_mean
-from helpers.data.captions import MAX_CAPTION_BYTES, clean
+from helpers.data.captions import MAX_CAPTION_BYTES, clean, json_list
 from helpers.data.images import MAX_PIXELS
 from helpers.data.sample import Size
 from helpers.errors import DataError
@@ -65,15 +65,17 @@ def read_rows(stream: BinaryIO, rule: TableRule) -> Iterator[list[Row]]:
     if not stream.seekable():
         stream = io.BytesIO(stream.read())
     read = {"parquet": _parquet, "jsonl": _json, "csv": _csv}[rule.format]
-    values = read(stream, rule)
-    while block := list(itertools.islice(values, BLOCK)):
-        yield [_judged(row, rule) for row in block]
+    judge = _Judge(rule)
+    for block in read(stream, rule):
+        yield list(map(judge.row, *block))
 
 
-# Formats: each gives a row's values by the names of `rule.columns`.
+# Formats: each gives blocks of at most `BLOCK` rows as lists of values, one for each of `rule.columns`.
+
+Block = Sequence[Sequence[Any]]
 
 
-def _parquet(stream: BinaryIO, rule: TableRule) -> Iterator[dict[str, Any]]:
+def _parquet(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
     import pyarrow
     import pyarrow.parquet
 
@@ -81,21 +83,21 @@ def _parquet(stream: BinaryIO, rule: TableRule) -> Iterator[dict[str, Any]]:
         file = pyarrow.parquet.ParquetFile(stream)
         _require_columns(file.schema_arrow.names, rule)
         for batch in file.iter_batches(BLOCK, columns=rule.columns):
-            values = [batch.column(name).to_pylist() for name in rule.columns]
-            for row in zip(*values, strict=True):
-                yield dict(zip(rule.columns, row, strict=True))
+            yield [batch.column(name).to_pylist() for name in rule.columns]
     except pyarrow.ArrowException as error:
         raise DataError(f"{rule.path} is not a Parquet table, or damaged: {' '.join(str(error).split())[:200]}.") from error
 
 
-def _json(stream: BinaryIO, rule: TableRule) -> Iterator[dict[str, Any]]:
+def _json(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
     """JSON lines, or one list of objects. A column that no row has is missing; one that some rows lack is empty there."""
     seen: set[str] = set()
-    for place, row in _json_objects(stream, rule):
-        if not isinstance(row, dict):
-            raise DataError(f"{rule.path}, {place}: {json.dumps(row)[:40]} is not an object with a row's columns.")
-        seen.update(row)
-        yield row
+    objects = _json_objects(stream, rule)
+    while block := list(itertools.islice(objects, BLOCK)):
+        for place, row in block:
+            if not isinstance(row, dict):
+                raise DataError(f"{rule.path}, {place}: {json.dumps(row)[:40]} is not an object with a row's columns.")
+            seen.update(row)
+        yield [[row.get(name) for _, row in block] for name in rule.columns]
     if seen:
         _require_columns(sorted(seen), rule)
 
@@ -121,26 +123,33 @@ def _parsed(data: bytes, where: str) -> Any:
         raise DataError(f"{where}: is not JSON: {error}.") from None
 
 
-def _csv(stream: BinaryIO, rule: TableRule) -> Iterator[dict[str, Any]]:
+def _csv(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
     """CSV as RFC 4180 has it, with a heading; tabs in place of commas where the name ends in .tsv."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, delimiter="\t" if rule.path.lower().endswith(".tsv") else ",", strict=True)
     try:
         heading = next(reader, [])
         _require_columns(heading, rule)
-        places = [(name, heading.index(name)) for name in rule.columns]
-        for row in reader:
-            if row and len(row) != len(heading):
-                raise DataError(
-                    f"{rule.path}, line {reader.line_num}: {len(row)} values under {len(heading)} columns;"
-                    " a value with a comma stands in double quotes."
-                )
-            if row:
-                yield {name: row[place] for name, place in places}
+        places = [heading.index(name) for name in rule.columns]
+        rows = _csv_rows(reader, len(heading), rule)
+        while block := list(itertools.islice(rows, BLOCK)):
+            yield [[row[place] for row in block] for place in places]
     except csv.Error as error:
         raise DataError(f"{rule.path}, line {reader.line_num}: is not CSV: {error}.") from None
     except UnicodeDecodeError:
         raise DataError(f"{rule.path}: is not UTF-8 after line {reader.line_num}; save it as UTF-8.") from None
+
+
+def _csv_rows(reader: Any, columns: int, rule: TableRule) -> Iterator[list[str]]:
+    """Rows but for empty ones. DataError for one that has more or fewer values than there are columns."""
+    for row in reader:
+        if row and len(row) != columns:
+            raise DataError(
+                f"{rule.path}, line {reader.line_num}: {len(row)} values under {columns} columns;"
+                " a value with a comma stands in double quotes."
+            )
+        if row:
+            yield row
 
 
 def _require_columns(found: Sequence[str], rule: TableRule) -> None:
@@ -156,39 +165,77 @@ def _require_columns(found: Sequence[str], rule: TableRule) -> None:
 # Rows.
 
 
-def _judged(values: dict[str, Any], rule: TableRule) -> Row:
-    name = values.get(rule.filename_column)
-    is_number = isinstance(name, int) and not isinstance(name, bool)
-    width = height = size_problem = captions = caption_problem = None
-    if rule.width_column is not None and rule.height_column is not None:
-        width, height, size_problem = _size(values.get(rule.width_column), values.get(rule.height_column), rule)
-    if rule.caption_column is not None:
-        captions, caption_problem = _captions(values, rule)
-    return Row(_name(name), is_number, width, height, size_problem, captions, caption_problem)
+class _Judge:
+    """Judges rows. A table may have millions of them, so what is usual is asked for first."""
+
+    def __init__(self, rule: TableRule) -> None:
+        self.rule = rule
+        place = {name: index for index, name in enumerate(rule.columns)}
+        self.name = place[rule.filename_column]
+        self.sizes = [(name, place[name]) for name in (rule.width_column, rule.height_column) if name is not None]
+        self.texts = [(name, place[name]) for name in (rule.caption_column, rule.fallback_caption_column) if name is not None]
+
+    def row(self, *values: Any) -> Row:
+        """One row from its values, in the order of `rule.columns`."""
+        name = values[self.name]
+        is_number = type(name) is int
+        size = self._size(values) if self.sizes else (None, None, None)
+        captions = self._captions(values) if self.texts else (None, None)
+        return Row(str(name) if is_number else _name(name), is_number, *size, *captions)
+
+    def _size(self, values: Sequence[Any]) -> tuple[int | None, int | None, str | None]:
+        """Width, height and what is wrong with them."""
+        (_, wide), (_, high) = self.sizes
+        width, height = values[wide], values[high]
+        if type(width) is type(height) is int and width >= 1 and height >= 1 and width * height <= MAX_PIXELS:
+            return width, height, None
+        found = []
+        for column, place in self.sizes:
+            number = _whole(values[place])
+            if number is None:
+                return None, None, f"no size: the column {column} of {self.rule.path} says {_shown(values[place])} for it"
+            found.append(number)
+        size = Size(*found)
+        if size.area > MAX_PIXELS:
+            return None, None, f"too large: {size}, more than {MAX_PIXELS / 1e6:g} megapixels"
+        return size.width, size.height, None
+
+    def _captions(self, values: Sequence[Any]) -> tuple[str | None, str | None]:
+        """Captions as a JSON list, and what is wrong with them."""
+        for column, place in self.texts:
+            texts, problem = self._texts(column, values[place])
+            if texts or problem:
+                return (None if problem else json_list(texts)), problem
+        said = " and ".join(column for column, _ in self.texts)
+        return None, f"empty caption: {said} of {self.rule.path} {'say' if len(self.texts) > 1 else 'says'} nothing of it"
+
+    def _texts(self, column: str, value: Any) -> tuple[list[str], str | None]:
+        """The captions in one value, none where it is empty, and what is wrong with it."""
+        if type(value) is str and len(value) <= MAX_CAPTION_BYTES and _is_unicode(value):
+            return ([text] if (text := clean(value)) else []), None
+        if isinstance(value, list) and not self.rule.lists:
+            raise DataError(f"{self.rule.path}: the column {column!r} holds lists of captions; set multiple_captions to true to use them.")
+        written = value if isinstance(value, list) else [value]
+        written = [text for text in written if text is not None and text == text]  # NaN is how pandas writes that there is none
+        here = f"the column {column} of {self.rule.path}"
+        if not all(isinstance(text, str) for text in written):
+            return [], f"caption is not text: {here} says {_shown(value)} for it"
+        texts = [text for text in map(clean, written) if text]
+        if not all(map(_is_unicode, texts)):
+            return [], f"caption is not UTF-8: {here} has half of a character pair for it"
+        if (length := sum(map(len, texts))) > MAX_CAPTION_BYTES:
+            return [], f"caption too long: {here} has {length:,} characters for it"
+        return texts, None
 
 
 def _name(value: Any) -> str | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not _is_unicode(value):
-        return None
-    return value.removeprefix("./") or None
-
-
-def _size(width: Any, height: Any, rule: TableRule) -> tuple[int | None, int | None, str | None]:
-    numbers = [_whole(value) for value in (width, height)]
-    if numbers[0] is None or numbers[1] is None:
-        missing = next(name for name, number in zip((rule.width_column, rule.height_column), numbers, strict=True) if number is None)
-        value = _shown(width if numbers[0] is None else height)
-        return None, None, f"no size: the column {missing} of {rule.path} says {value} for it"
-    size = Size(numbers[0], numbers[1])
-    if size.area > MAX_PIXELS:
-        return None, None, f"too large: {size}, more than {MAX_PIXELS / 1e6:g} megapixels"
-    return size.width, size.height, None
+    return value.removeprefix("./") or None if isinstance(value, str) and _is_unicode(value) else None
 
 
 def _whole(value: Any) -> int | None:
     """A whole number of pixels, at least 1, from what a column of numbers or texts says; None for anything else."""
+    if type(value) is int:
+        return value if value >= 1 else None
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -201,30 +248,10 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None or value == "" or value != value else repr(value)[:40]
 
 
-def _captions(values: dict[str, Any], rule: TableRule) -> tuple[str | None, str | None]:
-    """The captions of a row as a JSON list, or what is wrong with them."""
-    names = [name for name in (rule.caption_column, rule.fallback_caption_column) if name is not None]
-    for name in names:
-        value = values.get(name)
-        if isinstance(value, list) and not rule.lists:
-            raise DataError(f"{rule.path}: the column {name!r} holds lists of captions; set multiple_captions to true to use them.")
-        texts = value if isinstance(value, list) else [value]
-        texts = [text for text in texts if text is not None and text == text]  # NaN is how pandas writes that there is none
-        if not all(isinstance(text, str) for text in texts):
-            return None, f"caption is not text: the column {name} of {rule.path} says {_shown(value)} for it"
-        cleaned = [text for text in map(clean, texts) if text]
-        if not all(map(_is_unicode, cleaned)):
-            return None, f"caption is not UTF-8: the column {name} of {rule.path} has half of a character pair for it"
-        length = sum(map(len, cleaned))
-        if length > MAX_CAPTION_BYTES:
-            return None, f"caption too long: the column {name} of {rule.path} has {length:,} characters for it"
-        if cleaned:
-            return json.dumps(cleaned, ensure_ascii=False), None
-    return None, f"empty caption: {' and '.join(names)} of {rule.path} {'say' if len(names) > 1 else 'says'} nothing of it"
-
-
 def _is_unicode(text: str) -> bool:
     """Whether a text can be stored: JSON can write halves of surrogate pairs, which no encoding has."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from helpers.config.config import Config
 from helpers.config.dataloader import read_dataloader
-from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of
+from helpers.config.options.data import TABLES
 from helpers.config.read import FactsByAxis, read_config
 from helpers.errors import ConfigError
 
@@ -195,6 +196,93 @@ def test_relative_folders_can_be_taken_from_another_place(folder: Path, write_da
     assert data.datasets[0].cache_dir_vae == folder / "elsewhere" / "latents"
 
 
+# -- captions and tables ----------------------------------------------------------------------------------------------------
+
+TABLE: dict[str, Any] = {**IMAGES, "caption_strategy": "csv", "csv": {"path": "t.csv"}}
+
+
+@pytest.fixture
+def table(folder: Path) -> Path:
+    """A file that is there; its content is no matter of settings."""
+    path = folder / "images" / "t.csv"
+    path.touch()
+    return path
+
+
+def test_a_table_falls_back_to_the_options_for_its_columns(table: Path, read: Read, write_data: Write) -> None:
+    own = {"path": str(table), "filename_column": "file", "identifier_includes_extension": True, "fallback_caption_column": "alt"}
+    write_data([TABLE, {**TABLE, "id": "b", "csv": own}])
+    first, second = (dataset.csv for dataset in read("--parquet_filename_column=name", "--parquet_caption_column=text").datasets)
+    assert first == TableConfig("t.csv", filename_column="name", caption_column="text")
+    assert second == TableConfig(str(table), "file", True, "text", "alt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"csv": {"path": "t.csv", "capton_column": "a"}},
+            "datasets[0].csv.capton_column is not a key of a table (did you mean caption_column?)",
+        ),
+        (
+            {"csv": {"path": "t.csv", "width_column": 3}},
+            "datasets[0].csv.width_column is the number 3; it must be text (data.json, line 8)",
+        ),
+        ({"csv": {}}, "datasets[0].csv.path is missing; name the table"),
+        ({"csv": "t.csv"}, 'datasets[0].csv is the text "t.csv"; it must be an object with a path'),
+        ({"csv": {"path": "no.csv"}}, "datasets[0].csv.path: there is no file images/no.csv; name it from the data set's folder"),
+        ({"csv": None}, "datasets[0].csv is missing; caption_strategy csv needs it"),
+        ({"metadata_backend": "parquet"}, "datasets[0].parquet is missing; metadata_backend parquet needs it"),
+        ({"caption_strategy": "filename", "multiple_captions": True}, "data set 'a': multiple_captions needs caption_strategy textfile"),
+        ({"shuffle_tags": True, "tag_separator": ""}, "data set 'a': tag_separator is empty; name what stands between tags"),
+        ({"keep_tags": 1}, "data set 'a': keep_tags needs shuffle_tags: true"),
+    ],
+)
+def test_a_mistake_about_captions_or_tables_is_named(
+    changed: dict[str, Any], said: str, table: Path, write_data: Write, refuse: Refuse
+) -> None:
+    write_data([{**TABLE, **changed}])
+    assert said in refuse()
+
+
+def test_a_table_that_nothing_asks_for_and_keys_of_it_that_do_nothing_say_so(table: Path, read: Read, write_data: Write) -> None:
+    write_data([{**TABLE, "parquet": {"path": "x"}, "csv": {"path": "t.csv", "luminance_column": "l"}}])
+    assert read().notes == (
+        "data.json: datasets[0].csv.luminance_column does nothing: nothing is chosen by it.",
+        "data.json: datasets[0].parquet does nothing: neither caption_strategy nor metadata_backend is parquet.",
+    )
+
+
+def test_filters_reach_the_data_sets_that_use_their_entry(folder: Path, read: Read, write_data: Write) -> None:
+    (folder / "filters.txt").write_text("plain \n\ns/a/b/\n")
+    (folder / "filters.json").write_text('["one", "^two"]')
+    text = {"id": "t", "dataset_type": "text_embeds", "default": True, "caption_filter_list": "filters.txt"}
+    other = {"id": "u", "dataset_type": "text_embeds", "caption_filter_list": "filters.json"}
+    write_data([IMAGES, {**IMAGES, "id": "b", "text_embeds": "u"}, text, other])
+    assert [dataset.caption_filters for dataset in read().datasets] == [("plain ", "s/a/b/"), ("one", "^two")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["ok", "(a"], "'(a' is not a regular expression (missing ), unterminated subpattern at position 0); put a backslash before"),
+        (["s/(a)/\\2/"], "is not a regular expression (invalid group reference 2"),
+        (["s/a/b/c"], "'s/a/b/c' is not of the form s/a/b/; a slash inside a or b is written \\/"),
+        (["s//b/"], "'s//b/' replaces nothing"),
+        ([""], "caption_filter_list: has an empty line, which would be found everywhere; remove it"),
+        (["x" * 1001], "has 1,001 characters; a line has at most 1,000"),
+        ([1], "is a list; it must be a list of texts, or the path of a .json or .txt file"),
+        ("filters.csv", "filters.csv is neither a .json nor a .txt file"),
+        ("nowhere.txt", "nowhere.txt: No such file or directory; check the path"),
+    ],
+)
+def test_a_filter_that_cannot_be_used_is_named_before_the_run(lines: Any, said: str, write_data: Write, refuse: Refuse) -> None:
+    write_data([IMAGES, {"id": "t", "dataset_type": "text_embeds", "caption_filter_list": lines}])
+    assert said in refuse()
+    write_data([{**IMAGES, "caption_filter_list": lines}])
+    assert "datasets[0].caption_filter_list is not a key of an image data set; it belongs to a text_embeds entry" in refuse()
+
+
 def keys(kind: type[Entry]) -> Iterator[Any]:
     for item in options_of(kind):
         yield pytest.param(kind, item, id=f"{kind.__name__}.{item.name}")
@@ -207,6 +295,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "crop_aspect_buckets": {"crop": True, "crop_aspect": "random"},
     "maximum_image_size": {"crop": True, "target_downsample_size": 1},
     "target_downsample_size": {"crop": True, "maximum_image_size": 1},
+    **dict.fromkeys(("multiple_captions", "keep_tags", "tag_separator"), {"caption_strategy": "textfile", "shuffle_tags": True}),
 }
 OTHER_VALUES: dict[str, Any] = {
     "crop_style": "center",  # the last choice, face, needs a library
@@ -229,7 +318,7 @@ def other_value(item: Option) -> Any:
         return not item.default
     if item.kind in (int, float):
         return (item.default or item.at_least or item.above or 0) + 1
-    values: dict[type, Any] = {str: "text", Path: "folder", tuple: ["a"], dict: {"a": 1}}
+    values: dict[type, Any] = {str: "text", Path: "folder", tuple: ("a",), dict: {"a": 1}}
     return values[item.kind]
 
 
@@ -237,13 +326,14 @@ def other_value(item: Option) -> Any:
 def test_every_key_lands_in_its_field_or_is_refused_by_name(
     kind: type[Entry], item: Option, folder: Path, write_data: Write, read: Read, refuse: Refuse
 ) -> None:
-    if item.name in ("id", "dataset_type", "disabled", "instance_data_dir", "text_embeds"):
-        return  # tested by name above
+    if item.name in ("id", "dataset_type", "disabled", "instance_data_dir", "text_embeds", "metadata_backend", *TABLES):
+        return  # tested by name
     value = other_value(item)
     start = STARTS.get(item.of_type, IMAGES) if kind is DatasetConfig else {"id": "t", "dataset_type": "text_embeds"}
     for name in ("a.tar", "b.tar"):
         (folder / name).touch()
     start = {**start, "resolution": 512} if value == "pixel" else {**start, **BESIDE.get(item.name, {})}
+    start = {**start, "only_instance_prompt": True} if value in TABLES else start  # that needs no table
     write_data([{**start, item.name: value}, {**IMAGES, "id": "beside"}])
     if item.not_yet or value in item.later:
         assert f"datasets[0].{item.name}" in (told := refuse("--instance_prompt=x")) and "is not available yet" in told

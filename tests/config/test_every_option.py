@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from helpers.config.config import Config
+from helpers.config.datasets import TableConfig
 from helpers.config.declare import Option
 from helpers.config.options import OPTIONS
+from helpers.config.options.data import TABLES
 from helpers.errors import ConfigError
 
 # Text of a usable value where one cannot be made from the declaration alone.
@@ -32,6 +34,7 @@ COMPANIONS = {
     ("target_downsample_size", "0.05"): ("--maximum_image_size=1",),
     ("lr_scheduler", "polynomial"): ("--learning_rate=1e-4",),
     ("caption_strategy", "instanceprompt"): ("--instance_prompt=a dog",),
+    **{("caption_strategy", kind): ("--only_instance_prompt", "--instance_prompt=a dog") for kind in TABLES},  # without a table
     ("prepend_instance_prompt", "true"): ("--instance_prompt=a dog",),
     ("only_instance_prompt", "true"): ("--instance_prompt=a dog",),
     ("training_num_machines", "2"): ("--training_num_processes=2",),
@@ -54,7 +57,7 @@ def values_to_try(item: Option) -> Iterator[str]:
         highest = item.at_most if item.at_most is not None else 10.0
         yield repr(min(highest, (item.default or item.above or item.at_least or 0) + 0.05))
     else:
-        texts: dict[type, str] = {str: "some text", Path: "some/folder", tuple: "one,two"}
+        texts: dict[type, str] = {str: "some text", Path: "some/folder", tuple: "one,two", TableConfig: "some/table"}
         yield texts[item.kind]
 
 

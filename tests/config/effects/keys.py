@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from helpers.config.datasets import DatasetConfig
+from helpers.config.datasets import DatasetConfig, TableConfig
 from helpers.config.declare import options_of
+from helpers.config.options.data import TABLES
 from tests.config.effects.lab import ENTRY, SECOND, Effect, cropped, refusal
 from tests.config.effects.options import OPTION_EFFECTS
-from tests.config.effects.sights import buckets, losses, new_folders, of_samples, steps
+from tests.config.effects.sights import buckets, images_used, losses, new_folders, of_samples, steps
 
 ROWS: Mapping[str, Any] = {"id": "pictures", "type": "huggingface", "path": "rows", "split": "images"}
 TARS: Mapping[str, Any] = {"id": "pictures", "type": "webdataset", "urls": "images.tar"}
@@ -20,6 +21,7 @@ FILES = {
     "huggingface": {f"{index:07}.jpg" for index in range(6)},
     "webdataset": {f"images/picture_{index}.png" for index in range(6)},
 }
+SIDES = ("left", "right")
 SHAPES = {"96x64": 2, "64x96": 2, "64x64": 2}
 
 
@@ -77,6 +79,24 @@ def of_rows(key: str, value: str) -> list[dict[str, Any]]:
 
 def of_tars(key: str, value: str) -> list[dict[str, Any]]:
     return [{**TARS, key: value}]
+def of_tags(key: str, value: Any) -> list[dict[str, Any]]:
+    return [{**ENTRY, "instance_data_dir": "tagged", "caption_strategy": "textfile", "shuffle_tags": True, key: value}]
+
+
+def of_a_table(key: str, value: TableConfig) -> list[dict[str, Any]]:
+    return [{**ENTRY, "caption_strategy": key, key: {"path": f"../tables/{value.path}"}}]
+
+
+def sized_by_a_table(key: str, value: str) -> list[dict[str, Any]]:
+    return [{**ENTRY, key: value, **{kind: {"path": f"../tables/left.{kind}"} for kind in TABLES}}]
+
+
+def with_a_filter(key: str, value: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{**ENTRY, "caption_strategy": "textfile"}, {"id": "text", "dataset_type": "text_embeds", key: value}]
+
+
+def captions(start: str) -> set[str]:
+    return {f"{start} {index}" for index in range(6)}
 
 
 def text_caches(name: str, default: str) -> list[dict[str, Any]]:
@@ -105,6 +125,12 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "probability": Effect(of_samples("dataset"), {"0": {"pictures"}, "1e9": {"second"}}, (), beside_another),
     "ignore_epochs": Effect(steps, {"false": 6, "true": 4}, ("--max_train_steps=0", "--num_train_epochs=1"), mixed_in_thinly),
     "is_regularisation_data": Effect(refusal, ["false", "true"]),
+    "multiple_captions": Effect(of_samples("caption"), ["false", "true"], (), of_tags),
+    "shuffle_tags": Effect(of_samples("caption"), ["false", "true"], (), of_tags),
+    "keep_tags": Effect(of_samples("caption"), ["0", "2"], (), of_tags),
+    "tag_separator": Effect(of_samples("caption"), [",", ";"], (), of_tags),
+    "metadata_backend": Effect(images_used, {"json": 6, "parquet": 5}, (), sized_by_a_table),
+    **{kind: Effect(of_samples("caption"), {f"{side}.{kind}": captions(side) for side in SIDES}, (), of_a_table) for kind in TABLES},
     "repeats": Effect(steps, {"0": 3, "1": 6}, ("--max_train_steps=0", "--num_train_epochs=1")),
     "loss_weight": Effect(losses, ["1", "2"]),
     "type": Effect(of_samples("key"), FILES, (), of_type),
@@ -121,5 +147,8 @@ TEXT_CACHE_EFFECTS: dict[str, Effect] = {
     "dataset_type": DATASET_EFFECTS["dataset_type"],
     "disabled": Effect(new_folders, {"false": {"kept"}, "true": set()}, (), perhaps_disabled),
     "cache_dir": Effect(new_folders, {"texts_3": {"texts_3"}, "texts_4": {"texts_4"}}, (), one_text_cache),
+    "caption_filter_list": Effect(
+        of_samples("caption"), {"caption ": captions("number"), "s/c.*r/dog/": captions("dog")}, (), with_a_filter
+    ),
     "default": Effect(new_folders, {"true": {"default_one"}, "false": {"default_two"}}, (), one_by_default),
 }

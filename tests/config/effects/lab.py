@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -129,7 +131,7 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other` and `varied`, pictures in `images` and `other_images`, and files that flags may name.
+    """Models `model`, `other` and `varied`, pictures in `images`, `other_images` and `tagged`, `tables`, and files that flags name.
 
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
     The same pictures are in the tars `images.tar` and `other_images.tar`, and as splits of a Hugging Face data set in `rows`.
@@ -144,7 +146,12 @@ def build_lab(folder: Path) -> Lab:
             picture(folder / name / f"picture_{index}.png", first + index, SIZES[index % 3], f"caption number {index}")
         _in_a_tar(folder / name)
     _as_rows(folder / "rows", {name: folder / name for name in ("images", "other_images")})
+    for index in range(6):
+        picture(folder / "tagged" / f"picture_{index}.png", 200 + index, SIZES[index % 3], f"a{index}, b, c, d\ne, f, g")
+    _write_tables(folder / "tables")
     (folder / "data.json").write_text(json.dumps([ENTRY]))
+    table = {"caption_strategy": "parquet", "parquet": {"path": "../tables/left.parquet"}}
+    (folder / "table.json").write_text(json.dumps([{**ENTRY, **table}]))
     (folder / "other.json").write_text(json.dumps([SECOND]))
     (folder / "cropped.json").write_text(json.dumps([{**ENTRY, "crop": True}]))
     (folder / "mapped").mkdir()
@@ -172,6 +179,22 @@ def _as_rows(folder: Path, splits: Mapping[str, Path]) -> None:
         tables[name] = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
     datasets.DatasetDict(tables).save_to_disk(folder)
     datasets.DatasetDict(dict(zip(tables, reversed(tables.values()), strict=True))).save_to_disk(folder.with_name("other_rows"))
+def _write_tables(folder: Path) -> None:
+    """`left` and `right` of each kind: captions of `images`, other ones in the column `other`, half of the names in `file`.
+
+    The sizes of the last picture are missing.
+    """
+    folder.mkdir()
+    for side in ("left", "right"):
+        rows = [{"id": f"picture_{index}", "description": f"{side} {index}", "other": f"other {index}"} for index in range(6)]
+        for index, row in enumerate(rows):
+            row |= {"file": row["id"] if index < 3 else "", "width": "", "height": ""}
+        for row, (width, height) in zip(rows[:5], SIZES * 2, strict=False):
+            row |= {"width": str(width), "height": str(height)}
+        columns = list(rows[0])
+        pq.write_table(pa.table({name: [row[name] for row in rows] for name in columns}), folder / f"{side}.parquet")
+        (folder / f"{side}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (folder / f"{side}.csv").write_text("\n".join(",".join(line) for line in (columns, *(row.values() for row in rows))))
 
 
 def _with_variant(folder: Path) -> None:

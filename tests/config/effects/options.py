@@ -51,6 +51,8 @@ FILENAMES = {f"picture {index}" for index in range(6)}
 CAPTIONS = {f"caption number {index}" for index in range(6)}
 CROPPED = "--data_backend_config=cropped.json"
 DOG = "--instance_prompt=a dog"
+TABLE_COLUMNS = {"description": "left", "other": "other"}
+TABLE = ("--data_backend_config=table.json",)
 
 MODEL = {
     "pretrained_model_name_or_path": Effect(losses, ["model", "other"]),
@@ -111,6 +113,10 @@ DATA = {
     "prepend_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {f"a dog {name}" for name in FILENAMES}}, (DOG,)),
     "only_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {"a dog"}}, (DOG,)),
     "caption_dropout_probability": Effect(of_samples("caption"), {"0": FILENAMES, "1": {""}}),
+    "parquet_caption_column": Effect(
+        of_samples("caption"), {name: {f"{said} {index}" for index in range(6)} for name, said in TABLE_COLUMNS.items()}, TABLE
+    ),
+    "parquet_filename_column": Effect(images_used, {"id": 6, "file": 3}, TABLE),
     "sdxl_original_size": Effect(losses, ["file", "intermediary"]),
     "record_samples": Effect(has_samples_file, {"false": False, "true": True}),
     "accept_changed_data": Effect(goes_on_with_other_data, {"false": False, "true": True}),
