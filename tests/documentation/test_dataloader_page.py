@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import pytest
 
 from helpers.config.dataloader import read_dataloader
-from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import options_of
 from helpers.config.options import OPTIONS
 from helpers.data.buckets import ResolutionRule, geometry, target_size
@@ -31,6 +31,8 @@ def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) ->
     text = sample.replace("/home/user", str(tmp_path))
     for folder in re.findall(r'"instance_data_dir": "([^"]+)"', text):
         Path(folder).mkdir(parents=True, exist_ok=True)
+        for table in re.findall(r'"path": "([^"]+)"', text):
+            (Path(folder) / table).touch()
     (tmp_path / "data.json").write_text(text, encoding="utf-8")
     options = {name: item.default for name, item in OPTIONS.items()}
     data = read_dataloader(tmp_path / "data.json", options)
@@ -40,7 +42,12 @@ def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("title", "kind"),
-    [("Every entry", Entry), ("Image data sets", DatasetConfig), ("text_embeds", TextCacheConfig)],
+    [
+        ("Every entry", Entry),
+        ("Image data sets", DatasetConfig),
+        ("`parquet`, `jsonl` and `csv`", TableConfig),
+        ("text_embeds", TextCacheConfig),
+    ],
 )
 def test_the_tables_hold_every_key_that_has_an_effect_with_its_default(title: str, kind: type) -> None:
     inherited = {item.name for item in options_of(Entry)} if kind is not Entry else set()
@@ -48,7 +55,9 @@ def test_the_tables_hold_every_key_that_has_an_effect_with_its_default(title: st
     [table] = list(PAGE.section("Keys").section(title).tables())[:1]
     told = {re.findall(r"\w+", row[0])[0]: row[1].strip("`") for row in table[1:]}
     assert told.keys() == works
-    generated = {row[0]: row[1].strip("`") for rows in Page.named("OPTIONS.md").tables() for row in rows if row[0].startswith("`")}
+    generated = {
+        row[0]: row[1].strip("`") for rows in Page.named("OPTIONS.md").section(title).tables() for row in rows if row[0].startswith("`")
+    }
     for name, default in told.items():
         [as_generated] = {text for cell, text in generated.items() if re.findall(r"\w+", cell)[0] == name and "--" not in cell}
         assert default == as_generated, name
@@ -83,7 +92,9 @@ def test_the_formats_are_those_of_the_code() -> None:
 
 def test_the_reasons_for_leaving_a_file_out_are_those_of_the_code() -> None:
     [_, *rows] = next(PAGE.section("Files").tables())
-    modules = [ROOT / "helpers" / "data" / f"{name}.py" for name in ("scan", "captions", "images", "buckets", "latents")]
+    modules = [
+        ROOT / "helpers" / "data" / f"{name}.py" for name in ("scan", "captions", "tables", "table_join", "images", "buckets", "latents")
+    ]
     sources = "".join(path.read_text(encoding="utf-8") for path in modules)
     told = {reason for row in rows for reason in re.findall(r"`([^`]+)`", row[0])}
     said = set(re.findall(r'(?:Error\(|(?:problem"?\]?|reason) = \(?|return )\s*f?"([a-z][\w\- ]+): ', sources))
