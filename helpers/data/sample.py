@@ -27,7 +27,7 @@ class Sample:
     dataset: str  # id of the data set
     key: str  # path relative to the data set's root, with "/"
     size: Size  # as shown, that is after EXIF rotation
-    captions: tuple[str, ...]  # at least one; "" stands for an image without a caption
+    captions: tuple[str, ...]  # at least one; one that stands twice is drawn twice as often
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from helpers.storage.backend import Entry, SourceBackend
 
 _BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
 _SHARE = 64  # files a thread takes at once, and the longest wait for a stop to be noticed
+_STOPPED = "stopped while the data sets were scanned; start again to go on"
 _NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
 
 
@@ -89,7 +90,7 @@ def scan(
                 opened += files
                 if on_progress is not None:
                     on_progress(opened, pending)
-    _judge(catalogue, rules, leave_out_undecodable)
+    _judge(catalogue, rules, leave_out_undecodable, should_stop)
     used, kinds = catalogue.used(rules.dataset), catalogue.left_out_kinds(rules.dataset)
     left_out = kinds.total()
     if not used:
@@ -206,7 +207,7 @@ def _read_block(
                 facts,
             )
     if should_stop():
-        raise Interrupted("stopped while the data sets were scanned; start again to go on")
+        raise Interrupted(_STOPPED)
 
 
 def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, A
 # 3. The verdict.
 
 
-def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: bool) -> None:
+def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: bool, should_stop: Callable[[], bool]) -> None:
     """Give every file its caption or its reason, unless that was done under the same rules and nothing has changed since."""
     stated = json.dumps([asdict(rules), leave_out_undecodable], sort_keys=True)
     with catalogue.transaction() as database:
@@ -252,6 +253,8 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: boo
         for images in _images(database, rules):
             verdicts = (_verdict(image, rules, captioner, leave_out_undecodable) for image in images)
             database.executemany("UPDATE files SET captions = ?, left_out = ? WHERE id = ?", verdicts)
+            if should_stop():
+                raise Interrupted(_STOPPED)
         database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (rules.dataset, stated))
 
 

@@ -280,6 +280,16 @@ def test_a_stop_is_noticed_between_files_and_what_was_read_is_kept(catalogue: Ca
     assert catalogue.used("set") == 1000
 
 
+def test_a_stop_while_images_are_judged_leaves_the_verdicts_as_they_were(catalogue: Catalogue) -> None:
+    store = MemoryBackend({"a_cat.png": picture(), "a_cat.txt": b"the cat"})
+    scan(store, RULES, catalogue)
+    with pytest.raises(Interrupted):
+        scan(store, BY_NAME, catalogue, should_stop=lambda: True)
+    assert list(catalogue.captions("set")) == ["the cat"]
+    scan(store, BY_NAME, catalogue)
+    assert list(catalogue.captions("set")) == ["a cat"]
+
+
 def test_a_scan_killed_at_any_moment_is_finished_by_the_next(tmp_path: Path) -> None:
     data, database = tmp_path / "data", tmp_path / "catalogue.sqlite"
     messy_folder(data)

@@ -11,7 +11,7 @@ import pytest
 
 from helpers.config.aspects import AspectBucket, read_map
 from helpers.config.dataloader import read_dataloader
-from helpers.config.datasets import DatasetConfig, Entry, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import options_of
 from helpers.config.options import OPTIONS
 from helpers.data.buckets import geometry
@@ -39,6 +39,8 @@ def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) ->
         (tmp_path / name).mkdir()
     for number in range(3):
         (tmp_path / "tars" / f"{number:05}.tar").touch()
+        for table in re.findall(r'"path": "([^"]+)"', text):
+            (Path(folder) / table).touch()
     (tmp_path / "data.json").write_text(text, encoding="utf-8")
     options = {name: item.default for name, item in OPTIONS.items()}
     data = read_dataloader(tmp_path / "data.json", options)
@@ -48,7 +50,12 @@ def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("title", "kind"),
-    [("Every entry", Entry), ("Image data sets", DatasetConfig), ("text_embeds", TextCacheConfig)],
+    [
+        ("Every entry", Entry),
+        ("Image data sets", DatasetConfig),
+        ("`parquet`, `jsonl` and `csv`", TableConfig),
+        ("text_embeds", TextCacheConfig),
+    ],
 )
 def test_the_tables_hold_every_key_that_has_an_effect_with_its_default(title: str, kind: type) -> None:
     inherited = {item.name for item in options_of(Entry)} if kind is not Entry else set()
@@ -56,7 +63,9 @@ def test_the_tables_hold_every_key_that_has_an_effect_with_its_default(title: st
     [table] = list(PAGE.section("Keys").section(title).tables())[:1]
     told = {re.findall(r"\w+", row[0])[0]: row[1].strip("`") for row in table[1:]}
     assert told.keys() == works
-    generated = {row[0]: row[1].strip("`") for rows in Page.named("OPTIONS.md").tables() for row in rows if row[0].startswith("`")}
+    generated = {
+        row[0]: row[1].strip("`") for rows in Page.named("OPTIONS.md").section(title).tables() for row in rows if row[0].startswith("`")
+    }
     for name, default in told.items():
         [as_generated] = {text for cell, text in generated.items() if re.findall(r"\w+", cell)[0] == name and "--" not in cell}
         assert default == as_generated, name
@@ -128,7 +137,7 @@ def test_the_formats_are_those_of_the_code() -> None:
 
 def test_the_reasons_for_leaving_a_file_out_are_those_of_the_code() -> None:
     [_, *rows] = next(PAGE.section("Files").tables())
-    data, storage = ("scan", "captions", "images", "targets", "latents"), ("tar", "webdataset")
+    data, storage = ("scan", "captions", "tables", "table_join", "images", "targets", "latents"), ("tar", "webdataset")
     modules = [ROOT / "helpers" / part / f"{name}.py" for part, names in (("data", data), ("storage", storage)) for name in names]
     sources = "".join(path.read_text(encoding="utf-8") for path in modules)
     told = {reason for row in rows for reason in re.findall(r"`([^`]+)`", row[0])}

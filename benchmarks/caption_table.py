@@ -1,0 +1,140 @@
+"""How long a data set of a million images takes to get its captions and sizes from a Parquet table, and what memory that takes.
+
+    python -m benchmarks.caption_table [--rows 1000000] [--rounds 1]
+
+The files are a listing without a disk, so what is measured is ours: taking over the listing, reading and joining the table, and judging
+every image. The limit of reading is pyarrow making Python values of the same columns. No image is opened. Seconds are of processor time,
+over all threads; memory is what the process's peak rose by.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.measure import Figure, compared, conclude, parser, profile
+from helpers.data.buckets import ResolutionRule
+from helpers.data.captions import CaptionRule
+from helpers.data.catalogue import Catalogue
+from helpers.data.scan import DatasetRules, scan
+from helpers.data.table_join import join_tables
+from helpers.data.tables import TableRule
+from helpers.storage.backend import Entry
+
+MOST_MICROSECONDS = 20.0  # of reading and joining, for a row
+MOST_BYTES = 500.0  # of memory for a row; a Python object with a caption takes more
+BLOCK = 50_000  # rows written at once
+
+
+def key(number: int) -> str:
+    return f"folder_{number // 1000:04}/image_{number:07}.jpg"
+
+
+def write_table(path: Path, rows: int) -> None:
+    """A table with a name, a caption and a size for every image, in an order that is not the listing's."""
+    stride = 7919 if rows % 7919 else 1  # a prime
+    with pq.ParquetWriter(path, schema()) as writer:
+        for start in range(0, rows, BLOCK):
+            numbers = [place * stride % rows for place in range(start, min(start + BLOCK, rows))]
+            captions = [f"caption number {number}: a photograph of a street with people, some of them walking" for number in numbers]
+            sizes = [640 + number % 512 for number in numbers], [480 + number % 300 for number in numbers]
+            writer.write_table(pa.table([list(map(key, numbers)), captions, *sizes], schema=schema()))
+
+
+def schema() -> pa.Schema:
+    return pa.schema([("id", pa.string()), ("description", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A source of so many images, none of which can be opened."""
+
+    images: int
+    name: str = "listing"
+
+    def list(self) -> Iterator[Entry]:
+        return (Entry(key(number), 1000 + number, 1) for number in range(self.images))
+
+    def open(self, key: str) -> BinaryIO:
+        raise AssertionError(f"{key} was opened")
+
+    def read(self, key: str) -> bytes:
+        raise AssertionError(f"{key} was read")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of processor time for all rows."""
+
+    scanned: float  # everything, into a new catalogue
+    joined: float  # reading and joining alone
+    again: float  # a second scan, nothing changed
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def values_only(table: Path) -> float:
+    """Seconds that pyarrow takes to make Python values of the columns."""
+    return seconds(lambda: [column.to_pylist() for batch in pq.ParquetFile(table).iter_batches() for column in batch.columns])
+
+
+def measure(table: Path, rows: int, catalogue: Path) -> Measured:
+    """A scan into a new catalogue, a second one, and the join once more by itself."""
+    rule = TableRule(str(table), "parquet", caption_column="description", width_column="width", height_column="height")
+    rules = DatasetRules("benchmark", ResolutionRule(), CaptionRule("parquet"), (rule,))
+    with Catalogue(catalogue) as opened:
+        scanned = seconds(lambda: scan(Listing(rows), rules, opened))
+        again = seconds(lambda: scan(Listing(rows), rules, opened))
+        assert opened.used("benchmark") == rows
+        with opened.transaction() as database:
+            database.execute("DELETE FROM joined")
+        joined = seconds(lambda: join_tables(Listing(rows), "benchmark", (rule,), opened))
+    return Measured(scanned, joined, again)
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser(__doc__)
+    options.set_defaults(rounds=1)
+    options.add_argument("--rows", type=int, default=1_000_000)
+    chosen = options.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as place:
+        table = Path(place) / "table.parquet"
+        write_table(table, chosen.rows)
+        measure(table, min(chosen.rows, 1000), Path(place) / "small.sqlite")  # libraries come into memory
+        before = peak_bytes()
+        all_measured = [measure(table, chosen.rows, Path(place) / f"{number}.sqlite") for number in range(chosen.rounds)]
+        risen = (peak_bytes() - before) / chosen.rows
+        rounds = [(values_only(table) / chosen.rows * 1e6, each.joined / chosen.rows * 1e6) for each in all_measured]
+        figures = [
+            compared("a row read and joined, beside pyarrow reading it", "µs", rounds, at_most=MOST_MICROSECONDS, gates_value=True),
+            Figure("all rows read and joined", statistics.median(each.joined for each in all_measured), "s"),
+            Figure("scanned: listed, joined and judged", statistics.median(each.scanned for each in all_measured), "s"),
+            Figure("scanned again, nothing read", statistics.median(each.again for each in all_measured), "s"),
+            Figure("memory for a row", risen, "bytes", at_most=MOST_BYTES),
+        ]
+        if chosen.profile:
+            profile("a scan", lambda: measure(table, chosen.rows, Path(place) / "profiled.sqlite"))
+            profile("pyarrow", lambda: values_only(table))
+    return conclude(figures, chosen.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
