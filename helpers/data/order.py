@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ Indices = NDArray[np.int64]
 ShapesOf = Callable[[int], ArrayLike]
 
 _FEW = 16 * GROUP_SIZE  # micro-batches of a data set in an epoch
+_MOST = 2**48  # micro-batches of a data set that fills: an epoch that nobody sees the end of, in numbers that are still exact
 _ROWS_AT_ONCE = 1 << 18  # of the plan, when buckets are gathered
 
 
@@ -115,8 +116,7 @@ class EpochOrder:
     @property
     def samples_per_epoch(self) -> int:
         """Appearances of samples in an epoch, those of data sets that only fill left aside."""
-        rows = np.bincount(self._datasets, minlength=len(self._shares)).tolist()
-        return sum(count * (share.repeats + 1) for count, share in zip(rows, self._shares, strict=True) if not share.fills)
+        return self._buckets_of(0).samples
 
     def micro_batches(self, first_epoch: int, end_epoch: int) -> int:
         """How many the epochs from `first_epoch` up to but without `end_epoch` have together."""
@@ -211,9 +211,9 @@ class _Buckets:
         self.batch_size = batch_size
         self.batches = -(-self.entries // batch_size)
         self.first = np.searchsorted(dataset, np.arange(len(shares) + 1))  # buckets of data set d: first[d] up to first[d + 1]
-        own = np.array([int(self.batches[a:b].sum()) for a, b in zip(self.first, self.first[1:], strict=False)])
-        self.own = own  # micro-batches of one pass over each data set
-        self.mix = Mix(own, shares)
+        self.own = np.array([int(self.batches[a:b].sum()) for a, b in pairwise(self.first)])  # micro-batches of a pass over each data set
+        self.samples = int(self.entries[np.array([not share.fills for share in shares])[dataset]].sum())  # of data sets that count
+        self.mix = Mix(self.own, shares)
         self.micro_batches = int(self.mix.counts.sum())
 
     def gather(self) -> None:
@@ -257,7 +257,7 @@ class Mix:
         self.early = np.where(counting, np.minimum(weights * shortest / np.maximum(own, 1), 1.0), 1.0)
         self.even_from = float(min((self.early * own)[counting].sum() / total, 1.0))
         self.early[~counting] = self.even_from  # these keep their pace to the end
-        asked = np.maximum(np.rint(total * weights / weights[drawn].sum()), 1).astype(np.int64)
+        asked = np.clip(np.rint(total * weights / weights[drawn].sum()), 1, _MOST).astype(np.int64)
         self.counts = np.where(counting, own, np.where(own > 0, asked, 0))
 
 

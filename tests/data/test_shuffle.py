@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.data.shuffle import FEW, Words, hashed, key_words, shuffled
@@ -14,11 +14,13 @@ def whole(count: int, key: int) -> list[int]:
     return shuffled(np.arange(count), np.full(count, count), np.full(count, key, np.uint64)).tolist()
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 2**64 - 1))
 def test_a_shuffle_gives_each_thing_once(count: int, key: int) -> None:
     assert sorted(whole(count, key)) == list(range(count))
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 2000), st.integers(0, 2**64 - 1)), min_size=1, max_size=20), st.integers(0, 10**6))
 def test_places_of_many_shuffles_are_told_together_as_they_are_alone(shuffles: list[tuple[int, int]], draw: int) -> None:
     counts = np.array([count for count, _ in shuffles])

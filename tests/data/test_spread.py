@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -26,6 +26,7 @@ def read(spread: Spread) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.concatenate(items), np.concatenate(numbers)
 
 
+@settings(max_examples=40, deadline=None)
 @given(counts_of_items, st.integers(0, 2**62), st.integers(0, 10), st.floats(0, 1), st.sampled_from([1, GROUP_SIZE]))
 def test_every_item_is_there_whole_and_in_its_own_order(counts: list[int], key: int, early: int, even_from: float, group: int) -> None:
     parts = np.linspace(0, early / 10, len(counts))
@@ -34,6 +35,7 @@ def test_every_item_is_there_whole_and_in_its_own_order(counts: list[int], key: 
         assert numbers[items == item].tolist() == list(range(count))
 
 
+@settings(max_examples=40, deadline=None)
 @given(counts_of_items, st.integers(0, 2**62), st.floats(0, 1, exclude_max=True))
 def test_a_stretch_is_the_same_wherever_reading_begins(counts: list[int], key: int, where: float) -> None:
     items, numbers = read(Spread(np.array(counts), key))

@@ -93,8 +93,9 @@ def keep(images: ClassImages, folder: Path, number: int, picture: Image) -> None
 
 def load_pipeline(model: str, revision: str | None, variant: str | None, dtype: str, device: str) -> Any:
     """The model's own pipeline of diffusers on a device. ModelError where there is none."""
+    import diffusers
     import torch
-    from diffusers import DiffusionPipeline
+    import transformers
 
     from helpers.errors import ModelError
     from helpers.families.folder import locate
@@ -106,8 +107,12 @@ def load_pipeline(model: str, revision: str | None, variant: str | None, dtype: 
         dtype = "fp32" if device == "cpu" else "bf16" if device != "cuda" or torch.cuda.is_bf16_supported() else "fp16"
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     own = variant if variant and any(folder.rglob(f"*.{variant}*.safetensors")) else None
+    diffusers.utils.logging.disable_progress_bar()  # their bars for files of a second would run through ours
+    transformers.utils.logging.disable_progress_bar()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=kind, variant=own, use_safetensors=True, local_files_only=True)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=kind, variant=own, use_safetensors=True, local_files_only=True
+        )
         pipeline = pipeline.to(device)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder} cannot be loaded on {device}: {str(error).strip().splitlines()[0]}") from error
