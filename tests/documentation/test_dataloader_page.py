@@ -35,12 +35,12 @@ def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) ->
     text = sample.replace("/home/user", str(tmp_path))
     for folder in re.findall(r'"instance_data_dir": "([^"]+)"', text):
         Path(folder).mkdir(parents=True, exist_ok=True)
+        for table in re.findall(r'"path": "([^"]+\.(?:parquet|jsonl|csv))"', text):
+            (Path(folder) / table).touch()
     for name in ("rows", "tars"):
         (tmp_path / name).mkdir()
     for number in range(3):
         (tmp_path / "tars" / f"{number:05}.tar").touch()
-        for table in re.findall(r'"path": "([^"]+)"', text):
-            (Path(folder) / table).touch()
     (tmp_path / "data.json").write_text(text, encoding="utf-8")
     options = {name: item.default for name, item in OPTIONS.items()}
     data = read_dataloader(tmp_path / "data.json", options)
