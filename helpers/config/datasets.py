@@ -98,7 +98,9 @@ class DatasetConfig(Entry):
     ignore_epochs: bool = option(False, "Fill without holding the epoch open.", not_yet=True)
     loss_weight: float = option(1.0, "Weight of its samples in the loss.", above=0)
     is_regularisation_data: bool = option(False, "Prior preservation set.", not_yet=True)
-    vae_cache_clear_each_epoch: bool = option(False, "Encode anew each epoch.", not_yet=True)
+    vae_cache_clear_each_epoch: bool = option(
+        False, "Draw random cuts and mirroring anew for each epoch, and encode them while the epoch before is trained."
+    )
     metadata_backend: str = option("json", "Where sizes come from.", choices=("json", "parquet"), later=("parquet",))
     parquet: dict[str, object] | None = option(None, "Parquet table.", not_yet=True)
     jsonl: dict[str, object] | None = option(None, "JSON lines table.", not_yet=True)

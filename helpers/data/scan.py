@@ -10,7 +10,7 @@ import json
 import posixpath
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from helpers.storage.backend import Entry, SourceBackend
 _BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
 _SHARE = 64  # files a thread takes at once, and the longest wait for a stop to be noticed
 _NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
+_LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run began, and stays left out to its end"
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,14 @@ def scan(
     threads: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    leave_out_undecodable: bool = True,
+    undecodable: Collection[str] | None = None,
 ) -> ScanResult:
     """Bring the catalogue's rows of one data set up to date. Source files are read, never written.
 
     Killed at any moment it loses at most the last `_BLOCK` files read. `on_progress(done, total)` counts the files to open. When
-    `should_stop()` turns true, Interrupted is raised after what was read has been kept. `leave_out_undecodable` leaves out what
-    `Catalogue.set_undecodable` noted; a run that is resumed passes False, so that its plan stays the one it began with.
+    `should_stop()` turns true, Interrupted is raised after what was read has been kept. `undecodable` are the keys that were left out
+    as such when the run began, so that its plan stays the same to its end; None begins a new run, and leaves out what earlier ones
+    could not decode (`Catalogue.leave_out_undecodable`).
     DataError when there is nothing to train on; StorageError when the store fails while it is read.
     """
     new, changed, removed = _compare(backend, rules.dataset, catalogue)
@@ -78,7 +80,7 @@ def scan(
                 opened += files
                 if on_progress is not None:
                     on_progress(opened, pending)
-    _judge(catalogue, rules, leave_out_undecodable)
+    _judge(catalogue, rules, undecodable if undecodable is None else frozenset(undecodable))
     used, kinds = catalogue.used(rules.dataset), catalogue.left_out_kinds(rules.dataset)
     left_out = kinds.total()
     if not used:
@@ -210,9 +212,9 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, A
 # 3. The verdict.
 
 
-def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: bool) -> None:
+def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: frozenset[str] | None) -> None:
     """Give every file its caption or its reason, unless that was done under the same rules and nothing has changed since."""
-    stated = json.dumps([asdict(rules), leave_out_undecodable], sort_keys=True)
+    stated = json.dumps([asdict(rules), undecodable if undecodable is None else sorted(undecodable)], sort_keys=True)
     with catalogue.transaction() as database:
         judged = database.execute("SELECT rules FROM verdicts WHERE dataset = ?", (rules.dataset,)).fetchone()
         if judged == (stated,):
@@ -225,7 +227,7 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: boo
             (rules.dataset,),
         )
         for images in _images(database, rules.dataset):
-            verdicts = (_verdict(image, rules, leave_out_undecodable) for image in images)
+            verdicts = (_verdict(image, rules, undecodable) for image in images)
             database.executemany("UPDATE files SET caption = ?, left_out = ? WHERE id = ?", verdicts)
         database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (rules.dataset, stated))
 
@@ -245,10 +247,13 @@ def _images(database: sqlite3.Connection, dataset: str) -> Iterator[list[tuple[A
         last = block[-1][0]
 
 
-def _verdict(image: tuple[Any, ...], rules: DatasetRules, leave_out_undecodable: bool) -> tuple[str | None, str | None, int]:
+def _verdict(image: tuple[Any, ...], rules: DatasetRules, undecodable: frozenset[str] | None) -> tuple[str | None, str | None, int]:
     """Caption or reason, and the row id."""
-    key, row, width, height, problem, undecodable, text, text_problem = image
-    reason = problem or (undecodable if leave_out_undecodable else None) or too_small(Size(width, height), rules.resolution)
+    key, row, width, height, problem, found_undecodable, text, text_problem = image
+    reason = problem
+    if reason is None and (found_undecodable if undecodable is None else key in undecodable):
+        reason = found_undecodable or _LEFT_OUT_BEFORE
+    reason = reason or too_small(Size(width, height), rules.resolution)
     if reason is None and rules.captions.reads_files:
         reason = text_problem
     if reason is not None:

@@ -34,7 +34,6 @@ class IgnoredOptions:
     aspect_bucket_rounding: int | None = option(
         None, "Decimals of bucket names.", at_least=1, at_most=9, does_nothing="sizes are computed from the exact aspect"
     )
-    vae_cache_preprocess: bool = option(False, "Encoded before training.", does_nothing="latents are always encoded before training")
     vae_cache_scan_behaviour: str = option(
         "recreate", "What a scan did.", choices=("recreate", "sync"), does_nothing="every cached entry is verified when it is read"
     )
