@@ -292,13 +292,19 @@ class Writer:
         """Make durable and visible to all what has been added. StorageError when that cannot be done; earlier shards stay."""
         if not self._records:
             return
-        if self.cache.given_up:
-            return self._begin()
+        try:
+            if not self.cache.given_up:
+                self._seal()
+        except StorageError:
+            if not self.cache.given_up:  # else its folder may have gone in the meantime
+                raise
+        self._begin()
+
+    def _seal(self) -> None:
         path = self.cache.folder / f"{time.time_ns():020d}-{self.rank}-{os.getpid()}-{self.sealed}{SUFFIX}"
         with sealed_shard(path, list(self._records.values())) as placed:
             self.cache.commit(path, placed, self._origins)
         self.sealed += 1
-        self._begin()
 
     def _begin(self) -> None:
         self._records: dict[bytes, Packed] = {}

@@ -151,6 +151,7 @@ class Passes:
         self._cache_dtype = cache_dtype
         self._lock = threading.RLock()
         self._kept: dict[int, Pass] = {}
+        self._walked = 0  # the epoch that whoever takes units has come to
 
     def of(self, row: int, epoch: int) -> Pass:
         """The pass that a row's latents in an epoch are of."""
@@ -167,7 +168,8 @@ class Passes:
             return self._kept[number]
 
     def take(self, micro: MicroBatch) -> list[Unit]:
-        """The units that a micro-batch needs and no earlier one did."""
+        """The units that a micro-batch needs and no earlier one did. Micro-batches are walked through in order."""
+        self._walked = micro.epoch
         rows = micro.samples.tolist()
         return [unit for row in rows if (unit := self.of(row, micro.epoch).take(row)) is not None]
 
@@ -186,13 +188,16 @@ class Passes:
         return not any(self.redrawn) and self.at(EVERY_EPOCH).all_taken
 
     def forget(self, before: int) -> None:
-        """This process needs no epoch before this one any more: what is not sealed of those need not be."""
+        """This process trains no epoch before this one any more: what is not sealed of those need not be.
+
+        Whoever takes units may still walk through the end of them, where nothing is left to encode but shares are counted.
+        """
         with self._lock:
             over = [number for number in self._kept if EVERY_EPOCH < number < before]
             for number in over:
                 for filler in self._kept[number].fillers.values():
                     filler.cache.give_up()
-            self._kept = {number: kept for number, kept in self._kept.items() if number not in over}
+            self._kept = {number: kept for number, kept in self._kept.items() if number not in over or number >= self._walked}
 
     def _made(self, number: int) -> Pass:
         plan = self.plan if number in (EVERY_EPOCH, 0) else self._plan_of(number)
