@@ -305,7 +305,8 @@ def data_settings(
 def workers(runtime: Runtime) -> Workers:
     from helpers.data.prepare import Workers
 
-    return Workers(runtime.rank, runtime.world_size, runtime.gather, lambda: runtime.stop.asked)
+    meeting = runtime.meet()
+    return Workers(runtime.rank, runtime.world_size, meeting.gather, meeting.stop_asked)
 
 
 def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from helpers.config.datasets import DatasetConfig
 from helpers.config.declare import options_of
 from tests.config.effects.lab import ENTRY, SECOND, Effect, refusal
 from tests.config.effects.options import OPTION_EFFECTS
-from tests.config.effects.sights import buckets, losses, new_folders, of_samples, steps
+from tests.config.effects.sights import buckets, losses, new_folders, of_samples, same_cuts_in_two_epochs, steps
 
 BOTH = {"pictures", "second"}
 SHAPES = {"96x64": 2, "64x96": 2, "64x64": 2}
@@ -69,6 +69,7 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "crop": Effect(buckets, {"false": SHAPES, "true": {"64x64": 6}}),
     "crop_style": Effect(of_samples("crop"), ["random", "corner", "center"], (), cropped),
     "crop_aspect": Effect(buckets, {"square": {"64x64": 6}, "preserve": SHAPES}, (), cropped),
+    "vae_cache_clear_each_epoch": Effect(same_cuts_in_two_epochs, {"false": True, "true": False}, ("--max_train_steps=6",), cropped),
     "flip": Effect(losses, ["false", "true"]),
     "repeats": Effect(steps, {"0": 3, "1": 6}, ("--max_train_steps=0", "--num_train_epochs=1")),
     "loss_weight": Effect(losses, ["1", "2"]),
