@@ -336,8 +336,9 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
 def total_steps(config: Config, data: TrainingData, micro_batches_per_step: int, order: OrderStart) -> int:
     if config.run.max_train_steps:
         return config.run.max_train_steps
-    epochs = max(config.run.num_train_epochs - order.epoch, 0)  # on the present data
-    return order.step + math.ceil(epochs * data.micro_batches_per_epoch / micro_batches_per_step)
+    end = max(config.run.num_train_epochs, order.epoch)
+    left = data.micro_batches(order.epoch, end)  # on the present data
+    return order.step + math.ceil(left / micro_batches_per_step)
 
 
 def make_validator(

@@ -67,6 +67,8 @@ class _Entries:
         caches = self._text_caches(texts)
         complete_sets = tuple(self._dataset(index, dataset, caches) for index, dataset in datasets)
         self._unique_ids([*datasets, *texts])
+        self._epochs_end(datasets)
+        self._something_to_learn(datasets)
         if not datasets and not self.problems:
             self.problems.append(f"{self.document.path}: has no enabled image data set; add one with an instance_data_dir.")
         return DataConfig(complete_sets, tuple(caches.values()), tuple(self.problems), tuple(self.notes))
@@ -170,6 +172,28 @@ class _Entries:
         for index, entry in sorted(entries, key=lambda pair: pair[0]):
             if entry.id and first.setdefault(entry.id, index) != index:
                 self._problem(index, "id", f"{entry.id!r} is the id of datasets[{first[entry.id]}] already; choose another")
+
+    def _epochs_end(self, datasets: list[tuple[int, DatasetConfig]]) -> None:
+        """An epoch ends when the sets that count are used up, so there must be one that is drawn from."""
+        if not datasets:
+            return
+        silent = [index for index, dataset in datasets if dataset.probability == 0]
+        if len(silent) == len(datasets):
+            self._problem(silent[0], "probability", "is 0 here and in every other data set; give one of them more")
+        elif all(dataset.ignore_epochs for _, dataset in datasets):
+            self._problem(datasets[0][0], "ignore_epochs", "is true in every data set, so that no epoch would end; leave it out of one")
+        elif all(dataset.ignore_epochs or dataset.probability == 0 for _, dataset in datasets):
+            self._problem(silent[0], "probability", "is 0 in every data set without ignore_epochs, so that no epoch would end; raise one")
+        for index, dataset in datasets:
+            if dataset.ignore_epochs and dataset.probability == 0 and len(silent) < len(datasets):
+                self._problem(
+                    index, "probability", "is 0 in a set with ignore_epochs, which would never be seen; raise it, or disable the set"
+                )
+
+    def _something_to_learn(self, datasets: list[tuple[int, DatasetConfig]]) -> None:
+        if datasets and all(dataset.is_regularisation_data for _, dataset in datasets):
+            what = "is true in every data set, so that there is nothing to learn; leave it out of the set to train on"
+            self._problem(datasets[0][0], "is_regularisation_data", what)
 
     def _problem(self, index: int, key: str, what: str) -> None:
         name, place = (f"datasets[{index}].{key}", (index, key)) if key else (f"datasets[{index}]", (index,))

@@ -94,10 +94,20 @@ class DatasetConfig(Entry):
     keep_tags: int = option(0, "Tags that keep their place.", at_least=0, not_yet=True)
     tag_separator: str = option(",", "What stands between tags.", not_yet=True)
     repeats: int = option(0, "Extra passes: N means N + 1 views of each image in an epoch.", at_least=0)
-    probability: float = option(1.0, "Share of this set in the mix.", at_least=0, not_yet=True)
-    ignore_epochs: bool = option(False, "Fill without holding the epoch open.", not_yet=True)
+    probability: float | None = option(
+        None,
+        "Chance that the next micro-batch is of this set, relative to the other sets', until one of them is used up; the rest of the"
+        " epoch is even. Where no set has one, the whole epoch is even.",
+        at_least=0,
+        default_text="1, or by size where no set has one",
+    )
+    ignore_epochs: bool = option(
+        False, "An epoch does not wait for this set: it keeps its probability, goes on in the next epoch, and begins again when used up."
+    )
     loss_weight: float = option(1.0, "Weight of its samples in the loss.", above=0)
-    is_regularisation_data: bool = option(False, "Prior preservation set.", not_yet=True)
+    is_regularisation_data: bool = option(
+        False, "It is there to keep what the model can do, and counts by its loss_weight: a run needs another set to learn from."
+    )
     vae_cache_clear_each_epoch: bool = option(
         False, "Draw random cuts and mirroring anew for each epoch, and encode them while the epoch before is trained."
     )

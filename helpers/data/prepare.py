@@ -26,11 +26,11 @@ from helpers.data.catalogue import Catalogue
 from helpers.data.fill import Filled, FillOptions, available_threads
 from helpers.data.fingerprint import DataFingerprint
 from helpers.data.latents import EVERY_EPOCH, LatentFiller, Unit, encode_units, refuse_without_images
-from helpers.data.order import FROM_THE_BEGINNING, EpochOrder, OrderStart
+from helpers.data.order import FROM_THE_BEGINNING, EpochOrder, OrderStart, Share
 from helpers.data.passes import HeldCodec, Pass, Passes
 from helpers.data.planning import columns_of, load_plan, rules_of, save_plan
 from helpers.data.progress import bar, late_bar
-from helpers.data.report import dataset_report, lost_line, summary
+from helpers.data.report import dataset_report, lost_line, mix_summary, summary
 from helpers.data.scan import ScanResult, scan
 from helpers.data.sources import open_source
 from helpers.data.texts import TextFiller, text_key
@@ -290,7 +290,10 @@ class _Preparation:
         ahead = self._ahead()
         records = CachedRecords(
             self.passes,
-            [PreparedDataset(texts, dataset.loss_weight) for dataset, texts in zip(self.datasets, self.text_caches[:-1], strict=True)],
+            [
+                PreparedDataset(texts, dataset.loss_weight, dataset.is_regularisation_data)
+                for dataset, texts in zip(self.datasets, self.text_caches[:-1], strict=True)
+            ],
             self.catalogue,
             recall,
             unconditional=recall.text(self.text_caches[-1], None, lambda: []),
@@ -299,6 +302,8 @@ class _Preparation:
         left_out = settings.undecodable
         if left_out is None:
             left_out = {dataset.id: self.catalogue.undecodable(dataset.id) for dataset in self.datasets}
+        if len(self.datasets) > 1:
+            self.report.chapter("mix", mix_summary(self.plan.datasets, self.steps.order.mix))
         return TrainingData(
             records,
             self.steps,
@@ -314,8 +319,9 @@ class _Preparation:
 
     def _order(self) -> EpochOrder:
         """The order of the whole plan: images that turn out not to be encodable leave their places empty."""
-        repeats = np.array([dataset.repeats for dataset in self.datasets])[self.plan.columns["dataset"]]
-        return EpochOrder(self.plan.columns["shape"], repeats, self.settings.batch_size, self.settings.seed)
+        shares = [Share(dataset.repeats, dataset.probability, dataset.ignore_epochs) for dataset in self.datasets]
+        columns = self.plan.columns
+        return EpochOrder(columns["shape"], columns["dataset"], shares, self.settings.batch_size, self.settings.seed)
 
     def _ahead(self) -> LatentsAhead | None:
         """What encodes behind training, with its codec loaded; None where nothing is left to encode."""
@@ -329,6 +335,7 @@ class _Preparation:
         fixed = {
             "repeats": ", ".join(f"{dataset.id} {dataset.repeats}" for dataset in self.datasets),
             "redrawn": ", ".join(dataset.id for dataset in self.datasets if dataset.vae_cache_clear_each_epoch),
+            "mix": ", ".join(_part_in_the_mix(dataset) for dataset in self.datasets),
             "batch_size": str(self.settings.batch_size),
             **self.encoder_fingerprints,
         }
@@ -355,6 +362,11 @@ class _Preparation:
         total.encoding_seconds = max(share.encoding_seconds for share in shares)  # the processes work at the same time
         total.waiting_seconds = max(share.waiting_seconds for share in shares)
         return total
+
+
+def _part_in_the_mix(dataset: DatasetConfig) -> str:
+    asked = "by size" if dataset.probability is None else f"{dataset.probability:g}"
+    return f"{dataset.id} {asked}{' without holding epochs open' if dataset.ignore_epochs else ''}"
 
 
 def _open_caches(folders: Iterable[Path], report: Reporter) -> list[Cache]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from helpers.data.buckets import BucketPlan
 from helpers.data.catalogue import Catalogue
+from helpers.data.order import Mix
 from helpers.data.scan import ScanResult
 
 
@@ -67,3 +68,11 @@ def summary(result: ScanResult, shapes: int) -> str:
     if result.kinds:
         line += " (" + ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) + ")"
     return line + f" · {shapes:,} shape{'s' if shapes != 1 else ''}"
+
+
+def mix_summary(datasets: Sequence[str], mix: Mix) -> str:
+    """One line for the console, such as `faces 60 % + streets 40 % of the micro-batches, for 75 % of an epoch, until faces is used up`."""
+    until = mix.even_from
+    shares = mix.early * mix.counts / (until * mix.counts.sum())
+    line = " + ".join(f"{dataset} {100 * share:.0f} %" for dataset, share in zip(datasets, shares, strict=True)) + " of the micro-batches"
+    return line if until == 1 else f"{line}, for {100 * until:.0f} % of an epoch, until {datasets[int(mix.early.argmax())]} is used up"

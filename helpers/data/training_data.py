@@ -39,6 +39,7 @@ class PreparedDataset:
 
     texts: Cache
     loss_weight: float
+    regularises: bool = False  # it is not what the run is for
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,12 @@ class TrainingData:
 
     @property
     def micro_batches_per_epoch(self) -> int:
+        """Of the first epoch; see `EpochOrder`."""
         return self._steps.order.micro_batches_per_epoch
+
+    def micro_batches(self, first_epoch: int, end_epoch: int) -> int:
+        """Of the epochs from `first_epoch` up to but without `end_epoch`, over all processes."""
+        return self._steps.order.micro_batches(first_epoch, end_epoch)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -305,8 +311,10 @@ class TrainingData:
 
     @property
     def most_common_shape(self) -> Size:
-        """The size that most samples are trained at; of equally common ones the first."""
-        return self._records.plan.shapes[int(np.bincount(self._records.plan.columns["shape"]).argmax())]
+        """The size that most samples are trained at, those of regularisation sets aside; of equally common ones the first."""
+        columns = self._records.plan.columns
+        learnt = np.array([not dataset.regularises for dataset in self._records.datasets])[columns["dataset"]]
+        return self._records.plan.shapes[int(np.bincount(columns["shape"][learnt]).argmax())]
 
     def describe(self) -> str:
         """One line: samples, shapes, micro-batches of an epoch."""

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import cache_shards, header_scan, latent_caching, start_up, text_caching, training_step
+from benchmarks import cache_shards, header_scan, latent_caching, order_at_scale, start_up, text_caching, training_step
 from benchmarks.material import caption, run_settings, write_photographs
 from benchmarks.measure import in_turns
 from helpers import registry
@@ -23,7 +23,7 @@ from helpers.families.tiny import SdxlSizes, write_sdxl
 pytestmark = pytest.mark.slow
 
 
-PROGRAMS = (cache_shards, header_scan, latent_caching, start_up, text_caching, training_step)
+PROGRAMS = (cache_shards, header_scan, latent_caching, order_at_scale, start_up, text_caching, training_step)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
@@ -105,6 +105,16 @@ def test_cached_tensors_are_written_and_read_in_bulk_and_take_hardly_more_than_t
     assert max(each.written for each in rounds) > 1_000
     assert max(each.read for each in rounds) > 10_000
     assert all(each.on_disk < cache_shards.MOST_ON_DISK for each in rounds)
+
+
+def test_a_step_of_a_million_samples_is_chosen_in_microseconds_at_the_end_of_an_epoch_too(tmp_path: Path) -> None:
+    columns = order_at_scale.write_plan(tmp_path / "plan.npy", 10**6)
+    order, memory = order_at_scale.most_memory(lambda: order_at_scale.order_over(columns))
+    count = order.micro_batches_per_epoch
+    assert memory < 80e6
+    assert min(sum(order_at_scale.steps(order, range(5_000))) / 5_000 for _ in range(3)) < 50e-6
+    assert min(max(order_at_scale.steps(order, range(number * count - 300, number * count + 300))) for number in (1, 2, 3)) < 0.02
+    assert min(order_at_scale.steps(order, [700 * count + 1, 900 * count + 2, 300 * count + 3])) < 0.02
 
 
 def test_a_warm_start_spends_its_time_importing_libraries(tmp_path: Path) -> None:

@@ -99,6 +99,37 @@ def test_a_mistake_is_named_by_entry_key_and_remedy(entries: list[Any], said: st
     assert said in refuse()
 
 
+MORE = {**IMAGES, "id": "b"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ({"probability": 0}, {"probability": 0}, "datasets[0].probability is 0 here and in every other data set"),
+        ({"ignore_epochs": True}, {"ignore_epochs": True}, "datasets[0].ignore_epochs is true in every data set"),
+        ({"ignore_epochs": True}, {"probability": 0}, "datasets[1].probability is 0 in every data set without ignore_epochs"),
+        ({}, {"probability": 0, "ignore_epochs": True}, "datasets[1].probability is 0 in a set with ignore_epochs"),
+        ({"probability": -1}, {}, "datasets[0].probability: -1.0 is below 0"),
+        (
+            {"is_regularisation_data": True},
+            {"is_regularisation_data": True},
+            "datasets[0].is_regularisation_data is true in every data set",
+        ),
+    ],
+)
+def test_data_sets_that_make_no_epoch_together_are_refused(
+    one: dict[str, Any], other: dict[str, Any], said: str, write_data: Write, refuse: Refuse
+) -> None:
+    write_data([{**IMAGES, **one}, {**MORE, **other}])
+    assert refuse().startswith(said)
+    assert len(refuse().splitlines()) == 1
+
+
+def test_a_disabled_data_set_does_not_end_epochs(write_data: Write, refuse: Refuse) -> None:
+    write_data([{**IMAGES, "ignore_epochs": True}, {**MORE, "disabled": True}])
+    assert "ignore_epochs is true in every data set" in refuse()
+
+
 def test_a_mistake_is_named_by_file_and_line(write_data: Write, refuse: Refuse) -> None:
     write_data('[\n  // first\n  {"id": "a", "instance_data_dir": "images",\n   "crop_stile": "x",},\n]')
     assert refuse() == "datasets[0].crop_stile is not a key of an image data set (did you mean crop_style?) (data.json, line 4)."
@@ -144,7 +175,7 @@ def test_every_key_lands_in_its_field_or_is_refused_by_name(
     value = other_value(item)
     start = IMAGES if kind is DatasetConfig else {"id": "t", "dataset_type": "text_embeds"}
     start = {**start, "resolution": 512} if value == "pixel" else start
-    write_data([{**start, item.name: value}, *([] if kind is DatasetConfig else [IMAGES])])
+    write_data([{**start, item.name: value}, {**IMAGES, "id": "beside"}])
     if item.not_yet or value in item.later:
         assert f"datasets[0].{item.name}" in (told := refuse("--instance_prompt=x")) and "is not available yet" in told
         return

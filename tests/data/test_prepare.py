@@ -25,6 +25,7 @@ from helpers.data import images
 from helpers.data.batches import Batch
 from helpers.data.cache import Cache, Writer
 from helpers.data.prepare import prepare_data
+from helpers.data.sample import Size
 from helpers.data.shards import read_header
 from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
@@ -62,6 +63,7 @@ DATASET_KEYS = (
     "crop_style",
     "crop_aspect",
     "repeats",
+    "probability",
     "flip",
     "minimum_image_size",
     "vae_cache_clear_each_epoch",
@@ -191,6 +193,7 @@ def test_going_back_to_earlier_settings_encodes_nothing(place: Place) -> None:
         (added_image, {"images", "captions", "plan"}),
         (lambda place: {"resolution": 32}, {"plan"}),
         (lambda place: {"repeats": 1}, {"repeats"}),
+        (lambda place: {"probability": 2.0}, {"mix"}),
         (lambda place: {"family": ToyFamily(ConvCodec(seed=1))}, {"image_codec"}),
         (lambda place: {"extra_captions": ("a prompt",)}, set()),
     ],
@@ -466,7 +469,7 @@ def test_the_report_lists_what_any_process_could_not_decode(place: Place) -> Non
     one, two = together(place, 2)
     assert isinstance(one, TrainingData) and isinstance(two, TrainingData)
     assert [entry["key"] for entry in place.report()["left_out"]] == broken
-    assert one.fingerprint() == two.fingerprint() and len(latents(one)) == 7
+    assert one.fingerprint() == two.fingerprint() and len(latents(one) | latents(two)) == 7
 
 
 def test_several_data_sets_are_one_epoch_each_with_its_repeats(tmp_path: Path) -> None:
@@ -477,6 +480,42 @@ def test_several_data_sets_are_one_epoch_each_with_its_repeats(tmp_path: Path) -
     seen = [sample.dataset for batch in epoch(data) for sample in batch.samples]
     assert seen.count("one") == 9 and seen.count("two") == 4
     assert data.samples_per_epoch == 13
+
+
+def test_several_data_sets_have_each_its_own_size_cut_captions_and_weight(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    sets = [
+        dataset(pictures(tmp_path / "mine", 6), output / "cache", id="mine", probability=3.0),
+        dataset(
+            pictures(tmp_path / "class", 20),
+            output / "cache",
+            id="class",
+            probability=1.0,
+            ignore_epochs=True,
+            is_regularisation_data=True,
+            loss_weight=0.5,
+            resolution=32,
+            crop=True,
+            crop_style="center",
+            caption_strategy="instanceprompt",
+            instance_prompt="a thing",
+        ),
+    ]
+    story = Story()
+    data = prepare_data(sets, settings(output), ToyFamily(), Workers(), story)  # type: ignore[arg-type]
+    assert any(line.startswith("mix: mine ") and line.endswith(" of the micro-batches") for line in story.lines), story.lines
+    batches = [batch for step in data.steps(0, 3 * data.micro_batches_per_epoch) for batch in step]
+    of_class = [batch for batch in batches if batch.samples[0].dataset == "class"]
+    assert 0 < len(of_class) < len(batches) / 2
+    for batch in batches:
+        regularises = batch.samples[0].dataset == "class"
+        assert {sample.dataset for sample in batch.samples} == {"class" if regularises else "mine"}
+        assert set(batch.loss_weight.tolist()) == {0.5 if regularises else 1.0}
+        assert all((caption == "a thing") == regularises for caption in batch.captions)
+        assert all((geometry.target == Size(32, 32)) == regularises for geometry in batch.geometry)
+    mine = [sample.key for batch in batches for sample in batch.samples if sample.dataset == "mine"]
+    assert all(mine.count(key) == 3 for key in mine)
+    assert data.most_common_shape != Size(32, 32)  # although most pictures are of that size
 
 
 def test_random_cuts_are_drawn_by_name_and_stay_the_same(place: Place, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from helpers.config.options import OPTIONS
 from helpers.config.read import KNOWN_VARIABLES
 from tests.documentation.pages import ROOT, Page
+from toolkit.datasets import class_images
 
 GUIDES = [
     "README.md",
@@ -27,6 +28,7 @@ OF_OTHER_PROGRAMS = {
     "uv": {"--torch-backend"},
     "tensorboard": {"--logdir"},
     "ubuntu.sh": {"--detect", "--test"},
+    "class_images": {flag for action in class_images.parser()._actions for flag in action.option_strings},
 }
 
 

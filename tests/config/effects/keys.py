@@ -22,6 +22,11 @@ def beside_another(key: str, value: Any) -> list[dict[str, Any]]:
     return [dict(ENTRY), {**SECOND, key: value}]
 
 
+def mixed_in_thinly(key: str, value: Any) -> list[dict[str, Any]]:
+    """Two sets of three micro-batches, the second drawn a third as often as the first."""
+    return [{**ENTRY, "probability": 3}, {**SECOND, "probability": 1, key: value}]
+
+
 def of_kind(key: str, value: str) -> list[dict[str, Any]]:
     """A second entry that is a data set or a place for embeddings."""
     second = dict(SECOND) if value == "image" else {"id": "second", "cache_dir": "unused"}
@@ -71,6 +76,9 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "crop_aspect": Effect(buckets, {"square": {"64x64": 6}, "preserve": SHAPES}, (), cropped),
     "vae_cache_clear_each_epoch": Effect(same_cuts_in_two_epochs, {"false": True, "true": False}, ("--max_train_steps=6",), cropped),
     "flip": Effect(losses, ["false", "true"]),
+    "probability": Effect(of_samples("dataset"), {"0": {"pictures"}, "1e9": {"second"}}, (), beside_another),
+    "ignore_epochs": Effect(steps, {"false": 6, "true": 4}, ("--max_train_steps=0", "--num_train_epochs=1"), mixed_in_thinly),
+    "is_regularisation_data": Effect(refusal, ["false", "true"]),
     "repeats": Effect(steps, {"0": 3, "1": 6}, ("--max_train_steps=0", "--num_train_epochs=1")),
     "loss_weight": Effect(losses, ["1", "2"]),
 }

@@ -1,0 +1,100 @@
+"""Class images from the demo's model, made and gone on with as a user does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.errors import EXIT_FINISHED, EXIT_REFUSED
+from toolkit.datasets import class_images
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "a red circle on a blue background"
+
+
+def make(folder: Path, *more: str, number: int = 2) -> int:
+    usual = ("--pretrained_model_name_or_path", str(ROOT / "demo" / "model"), "--prompt", PROMPT, "--output_dir", str(folder))
+    small = ("--size", "64", "--steps", "2", "--batch", "2", "--number", str(number), "--device", "cpu")
+    return class_images.main([*usual, *small, *more])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_each_picture_has_its_size_and_its_prompt_beside_it(tmp_path: Path) -> None:
+    assert make(tmp_path, "--size", "64x48") == EXIT_FINISHED
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert [Image.open(path).size for path in pictures] == [(64, 48)] * 2
+    assert [path.with_suffix(".txt").read_text() for path in pictures] == [PROMPT] * 2
+    assert len(list(tmp_path.iterdir())) == 4
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_what_is_there_stays_and_what_is_missing_is_made_as_it_would_have_been(tmp_path: Path) -> None:
+    make(tmp_path / "whole", number=4)
+    whole = content(tmp_path / "whole")
+    make(tmp_path / "stopped", number=2)
+    half = content(tmp_path / "stopped")
+    first, second = sorted((tmp_path / "stopped").glob("*.png"))
+    first.write_bytes(b"mine")
+    second.with_suffix(".txt").unlink()  # as where the program was killed between the two
+    kept = second.read_bytes()
+    assert make(tmp_path / "stopped", number=4) == EXIT_FINISHED
+    after = content(tmp_path / "stopped")
+    assert first.read_bytes() == b"mine" and second.read_bytes() == kept and half.keys() <= after.keys()
+    assert after.keys() == whole.keys()
+    made = [name for name in whole if name not in half and name.endswith(".png")]
+    assert len(made) == 2
+    for name in made:
+        one, other = (np.asarray(Image.open(tmp_path / folder / name), np.int16) for folder in ("whole", "stopped"))
+        assert abs(one - other).max() <= 2  # batches may have been cut otherwise
+
+
+def test_other_settings_make_other_files_beside_the_first(tmp_path: Path) -> None:
+    make(tmp_path, number=1)
+    before = content(tmp_path)
+    make(tmp_path, "--seed", "7", number=1)
+    after = content(tmp_path)
+    assert len(after) == 4 and {name: after[name] for name in before} == before
+
+
+def test_a_finished_series_loads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    monkeypatch.setattr(class_images, "load_pipeline", None)
+    assert make(tmp_path) == EXIT_FINISHED
+    assert "2 of 2 pictures" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert make(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "empty")) == EXIT_REFUSED
+    assert "has no model_index.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--size", "100"), "'100' is not a size such as 1024 or 1216x832"),
+        (("--number", "0"), "'0' is not a whole number above 0"),
+        (("--prompt", " "), "is empty; say what the pictures show"),
+    ],
+)
+def test_a_mistake_is_named(flags: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        make(tmp_path, *flags)
+    assert leaving.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_is_answered_at_once() -> None:
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "toolkit.datasets.class_images", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--prompt" in done.stdout
+    assert time.perf_counter() - began < 2
