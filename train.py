@@ -132,9 +132,10 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if found:
         found.require_same_run(identity)
 
-    # Encode every image and caption once, then let the encoders go: they and the network never have to share the GPU.
-    data = prepare_data(config.datasets, data_settings(config, runtime, state, accumulation, prompts), family, workers(runtime), report)
-    if found and (changed := found.changed_data(data.fingerprint(), config.data.accept_changed_data)):
+    # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
+    settings = data_settings(config, runtime, found, state, accumulation, prompts)
+    data = prepare_data(config.datasets, settings, family, workers(runtime), report)
+    if found and (changed := found.changed_data(data.fingerprint(like=found.content["data"]), config.data.accept_changed_data)):
         state.order = OrderStart(state.step, found.content["untouched_epoch"])
         now = f"epoch {state.order.epoch} begins with step {state.step + 1:,} on what is there now"
         report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
@@ -158,17 +159,18 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     validator = make_validator(config, runtime, family, objective, data, prompts, state)
 
     def save() -> None:
-        batch = {"gradient_accumulation_steps": accumulation, "processes": runtime.world_size}
-        position = {
-            "state": state.to_json(),
-            "total_steps": total,
-            "untouched_epoch": data.untouched_epoch(state.step, state.order),
-            "identity": identity,
-            "data": data.fingerprint(),
-            "batch": batch,
-        }
         if runtime.is_main:  # it writes for all: weights, optimiser and average are the same everywhere
+            position = {
+                "state": state.to_json(),
+                "total_steps": total,
+                "untouched_epoch": data.untouched_epoch(state.step, state.order),
+                "identity": identity,
+                "data": data.fingerprint(),
+                "undecodable": data.undecodable,
+                "batch": {"gradient_accumulation_steps": accumulation, "processes": runtime.world_size},
+            }
             report.saved(state.step, checkpoints.save(state.step, learner, position))
+            data.remember_undecodable()
         runtime.wait_for_everyone()
 
     def validate() -> None:
@@ -189,11 +191,12 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         for number, batch in enumerate(batches):
             runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
             losses, corrupted = train_step(family, objective, engine.denoiser, batch, runtime.device)
-            engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, last=number == len(batches) - 1)
+            last = number == len(batches) - 1
+            engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, last, batch.size)
             if config.data.record_samples:
                 rows += sample_rows(state.step + 1, batch, corrupted, losses)
         update = engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
-        state.advance(update.taken, MOST_SKIPPED[runtime.mixed_precision], batches[-1].samples)
+        state.advance(update.taken, MOST_SKIPPED[runtime.mixed_precision], batches[-1].samples, empty=not update.samples)
         if average is not None and update.taken:
             average.update(state.updates)
         if config.data.record_samples:
@@ -276,7 +279,9 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
     return found, TrainState.from_json(found.content["state"]), accumulation
 
 
-def data_settings(config: Config, runtime: Runtime, state: TrainState, accumulation: int, prompts: Sequence[Prompt]) -> DataSettings:
+def data_settings(
+    config: Config, runtime: Runtime, found: Found | None, state: TrainState, accumulation: int, prompts: Sequence[Prompt]
+) -> DataSettings:
     from helpers.data.prepare import DataSettings
 
     spoken = [prompt.text for prompt in prompts if prompt.text]
@@ -287,7 +292,10 @@ def data_settings(config: Config, runtime: Runtime, state: TrainState, accumulat
         device=runtime.device,
         seed=state.seed,
         batch_size=config.data.train_batch_size,
-        resumed=state.step > 0,
+        behind=not config.cache.vae_cache_preprocess,
+        step=state.step,
+        order=state.order,
+        undecodable=found.content["undecodable"] if found else None,
         accumulation=accumulation,
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
@@ -299,7 +307,8 @@ def data_settings(config: Config, runtime: Runtime, state: TrainState, accumulat
 def workers(runtime: Runtime) -> Workers:
     from helpers.data.prepare import Workers
 
-    return Workers(runtime.rank, runtime.world_size, runtime.gather, lambda: runtime.stop.asked)
+    meeting = runtime.meet()
+    return Workers(runtime.rank, runtime.world_size, meeting.gather, meeting.stop_asked)
 
 
 def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:

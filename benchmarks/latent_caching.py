@@ -27,11 +27,11 @@ from torch import Tensor
 from benchmarks.material import write_photographs
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
 from helpers.data.buckets import BucketPlan, DatasetColumns, plan
-from helpers.data.cache import LOCATION, Cache
+from helpers.data.cache import Cache
 from helpers.data.captions import CaptionRule
 from helpers.data.catalogue import Catalogue
 from helpers.data.fill import FillOptions, available_threads
-from helpers.data.latents import LatentFiller
+from helpers.data.latents import LatentFiller, encode_units
 from helpers.data.sample import Geometry
 from helpers.data.scan import DatasetRules, scan
 from helpers.data.targets import ResolutionRule
@@ -101,7 +101,7 @@ class Bench:
             began = time.perf_counter()
             filler = LatentFiller(self.planned, 0, self.source, self.catalogue, cache, self.codec)
             options = FillOptions(batch_size=BATCH, threads=self.threads)
-            filled = filler.encode(filler.pending(np.zeros(len(self.planned), LOCATION), options), options)
+            filled = encode_units([(filler, rows) for rows in filler.batches(BATCH)], self.catalogue, options)
             rate = filled.encoded / (time.perf_counter() - began)
             cache.close()
         return rate

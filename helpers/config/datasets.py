@@ -144,11 +144,13 @@ class DatasetConfig(Entry):
     is_regularisation_data: bool = option(
         False, "It is there to keep what the model can do, and counts by its loss_weight: a run needs another set to learn from."
     )
-    vae_cache_clear_each_epoch: bool = option(False, "Encode anew each epoch.", not_yet=True)
     metadata_backend: str = option("json", "Where sizes come from: the pictures themselves (json), or a table.", choices=("json", *TABLES))
     parquet: TableConfig | None = option(None, "Parquet table of captions or sizes.")
     jsonl: TableConfig | None = option(None, "The same as JSON lines.")
     csv: TableConfig | None = option(None, "The same as comma-separated values.")
+    vae_cache_clear_each_epoch: bool = option(
+        False, "Draw random cuts and mirroring anew for each epoch, and encode them while the epoch before is trained."
+    )
     conditioning_data: str | None = option(None, "id of the conditioning set.", not_yet=True)
     path: str | None = option(
         None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -20,7 +21,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, on the CPU. B samples, all of one shape; B is at least 1."""
+    """One micro-batch, on the CPU. B samples, all of one shape; B is at least 1.
+
+    Samples that were planned and cannot be had are not among them. Where none of a micro-batch can, one sample of zeros and weight 0
+    stands in, because every process has to go through the network in every round.
+    """
 
     latents: Tensor  # (B, C, h, w) float32
     text: dict[str, Tensor]  # what the family's text encoders gave, each (B, ...), in the dtype of the cache
@@ -30,6 +35,7 @@ class Batch:
     loss_weight: Tensor  # (B,) float32, of the data set
     draws: StepDraws  # the randomness of these samples in this step
     epoch: int  # from 0
+    stands_in: bool = False
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -38,8 +44,13 @@ class Batch:
 
     @property
     def global_samples(self) -> int:
-        """Samples of the whole step, over all processes and rounds: the divisor of the loss."""
+        """Samples planned for the whole step, over all processes and rounds: the divisor of the loss."""
         return self.draws.step_samples
+
+    @property
+    def size(self) -> int:
+        """Samples that count."""
+        return 0 if self.stands_in else len(self.samples)
 
 
 class TrainingRecords(Protocol):
@@ -47,12 +58,19 @@ class TrainingRecords(Protocol):
 
     def sample(self, row: int) -> Sample: ...
 
-    def geometry(self, row: int) -> Geometry: ...
+    def geometry(self, row: int, epoch: int) -> Geometry: ...
 
     def loss_weight(self, row: int) -> float: ...
 
-    def latents(self, row: int) -> dict[str, Tensor]:
-        """What the image codec gave for the row, without a batch dimension: "mean", and "std" where latents are sampled."""
+    def latents(self, row: int, epoch: int) -> dict[str, Tensor] | None:
+        """What the image codec gave for the row, without a batch dimension: "mean", and "std" where latents are sampled.
+
+        None where the image turned out to be one that cannot be encoded.
+        """
+        ...
+
+    def blank_latents(self, row: int, epoch: int) -> dict[str, Tensor]:
+        """Zeros of the shape that the row's latents have."""
         ...
 
     def text(self, row: int, caption: str | None) -> Mapping[str, Tensor]:
@@ -70,16 +88,37 @@ class BatchMaker:
 
     def make(self, micro: MicroBatch, step: int) -> Batch:
         """The batch of a micro-batch of step `step`, counted from 0."""
-        rows = [int(row) for row in micro.samples]
-        samples = tuple(self.records.sample(row) for row in rows)
-        captions = [self._caption(sample, micro.epoch, int(repeat)) for sample, repeat in zip(samples, micro.repeats, strict=True)]
-        draws = StepDraws(self.seed, step, micro.places, micro.step_samples)
+        latents = [self.records.latents(int(row), micro.epoch) for row in micro.samples]
+        there = [i for i, record in enumerate(latents) if record is not None]
+        if not there:
+            return self._stand_in(micro, step)
+        samples = tuple(self.records.sample(int(micro.samples[i])) for i in there)
+        captions = [self._caption(sample, micro.epoch, int(micro.repeats[i])) for i, sample in zip(there, samples, strict=True)]
+        return self._batch(micro, step, there, [record for record in latents if record is not None], samples, captions)
+
+    def _stand_in(self, micro: MicroBatch, step: int) -> Batch:
+        row = int(micro.samples[0])
+        latents = self.records.blank_latents(row, micro.epoch)
+        batch = self._batch(micro, step, [0], [latents], (self.records.sample(row),), [None])
+        return dataclasses.replace(batch, loss_weight=torch.zeros(1), stands_in=True)
+
+    def _batch(
+        self,
+        micro: MicroBatch,
+        step: int,
+        there: Sequence[int],
+        latents: Sequence[Mapping[str, Tensor]],
+        samples: tuple[Sample, ...],
+        captions: Sequence[str | None],
+    ) -> Batch:
+        rows = [int(micro.samples[i]) for i in there]
+        draws = StepDraws(self.seed, step, tuple(micro.places[i] for i in there), micro.step_samples)
         return Batch(
-            latents=_latents([self.records.latents(row) for row in rows], draws),
+            latents=_latents(latents, draws),
             text=_stacked([self.records.text(row, caption) for row, caption in zip(rows, captions, strict=True)]),
             captions=tuple(caption or "" for caption in captions),
             samples=samples,
-            geometry=tuple(self.records.geometry(row) for row in rows),
+            geometry=tuple(self.records.geometry(row, micro.epoch) for row in rows),
             loss_weight=torch.tensor([self.records.loss_weight(row) for row in rows], dtype=torch.float32),
             draws=draws,
             epoch=micro.epoch,
@@ -106,7 +145,7 @@ def _stacked(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([record[name] for record in records]) for name in records[0]}
 
 
-def prefetched(produce: Callable[[], Iterator[Item]], ahead: int) -> Iterator[Item]:
+def prefetched(produce: Callable[[], Iterator[Item]], ahead: int) -> Generator[Item, None, None]:
     """The items of `produce()`, made in a background thread that stays at most `ahead` items in front of the reader.
 
     An error in the thread is raised here, in its place among the items. Closing the iterator, as leaving a `for` loop does,

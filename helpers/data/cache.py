@@ -44,7 +44,7 @@ from helpers.errors import StorageError
 
 INDEX = "index.sqlite"
 SHARD_BYTES = 64 * 2**20
-SEAL_AFTER_SECONDS = 30.0
+SEAL_AFTER_SECONDS = 30.0  # unless the writer is told otherwise
 _SHARD_NAME = re.compile(rf"\d{{20}}-\d+-\d+-\d+{re.escape(SUFFIX)}({re.escape(UNSEALED)})?")
 _MAPPED_SHARDS = 4096  # kept mapped at a time; the kernel allows a process 65,530 mappings
 
@@ -79,6 +79,7 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: list[str] = []
+        self.given_up = False
         self._lock = threading.RLock()
         self._maps: dict[int, memoryview] = {}
         self._layouts: dict[int, str] = {}
@@ -126,6 +127,10 @@ class Cache:
             return "new"
         earlier = json.loads(row[0])
         return next((name for name, value in facts.items() if earlier.get(name) != value), "lost")
+
+    def give_up(self) -> None:
+        """Say that nobody needs the records any more, and that the folder may go: writers drop what they have not sealed."""
+        self.given_up = True
 
     def close(self) -> None:
         with self._lock:
@@ -249,13 +254,14 @@ class Cache:
 class Writer:
     """Adds records to a cache; leaving the `with` block seals what is open, also when the block is left by an error.
 
-    A shard is sealed when it is full, or when the next record comes `SEAL_AFTER_SECONDS` after its first.
+    A shard is sealed when it is full, or when the next record comes `seal_after` seconds after its first.
     """
 
-    def __init__(self, cache: Cache, rank: int = 0) -> None:
+    def __init__(self, cache: Cache, rank: int = 0, seal_after: float = SEAL_AFTER_SECONDS) -> None:
         self.cache = cache
         self.rank = rank
-        self._sealed = 0
+        self.seal_after = seal_after
+        self.sealed = 0  # shards so far
         self._begin()
 
     def __enter__(self) -> Writer:
@@ -272,20 +278,33 @@ class Writer:
         if key in self._records:
             return
         record = pack(key, tensors)
-        if self._records and (self._size + len(record.payload) > SHARD_BYTES or time.monotonic() - self._began > SEAL_AFTER_SECONDS):
+        if self._records and (self._size + len(record.payload) > SHARD_BYTES or time.monotonic() - self._began > self.seal_after):
             self.seal()
         self._records[key] = record
         self._size += len(record.payload)
+
+    def get(self, key: bytes) -> dict[str, Tensor] | None:
+        """A record that is not sealed yet, as copies; None when there is none, or it lies in the cache already. From any thread."""
+        record = self._records.get(key)
+        return None if record is None else unpack(record.layout, bytearray(record.payload))
 
     def seal(self) -> None:
         """Make durable and visible to all what has been added. StorageError when that cannot be done; earlier shards stay."""
         if not self._records:
             return
-        path = self.cache.folder / f"{time.time_ns():020d}-{self.rank}-{os.getpid()}-{self._sealed}{SUFFIX}"
+        try:
+            if not self.cache.given_up:
+                self._seal()
+        except StorageError:
+            if not self.cache.given_up:  # else its folder may have gone in the meantime
+                raise
+        self._begin()
+
+    def _seal(self) -> None:
+        path = self.cache.folder / f"{time.time_ns():020d}-{self.rank}-{os.getpid()}-{self.sealed}{SUFFIX}"
         with sealed_shard(path, list(self._records.values())) as placed:
             self.cache.commit(path, placed, self._origins)
-        self._sealed += 1
-        self._begin()
+        self.sealed += 1
 
     def _begin(self) -> None:
         self._records: dict[bytes, Packed] = {}

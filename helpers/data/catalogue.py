@@ -49,6 +49,10 @@ CREATE INDEX files_by_stem ON files (dataset, stem, kind, key);
 CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL);
 CREATE TABLE joined (dataset TEXT PRIMARY KEY, stated TEXT NOT NULL, counts TEXT NOT NULL);  -- tables, as they were last read
 """
+# Images that could not be encoded in the present life of a run: how its processes tell each other.
+_FAILURES = """
+CREATE TABLE IF NOT EXISTS failures (pass INTEGER, id INTEGER, reason TEXT NOT NULL, undecodable INTEGER NOT NULL, PRIMARY KEY (pass, id));
+"""
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,40 @@ class Catalogue:
         with self.transaction() as database:
             database.executemany("UPDATE files SET content = ? WHERE id = ?", ((digest, int(row)) for row, digest in digests))
 
-    def set_undecodable(self, row: int, reason: str) -> None:
-        """Remember that an image's header is sound but its pixels are not. The next scan may leave it out; the file is not touched."""
+    # What could not be encoded.
+
+    def add_failure(self, number: int, row: int, reason: str, undecodable: bool) -> None:
+        """Tell all processes that an image has no latents in a pass; `undecodable` where no other machine could have made them."""
         with self.transaction() as database:
-            database.execute("UPDATE files SET undecodable = ? WHERE id = ?", (reason, int(row)))
-            database.execute("DELETE FROM verdicts WHERE dataset = (SELECT dataset FROM files WHERE id = ?)", (int(row),))
+            database.execute("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", (number, int(row), reason, undecodable))
+
+    def has_failed(self, number: int, row: int) -> bool:
+        return next(self._select("SELECT 1 FROM failures WHERE pass = ? AND id = ?", number, int(row)), None) is not None
+
+    def failed(self, number: int) -> set[int]:
+        """Rows of the images that failed in a pass."""
+        return {row for (row,) in self._select("SELECT id FROM failures WHERE pass = ?", number)}
+
+    def failures(self) -> dict[int, str]:
+        """Why each image failed that did in any pass, by row, as "kind: detail"."""
+        return dict(self._select("SELECT id, reason FROM failures ORDER BY id, pass"))
+
+    def forget_failures(self) -> None:
+        """Begin a life of a run: what failed in an earlier one is tried again."""
+        with self.transaction() as database:
+            database.execute("DELETE FROM failures")
+
+    def leave_out_undecodable(self) -> None:
+        """Have the scans of later runs leave out the images that turned out undecodable. The files are not touched."""
+        with self.transaction() as database:
+            found = "SELECT id, reason FROM failures WHERE undecodable"
+            database.execute(f"UPDATE files SET undecodable = f.reason FROM ({found}) f WHERE files.id = f.id")
+            database.execute(f"DELETE FROM verdicts WHERE dataset IN (SELECT dataset FROM files JOIN ({found}) f ON files.id = f.id)")
+
+    def undecodable(self, dataset: str) -> list[str]:
+        """Keys of the images that are left out because an earlier run could not decode them."""
+        query = "SELECT key FROM files WHERE dataset = ? AND undecodable IS NOT NULL AND left_out = undecodable ORDER BY key"
+        return [key for (key,) in self._select(query, dataset)]
 
     # What reports read.
 
@@ -201,6 +234,7 @@ class Catalogue:
             "CREATE TEMP VIEW used_captions AS SELECT used.dataset, used.key, each.value AS caption"
             " FROM used, json_each(used.captions) each"
         )
+        database.executescript(_FAILURES)
 
 
 def _explained(error: sqlite3.DatabaseError, path: Path) -> Exception:

@@ -34,13 +34,14 @@ REASONS = {
 
 @dataclass(frozen=True)
 class FillOptions:
-    """How a cache is filled, and which part of the work is this process's: batch i belongs to process i mod `world_size`."""
+    """How a cache is filled, and which part of the work is this process's: the i-th batch belongs to process i mod `world_size`."""
 
     batch_size: int
     cache_dtype: str = "auto"  # auto, fp16, bf16, fp32
     threads: int = 2  # that read, decode and resize
     rank: int = 0
     world_size: int = 1
+    seal_after: float = 30.0  # seconds after which what has been encoded becomes durable, and visible to other processes
     should_stop: Callable[[], bool] = lambda: False
     progress: Callable[[int], None] = lambda done: None  # told how many more are done, of those in the batches given
 
@@ -51,33 +52,29 @@ class Filled:
 
     encoded: int = 0
     why: Counter[str] = field(default_factory=Counter)  # of the encoded ones, why they were missing
-    failed: dict[int, str] = field(default_factory=dict)  # catalogue row => why there is no record, as "kind: detail"
-    undecodable: set[int] = field(default_factory=set)  # of them, those that no other machine could decode either
+    failed: int = 0  # could not be encoded
     encoding_seconds: float = 0.0
     waiting_seconds: float = 0.0  # for images to be read, decoded and resized
 
     def to_json(self) -> str:
-        values = {**vars(self), "why": list(self.why.items()), "failed": list(self.failed.items()), "undecodable": list(self.undecodable)}
-        return json.dumps(values)
+        return json.dumps({**vars(self), "why": list(self.why.items())})
 
     @staticmethod
     def from_json(text: str) -> Filled:
         values = json.loads(text)
-        values["why"] = Counter(dict(values["why"]))
-        return Filled(**{**values, "failed": dict(values["failed"]), "undecodable": set(values["undecodable"])})
+        return Filled(**{**values, "why": Counter(dict(values["why"]))})
 
     def add(self, other: Filled) -> None:
         """Take over what another data set, or another process, came to."""
         self.encoded += other.encoded
         self.why += other.why
-        self.failed.update(other.failed)
-        self.undecodable |= other.undecodable
+        self.failed += other.failed
         self.encoding_seconds += other.encoding_seconds
         self.waiting_seconds += other.waiting_seconds
 
     def describe(self, needed: int, encoder: str) -> str:
         """One line, such as `377 needed, 300 cached; 77 encoded in 41 s (1.9/s, limited by the VAE): 70 new, 7 changed image`."""
-        line = f"{needed:,} needed, {needed - self.encoded - len(self.failed):,} cached"
+        line = f"{needed:,} needed, {needed - self.encoded - self.failed:,} cached"
         if not self.encoded:
             return line
         seconds = max(self.encoding_seconds + self.waiting_seconds, 1e-3)

@@ -1,13 +1,19 @@
-"""Images to latents in a cache: each once, read, decoded, resized, encoded and written at the same time."""
+"""Images to latents in caches: read, decoded, resized, encoded and written at the same time.
+
+What is encoded at once is a *unit*: some rows of a plan, of one data set and one shape. Units are cut from the plan and always encoded
+whole, since the last bits of a record depend on what else was in its batch.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +27,7 @@ from helpers.data.catalogue import Catalogue
 from helpers.data.fill import REASONS, WRITES_AHEAD, Filled, FillOptions, background, is_finite, stored
 from helpers.data.images import ImageError, cut, decode, require_size
 from helpers.data.sample import Geometry, Sample
-from helpers.errors import Interrupted, StorageError
+from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
 
 if TYPE_CHECKING:
@@ -29,14 +35,18 @@ if TYPE_CHECKING:
 
 PIXELS_VERSION = 1  # to be raised by whoever changes the pixels that `images.decode` and `images.cut` give
 CONTENTS_PER_COMMIT = 256
+CONTENTS_SECONDS = 1.0  # no content waits longer for its commit, as long as others follow
+IDLE_SECONDS = 0.02
+EVERY_EPOCH = -1  # the number of the pass whose latents serve in every epoch; others have the number of their epoch
 
 Rows = NDArray[np.int64]
 
 
 @dataclass
-class _Member:
-    """One image of a batch on its way through the threads."""
+class Member:
+    """One image of a unit on its way through the threads."""
 
+    planned: int  # row in the plan
     row: int  # in the catalogue
     sample: Sample
     geometry: Geometry
@@ -50,14 +60,21 @@ class _Member:
 
 
 class LatentFiller:
-    """Fills the cache of one data set with its images' latents.
+    """Fills the cache of one data set with its images' latents, as one plan cuts them.
 
-    `dataset` is the data set's index in the plan. Nothing is read or loaded on construction; the codec is used only for images
-    that are missing.
+    `dataset` is the data set's index in the plan, `number` that of the pass the plan is of. Nothing is read or loaded on construction;
+    the codec is used only for images that are missing.
     """
 
     def __init__(
-        self, plan: BucketPlan, dataset: int, source: SourceBackend, catalogue: Catalogue, cache: Cache, codec: ImageCodec
+        self,
+        plan: BucketPlan,
+        dataset: int,
+        source: SourceBackend,
+        catalogue: Catalogue,
+        cache: Cache,
+        codec: ImageCodec,
+        number: int = EVERY_EPOCH,
     ) -> None:
         self.plan = plan
         self.name = plan.datasets[dataset]
@@ -66,7 +83,8 @@ class LatentFiller:
         self.catalogue = catalogue
         self.cache = cache
         self.codec = codec
-        self._batch_limit = 0  # images encoded at once; less than the batch once memory did not suffice
+        self.number = number
+        self._batch_limit: int | None = None  # images encoded at once; less than the unit once memory did not suffice
 
     def locate(self, cache_dtype: str) -> Locations:
         """Where the latents of the data set's rows lie, in plan order; field "shard" is 0 where there are none."""
@@ -75,67 +93,37 @@ class LatentFiller:
         return self.cache.find(self._key(cut, content, cache_dtype) for cut, content in zip(cuts, contents, strict=True))
 
     def batches(self, batch_size: int) -> list[Rows]:
-        """The fixed batches: rows of the plan, of one shape each, in plan order."""
+        """The rows of each unit, in plan order."""
         shapes = self.plan.columns["shape"][self.rows]
         by_shape = (self.rows[shapes == shape] for shape in np.unique(shapes))
         return [rows[start : start + batch_size] for rows in by_shape for start in range(0, len(rows), batch_size)]
 
-    def pending(self, locations: Locations, options: FillOptions) -> list[Rows]:
-        """This process's batches in which a member is missing; `locations` are those of all rows of the plan."""
-        mine = self.batches(options.batch_size)[options.rank :: options.world_size]
-        return [rows for rows in mine if not locations["shard"][rows].all()]
+    def with_codec(self, codec: ImageCodec) -> LatentFiller:
+        """The same with another codec."""
+        other = copy.copy(self)
+        other.codec = codec
+        return other
 
-    def encode(self, batches: Sequence[Rows], options: FillOptions) -> Filled:
-        """Encode what is missing of the given batches. Images that cannot be had are told in `Filled.failed`.
-
-        Reading, decoding and resizing, encoding, and writing overlap. Interrupted, after sealing what is done, when stopped.
-        """
-        filled = Filled()
-        self._batch_limit = options.batch_size
-        contents = _Contents(self.catalogue)
-        with Writer(self.cache, options.rank) as writer, background(WRITES_AHEAD) as write, contents:
-            for members in self._loaded(batches, options, filled):
-                contents.add(members)
-                records = self._encoded(members, options, filled)
-                write(self._store, writer, members, records, options, filled)
-                options.progress(len(members))
-        return filled
+    def locate_row(self, row: int, cache_dtype: str) -> np.void:
+        """Where the latents of one row of the plan lie; field "shard" is 0 where there are none, or nobody has read the image."""
+        content = self.catalogue.content(int(self.plan.columns["row"][row]))
+        return self.cache.find([self._key(_cuts(self.plan, [row])[0], content, cache_dtype)])[0]
 
     def encode_again(self, row: int, options: FillOptions) -> np.void:
         """Replace the latents of one row of the plan. => their new place, field "shard" 0 where the image cannot be had as it was."""
         content = self.catalogue.content(int(self.plan.columns["row"][row]))
-        key = self._key(_cuts(self.plan, [row])[0], content, options.cache_dtype)
-        self.cache.discard(key)
-        self.encode([batch for batch in self.batches(options.batch_size) if row in batch], options)
-        return self.cache.find([key])[0]
+        self.cache.discard(self._key(_cuts(self.plan, [row])[0], content, options.cache_dtype))
+        encode_units([(self, rows) for rows in self.batches(options.batch_size) if row in rows], self.catalogue, options)
+        return self.locate_row(row, options.cache_dtype)
 
-    def _loaded(self, batches: Sequence[Rows], options: FillOptions, filled: Filled) -> Iterator[list[_Member]]:
-        """The members of each batch in order, read, decoded and cut by threads a few batches ahead."""
-        pool = ThreadPoolExecutor(options.threads, thread_name_prefix="images")
-        waiting: deque[Future[list[_Member]]] = deque()
-        try:
-            ahead = iter(batches)
-            while True:
-                while len(waiting) <= options.threads and (rows := next(ahead, None)) is not None:
-                    waiting.append(pool.submit(self._load, rows, options))
-                if not waiting:
-                    return
-                started = time.monotonic()
-                members = waiting.popleft().result()
-                filled.waiting_seconds += time.monotonic() - started
-                yield members
-                if options.should_stop():
-                    raise Interrupted("stopped while images were encoded; what has been encoded is kept, start again to go on")
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _load(self, rows: Rows, options: FillOptions) -> list[_Member]:
+    def load(self, rows: Rows, options: FillOptions) -> list[Member]:
+        """The members of a unit, read and, where one of them is missing, decoded and cut."""
         members = []
         files = {}
         for row, cut_text in zip(rows, _cuts(self.plan, rows), strict=True):
             image = int(self.plan.columns["row"][row])
             sample = self.catalogue.sample(image)
-            member = _Member(image, sample, self.plan.geometry(int(row)), cut_text)
+            member = Member(int(row), image, sample, self.plan.geometry(int(row)), cut_text)
             members.append(member)
             try:
                 data = self.source.read(sample.key)
@@ -158,13 +146,14 @@ class LatentFiller:
                 member.pixels = None  # nothing to encode
         return members
 
-    def _encoded(self, members: Sequence[_Member], options: FillOptions, filled: Filled) -> dict[int, dict[str, Tensor] | None]:
+    def encoded(self, members: Sequence[Member], options: FillOptions, filled: Filled) -> dict[int, dict[str, Tensor] | None]:
         """A record for each member that has pixels, by its row; None where memory did not suffice even for the image alone."""
         shown = [member for member in members if member.pixels is not None]
         started = time.monotonic()
+        limit = self._batch_limit or max(len(shown), 1)
         records: dict[int, dict[str, Tensor] | None] = {}
         while len(records) < len(shown):
-            part = shown[len(records) : len(records) + self._batch_limit]
+            part = shown[len(records) : len(records) + limit]
             encoded = _encode_unless_out_of_memory(self.codec, [member.pixels for member in part if member.pixels is not None])
             if encoded is not None:
                 tensors = {name: stored(tensor, options.cache_dtype).cpu() for name, tensor in encoded.items()}
@@ -172,15 +161,16 @@ class LatentFiller:
             elif len(part) == 1:
                 records[part[0].row] = None
             else:
-                self._batch_limit = len(part) // 2
+                limit = self._batch_limit = len(part) // 2
         for member in shown:
             member.pixels = None  # the writer may be some batches behind
         filled.encoding_seconds += time.monotonic() - started
         return records
 
-    def _store(
-        self, writer: Writer, members: Sequence[_Member], records: dict[int, dict[str, Tensor] | None], options: FillOptions, filled: Filled
+    def store(
+        self, writer: Writer, members: Sequence[Member], records: dict[int, dict[str, Tensor] | None], options: FillOptions, filled: Filled
     ) -> None:
+        """Keep what is missing, and tell the catalogue of what could not be encoded."""
         for member in members:
             if member.missing and member.row in records:
                 record = records[member.row]
@@ -193,11 +183,10 @@ class LatentFiller:
                 else:
                     self._keep(writer, member, record, options, filled)
             if member.problem:
-                filled.failed[member.row] = member.problem
-            if member.undecodable:
-                filled.undecodable.add(member.row)
+                filled.failed += 1
+                self.catalogue.add_failure(self.number, member.row, member.problem, member.undecodable)
 
-    def _keep(self, writer: Writer, member: _Member, record: dict[str, Tensor], options: FillOptions, filled: Filled) -> None:
+    def _keep(self, writer: Writer, member: Member, record: dict[str, Tensor], options: FillOptions, filled: Filled) -> None:
         subject = f"{member.sample.dataset}/{member.sample.key}"
         facts = {
             "image": member.content,
@@ -216,31 +205,136 @@ class LatentFiller:
         return record_key("latents", content, cut, self.codec.fingerprint, cache_dtype)
 
 
+Unit = tuple[LatentFiller, Rows]
+
+
+def encode_units(
+    units: Iterable[Unit | None],
+    catalogue: Catalogue,
+    options: FillOptions,
+    stored: Callable[[LatentFiller, Sequence[Member], Writer], None] = lambda filler, members, writer: None,
+) -> Filled:
+    """Encode what is missing of some units. Images that cannot be had are told to the catalogue (`Catalogue.failures`).
+
+    Reading, decoding and resizing, encoding, and writing overlap. A unit of None says that there is none at present: what has been
+    encoded is sealed, and after a moment the next one is asked for. `stored` is called in the writer's thread after each unit.
+    Interrupted, after sealing what is done, when stopped.
+    """
+    filled = Filled()
+
+    def store(filler: LatentFiller, members: Sequence[Member], records: dict[int, dict[str, Tensor] | None]) -> None:
+        writer = writers.of(filler.cache)
+        filler.store(writer, members, records, options, filled)
+        stored(filler, members, writer)
+
+    with Writers(options) as writers, background(WRITES_AHEAD) as write, _Contents(catalogue) as contents:
+        for loaded in _loaded(units, options, filled):
+            if loaded is None:
+                contents.flush()
+                write(writers.seal)
+                time.sleep(IDLE_SECONDS)
+            else:
+                filler, members = loaded
+                contents.add(members)
+                write(store, filler, members, filler.encoded(members, options, filled))
+                options.progress(len(members))
+            if options.should_stop():
+                raise Interrupted("stopped while images were encoded; what has been encoded is kept, start again to go on")
+    return filled
+
+
+def _loaded(units: Iterable[Unit | None], options: FillOptions, filled: Filled) -> Iterator[tuple[LatentFiller, list[Member]] | None]:
+    """The units in order with their members, read, decoded and cut by threads a few units ahead; None where there is none."""
+    pool = ThreadPoolExecutor(options.threads, thread_name_prefix="images")
+    waiting: deque[tuple[LatentFiller, Future[list[Member]]]] = deque()
+    ahead = iter(units)
+    more = True
+    try:
+        while more or waiting:
+            while more and len(waiting) <= options.threads:
+                try:
+                    unit = next(ahead)
+                except StopIteration:
+                    more = False
+                    break
+                if unit is None:
+                    break
+                waiting.append((unit[0], pool.submit(unit[0].load, unit[1], options)))
+            if not waiting:
+                if more:
+                    yield None
+                continue
+            started = time.monotonic()
+            filler, future = waiting.popleft()
+            members = future.result()
+            filled.waiting_seconds += time.monotonic() - started
+            yield filler, members
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def refuse_without_images(filler: LatentFiller, failed: Mapping[int, str]) -> None:
+    """DataError where every image of a data set is among those that failed (catalogue row => reason)."""
+    images = filler.plan.columns["row"][filler.rows].tolist()
+    if all(image in failed for image in images):
+        raise DataError(
+            f"data set {filler.name!r}: none of its {len(images):,} images in {filler.source.name} could be encoded;"
+            f" {filler.catalogue.sample(images[0]).key}: {failed[images[0]]}."
+        )
+
+
+class Writers:
+    """A writer for each cache, begun when it is first needed; leaving the `with` block seals all of them, as a `Writer` does."""
+
+    def __init__(self, options: FillOptions) -> None:
+        self._options = options
+        self._writers: dict[int, Writer] = {}
+
+    def of(self, cache: Cache) -> Writer:
+        if id(cache) not in self._writers:
+            self._writers[id(cache)] = Writer(cache, self._options.rank, self._options.seal_after)
+        return self._writers[id(cache)]
+
+    def seal(self) -> None:
+        self._writers = {key: writer for key, writer in self._writers.items() if not writer.cache.given_up}
+        for writer in self._writers.values():
+            writer.seal()
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for writer in self._writers.values():
+            writer.__exit__(kind, error, trace)
+
+
 class _Contents:
     """Tells the catalogue what images' bytes are, many in one transaction."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._pending: list[tuple[int, str]] = []
+        self._flushed = time.monotonic()
 
-    def add(self, members: Sequence[_Member]) -> None:
+    def add(self, members: Sequence[Member]) -> None:
         self._pending += [(member.row, member.content) for member in members if member.content]
-        if len(self._pending) >= CONTENTS_PER_COMMIT:
-            self._flush()
+        if len(self._pending) >= CONTENTS_PER_COMMIT or time.monotonic() - self._flushed > CONTENTS_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            self._catalogue.set_content(self._pending)
+        self._pending = []
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> _Contents:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._catalogue.set_content(self._pending)
-        self._pending = []
+        self.flush()
 
 
-def _decode(member: _Member, data: bytes) -> None:
+def _decode(member: Member, data: bytes) -> None:
     try:
         # Before decoding: a JPEG may be decoded at half its size, which then looks like that of an image half as large.
         require_size(data, member.geometry.original)

@@ -87,13 +87,17 @@ def _table_path(dataset: DatasetConfig, table: TableConfig) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
-def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int) -> DatasetColumns:
-    """The usable images of a data set, with what is drawn of each cut drawn for (seed, data set, key), and the faces that were found."""
+def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int, epoch: int = 0) -> DatasetColumns:
+    """The usable images of a data set, with what is drawn of each cut drawn for (seed, data set, key), and the faces that were found.
+
+    Where the data set is redrawn each epoch, for (seed, epoch, data set, key).
+    """
     rule = rules_of(dataset).resolution
     columns = catalogue.columns(dataset.id)
+    address = (seed, epoch, dataset.id) if dataset.vae_cache_clear_each_epoch else (seed, dataset.id)
 
     def draw(name: str) -> NDArray[np.float64]:
-        return np.array([uniform(name, seed, dataset.id, key) for key in catalogue.keys(dataset.id)])
+        return np.array([uniform(name, *address, key) for key in catalogue.keys(dataset.id)])
 
     drawn = rule.style == "random"
     face_x, face_y = face_middles(catalogue, dataset.id) if rule.style == "face" else (None, None)
@@ -131,12 +135,3 @@ def load_plan(folder: Path) -> BucketPlan:
     tables = json.loads((folder / _TABLES).read_bytes())
     columns = np.load(folder / _COLUMNS, mmap_mode="r", allow_pickle=False)
     return BucketPlan(tuple(tables["datasets"]), tuple(Size(*shape) for shape in tables["shapes"]), columns)
-
-
-def restricted(plan: BucketPlan, rows: NDArray[np.int64]) -> BucketPlan:
-    """A plan of some of a plan's rows, as it would have been made for these alone."""
-    if len(rows) == len(plan):
-        return plan  # which stays mapped
-    columns = plan.columns[rows]
-    kept, columns["shape"] = np.unique(columns["shape"], return_inverse=True)
-    return BucketPlan(plan.datasets, tuple(plan.shapes[shape] for shape in kept), columns)

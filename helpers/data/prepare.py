@@ -1,19 +1,18 @@
 """From data sets to training data: scan, plan, report, encode what is missing, let the encoders go.
 
 Nothing here depends on what an earlier run did, only on what is on disk: a second start finds everything there, opens no image and
-loads no encoder. The first process scans and plans, the others read its plan; all of them encode, each its share.
+loads no encoder. The first process scans and plans, the others read its plan; all of them encode, each its share. What is encoded while
+training runs (behind.py) is only looked for here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,21 +20,24 @@ from numpy.typing import NDArray
 
 from helpers.config.datasets import DatasetConfig
 from helpers.data.batches import BatchMaker
-from helpers.data.buckets import BucketPlan, plan
-from helpers.data.cache import LOCATION, Cache, Locations
+from helpers.data.behind import LatentsAhead
+from helpers.data.buckets import BucketPlan, DatasetColumns, plan
+from helpers.data.cache import Cache, record_key
 from helpers.data.catalogue import Catalogue
 from helpers.data.faces import find_faces
 from helpers.data.fill import Filled, FillOptions, available_threads
-from helpers.data.latents import LatentFiller
-from helpers.data.order import EpochOrder, Share
-from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan, without_a_face
-from helpers.data.report import dataset_report, mix_summary, summary
+from helpers.data.fingerprint import DataFingerprint
+from helpers.data.latents import EVERY_EPOCH, LatentFiller, Unit, encode_units, refuse_without_images
+from helpers.data.order import FROM_THE_BEGINNING, EpochOrder, OrderStart, Share
+from helpers.data.passes import HeldCodec, Pass, Passes
+from helpers.data.planning import columns_of, load_plan, rules_of, save_plan, without_a_face
+from helpers.data.progress import bar, late_bar
+from helpers.data.report import dataset_report, lost_line, mix_summary, summary
 from helpers.data.scan import ScanResult, scan
 from helpers.data.sources import open_source
 from helpers.data.texts import TextFiller, text_key
-from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, TrainingData
+from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, Steps, TrainingData
 from helpers.data.workers import Workers
-from helpers.errors import DataError
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:
@@ -59,13 +61,17 @@ class DataSettings:
     text_batch_size: int = 16
     threads: int = field(default_factory=available_threads)  # that read, decode and resize, over all processes
     extra_captions: Sequence[str] = ()  # that the run needs besides those of the data, such as validation prompts
-    resumed: bool = False  # then the plan stays that of the run's first life: with the images that turned out undecodable in it
+    behind: bool = False  # encode latents while training runs
+    step: int = 0  # training begins with, counted from 0
+    order: OrderStart = FROM_THE_BEGINNING
+    # By data set, the images that were left out as undecodable when the run began; None for a run that begins now.
+    undecodable: Mapping[str, Sequence[str]] | None = None
 
 
 def prepare_data(
     datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter
 ) -> TrainingData:
-    """Everything on disk that training needs, and the way to it.
+    """Everything on disk that training needs to begin, and the way to it.
 
     The family's encoders must know their fingerprint without loading weights, so that a start that lacks nothing loads none.
     DataError where training cannot start from what is there, StorageError where a store fails, Interrupted, after keeping what has
@@ -73,14 +79,18 @@ def prepare_data(
     """
     preparation = _Preparation(datasets, settings, family, workers, report)
     preparation.scan_and_plan()
-    preparation.encode_images()
-    preparation.encode_captions()
-    preparation.account_for_failures()
+    if settings.behind:
+        preparation.encode_captions()
+        preparation.look_for_images()
+    else:
+        preparation.encode_images()
+        preparation.encode_captions()
+    preparation.tell_of_failures()
     return preparation.training_data()
 
 
 class _Preparation:
-    """The steps of `prepare_data`, in order; each leaves here what the next ones need."""
+    """The steps of `prepare_data`; each leaves here what the next ones need."""
 
     def __init__(
         self, datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter
@@ -93,7 +103,7 @@ class _Preparation:
         self.sources = [open_source(dataset) for dataset in datasets]
         self.scanned: list[ScanResult] = []  # in the first process
         self.faceless: dict[str, NDArray[np.int64]] = {}  # there too
-        self.images = Filled()  # what encoding images came to in all processes
+        self.told: dict[int, str] = {}  # failures that stand in the report
         self.encoder_fingerprints: dict[str, str] = {}
 
     # -- scan and plan --------------------------------------------------------------------------------------------------
@@ -104,10 +114,11 @@ class _Preparation:
         with self.workers.phase():
             if self.workers.is_first:
                 self.catalogue = Catalogue(catalogue_file)
+                self.catalogue.forget_failures()
                 self.scanned = [self._scan(index) for index in range(len(self.datasets))]
                 for index in range(len(self.datasets)):
                     self._find_faces(index)
-                columns = [columns_of(dataset, self.catalogue, self.settings.seed) for dataset in self.datasets]
+                columns = self._columns(0)
                 self.faceless = without_a_face(columns)
                 save_plan(plan(columns), plan_folder)
         if not self.workers.is_first:
@@ -115,7 +126,7 @@ class _Preparation:
         self.plan = load_plan(plan_folder)
         with self.workers.phase():
             if self.workers.is_first:
-                write_json(self.settings.output_dir / "dataset_report.json", self._dataset_report(self.scanned, self.plan))
+                self._write_report({})
                 for index, result in enumerate(self.scanned):
                     shapes = np.unique(self.plan.columns["shape"][self.plan.columns["dataset"] == index])
                     self.report.chapter("dataset", summary(result, len(shapes)))
@@ -125,20 +136,21 @@ class _Preparation:
 
     def _scan(self, index: int) -> ScanResult:
         rules = rules_of(self.datasets[index], self.settings.seed)
-        with _late_bar(self.report, f"scan {rules.dataset}", "files") as told:
+        left_out = self.settings.undecodable
+        with late_bar(self.report, f"scan {rules.dataset}", "files") as told:
             return scan(
                 self.sources[index],
                 rules,
                 self.catalogue,
                 on_progress=told,
                 should_stop=self.workers.should_stop,
-                leave_out_undecodable=not self.settings.resumed,
+                undecodable=None if left_out is None else left_out.get(rules.dataset, ()),
             )
 
     def _find_faces(self, index: int) -> None:
         if rules_of(self.datasets[index]).resolution.style != "face":
             return
-        with _late_bar(self.report, f"find faces {self.datasets[index].id}", "images") as told:
+        with late_bar(self.report, f"find faces {self.datasets[index].id}", "images") as told:
             find_faces(
                 self.sources[index],
                 self.datasets[index].id,
@@ -148,52 +160,104 @@ class _Preparation:
                 should_stop=self.workers.should_stop,
             )
 
-    def _dataset_report(self, results: Sequence[ScanResult], planned: BucketPlan) -> dict[str, Any]:
-        return dataset_report(results, planned, self.catalogue, self.faceless)
+    def _columns(self, epoch: int) -> list[DatasetColumns]:
+        return [columns_of(dataset, self.catalogue, self.settings.seed, epoch) for dataset in self.datasets]
+
+    def _plan_of(self, epoch: int) -> BucketPlan:
+        return plan(self._columns(epoch))
+
+    def _write_report(self, failed: Mapping[int, str]) -> None:
+        report = dataset_report(self.scanned, self.plan, self.catalogue, self.faceless, failed)
+        write_json(self.settings.output_dir / "dataset_report.json", report)
 
     # -- images ---------------------------------------------------------------------------------------------------------
 
     def encode_images(self) -> None:
-        options = self._options(self.settings.vae_batch_size)
-        self.locations: Locations = np.zeros(len(self.plan), dtype=LOCATION)
-        with self.family.image_codec(self.settings.device) as codec:
-            with self.workers.phase():
-                self.latent_caches = _open_caches([dataset.cache_dir_vae for dataset in self.datasets], self.report)
-                fillers = [
-                    LatentFiller(self.plan, index, self.sources[index], self.catalogue, cache, codec)
-                    for index, cache in enumerate(self.latent_caches)
-                ]
-                self._locate(fillers)
-                filled = [self._fill_images(filler, options) for filler in fillers]
-            self.images = self._all(filled)
-            if not self.locations["shard"].all():
+        """Encode what is missing for the epoch that training begins in, which for most data sets is what every epoch needs."""
+        with self.workers.phase():
+            self._open_passes()
+            units = list(self._units_of_this_process()) if any(passed.incomplete for passed in self.present_passes) else []
+            filled = self._fill_images(units)
+        total = self._all([filled])
+        for passed in self.present_passes:
+            if passed.incomplete:
                 # Not only what was encoded: an image whose bytes were known under another name is found once it was read.
-                self._locate(fillers)
-            self.encoder_fingerprints["image_codec"] = f"{codec.fingerprint} {options.cache_dtype}"
-        self.report.chapter("latents", self.images.describe(len(self.plan), "the VAE"))
-        self._refuse_without_images()
+                passed.locate()
+        if not any(self.passes.redrawn):
+            self.codec.close()
+        self.report.chapter("latents", total.describe(len(self.plan), "the VAE"))
+        failed = self.catalogue.failures()
+        for passed in self.present_passes:
+            for filler in passed.fillers.values():
+                refuse_without_images(filler, failed)
 
-    def _locate(self, fillers: Iterable[LatentFiller]) -> None:
-        for filler in fillers:
-            self.locations[filler.rows] = filler.locate(self.settings.cache_dtype)
+    def look_for_images(self) -> None:
+        """Find out what is cached, and load the codec where that is not all."""
+        with self.workers.phase():
+            self._open_passes()
+        cached = sum(int(passed.there(filler.rows).sum()) for passed in self.present_passes for filler in passed.fillers.values())
+        behind = "; the rest is encoded while training runs" if cached < len(self.plan) else ""
+        self.report.chapter("latents", f"{len(self.plan):,} needed, {cached:,} cached{behind}")
 
-    def _fill_images(self, filler: LatentFiller, options: FillOptions) -> Filled:
-        pending = filler.pending(self.locations, options)
-        if not pending:
+    def _open_passes(self) -> None:
+        settings = self.settings
+        redrawn = [dataset.vae_cache_clear_each_epoch for dataset in self.datasets]
+        self.codec = HeldCodec(self.family, settings.device)
+        self.encoder_fingerprints["image_codec"] = f"{self.codec.fingerprint} {settings.cache_dtype}"
+        self.latent_caches = _open_caches([dataset.cache_dir_vae for dataset in self.datasets], self.report)
+        self.passes = Passes(self.plan, redrawn, self._plan_of, self._fillers, settings.vae_batch_size, settings.cache_dtype)
+        self.steps = Steps(self._order(), settings.accumulation, self.workers.rank, self.workers.world_size)
+        self.first_epoch = self.steps.epoch(settings.step, settings.order)
+        if self.workers.is_first:
+            self._remove_passes(self.first_epoch)
+        numbers = [*([EVERY_EPOCH] if not all(redrawn) else []), *([self.first_epoch] if any(redrawn) else [])]
+        self.present_passes: list[Pass] = [self.passes.at(number) for number in numbers]
+        self.codec.open()
+
+    def _fillers(self, plan: BucketPlan, datasets: Sequence[int], number: int) -> dict[int, LatentFiller]:
+        caches = self.latent_caches
+        if number != EVERY_EPOCH:
+            caches = _open_caches([self._pass_folder(dataset, number) for dataset in self.datasets], self.report)
+        return {
+            index: LatentFiller(plan, index, self.sources[index], self.catalogue, caches[index], self.codec, number) for index in datasets
+        }
+
+    def _units_of_this_process(self) -> Iterator[Unit]:
+        """What this process has to encode before training begins: in the order of need, as it would be encoded behind training."""
+        for met, unit in enumerate(self._units()):
+            if met % self.workers.world_size == self.workers.rank and self.passes.lacks(unit):
+                yield unit
+
+    def _units(self) -> Iterator[Unit]:
+        for micro in self.steps.all(self.settings.step, self.settings.order):
+            if micro.epoch > self.first_epoch or self.passes.all_taken:
+                break
+            yield from self.passes.take(micro)
+        for passed in self.present_passes:
+            yield from passed.take_rest()
+
+    def _fill_images(self, units: Sequence[Unit]) -> Filled:
+        if not units:
             return Filled()
-        with _bar(self.report, f"encode {filler.name}", sum(map(len, pending)), "images") as progress:
-            return filler.encode(pending, dataclasses.replace(options, progress=progress))
+        with bar(self.report, "encode images", sum(len(rows) for _, rows in units), "images") as progress:
+            options = dataclasses.replace(self._options(self.settings.vae_batch_size), progress=progress)
+            return encode_units(units, self.catalogue, options)
 
-    def _refuse_without_images(self) -> None:
-        for index, dataset in enumerate(self.datasets):
-            rows = self.plan.columns["dataset"] == index
-            if not (self.locations["shard"][rows] != 0).any():
-                row = int(self.plan.columns["row"][np.flatnonzero(rows)[0]])
-                reason = self.images.failed.get(row, "its latents are missing")
-                raise DataError(
-                    f"data set {dataset.id!r}: none of its {int(rows.sum()):,} images in {self.sources[index].name} could be encoded;"
-                    f" {self.catalogue.sample(row).key}: {reason}."
-                )
+    def _pass_folder(self, dataset: DatasetConfig, epoch: int) -> Path:
+        """Latents of one epoch of this run, beside those of every epoch. Other runs may share the folder that it lies in."""
+        return dataset.cache_dir_vae / f"{self._pass_prefix}{epoch}"
+
+    @property
+    def _pass_prefix(self) -> str:
+        run = record_key(str(self.settings.output_dir.absolute()), str(self.settings.seed)).hex()[:12]
+        return f"epoch-{run}-"
+
+    def _remove_passes(self, before: int) -> None:
+        """Remove this run's latents of single epochs before one."""
+        for folder in {dataset.cache_dir_vae for dataset in self.datasets if dataset.vae_cache_clear_each_epoch}:
+            for found in folder.glob(f"{self._pass_prefix}*"):
+                if int(found.name.removeprefix(self._pass_prefix)) < before:
+                    shutil.rmtree(found, ignore_errors=True)  # a rest that cannot be removed costs space, and no run
 
     # -- captions -------------------------------------------------------------------------------------------------------
 
@@ -223,7 +287,7 @@ class _Preparation:
         pending = filler.pending(captions, options)
         if not pending:
             return Filled()
-        with _bar(self.report, "encode captions", sum(map(len, pending)), "captions") as progress:
+        with bar(self.report, "encode captions", sum(map(len, pending)), "captions") as progress:
             return filler.encode(pending, dataclasses.replace(options, progress=progress))
 
     def _fill_unconditional(self, encoders: TextEncoders, options: FillOptions) -> None:
@@ -234,38 +298,14 @@ class _Preparation:
 
     # -- the end ----------------------------------------------------------------------------------------------------------
 
-    def account_for_failures(self) -> None:
-        """Tell the report of images that could not be encoded, and the catalogue of those that never will be.
-
-        The next scan leaves those out. It is told only now that all are encoded: a smaller plan would cut other batches for the
-        encoder, and an interrupted caching that goes on would give other last bits than an undisturbed one.
-        """
-        failed = self.images.failed
-        if not failed:
+    def tell_of_failures(self) -> None:
+        """Bring the report up to date with the images that could not be encoded. Only the first process does anything."""
+        failed = self.catalogue.failures() if self.workers.is_first else {}
+        if failed == self.told:
             return
-        with self.workers.phase():
-            if self.workers.is_first:
-                self._report_failures(failed)
-                for row in self.images.undecodable:
-                    self.catalogue.set_undecodable(row, failed[row])
-
-    def _report_failures(self, failed: Mapping[int, str]) -> None:
-        samples = [self.catalogue.sample(row) for row in failed]
-        left_out = [
-            (sample.dataset, {"key": sample.key, "reason": reason}) for sample, reason in zip(samples, failed.values(), strict=True)
-        ]
-        results = []
-        for result in self.scanned:
-            lost = sum(dataset == result.dataset for dataset, _ in left_out)
-            results.append(dataclasses.replace(result, used=result.used - lost, left_out=result.left_out + lost))
-        told = self._dataset_report(results, restricted(self.plan, self.usable))
-        for entry in told["datasets"]:
-            entry["left_out"] += [item for dataset, item in left_out if dataset == entry["id"]]
-            entry["left_out"].sort(key=lambda item: item["key"])
-        write_json(self.settings.output_dir / "dataset_report.json", told)
-        kinds = Counter(reason.partition(":")[0] for reason in failed.values())
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-        self.report.chapter("dataset", f"{len(failed):,} more left out, found while encoding ({counts}); dataset_report.json names them")
+        self.told = failed
+        self._write_report(failed)
+        self.report.chapter("dataset", lost_line(failed))
 
     def training_data(self) -> TrainingData:
         settings, workers = self.settings, self.workers
@@ -276,67 +316,59 @@ class _Preparation:
             dataclasses.replace(self._options(settings.vae_batch_size), world_size=1, should_stop=lambda: False),
             dataclasses.replace(self._options(settings.text_batch_size), world_size=1, should_stop=lambda: False),
         )
+        ahead = self._ahead()
         records = CachedRecords(
-            self.plan,
-            self.usable,
-            self.locations,
+            self.passes,
             [
-                PreparedDataset(source, latents, texts, dataset.loss_weight, dataset.is_regularisation_data)
-                for dataset, source, latents, texts in zip(
-                    self.datasets, self.sources, self.latent_caches, self.text_caches[:-1], strict=True
-                )
+                PreparedDataset(texts, dataset.loss_weight, dataset.is_regularisation_data)
+                for dataset, texts in zip(self.datasets, self.text_caches[:-1], strict=True)
             ],
             self.catalogue,
             recall,
             unconditional=recall.text(self.text_caches[-1], None, lambda: []),
+            ahead=ahead,
         )
-        trained = restricted(self.plan, self.usable)
-        shares = [Share(dataset.repeats, dataset.probability, dataset.ignore_epochs) for dataset in self.datasets]
-        order = EpochOrder(trained.columns["shape"], trained.columns["dataset"], shares, settings.batch_size, settings.seed)
-        if len(shares) > 1:
-            self.report.chapter("mix", mix_summary(trained.datasets, order.mix))
+        left_out = settings.undecodable
+        if left_out is None:
+            left_out = {dataset.id: self.catalogue.undecodable(dataset.id) for dataset in self.datasets}
+        if len(self.datasets) > 1:
+            self.report.chapter("mix", mix_summary(self.plan.datasets, self.steps.order.mix))
         return TrainingData(
             records,
-            order,
+            self.steps,
             BatchMaker(records, settings.seed, settings.caption_dropout),
-            accumulation=settings.accumulation,
-            rank=workers.rank,
-            world_size=workers.world_size,
-            fingerprint=self._fingerprint(trained),
+            fingerprint=self._fingerprint(),
+            undecodable=left_out,
+            tell_of_failures=self.tell_of_failures,
+            remove_passes=self._remove_passes if workers.is_first else lambda before: None,
+            needed=lambda: Steps(self._order(), settings.accumulation, workers.rank, workers.world_size),
             extra_texts=self.text_caches[-1],
             extra_captions=self.extra_captions,
         )
 
-    def _fingerprint(self, trained: BucketPlan) -> dict[str, str]:
-        usable = np.zeros(len(self.plan), dtype=bool)
-        usable[self.usable] = True
-        images, captions = hashlib.sha256(), hashlib.sha256()
-        for index, dataset in enumerate(self.datasets):
-            facts = zip(
-                usable[self.plan.columns["dataset"] == index],
-                self.catalogue.keys(dataset.id),
-                self.catalogue.contents(dataset.id),
-                self.catalogue.captions_by_image(dataset.id),
-                strict=True,
-            )
-            for used, key, content, said in facts:
-                if used:
-                    images.update(f"{key}\0{content}\0".encode())
-                    captions.update(f"{said}\0".encode())
-        return {
-            "plan": trained.fingerprint(),
-            "images": images.hexdigest(),
-            "captions": captions.hexdigest(),
+    def _order(self) -> EpochOrder:
+        """The order of the whole plan: images that turn out not to be encodable leave their places empty."""
+        shares = [Share(dataset.repeats, dataset.probability, dataset.ignore_epochs) for dataset in self.datasets]
+        columns = self.plan.columns
+        return EpochOrder(columns["shape"], columns["dataset"], shares, self.settings.batch_size, self.settings.seed)
+
+    def _ahead(self) -> LatentsAhead | None:
+        """What encodes behind training, with its codec loaded; None where nothing is left to encode."""
+        if not (any(self.passes.redrawn) or any(passed.incomplete for passed in self.present_passes)):
+            self.codec.close()
+            return None
+        self.codec.warm_up()
+        return LatentsAhead(self.passes, self.codec, self.catalogue, self._options(self.settings.vae_batch_size))
+
+    def _fingerprint(self) -> DataFingerprint:
+        fixed = {
             "repeats": ", ".join(f"{dataset.id} {dataset.repeats}" for dataset in self.datasets),
+            "redrawn": ", ".join(dataset.id for dataset in self.datasets if dataset.vae_cache_clear_each_epoch),
             "mix": ", ".join(_part_in_the_mix(dataset) for dataset in self.datasets),
             "batch_size": str(self.settings.batch_size),
             **self.encoder_fingerprints,
         }
-
-    @property
-    def usable(self) -> NDArray[np.int64]:
-        """Rows of the plan whose latents are there."""
-        return np.flatnonzero(self.locations["shard"] != 0)
+        return DataFingerprint(self.plan, self.datasets, self.sources, self.catalogue, fixed)
 
     def _options(self, batch_size: int) -> FillOptions:
         return FillOptions(
@@ -378,30 +410,3 @@ def _open_caches(folders: Iterable[Path], report: Reporter) -> list[Cache]:
                 report.chapter("cache", note)
         opened.append(caches[place])
     return opened
-
-
-@contextmanager
-def _bar(report: Reporter, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    bar = report.progress(title, total, unit)
-    if bar is None:
-        yield lambda done: None
-        return
-    with bar as advance:
-        yield advance
-
-
-@contextmanager
-def _late_bar(report: Reporter, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that tells (done, total); shown when it is first told of, so that a warm start shows none."""
-    with ExitStack() as shown:
-        advance: Callable[[int], None] | None = None
-        done_before = 0
-
-        def told(done: int, total: int) -> None:
-            nonlocal advance, done_before
-            if advance is None:
-                advance = shown.enter_context(_bar(report, title, total, unit))
-            advance(done - done_before)
-            done_before = done
-
-        yield told

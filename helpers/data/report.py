@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,37 +17,57 @@ from helpers.data.scan import ScanResult
 
 
 def dataset_report(
-    results: Sequence[ScanResult], plan: BucketPlan, catalogue: Catalogue, faceless: Mapping[str, NDArray[np.int64]] | None = None
+    results: Sequence[ScanResult],
+    plan: BucketPlan,
+    catalogue: Catalogue,
+    faceless: Mapping[str, NDArray[np.int64]] | None = None,
+    failed: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
     """The content of dataset_report.json, data sets in the order of `results`, which is the plan's.
 
-    `upscaled` counts images resized to more pixels than they have; `cropped_share` is the mean share of a resized image's area that
-    the cut removes, from 0 to 1. `faceless` holds, for the data sets that are cut around faces, the catalogue's rows of the images
-    in which none was found; they are counted as `without_a_face`.
+    `faceless` holds, for the data sets that are cut around faces, the catalogue's rows of the images in which none was found.
+    `failed` are images of the plan that turned out not to be encodable, by catalogue row, as "kind: detail". `upscaled` counts images
+    resized to more pixels than they have; `cropped_share` is the mean share of a resized image's area that the cut removes, from 0 to 1.
     """
-    entries = [_entry(index, result, plan, catalogue) for index, result in enumerate(results)]
-    for index, entry in enumerate(entries):
-        rows = (faceless or {}).get(entry["id"])
-        if rows is not None:
-            entry["without_a_face"] = int(np.isin(plan.columns["row"][plan.columns["dataset"] == index], rows).sum())
+    failed = failed or {}
+    usable = ~np.isin(plan.columns["row"], list(failed))
+    lost: dict[str, list[dict[str, str]]] = {}
+    for row, reason in failed.items():
+        sample = catalogue.sample(row)
+        lost.setdefault(sample.dataset, []).append({"key": sample.key, "reason": reason})
+    rows = plan.columns[usable]
+    entries = []
+    for index, result in enumerate(results):
+        mine = rows[rows["dataset"] == index]
+        entries.append(_entry(result, mine, plan, catalogue, lost.get(result.dataset, [])))
+        if faceless and result.dataset in faceless:
+            entries[-1]["without_a_face"] = int(np.isin(mine["row"], faceless[result.dataset]).sum())
     return {"datasets": entries}
 
 
-def _entry(index: int, result: ScanResult, plan: BucketPlan, catalogue: Catalogue) -> dict[str, Any]:
-    rows = plan.columns[plan.columns["dataset"] == index]
+def _entry(result: ScanResult, rows: NDArray[Any], plan: BucketPlan, catalogue: Catalogue, lost: list[dict[str, str]]) -> dict[str, Any]:
+    """One data set: `rows` of the plan that are used, `lost` after the scan."""
     counts = np.bincount(rows["shape"], minlength=len(plan.shapes))
     areas = np.array([shape.area for shape in plan.shapes], np.float64)
     kept = areas[rows["shape"]] / (rows["resized_width"].astype(np.float64) * rows["resized_height"])
+    left_out = [{"key": entry.key, "reason": entry.reason} for entry in catalogue.left_out(result.dataset)]
     return {
         "id": result.dataset,
         "found": result.found,
-        "used": result.used,
-        "left_out": [{"key": entry.key, "reason": entry.reason} for entry in catalogue.left_out(result.dataset)],
+        "used": result.used - len(lost),
+        "left_out": sorted(left_out + lost, key=lambda item: item["key"]),
         **({"tables": [dataclasses.asdict(table) for table in result.tables]} if result.tables else {}),
         "buckets": {str(shape): int(count) for shape, count in zip(plan.shapes, counts, strict=True) if count},
         "upscaled": int(rows["upscaled"].sum()),
-        "cropped_share": round(float(1 - kept.mean()), 4),
+        "cropped_share": round(float(1 - kept.mean()), 4) if len(kept) else 0.0,
     }
+
+
+def lost_line(failed: Mapping[int, str]) -> str:
+    """One line for the console about images that turned out not to be encodable."""
+    kinds = Counter(reason.partition(":")[0] for reason in failed.values())
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return f"{len(failed):,} more left out, found while encoding ({counts}); dataset_report.json names them"
 
 
 def summary(result: ScanResult, shapes: int) -> str:

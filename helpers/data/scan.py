@@ -11,7 +11,7 @@ import json
 import posixpath
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,6 +30,7 @@ _BLOCK = 2048  # files read, or images judged, between two commits: what a kill 
 _SHARE = 64  # files a thread takes at once, and the longest wait for a stop to be noticed
 _STOPPED = "stopped while the data sets were scanned; start again to go on"
 _NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
+_LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run began, and stays left out to its end"
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,14 @@ def scan(
     threads: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    leave_out_undecodable: bool = True,
+    undecodable: Collection[str] | None = None,
 ) -> ScanResult:
     """Bring the catalogue's rows of one data set up to date. Source files are read, never written.
 
     Killed at any moment it loses at most the last `_BLOCK` files read. `on_progress(done, total)` counts the files to open. When
-    `should_stop()` turns true, Interrupted is raised after what was read has been kept. `leave_out_undecodable` leaves out what
-    `Catalogue.set_undecodable` noted; a run that is resumed passes False, so that its plan stays the one it began with.
+    `should_stop()` turns true, Interrupted is raised after what was read has been kept. `undecodable` are the keys that were left out
+    as such when the run began, so that its plan stays the same to its end; None begins a new run, and leaves out what earlier ones
+    could not decode (`Catalogue.leave_out_undecodable`).
     DataError when there is nothing to train on; StorageError when the store fails while it is read.
     """
     new, changed, removed = _compare(backend, rules.dataset, catalogue)
@@ -90,7 +92,7 @@ def scan(
                 opened += files
                 if on_progress is not None:
                     on_progress(opened, pending)
-    _judge(catalogue, rules, leave_out_undecodable, should_stop)
+    _judge(catalogue, rules, undecodable if undecodable is None else frozenset(undecodable), should_stop)
     used, kinds = catalogue.used(rules.dataset), catalogue.left_out_kinds(rules.dataset)
     left_out = kinds.total()
     if not used:
@@ -233,9 +235,9 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, A
 # 3. The verdict.
 
 
-def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: bool, should_stop: Callable[[], bool]) -> None:
+def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: frozenset[str] | None, should_stop: Callable[[], bool]) -> None:
     """Give every file its caption or its reason, unless that was done under the same rules and nothing has changed since."""
-    stated = json.dumps([asdict(rules), leave_out_undecodable], sort_keys=True)
+    stated = json.dumps([asdict(rules), undecodable if undecodable is None else sorted(undecodable)], sort_keys=True)
     with catalogue.transaction() as database:
         judged = database.execute("SELECT rules FROM verdicts WHERE dataset = ?", (rules.dataset,)).fetchone()
         if judged == (stated,):
@@ -251,7 +253,7 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: boo
         for table in rules.tables:
             database.execute("UPDATE files SET left_out = NULL WHERE dataset = ? AND key = ?", (rules.dataset, table.path))
         for images in _images(database, rules):
-            verdicts = (_verdict(image, rules, captioner, leave_out_undecodable) for image in images)
+            verdicts = (_verdict(image, rules, captioner, undecodable) for image in images)
             database.executemany("UPDATE files SET captions = ?, left_out = ? WHERE id = ?", verdicts)
             if should_stop():
                 raise Interrupted(_STOPPED)
@@ -275,11 +277,14 @@ def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[
 
 
 def _verdict(
-    image: tuple[Any, ...], rules: DatasetRules, captioner: Captioner, leave_out_undecodable: bool
+    image: tuple[Any, ...], rules: DatasetRules, captioner: Captioner, undecodable: frozenset[str] | None
 ) -> tuple[str | None, str | None, int]:
     """Captions as a JSON list, or a reason, and the row id."""
-    key, row, width, height, problem, undecodable, text, text_problem = image
-    reason = problem or (undecodable if leave_out_undecodable else None) or too_small(Size(width, height), rules.resolution)
+    key, row, width, height, problem, found_undecodable, text, text_problem = image
+    reason = problem
+    if reason is None and (found_undecodable if undecodable is None else key in undecodable):
+        reason = found_undecodable or _LEFT_OUT_BEFORE
+    reason = reason or too_small(Size(width, height), rules.resolution)
     if reason is None and (rules.captions.reads_files or rules.captions.table):
         reason = text_problem
     if reason is not None:

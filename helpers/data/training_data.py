@@ -1,29 +1,29 @@
-"""What training asks of the data once everything is cached: batches by step number, text for validation, a fingerprint."""
+"""What training asks of the data: batches by step number, text for validation, a fingerprint."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from helpers.data.batches import Batch, BatchMaker, prefetched
-from helpers.data.buckets import BucketPlan
-from helpers.data.cache import Cache, DamagedRecordError, Locations
+from helpers.data.behind import LatentsAhead
+from helpers.data.cache import Cache, DamagedRecordError
 from helpers.data.catalogue import Catalogue
 from helpers.data.fill import FillOptions, is_finite
-from helpers.data.latents import LatentFiller
-from helpers.data.order import FROM_THE_BEGINNING, EpochOrder, OrderStart
+from helpers.data.order import FROM_THE_BEGINNING, EpochOrder, MicroBatch, OrderStart
+from helpers.data.passes import Pass, Passes
 from helpers.data.sample import Geometry, Sample, Size
 from helpers.data.texts import TextFiller, text_key
 from helpers.errors import DataError
-from helpers.storage.backend import SourceBackend
 
 if TYPE_CHECKING:
     from helpers.protocols import ModelFamily, TextTensors
@@ -35,10 +35,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """One data set, everything of it cached."""
+    """What the records of a data set have in common."""
 
-    source: SourceBackend
-    latents: Cache
     texts: Cache
     loss_weight: float
     regularises: bool = False  # it is not what the run is for
@@ -78,66 +76,106 @@ class Recall:
             )
         return record
 
-    def latents(self, dataset: PreparedDataset, location: np.void) -> dict[str, Tensor]:
-        """The latents at a place in the data set's cache. DamagedRecordError when they are not what was written."""
-        return _finite(dataset.latents.read(location), dataset.latents)
-
-    def encode_again(self, plan: BucketPlan, row: int, dataset: PreparedDataset, catalogue: Catalogue) -> np.void:
-        """Encode an image of the plan anew. => the new place of its latents, field "shard" 0 where that failed."""
+    def latents_again(self, damaged: Pass, row: int) -> dict[str, Tensor] | None:
+        """Encode an image of the plan anew. => its latents; None where the file no longer holds the same image."""
+        filler = damaged.fillers[int(damaged.plan.columns["dataset"][row])]
         with self.family.image_codec(self.device) as codec:
-            filler = LatentFiller(plan, int(plan.columns["dataset"][row]), dataset.source, catalogue, dataset.latents, codec)
-            return filler.encode_again(row, self.image_options)
+            location = filler.with_codec(codec).encode_again(row, self.image_options)
+        if not location["shard"]:
+            return None
+        damaged.locations[row] = location
+        return _finite(filler.cache.read(location), filler.cache)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which micro-batches a step is made of, for this process and for all. Steps and epochs are counted from 0."""
+
+    order: EpochOrder
+    accumulation: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one step, over all processes."""
+        return self.accumulation * self.world_size
+
+    def here(self, step: int, start: OrderStart) -> list[MicroBatch]:
+        """Those of this process."""
+        return self.order.step(step, self.rank, self.world_size, self.accumulation, start)
+
+    def all(self, first: int, start: OrderStart, end: int | None = None) -> Iterator[MicroBatch]:
+        """Those of all processes from step `first` on, in the order of training."""
+        for step in itertools.count(first) if end is None else range(first, end):
+            yield from self.order.step(step, accumulation=self.micro_batches, start=start)
+
+    def epoch(self, step: int, start: OrderStart) -> int:
+        """The epoch that a step begins in."""
+        return next(self.all(step, start)).epoch
 
 
 class CachedRecords:
-    """The rows that can be trained on, read from the caches.
-
-    Row i of the training is row `rows[i]` of the plan. `locations` tells for each row of the plan where its latents lie in the cache
-    of its data set.
-    """
+    """The rows of the plan, read from the caches. `ahead` has the latents that are encoded while training runs."""
 
     def __init__(
         self,
-        plan: BucketPlan,
-        rows: NDArray[np.int64],
-        locations: Locations,
+        passes: Passes,
         datasets: Sequence[PreparedDataset],
         catalogue: Catalogue,
         recall: Recall,
         unconditional: Mapping[str, Tensor],
+        ahead: LatentsAhead | None = None,
     ) -> None:
-        self.plan = plan
-        self.rows = rows
-        self.locations = locations
+        self.passes = passes
+        self.plan = passes.plan
         self.datasets = datasets
         self.catalogue = catalogue
         self.recall = recall
         self.unconditional = unconditional
+        self.ahead = ahead
         self._repairing = threading.Lock()
 
     def sample(self, row: int) -> Sample:
         return self.catalogue.sample(self._column("row", row))
 
-    def geometry(self, row: int) -> Geometry:
-        return self.plan.geometry(int(self.rows[row]))
+    def geometry(self, row: int, epoch: int) -> Geometry:
+        return self.passes.of(row, epoch).plan.geometry(row)
 
     def loss_weight(self, row: int) -> float:
         return self._dataset(row).loss_weight
 
-    def latents(self, row: int) -> dict[str, Tensor]:
-        dataset, planned = self._dataset(row), int(self.rows[row])
+    def latents(self, row: int, epoch: int) -> dict[str, Tensor] | None:
+        wanted = self.passes.of(row, epoch)
         try:
-            return self.recall.latents(dataset, self.locations[planned])
+            return self._latents(wanted, row, epoch)
         except DamagedRecordError as error:
             sample = self.sample(row)
             log.warning("%s, that of %s/%s; it is encoded again.", error, sample.dataset, sample.key)
         with self._repairing:
-            self.locations[planned] = self.recall.encode_again(self.plan, planned, dataset, self.catalogue)
-        if not self.locations[planned]["shard"]:
+            latents = self.recall.latents_again(wanted, row)
+        if latents is None:
             raise DataError(
                 f"The cached latents of {sample.dataset}/{sample.key} are damaged and its file no longer holds the same image; start again."
             )
-        return self.recall.latents(dataset, self.locations[planned])
+        return latents
+
+    def _latents(self, wanted: Pass, row: int, epoch: int) -> dict[str, Tensor] | None:
+        cache = wanted.fillers[self._column("dataset", row)].cache
+        if self.ahead is not None:
+            self.ahead.reached(epoch)
+        location = wanted.locations[row]
+        if location["shard"]:
+            return _finite(cache.read(location), cache)
+        if self.ahead is None or wanted.hopeless[row]:
+            return None
+        latents = self.ahead.wait_for(wanted, row)
+        return None if latents is None else _finite(latents, cache)
+
+    def blank_latents(self, row: int, epoch: int) -> dict[str, Tensor]:
+        spec = self.recall.family.latents
+        target = self.geometry(row, epoch).target
+        return {"mean": torch.zeros(spec.channels, target.height // spec.downsampling, target.width // spec.downsampling)}
 
     def text(self, row: int, caption: str | None) -> Mapping[str, Tensor]:
         if caption is None:
@@ -149,73 +187,118 @@ class CachedRecords:
         return self.datasets[self._column("dataset", row)]
 
     def _column(self, name: str, row: int) -> int:
-        return int(self.plan.columns[name][self.rows[row]])
+        return int(self.plan.columns[name][row])
 
 
 class TrainingData:
-    """Everything training asks of the data. Steps and epochs are counted from 0."""
+    """Everything training asks of the data. Steps and epochs are counted from 0.
+
+    `undecodable` are, by data set, the images that were left out as such when the run began: to be kept in checkpoints, so that the
+    plan of the run stays what it is.
+    """
 
     def __init__(
         self,
         records: CachedRecords,
-        order: EpochOrder,
+        steps: Steps,
         maker: BatchMaker,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        fingerprint: Mapping[str, str],
+        fingerprint: Callable[[Mapping[str, str] | None], dict[str, str]],
+        undecodable: Mapping[str, Sequence[str]],
+        tell_of_failures: Callable[[], None],
+        remove_passes: Callable[[int], None],
+        needed: Callable[[], Steps],
         extra_texts: Cache,
         extra_captions: Sequence[str],
     ) -> None:
+        self.undecodable = undecodable
         self._records = records
-        self._order = order
+        self._steps = steps
         self._maker = maker
-        self._accumulation = accumulation
-        self._rank = rank
-        self._world_size = world_size
-        self._fingerprint = dict(fingerprint)
+        self._fingerprint = fingerprint
+        self._tell_of_failures = tell_of_failures
+        self._remove_passes = remove_passes
+        self._needed = needed  # steps for another thread: an order is not to be shared between threads
         self._extra_texts = extra_texts
         self._extra_captions = extra_captions
 
     @property
     def micro_batches_per_epoch(self) -> int:
         """Of the first epoch; see `EpochOrder`."""
-        return self._order.micro_batches_per_epoch
+        return self._steps.order.micro_batches_per_epoch
 
     def micro_batches(self, first_epoch: int, end_epoch: int) -> int:
         """Of the epochs from `first_epoch` up to but without `end_epoch`, over all processes."""
-        return self._order.micro_batches(first_epoch, end_epoch)
+        return self._steps.order.micro_batches(first_epoch, end_epoch)
 
     @property
     def samples_per_epoch(self) -> int:
-        return self._order.samples_per_epoch
+        """With those that turn out not to be encodable."""
+        return self._steps.order.samples_per_epoch
 
     @property
     def steps_per_epoch(self) -> float:
         """Not always whole: a step may begin in one epoch and end in the next."""
-        return self.micro_batches_per_epoch / (self._accumulation * self._world_size)
+        return self.micro_batches_per_epoch / self._steps.micro_batches
 
     def untouched_epoch(self, steps: int, order: OrderStart = FROM_THE_BEGINNING) -> int:
         """The first epoch of which nothing was trained in the first `steps` steps."""
-        return self._order.untouched_epoch(steps, self._accumulation * self._world_size, order)
+        return self._steps.order.untouched_epoch(steps, self._steps.micro_batches, order)
 
     def steps(self, start: int, end: int, order: OrderStart = FROM_THE_BEGINNING) -> Iterator[list[Batch]]:
         """For each step from `start` up to but without `end`, this process's batches, one for each round of accumulation.
 
-        `order` tells where the order of this data begins, not after `start`. The batches are made ahead in a thread, which ends when
-        the iterator is closed or used up.
+        `order` tells where the order of this data begins, not after `start`. The batches are made ahead in a thread, and latents
+        that are missing are encoded in another; both end when the iterator is closed or used up.
         """
+        ahead = self._records.ahead
 
         def produce() -> Iterator[list[Batch]]:
             for step in range(start, end):
-                micro_batches = self._order.step(step, self._rank, self._world_size, self._accumulation, order)
-                yield [self._maker.make(micro_batch, step) for micro_batch in micro_batches]
+                yield [self._maker.make(micro_batch, step) for micro_batch in self._steps.here(step, order)]
 
-        return prefetched(produce, STEPS_AHEAD)
+        if ahead is not None:
+            ahead.start(lambda: self._needed().all(start, order, end))
+        batches = prefetched(produce, STEPS_AHEAD)
+        try:
+            yield from self._followed(batches)
+        finally:
+            if ahead is not None:
+                ahead.close()  # first: the thread that makes batches may wait for latents
+            batches.close()
+            self._tell_of_failures()
 
-    def fingerprint(self) -> dict[str, str]:
-        """What must be the same for a run to go on as it would have: values by name, to be kept in checkpoints and compared."""
-        return dict(self._fingerprint)
+    def _followed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """Steps as they come; passes of single epochs that are over are forgotten, and a step later removed.
+
+        Asking for a step says that this process is through with the one before, and so that every process has asked for that one.
+        """
+        ahead = self._records.ahead
+        epochs: deque[int] = deque(maxlen=2)  # that this process's last two steps began in
+        for step in batches:
+            if ahead is not None:
+                ahead.check()
+                if ahead.finished:
+                    self._tell_of_failures()
+            if len(epochs) == 2:
+                self._remove_passes(epochs[0])
+            if epochs:
+                self._records.passes.forget(epochs[-1])
+            epochs.append(step[0].epoch)
+            yield step
+
+    def fingerprint(self, like: Mapping[str, str] | None = None) -> dict[str, str]:
+        """What must be the same for a run to go on as it would have: values by name, to be kept in checkpoints.
+
+        With `like`, the fingerprint in a checkpoint, the one to compare it with.
+        """
+        return self._fingerprint(like)
+
+    def remember_undecodable(self) -> None:
+        """Have later runs leave out from the beginning what this one could not decode.
+
+        To be called once a checkpoint holds this run's plan: if it is killed before, its next start must still find the same one.
+        """
+        self._records.catalogue.leave_out_undecodable()
 
     def text(self, caption: str) -> TextTensors:
         """The text encoders' answer for "" or one of the extra captions, without a batch dimension, in the cache's precision."""
@@ -229,13 +312,13 @@ class TrainingData:
     @property
     def most_common_shape(self) -> Size:
         """The size that most samples are trained at, those of regularisation sets aside; of equally common ones the first."""
-        columns = self._records.plan.columns[["shape", "dataset"]][self._records.rows]
+        columns = self._records.plan.columns
         learnt = np.array([not dataset.regularises for dataset in self._records.datasets])[columns["dataset"]]
         return self._records.plan.shapes[int(np.bincount(columns["shape"][learnt]).argmax())]
 
     def describe(self) -> str:
         """One line: samples, shapes, micro-batches of an epoch."""
-        shapes = len(np.unique(self._records.plan.columns["shape"][self._records.rows]))
+        shapes = len(self._records.plan.shapes)
         return (
             f"{self.samples_per_epoch:,} samples an epoch in {shapes:,} shape{'s' if shapes != 1 else ''}"
             f" · {self.micro_batches_per_epoch:,} micro-batches · {self.steps_per_epoch:,.1f} steps"

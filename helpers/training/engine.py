@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 class Update:
     """What one optimiser step did."""
 
-    loss: float  # sum over the samples of the global step / their number
+    loss: float  # sum over the samples of the global step / their number; 0 where it has none
+    samples: int  # that were there
     grad_norm: float  # of the whole gradient, before clipping
     learning_rate: float
-    taken: bool  # False: the gradient was not finite, and the weights stay as they were
+    taken: bool  # False: the gradient was not finite, or there was no sample, and the weights stay as they were
     finite_loss: bool
     stop_asked: bool  # by any process, so that all of them stop at the same step
 
@@ -35,7 +36,8 @@ class Engine:
     """Backward, all-reduce, clip, finite check and optimiser step, over accelerate.
 
     The loss of a step is sum(weight x loss) over its samples divided by the samples of the *global* step, so a short
-    micro-batch weighs what it holds. Accumulation is driven here: the gradients of all but the last micro-batch stay local.
+    micro-batch weighs what it holds. Samples that were planned and could not be had do not count. Accumulation is driven here: the
+    gradients of all but the last micro-batch stay local.
     """
 
     def __init__(self, runtime: Runtime, trainable: Trainable, options: OptimizerOptions, schedule: Schedule) -> None:
@@ -47,31 +49,43 @@ class Engine:
         trainable.denoiser.to(runtime.device)
         self.optimizer = create_optimizer(options, trainable.parameters)
         self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser)
+        self._samples = 0
         self._loss = torch.zeros((), dtype=torch.float64, device="cpu" if runtime.device.type == "mps" else runtime.device)
 
-    def backward(self, losses: Tensor, weights: Tensor, global_samples: int, last: bool) -> None:
+    def backward(self, losses: Tensor, weights: Tensor, global_samples: int, last: bool, samples: int | None = None) -> None:
         """Add a micro-batch's gradient. losses, weights (B,); `last` marks the step's last micro-batch on this process.
 
-        DDP takes the mean over processes, so the world size is multiplied in here.
+        `samples` is their number where it is not B: 0 for a stand-in, whose weight is 0. DDP takes the mean over processes, so the
+        world size is multiplied in here.
         """
         total = (losses * weights).sum()
+        self._samples += len(losses) if samples is None else samples
         self._loss += total.detach().double().to(self._loss.device)
         scaled = total * (self.runtime.world_size / global_samples)
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.denoiser):
             self.accelerator.backward(scaled)
 
     def step(self, seed: int, step: int, updates: int, global_samples: int) -> Update:
-        """Apply the accumulated gradient. `updates` counts the optimiser steps taken so far: the schedule's clock."""
+        """Apply the accumulated gradient of a step of `global_samples` planned samples.
+
+        `updates` counts the optimiser steps taken so far: the schedule's clock.
+        """
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        limit = self.options.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit if limit > 0 else float("inf"))
+        grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        grad_norm = nn.utils.get_total_norm(grads)
         finite = bool(torch.isfinite(grad_norm))
-        loss_sum, bad, stop = self.runtime.sum(self._loss.item(), float(not finite), float(self.runtime.stop.asked))
+        told = (self._loss.item(), float(self._samples), float(not finite), float(self.runtime.stop.asked))
+        loss_sum, samples, bad, stop = self.runtime.sum(*told)
+        if 0 < samples < global_samples:
+            torch._foreach_mul_(grads, global_samples / samples)
+            grad_norm = grad_norm * (global_samples / samples)
+        limit = self.options.max_grad_norm
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), limit if limit > 0 else float("inf"), grad_norm)
         learning_rate = self.schedule(updates)
         finite_loss = bool(torch.isfinite(torch.tensor(loss_sum)))
-        taken = not bad and finite_loss
+        taken = not bad and finite_loss and samples > 0
         if taken:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -81,7 +95,8 @@ class Engine:
             scaler.update()  # halves the scale where `unscale_` met an overflow
         self.optimizer.zero_grad(set_to_none=True)
         self._loss.zero_()
-        return Update(loss_sum / global_samples, float(grad_norm), learning_rate, taken, finite_loss, bool(stop))
+        self._samples = 0
+        return Update(loss_sum / max(samples, 1), int(samples), float(grad_norm), learning_rate, taken, finite_loss, bool(stop))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Optimiser tensors by name, and the numbers beside them, for a checkpoint."""

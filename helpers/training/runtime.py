@@ -22,12 +22,13 @@ from helpers.data.draws import seed_of
 from helpers.errors import ConfigError, Interrupted, UserError
 from helpers.ranks import PROCESSES_VARIABLE, announce_rank
 from helpers.training.lock import lock_folder
+from helpers.training.meeting import ANSWER_WITHIN, Alone, Meeting
 from helpers.training.stopping import StopRequest
 
 if TYPE_CHECKING:
     from helpers.config.options import RunOptions
 
-# A collective may have to wait for the slowest process to cache its share of the data; hung processes are the launcher's to end.
+# A collective may have to wait for a process that validates or saves for long; hung processes are the launcher's to end.
 PATIENCE = timedelta(days=7)
 
 
@@ -88,6 +89,20 @@ class Runtime:
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def meet(self) -> Meeting | Alone:
+        """A meeting of all processes, which may take hours. To be asked for by all of them."""
+        if self.world_size == 1:
+            return Alone(self.stop)
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        port = 0  # the system chooses
+        if self.is_main:
+            store = torch.distributed.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=ANSWER_WITHIN)
+            port = store.port
+        port = self.gather(port)[0]
+        if not self.is_main:
+            store = torch.distributed.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=ANSWER_WITHIN)
+        return Meeting(self.rank, self.world_size, store, self.stop)
 
     def clear_cache(self) -> None:
         """Give the accelerator's cached memory back to it."""

@@ -24,12 +24,16 @@ class TrainState:
     order: OrderStart = FROM_THE_BEGINNING  # where the present data took over
     trackers: dict[str, str] = field(default_factory=dict)  # run ids, so that a resumed run goes on in the same curve
 
-    def advance(self, moved: bool, most_skipped: int, samples: Sequence[Sample]) -> None:
-        """One step done. Raises TrainingError naming the samples after too many steps in a row without a finite gradient."""
+    def advance(self, moved: bool, most_skipped: int, samples: Sequence[Sample], empty: bool = False) -> None:
+        """One step done; `empty` where none of its samples could be had.
+
+        Raises TrainingError naming the samples after too many steps in a row without a finite gradient.
+        """
         self.step += 1
         if moved:
             self.updates += 1
             self.skipped_in_a_row = 0
+        if moved or empty:
             return
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > most_skipped:

@@ -35,13 +35,16 @@ def step_result(state: TrainState, update: Update, batches: Sequence[Batch], beg
         grad_norm=update.grad_norm if math.isfinite(update.grad_norm) else 0.0,
         seconds=time.perf_counter() - began,
         data_seconds=waited,
-        samples=batches[0].global_samples,
+        samples=update.samples,
         skipped=not update.taken,
     )
 
 
 def sample_rows(step: int, batch: Batch, corrupted: Corrupted, losses: Tensor) -> list[dict[str, Any]]:
-    """One row for each sample of a micro-batch; `loss` includes the sample's weights, as it is optimised, and is None if not finite."""
+    """One row for each sample of a micro-batch, none for a stand-in.
+
+    `loss` includes the sample's weights, as it is optimised, and is None if not finite.
+    """
     weighted = (losses.detach().float().cpu() * batch.loss_weight).tolist()
     timesteps = corrupted.timesteps.cpu().tolist()
     return [
@@ -58,6 +61,7 @@ def sample_rows(step: int, batch: Batch, corrupted: Corrupted, losses: Tensor) -
             "loss": weighted[i] if math.isfinite(weighted[i]) else None,
         }
         for i, (sample, geometry) in enumerate(zip(batch.samples, batch.geometry, strict=True))
+        if not batch.stands_in
     ]
 
 

@@ -109,7 +109,7 @@ def test_what_the_reader_takes_is_valid(
         [{**TARS, "urls": [7]}],
         [{"id": "a", "type": "webdataset"}],
         [IMAGES, {**TEXTS, "repeats": 1}],
-        [{**IMAGES, "probability": 0.5}],
+        [{**IMAGES, "probability": -0.5}],
     ],
 )
 def test_what_is_not_valid_the_reader_refuses(

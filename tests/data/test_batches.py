@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -19,22 +19,28 @@ from helpers.data.sample import Geometry, Sample, Size
 class Rows:
     """Records in memory: row i has latents of all i, and its captions are numbered."""
 
-    def __init__(self, captions: int = 1, std: float | None = None) -> None:
+    def __init__(self, captions: int = 1, std: float | None = None, lost: Collection[int] = ()) -> None:
         self.captions = captions
         self.std = std
+        self.lost = lost
 
     def sample(self, row: int) -> Sample:
         return Sample("toys", f"{row}.png", Size(64, 64), tuple(f"{row}/{number}" for number in range(self.captions)))
 
-    def geometry(self, row: int) -> Geometry:
+    def geometry(self, row: int, epoch: int) -> Geometry:
         return Geometry(Size(64, 64), Size(64, 64), 0, 0, Size(64, 64))
 
     def loss_weight(self, row: int) -> float:
         return 1.0 + row
 
-    def latents(self, row: int) -> dict[str, Tensor]:
+    def latents(self, row: int, epoch: int) -> dict[str, Tensor] | None:
+        if row in self.lost:
+            return None
         mean = torch.full((4, 8, 8), row, dtype=torch.float16)
         return {"mean": mean} if self.std is None else {"mean": mean, "std": torch.full_like(mean, self.std)}
+
+    def blank_latents(self, row: int, epoch: int) -> dict[str, Tensor]:
+        return {"mean": torch.zeros(4, 8, 8)}
 
     def text(self, row: int, caption: str | None) -> Mapping[str, Tensor]:
         return {"pooled": torch.full((8,), -1.0 if caption is None else row, dtype=torch.bfloat16)}
@@ -53,6 +59,20 @@ def test_a_batch_holds_what_belongs_to_its_rows_in_their_order() -> None:
     assert batch.captions == ("5/0", "3/0") and [sample.key for sample in batch.samples] == ["5.png", "3.png"]
     assert batch.loss_weight.tolist() == [6, 4]
     assert (batch.places, batch.global_samples, batch.epoch, batch.draws.step) == ((4, 5), 8, 2, 9)
+
+
+def test_what_cannot_be_had_leaves_its_place_empty_and_changes_nothing_for_the_others() -> None:
+    whole = BatchMaker(Rows(captions=4, std=0.5), seed=1, caption_dropout=0.3).make(micro(5, 3, 8, first_place=4), step=9)
+    batch = BatchMaker(Rows(captions=4, std=0.5, lost={3}), seed=1, caption_dropout=0.3).make(micro(5, 3, 8, first_place=4), step=9)
+    assert (batch.places, batch.size, batch.global_samples) == ((4, 6), 2, 8)
+    assert batch.captions == (whole.captions[0], whole.captions[2])
+    assert torch.equal(batch.latents, whole.latents[[0, 2]]) and torch.equal(batch.draws.normal("x", 2), whole.draws.normal("x", 2)[[0, 2]])
+
+
+def test_where_nothing_can_be_had_a_stand_in_of_no_weight_keeps_the_round_going() -> None:
+    batch = BatchMaker(Rows(lost={5, 3}), seed=1).make(micro(5, 3, first_place=4), step=9)
+    assert batch.stands_in and batch.size == 0 and batch.loss_weight.tolist() == [0]
+    assert not batch.latents.any() and batch.text["pooled"][0, 0] == -1 and batch.places == (4,)
 
 
 def test_captions_are_dropped_at_their_rate_and_become_the_unconditional() -> None:

@@ -170,14 +170,24 @@ def test_two_captions_that_differ_in_letter_case_are_one(catalogue: Catalogue) -
     assert list(catalogue.captions("set")) == ["upper"]
 
 
+def test_what_was_left_out_when_a_run_began_stays_left_out_also_in_a_catalogue_made_anew(catalogue: Catalogue) -> None:
+    store = Watched({"a.png": picture(), "b.png": picture()})
+    assert scan(store, BY_NAME, catalogue, undecodable=["a.png"]).used == 1
+    assert reasons(catalogue) == {"a.png": "unreadable: it could not be decoded when this run began, and stays left out to its end"}
+
+
 def test_an_image_whose_pixels_proved_damaged_is_left_out_by_the_next_new_run(catalogue: Catalogue) -> None:
     store = Watched({"a.png": picture(), "b.png": picture()})
     scan(store, BY_NAME, catalogue)
-    catalogue.set_undecodable(int(catalogue.columns("set").rows[0]), "unreadable: image file is truncated")
+    catalogue.add_failure(0, int(catalogue.columns("set").rows[0]), "unreadable: image file is truncated", undecodable=True)
+    catalogue.add_failure(0, int(catalogue.columns("set").rows[1]), "cannot be opened: for now", undecodable=False)
+    assert scan(store, BY_NAME, catalogue).used == 2, "no checkpoint holds the plan yet"
+    catalogue.leave_out_undecodable()
     assert list(catalogue.keys("set")) == ["a.png", "b.png"], "the plan in use stays"
-    assert scan(store, BY_NAME, catalogue, leave_out_undecodable=False).used == 2
+    assert scan(store, BY_NAME, catalogue, undecodable=()).used == 2
     assert scan(store, BY_NAME, catalogue).used == 1
     assert reasons(catalogue) == {"a.png": "unreadable: image file is truncated"}
+    assert catalogue.undecodable("set") == ["a.png"]
     store.write("a.png", picture(9, 9))
     assert scan(store, BY_NAME, catalogue).used == 2
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from helpers.config.datasets import DatasetConfig
 from helpers.data.prepare import DataSettings
-from helpers.protocols import ImageCodec, Reporter, TextEncoders, TextTensors
+from helpers.protocols import ImageCodec, LatentSpec, Reporter, TextEncoders, TextTensors
 
 
 class ConvCodec:
@@ -59,6 +59,8 @@ class ToyFamily:
     def __init__(self, codec: ConvCodec | None = None, encoders: HashEncoders | None = None) -> None:
         self.codec = codec or ConvCodec()
         self.encoders = encoders or HashEncoders()
+
+    latents = LatentSpec(channels=4, downsampling=8)
 
     @contextmanager
     def image_codec(self, device: torch.device) -> Iterator[ImageCodec]:

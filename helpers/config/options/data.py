@@ -84,4 +84,7 @@ class CacheOptions:
     vae_dtype: str = option(
         "default", "Precision of the VAE.", choices=("default", "bf16", "fp16", "fp32"), default_text="bf16, and fp32 on a CPU"
     )
+    vae_cache_preprocess: bool = option(
+        True, "Encode all latents before the first step; false begins at once and encodes what is missing while training runs."
+    )
     vae_tiling: bool = option(False, "Encode and decode in tiles, for less memory.", not_yet=True)

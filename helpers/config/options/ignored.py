@@ -31,7 +31,6 @@ class IgnoredOptions:
         env="OVERRIDE_DATALOADER_CONFIG",
         does_nothing="caches follow changed settings by themselves; see --accept_changed_data",
     )
-    vae_cache_preprocess: bool = option(False, "Encoded before training.", does_nothing="latents are always encoded before training")
     vae_cache_scan_behaviour: str = option(
         "recreate", "What a scan did.", choices=("recreate", "sync"), does_nothing="every cached entry is verified when it is read"
     )

@@ -10,7 +10,7 @@ from helpers.config.declare import options_of
 from helpers.config.options.data import TABLES
 from tests.config.effects.lab import ENTRY, SECOND, Effect, cropped, refusal
 from tests.config.effects.options import OPTION_EFFECTS
-from tests.config.effects.sights import buckets, images_used, losses, new_folders, of_samples, steps
+from tests.config.effects.sights import buckets, images_used, losses, new_folders, of_samples, same_cuts_in_two_epochs, steps
 
 ROWS: Mapping[str, Any] = {"id": "pictures", "type": "huggingface", "path": "rows", "split": "images"}
 TARS: Mapping[str, Any] = {"id": "pictures", "type": "webdataset", "urls": "images.tar"}
@@ -121,6 +121,7 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "crop_style": Effect(of_samples("crop"), ["random", "corner", "center"], (), cropped),
     "crop_aspect": Effect(buckets, {"square": {"64x64": 6}, "preserve": SHAPES, "random": {"96x64": 6}}, (), cropped_to_wide),
     "crop_aspect_buckets": Effect(buckets, {"1": {"64x64": 6}, "1.5": {"96x64": 6}}, (), cropped_to_one_of),
+    "vae_cache_clear_each_epoch": Effect(same_cuts_in_two_epochs, {"false": True, "true": False}, ("--max_train_steps=6",), cropped),
     "flip": Effect(losses, ["false", "true"]),
     "probability": Effect(of_samples("dataset"), {"0": {"pictures"}, "1e9": {"second"}}, (), beside_another),
     "ignore_epochs": Effect(steps, {"false": 6, "true": 4}, ("--max_train_steps=0", "--num_train_epochs=1"), mixed_in_thinly),

@@ -18,6 +18,7 @@ from tests.config.effects.sights import (
     checkpoints,
     demo_pictures,
     different_pictures_in_two_runs,
+    encodes_behind_training,
     event_files,
     exported_spacing,
     full_weights_dtype,
@@ -129,6 +130,7 @@ CACHE = {
     "cache_dtype": Effect(cached_dtypes, {"fp16": {torch.float16}, "bf16": {torch.bfloat16}, "fp32": {torch.float32}}),
     "latent_sampling": Effect(losses, ["mean", "sample"]),
     "vae_batch_size": Effect(calls("Encoder", of=lambda arguments: len(arguments[0])), {"1": {1: 6}, "2": {2: 3}}),
+    "vae_cache_preprocess": Effect(encodes_behind_training, {"true": False, "false": True}),
     "vae_dtype": Effect(
         calls("Encoder", of=lambda arguments: arguments[0].dtype), {"fp32": {torch.float32: 3}, "bf16": {torch.bfloat16: 3}}
     ),

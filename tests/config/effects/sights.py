@@ -112,6 +112,18 @@ def of_samples(field: str) -> Sight:
     return see
 
 
+def encodes_behind_training(lab: Lab, flags: Flags) -> object:
+    story = lab.run((f"--cache_dir=own/{next(lab.numbers)}", *flags)).story
+    return any("the rest is encoded while training runs" in line for line in story)
+
+
+def same_cuts_in_two_epochs(lab: Lab, flags: Flags) -> object:
+    rows = lab.run(flags).rows("samples.jsonl")
+    first, second = ({row["key"]: row["crop"] for row in rows if (row["step"] > 3) == late} for late in (False, True))
+    assert len(first) == len(second) == 6
+    return first == second
+
+
 def samples_of_a_step(lab: Lab, flags: Flags) -> object:
     return lab.run(flags).rows("metrics.jsonl")[0]["samples"]
 

@@ -1,0 +1,135 @@
+"""Training that begins while latents are still encoded, and cuts drawn anew each epoch: killed or not, the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs.conftest import Ended, Trainer
+from tests.runs.evidence import unwrapped
+from tests.runs.test_resume import lines, wait_for, without_loss
+
+SameWeights = Callable[[Ended, Ended], bool]
+BEHIND = {"vae_cache_preprocess": False}
+TWO = {"TRAINING_NUM_PROCESSES": "2"}
+
+
+def slow_encoder(folder: Path, seconds: float, rank: str = "") -> dict[str, str]:
+    """An environment in which the VAE takes so long for each batch, where a rank is given on that rank alone."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "import importlib.abc, importlib.util\n"
+        "class Slow(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name != 'helpers.families.vae':\n"
+        "            return None\n"
+        "        sys.meta_path.remove(self)\n"
+        "        spec = importlib.util.find_spec(name)\n"
+        "        run = spec.loader.exec_module\n"
+        "        def exec_module(module):\n"
+        "            run(module)\n"
+        "            encode = module.VaeCodec.encode\n"
+        "            def slowly(self, pixels):\n"
+        f"                time.sleep({seconds})\n"
+        "                return encode(self, pixels)\n"
+        "            module.VaeCodec.encode = slowly\n"
+        "        spec.loader.exec_module = exec_module\n"
+        "        return spec\n"
+        f"if {rank!r} in ('', os.environ.get('RANK')):\n"
+        "    sys.meta_path.insert(0, Slow())\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.slow
+def test_behind_training_the_same_bytes_come_out_and_the_first_step_does_not_wait_for_all(
+    trainer: Trainer, finished: Ended, same_weights: SameWeights
+) -> None:
+    behind = trainer.finish(**BEHIND, environ=slow_encoder(trainer.folder / "slow", 0.1))
+    assert "latents 14 needed, 0 cached; the rest is encoded while training runs" in unwrapped(behind.said)
+    assert behind.rows("samples.jsonl") == finished.rows("samples.jsonl")
+    assert behind.losses == finished.losses
+    assert same_weights(finished, behind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["behind", "redrawn", "both"])
+def test_killed_while_encoding_behind_training_it_ends_in_the_same_bytes(way: str, trainer: Trainer, same_weights: SameWeights) -> None:
+    trainer.wrapper = "train_sdxl.sh"
+    trainer.settings = {"validation_steps": 0, "validation_prompt": None, "validation_disable_unconditional": True}
+    trainer.dataloader(crop_aspect="square", vae_cache_clear_each_epoch=way != "behind")
+    undisturbed = trainer.finish("undisturbed", max_train_steps=8)
+    settings = {"max_train_steps": 8, "vae_cache_preprocess": way == "redrawn"}
+    environ = slow_encoder(trainer.folder / "slow", 0.3)
+    for steps in (1, 3, 6):
+        process = trainer.start(environ=environ, **settings)
+        wait_for(lambda steps=steps: lines(trainer.folder / "out" / "metrics.jsonl") >= steps, process)  # type: ignore[misc]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    again = trainer.finish(**settings)
+    assert again.rows("samples.jsonl") == undisturbed.rows("samples.jsonl")
+    assert again.losses == undisturbed.losses
+    assert same_weights(undisturbed, again)
+    if way != "behind":
+        crops = {(row["key"], *row["crop"]) for row in again.rows("samples.jsonl")}
+        assert len(crops) > len({key for key, *_ in crops})
+
+
+@pytest.mark.slow
+def test_two_processes_behind_training_are_as_one(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
+    trainer.wrapper = "train_sdxl.sh"
+    two = trainer.finish(environ=TWO, gradient_accumulation_steps=1, **BEHIND)
+    assert without_loss(two) == without_loss(finished)
+    assert same_weights(finished, two)
+
+
+@pytest.mark.slow
+def test_a_picture_that_turns_out_broken_leaves_an_empty_place_in_both_ways(trainer: Trainer, same_weights: SameWeights) -> None:
+    from tests.runs.conftest import draw_pictures
+
+    trainer.pictures = draw_pictures(trainer.folder / "pictures")
+    broken = trainer.pictures / "a_red_circle_05.png"
+    broken.write_bytes(broken.read_bytes()[:-60])
+    trainer.settings = {"validation_prompt": None, "validation_disable_unconditional": True, "train_batch_size": 1, "max_train_steps": 8}
+    cached, behind = trainer.finish("cached"), trainer.finish("behind", **BEHIND)
+    assert behind.rows("samples.jsonl") == cached.rows("samples.jsonl")
+    assert same_weights(cached, behind)
+    steps = [row["samples"] for row in cached.rows("metrics.jsonl")]
+    assert sorted(set(steps)) == [1, 2] and "a_red_circle_05.png" not in {row["key"] for row in cached.rows("samples.jsonl")}
+    for ended in (cached, behind):
+        assert "1 more left out, found while encoding (1 unreadable)" in unwrapped(ended.said)
+    new = trainer.finish("new", cache_dir=trainer.folder / "cached" / "cache", max_train_steps=2)
+    assert "14 files = 13 used + 1 left out (1 unreadable)" in unwrapped(new.said)
+
+
+def ranks_below(process: subprocess.Popen[str]) -> Iterator[tuple[str, int]]:
+    """(rank, process id) of the trainers that a launcher has started."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != process.pid:
+            try:
+                variables = dict(part.split("=", 1) for part in (folder / "environ").read_bytes().decode().split("\0") if "=" in part)
+            except OSError:
+                continue
+            if variables.get("SIMPLETUNER_LAUNCHER_PID") == str(process.pid) and "RANK" in variables:
+                yield variables["RANK"], int(folder.name)
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_rank_that_waits_for_the_others_encoding_stops_all(trainer: Trainer) -> None:
+    trainer.wrapper = "train_sdxl.sh"
+    process = trainer.start(environ={**TWO, **slow_encoder(trainer.folder / "slow", 30.0, rank="1")}, gradient_accumulation_steps=1)
+    latents = trainer.folder / "out" / "cache" / "latents"
+    wait_for(lambda: any(latents.glob("*.safetensors")), process)  # rank 0 is through with its share
+    asked = time.monotonic()
+    os.kill(dict(ranks_below(process))["0"], signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert time.monotonic() - asked < 60  # rank 1 ends the batch at hand, not its share
+    assert "Traceback" not in said
