@@ -7,6 +7,7 @@ Content-Length and, where the ETag is one, the MD5. boto3's own retries are off;
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import hashlib
 import io
@@ -33,7 +34,8 @@ _CONNECTIONS = 64  # kept open by a client
 _BLOCK = 64 * 1024  # bytes of the smallest ranged GET: holds the header of nearly every image
 _MOST_BLOCKS = 16  # of one ranged GET of a stream that is read on and on
 
-_READING = frozenset({"ListObjectsV2", "GetObject", "HeadObject"})
+# HeadBucket and CreateSession are botocore's own: where a bucket's region is, and how a directory bucket is entered.
+_READING = frozenset({"ListObjectsV2", "GetObject", "HeadObject", "HeadBucket", "CreateSession"})
 _WRITING = frozenset({"PutObject", "DeleteObject"})
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -103,7 +105,7 @@ class S3Source:
 
         def get(client: Any) -> tuple[bytes, Answer]:
             answer = client.get_object(Bucket=self.address.bucket, Key=self._full(key), **conditions)
-            with answer["Body"] as body:
+            with contextlib.closing(answer["Body"]) as body:
                 data = body.read()
             if len(data) != answer["ContentLength"]:
                 raise DamagedBytesError(f"{len(data):,} of {answer['ContentLength']:,} bytes arrived")
@@ -128,11 +130,11 @@ class S3Source:
         return patiently(lambda: request(client), is_passing, self._patience, self._budget)
 
     def _or_oserror(self, key: str, act: Callable[[], Result]) -> Result:
-        """What a reading act gives; what went wrong becomes an OSError, as for files."""
+        """What a reading act gives; what went wrong becomes an OSError with an errno, as the kernel's are."""
         try:
             return act()
         except GaveUp as failure:
-            raise OSError(self._told(failure)) from failure.last
+            raise OSError(errno.EIO, self._told(failure)) from failure.last
         except (BotoCoreError, ClientError) as error:
             self._raise_oserror(key, error)
 
@@ -143,10 +145,10 @@ class S3Source:
             raise PermissionError(errno.EACCES, "access denied", f"{self.name}: {key}") from error
         status = error.response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(error, ClientError) else None
         if status == 416:
-            raise _EmptyError("the object is empty") from error
+            raise _EmptyError(errno.EIO, "the object ends before that") from error
         if status == 412:
-            raise OSError("the object was replaced while it was read; start again") from error
-        raise OSError(self._told(error)) from error
+            raise OSError(errno.EIO, "the object was replaced while it was read; start again") from error
+        raise OSError(errno.EIO, self._told(error)) from error
 
     def _told(self, error: Exception) -> str:
         if isinstance(error, GaveUp):
@@ -242,7 +244,7 @@ class S3Backend(S3Source):
     def read_part(self, key: str, offset: int, size: int) -> bytes:
         data, _, _ = self._part(key, offset, size, None)
         if len(data) != size:
-            raise OSError(f"it ends before byte {offset + size:,}")
+            raise OSError(errno.EIO, f"it ends before byte {offset + size:,}")
         return data
 
     def _or_storage_error(self, key: str, done: str, act: Callable[[], None]) -> None:
