@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from helpers.config.buckets import bucket_problems, keys_without_a_bucket
 from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TextCacheConfig, complete
 from helpers.config.declare import Option, options_of
 from helpers.config.json_file import JsonDocument, read_json
@@ -132,29 +133,45 @@ class _Entries:
         caches = {}
         for index, text in found:
             self._require_id(index, text)
+            self._check_bucket(index, text)
+            if text.type == "aws" and not (text.aws_data_prefix or "").strip("/"):
+                self._problem(index, "aws_data_prefix", "is missing; name the folder of the embeddings in the bucket")
+            if text.type == "aws" and text.cache_dir is not None:
+                self._problem(index, "cache_dir", "is for local folders; embeddings in a bucket are below aws_data_prefix")
             folder = text.cache_dir or self.options["cache_dir_text"]
             caches[text.id] = dataclasses.replace(text, cache_dir=folder, default=text.default or len(found) == 1)
         return caches
 
     def _dataset(self, index: int, dataset: DatasetConfig, caches: Mapping[str, TextCacheConfig]) -> DatasetConfig:
         self._require_id(index, dataset)
-        self._check_folder(index, dataset)
+        self._check_bucket(index, dataset)
+        if dataset.type == "local":
+            self._check_folder(index, dataset)
         folder = self.options["cache_dir_text"]
         wanted = dataset.text_embeds
         if wanted is not None and wanted not in caches:
             self._problem(index, "text_embeds", f"{wanted!r} is not the id of a text_embeds entry{did_you_mean(wanted, caches)}")
+        text_entry = None
         for text in caches.values():
             if text.id == wanted or (wanted is None and text.default):
                 folder = text.cache_dir
+                text_entry = text if text.type == "aws" else None
         entry = self.document.value[index]
         if "minimum_image_size" not in entry and dataset.resolution_type != self.options["resolution_type"]:
             # The option's number is in the option's unit, which is not this data set's.
             dataset = dataclasses.replace(dataset, minimum_image_size=None)
-        return dataclasses.replace(complete(dataset, self.options), text_cache_dir=folder)
+        named = entry.get("cache_dir_vae")
+        prefix = named.strip("/") if dataset.type == "aws" and isinstance(named, str) else ""
+        return dataclasses.replace(complete(dataset, self.options), text_cache_dir=folder, text_entry=text_entry, latents_prefix=prefix)
 
     def _require_id(self, index: int, entry: Entry) -> None:
         if not entry.id:
             self._problem(index, "id", "is missing; give every entry a name of its own")
+
+    def _check_bucket(self, index: int, entry: Entry) -> None:
+        check = bucket_problems if entry.type == "aws" else keys_without_a_bucket
+        for key, what in check(entry, self.document.value[index]):
+            self._problem(index, key, what)
 
     def _check_folder(self, index: int, dataset: DatasetConfig) -> None:
         folder = dataset.instance_data_dir

@@ -89,7 +89,7 @@ def option(
         secret=secret,
         may_be_empty=may_be_empty,
     )
-    return dataclasses.field(default=default, metadata={_METADATA: declared})
+    return dataclasses.field(default=default, repr=not secret, metadata={_METADATA: declared})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from helpers.data.cache import Cache, Locations, Writer, record_key
 from helpers.data.catalogue import Catalogue
 from helpers.data.fill import REASONS, WRITES_AHEAD, Filled, FillOptions, background, is_finite, stored
 from helpers.data.images import ImageError, cut, decode
+from helpers.data.reading_ahead import read_ahead
 from helpers.data.sample import Geometry, Sample
 from helpers.errors import Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
@@ -93,8 +94,14 @@ class LatentFiller:
         filled = Filled()
         self._batch_limit = options.batch_size
         contents = _Contents(self.catalogue)
-        with Writer(self.cache, options.rank) as writer, background(WRITES_AHEAD) as write, contents:
-            for members in self._loaded(batches, options, filled):
+        keys = (self.catalogue.sample(int(self.plan.columns["row"][row])).key for rows in batches for row in rows)
+        with (
+            read_ahead(self.source, keys) as source,
+            Writer(self.cache, options.rank) as writer,
+            background(WRITES_AHEAD) as write,
+            contents,
+        ):
+            for members in self._loaded(source, batches, options, filled):
                 contents.add(members)
                 records = self._encoded(members, options, filled)
                 write(self._store, writer, members, records, options, filled)
@@ -109,7 +116,7 @@ class LatentFiller:
         self.encode([batch for batch in self.batches(options.batch_size) if row in batch], options)
         return self.cache.find([key])[0]
 
-    def _loaded(self, batches: Sequence[Rows], options: FillOptions, filled: Filled) -> Iterator[list[_Member]]:
+    def _loaded(self, source: SourceBackend, batches: Sequence[Rows], options: FillOptions, filled: Filled) -> Iterator[list[_Member]]:
         """The members of each batch in order, read, decoded and cut by threads a few batches ahead."""
         pool = ThreadPoolExecutor(options.threads, thread_name_prefix="images")
         waiting: deque[Future[list[_Member]]] = deque()
@@ -117,7 +124,7 @@ class LatentFiller:
             ahead = iter(batches)
             while True:
                 while len(waiting) <= options.threads and (rows := next(ahead, None)) is not None:
-                    waiting.append(pool.submit(self._load, rows, options))
+                    waiting.append(pool.submit(self._load, source, rows, options))
                 if not waiting:
                     return
                 started = time.monotonic()
@@ -129,7 +136,7 @@ class LatentFiller:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _load(self, rows: Rows, options: FillOptions) -> list[_Member]:
+    def _load(self, source: SourceBackend, rows: Rows, options: FillOptions) -> list[_Member]:
         members = []
         files = {}
         for row, cut_text in zip(rows, _cuts(self.plan, rows), strict=True):
@@ -138,7 +145,7 @@ class LatentFiller:
             member = _Member(image, sample, self.plan.geometry(int(row)), cut_text)
             members.append(member)
             try:
-                data = self.source.read(sample.key)
+                data = source.read(sample.key)
             except (FileNotFoundError, PermissionError) as error:
                 member.problem = f"cannot be opened: {error.strerror or error}"
                 continue

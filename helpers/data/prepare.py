@@ -30,7 +30,7 @@ from helpers.data.order import EpochOrder
 from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan
 from helpers.data.report import dataset_report, summary
 from helpers.data.scan import ScanResult, scan
-from helpers.data.sources import open_source
+from helpers.data.sources import CachePlace, latents_place, open_source, texts_place
 from helpers.data.texts import TextFiller, text_key
 from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, TrainingData
 from helpers.data.workers import Workers
@@ -134,7 +134,9 @@ class _Preparation:
         self.locations: Locations = np.zeros(len(self.plan), dtype=LOCATION)
         with self.family.image_codec(self.settings.device) as codec:
             with self.workers.phase():
-                self.latent_caches = _open_caches([dataset.cache_dir_vae for dataset in self.datasets], self.report)
+                self.latent_caches = _open_caches(
+                    [latents_place(dataset, self.settings.cache_dir) for dataset in self.datasets], self.report
+                )
                 fillers = [
                     LatentFiller(self.plan, index, self.sources[index], self.catalogue, cache, codec)
                     for index, cache in enumerate(self.latent_caches)
@@ -174,13 +176,14 @@ class _Preparation:
     # -- captions -------------------------------------------------------------------------------------------------------
 
     def encode_captions(self) -> None:
-        folders = [*(dataset.text_cache_dir for dataset in self.datasets), self.settings.text_cache_dir]
+        places = [texts_place(dataset, self.settings.cache_dir) for dataset in self.datasets]
+        places.append(self._place_of_extra_captions())
         options = self._options(self.settings.text_batch_size)
         wanted = [list(self.catalogue.captions(dataset.id)) for dataset in self.datasets]
         wanted.append(sorted({"", *self.settings.extra_captions}))
         with self.family.text_encoders(self.settings.device) as encoders:
             with self.workers.phase():
-                self.text_caches = _open_caches(folders, self.report)
+                self.text_caches = _open_caches(places, self.report)
                 filled = [
                     self._fill_captions(TextFiller(cache, encoders), captions, options)
                     for cache, captions in zip(self.text_caches, wanted, strict=True)
@@ -194,6 +197,12 @@ class _Preparation:
         self.report.chapter("text", self._all(filled).describe(needed, "the text encoders"))
         if cut_off:
             self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and were cut off")
+
+    def _place_of_extra_captions(self) -> CachePlace:
+        """Beside those of the data where these are in a bucket by default, or else another machine would have to encode them."""
+        by_default = (dataset for dataset in self.datasets if dataset.text_entry is not None and dataset.text_entry.default)
+        dataset = next(by_default, None)
+        return CachePlace(self.settings.text_cache_dir.absolute()) if dataset is None else texts_place(dataset, self.settings.cache_dir)
 
     def _fill_captions(self, filler: TextFiller, captions: Sequence[str], options: FillOptions) -> Filled:
         pending = filler.pending(captions, options)
@@ -333,17 +342,16 @@ class _Preparation:
         return total
 
 
-def _open_caches(folders: Iterable[Path], report: Reporter) -> list[Cache]:
-    """A cache for each folder; the same one where folders are the same."""
+def _open_caches(places: Iterable[CachePlace], report: Reporter) -> list[Cache]:
+    """A cache for each place; the same one where places are the same."""
     caches: dict[Path, Cache] = {}
     opened = []
-    for folder in folders:
-        place = folder.absolute()
-        if place not in caches:
-            caches[place] = Cache(place)
-            for note in caches[place].notes:
+    for place in places:
+        if place.folder not in caches:
+            caches[place.folder] = place.open()
+            for note in caches[place.folder].notes:
                 report.chapter("cache", note)
-        opened.append(caches[place])
+        opened.append(caches[place.folder])
     return opened
 
 

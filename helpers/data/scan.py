@@ -21,10 +21,11 @@ from helpers.data.catalogue import Catalogue
 from helpers.data.images import EXTENSIONS, ImageError, read_size
 from helpers.data.sample import Size
 from helpers.errors import DataError, Interrupted, StorageError
-from helpers.storage.backend import Entry, SourceBackend
+from helpers.storage.backend import Entry, RemoteSource, SourceBackend
 
 _BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
-_SHARE = 64  # files a thread takes at once, and the longest wait for a stop to be noticed
+_SHARE = 64  # most files a thread takes at once, and the longest wait for a stop to be noticed
+_LOCAL_THREADS = 8
 _NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
 
 
@@ -57,24 +58,27 @@ def scan(
     rules: DatasetRules,
     catalogue: Catalogue,
     *,
-    threads: int = 8,
+    threads: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     leave_out_undecodable: bool = True,
 ) -> ScanResult:
     """Bring the catalogue's rows of one data set up to date. Source files are read, never written.
 
-    Killed at any moment it loses at most the last `_BLOCK` files read. `on_progress(done, total)` counts the files to open. When
-    `should_stop()` turns true, Interrupted is raised after what was read has been kept. `leave_out_undecodable` leaves out what
-    `Catalogue.set_undecodable` noted; a run that is resumed passes False, so that its plan stays the one it began with.
+    Killed at any moment it loses at most the last `_BLOCK` files read. `threads` read, by default as many as the store needs.
+    `on_progress(done, total)` counts the files to open. When `should_stop()` turns true, Interrupted is raised after what was read has
+    been kept. `leave_out_undecodable` leaves out what `Catalogue.set_undecodable` noted; a run that is resumed passes False, so that its
+    plan stays the one it began with.
     DataError when there is nothing to train on; StorageError when the store fails while it is read.
     """
     new, changed, removed = _compare(backend, rules.dataset, catalogue)
     opened = 0
     pending = _count_pending(catalogue, rules)
+    threads = threads or (2 * backend.reads_at_once if isinstance(backend, RemoteSource) else _LOCAL_THREADS)
+    share = max(1, min(_SHARE, _BLOCK // threads))
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
         for block in _pending(catalogue, rules):
-            for files in _read_block(backend, block, pool, catalogue, should_stop):
+            for files in _read_block(backend, block, share, pool, catalogue, should_stop):
                 opened += files
                 if on_progress is not None:
                     on_progress(opened, pending)
@@ -162,20 +166,21 @@ def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[tuple[i
 def _read_block(
     backend: SourceBackend,
     block: list[tuple[int, str, str]],
+    share: int,
     pool: ThreadPoolExecutor,
     catalogue: Catalogue,
     should_stop: Callable[[], bool],
 ) -> Iterator[int]:
     """Read a block of files and keep what they say. Yields the number of files read since it last did."""
 
-    def read(share: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
-        return [] if should_stop() else [_facts(backend, *file) for file in share]
+    def read(files: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
+        return [] if should_stop() else [_facts(backend, *file) for file in files]
 
     facts: list[dict[str, Any]] = []
     try:
-        for share in pool.map(read, (block[start : start + _SHARE] for start in range(0, len(block), _SHARE))):
-            facts += share
-            yield len(share)
+        for told in pool.map(read, (block[start : start + share] for start in range(0, len(block), share))):
+            facts += told
+            yield len(told)
     finally:
         with catalogue.transaction() as database:
             database.executemany(
@@ -261,7 +266,7 @@ def _verdict(image: tuple[Any, ...], rules: DatasetRules, leave_out_undecodable:
 
 def _nothing_left(backend: SourceBackend, dataset: str, catalogue: Catalogue, kinds: Counter[str]) -> str:
     if not kinds:
-        return f"data set {dataset!r}: {backend.name} holds no files; put images there, or point instance_data_dir elsewhere."
+        return f"data set {dataset!r}: {backend.name} holds no files; put images there, or correct its place in the dataloader file."
     first = next(catalogue.left_out(dataset))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     return (
