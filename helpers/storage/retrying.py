@@ -35,7 +35,7 @@ class Budget:
         self._most = most
         self._left = most
         self._lock = threading.Lock()
-        self.has_succeeded = False
+        self.has_answered = False  # the store, in whatever way
 
     def take(self) -> bool:
         """Whether one more failure is within the budget."""
@@ -45,7 +45,7 @@ class Budget:
 
     def give_back(self) -> None:
         with self._lock:
-            self.has_succeeded = True
+            self.has_answered = True
             self._left = min(self._left + 0.25, self._most)
 
 
@@ -81,7 +81,7 @@ def patiently(attempt: Callable[[], Result], is_passing: Callable[[Exception], b
             return result
         within_budget = budget.take()
         pause = _pauses.uniform(0, min(patience.pause * 2 ** (tries - 1), patience.longest_pause))
-        deadline = patience.deadline if budget.has_succeeded else patience.first_deadline
+        deadline = patience.deadline if budget.has_answered else patience.first_deadline
         if not within_budget or time.monotonic() - began + pause > deadline:
             raise GaveUp(failure, tries, time.monotonic() - began) from failure
         time.sleep(pause)

@@ -127,7 +127,12 @@ class S3Source:
 
     def _ask(self, request: Callable[[Any], Result]) -> Result:
         client = self._client()
-        return patiently(lambda: request(client), is_passing, self._patience, self._budget)
+        return patiently(lambda: request(client), self._is_passing, self._patience, self._budget)
+
+    def _is_passing(self, error: Exception) -> bool:
+        if isinstance(error, ClientError):
+            self._budget.has_answered = True
+        return is_passing(error)
 
     def _or_oserror(self, key: str, act: Callable[[], Result]) -> Result:
         """What a reading act gives; what went wrong becomes an OSError with an errno, as the kernel's are."""

@@ -158,6 +158,16 @@ def test_a_storm_that_heals_is_sat_out_by_many_threads_at_different_moments(thro
     assert rule.met == 200
 
 
+def test_an_address_that_may_be_wrong_is_given_up_sooner_than_a_store_that_is_busy(s3: S3Server, bucket: str, proxy: FaultProxy) -> None:
+    patience = Patience(deadline=30, first_deadline=0.3, pause=0.02, longest_pause=0.05)
+    proxy.fail("status", times=30)
+    list(S3Source(s3.address(bucket, endpoint=proxy.url), patience).list())
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="refused"):
+        list(S3Source(s3.address(bucket, endpoint=f"http://127.0.0.1:{free_port()}"), patience).list())
+    assert time.monotonic() - began < 5
+
+
 def test_bytes_that_stay_wrong_are_never_handed_over(through: S3Backend, proxy: FaultProxy) -> None:
     through.write("x", b"0123456789")
     through._patience = HASTY

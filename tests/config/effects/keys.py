@@ -6,6 +6,7 @@ from typing import Any
 
 from helpers.config.datasets import DatasetConfig
 from helpers.config.declare import options_of
+from tests.config.effects.buckets import IMAGE_BUCKET_EFFECTS, TEXT_BUCKET_EFFECTS
 from tests.config.effects.lab import ENTRY, SECOND, Effect, refusal
 from tests.config.effects.options import OPTION_EFFECTS
 from tests.config.effects.sights import buckets, losses, new_folders, of_samples, steps
@@ -60,6 +61,7 @@ def inherited() -> dict[str, Effect]:
 
 DATASET_EFFECTS: dict[str, Effect] = {
     **inherited(),
+    **IMAGE_BUCKET_EFFECTS,
     "id": Effect(of_samples("dataset"), {"one": {"one"}, "two": {"two"}}),
     "dataset_type": Effect(of_samples("dataset"), {"image": BOTH, "text_embeds": {"pictures"}}, ("--max_train_steps=6",), of_kind),
     "disabled": Effect(of_samples("dataset"), {"false": BOTH, "true": {"pictures"}}, ("--max_train_steps=6",), beside_another),
@@ -75,6 +77,7 @@ DATASET_EFFECTS: dict[str, Effect] = {
 }
 
 TEXT_CACHE_EFFECTS: dict[str, Effect] = {
+    **TEXT_BUCKET_EFFECTS,
     "id": Effect(refusal, ["wanted", "another"], (), wanted_by_its_id),
     "dataset_type": DATASET_EFFECTS["dataset_type"],
     "disabled": Effect(new_folders, {"false": {"kept"}, "true": set()}, (), perhaps_disabled),
