@@ -34,7 +34,8 @@ from tests.storage.s3_server import KEY, SECRET, S3Server, s3_server
 
 LEAST = 0.9  # of the bare pool
 FILE_BYTES = 30_000
-RECORD_FLOATS = 16_384  # 64 KiB, a latent of 1024x1024 in fp16 with half to spare
+RECORD_BYTES = 131_072  # a latent of 1024x1024 pixels in fp16
+RECORDS_OF_A_SHARD = 8
 DECODERS = 2  # threads that ask for the files, as those that decode pictures
 
 
@@ -82,8 +83,10 @@ class Records:
         self.cache = Cache(folder, RemoteShards(store, folder, limit=1))
         self.keys = [record_key(str(number)) for number in range(count)]
         with Writer(self.cache) as writer:
-            for key in self.keys:
-                writer.add(key, {"mean": torch.rand(RECORD_FLOATS // 4)})
+            for number, key in enumerate(self.keys):
+                writer.add(key, {"mean": torch.rand(RECORD_BYTES // 4)})
+                if number % RECORDS_OF_A_SHARD == RECORDS_OF_A_SHARD - 1:
+                    writer.seal()  # small shards: the server takes a whole object apart for each part of it that is asked for
         self.places = self.cache.find(self.keys)
         self.bucket = bucket
         self.shards = {number: name for number, name, _ in self.cache._shards()}

@@ -13,17 +13,18 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import cache_shards, header_scan, latent_caching, start_up, text_caching, training_step
+from benchmarks import cache_shards, header_scan, latent_caching, s3_reading, start_up, text_caching, training_step
 from benchmarks.material import caption, run_settings, write_photographs
 from benchmarks.measure import in_turns
 from helpers import registry
 from helpers.families import FAMILIES
 from helpers.families.tiny import SdxlSizes, write_sdxl
+from tests.storage.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
 
-PROGRAMS = (cache_shards, header_scan, latent_caching, start_up, text_caching, training_step)
+PROGRAMS = (cache_shards, header_scan, latent_caching, s3_reading, start_up, text_caching, training_step)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
@@ -105,6 +106,15 @@ def test_cached_tensors_are_written_and_read_in_bulk_and_take_hardly_more_than_t
     assert max(each.written for each in rounds) > 1_000
     assert max(each.read for each in rounds) > 10_000
     assert all(each.on_disk < cache_shards.MOST_ON_DISK for each in rounds)
+
+
+def test_a_bucket_far_away_is_read_about_as_fast_as_by_a_bare_pool(s3: S3Server, tmp_path: Path) -> None:
+    with s3_reading.far_away(s3, 0.1) as url:
+        bucket = s3.new_bucket()
+        files = s3_reading.Files(s3, bucket, url, 120)
+        records = s3_reading.Records(bucket, url, 80, tmp_path)
+        assert max(ours / bare for bare, ours in in_turns(3, files.bare, files.ours)) > 0.7
+        assert max(ours / bare for bare, ours in in_turns(3, records.bare, records.ours)) > 0.7
 
 
 def test_a_warm_start_spends_its_time_importing_libraries(tmp_path: Path) -> None:
