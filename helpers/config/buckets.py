@@ -47,7 +47,7 @@ def _endpoint_problems(url: str | None) -> Iterator[tuple[str, str]]:
     if not sound:
         yield "aws_endpoint_url", "is not an address; write it with https:// in front, as https://s3.example.com"
     elif parts.username or parts.password:
-        yield "aws_endpoint_url", "holds a user or password; leave them out, and give keys as the AWS documentation says"
+        yield "aws_endpoint_url", "holds a user or password; leave them out, keys are given in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 def keys_without_a_bucket(entry: Entry, said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
