@@ -82,7 +82,7 @@ def test_a_bucket_gives_the_batches_of_a_folder_also_to_another_machine_with_lit
     before = bucket.s3.contents(bucket.name, "data/")
     assert equal(of_steps(bucket.prepare()), expected)
     family = ToyFamily(ConvCodec(), HashEncoders())
-    assert equal(of_steps(bucket.prepare("other", family, cache_local_limit_gb=1e-6)), expected)
+    assert equal(of_steps(bucket.prepare("other", family, cache_local_limit_gb=1e-8)), expected)
     assert family.codec.batches == [] and family.encoders.encoded == []
     assert not list((tmp_path / "other").rglob("*-*-*-*.safetensors"))
     assert bucket.s3.contents(bucket.name, "data/") == before
