@@ -12,9 +12,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import signal  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.storage.s3_server import S3Server
 
 # A busy machine is slow in bursts, which says nothing about the code; the same examples every time keep a failure reproducible.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
@@ -43,3 +47,12 @@ def home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_HOME", str(home / "huggingface"))
         patch.delenv("XDG_CACHE_HOME", raising=False)
         yield
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A real S3 endpoint on loopback, started when the first test asks for it."""
+    from tests.storage.s3_server import s3_server
+
+    with s3_server() as server:
+        yield server

@@ -115,6 +115,8 @@ def _plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, Path | str):
         return masked(str(value))
+    if isinstance(value, Entry):
+        return value.id  # it has a place of its own
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, TableConfig):

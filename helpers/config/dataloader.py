@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from helpers.config.aspects import map_of, read_map
+from helpers.config.buckets import bucket_problems, keys_without_a_bucket
 from helpers.config.caption_filters import parse_filter, read_filter_file
 from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TableConfig, TextCacheConfig, complete
 from helpers.config.declare import Option, options_of
 from helpers.config.json_file import JsonDocument, Place, read_json
-from helpers.config.options.data import TABLES
 from helpers.config.places import placed, text_cache_problems
 from helpers.config.sizes import IN_THE_UNIT, size_notes, size_option_notes
 from helpers.config.suggest import did_you_mean
+from helpers.config.tables import table_problems, unused_tables
 from helpers.errors import ConfigError
 
 E = TypeVar("E", bound=Entry)
@@ -181,6 +181,11 @@ class _Entries:
             self._require_id(index, text)
             for key, what in text_cache_problems(text):
                 self._problem(index, key, what)
+            self._check_bucket(index, text)
+            if text.type == "aws" and not (text.aws_data_prefix or "").strip("/"):
+                self._problem(index, "aws_data_prefix", "is missing; name the folder of the embeddings in the bucket")
+            if text.type == "aws" and text.cache_dir is not None:
+                self._problem(index, "cache_dir", "is for local folders; embeddings in a bucket are below aws_data_prefix")
             folder = text.cache_dir or self.options["cache_dir_text"]
             caches[text.id] = dataclasses.replace(text, cache_dir=folder, default=text.default or len(found) == 1)
         return caches
@@ -192,17 +197,29 @@ class _Entries:
         for key, what in problems:
             if (index, key) not in self.unread:
                 self._problem(index, key, what)
-        self._check_tables(index, dataset)
+        self._check_bucket(index, dataset)
+        for key, what in table_problems(dataset, entry):
+            self._problem(index, key, what)
+        for key, why in unused_tables(dataset):
+            self.notes.append(f"{self.document.path.name}: datasets[{index}].{key} does nothing: {why}.")
         folder: Path = self.options["cache_dir_text"]
         filters: tuple[str, ...] = ()
         wanted = dataset.text_embeds
         if wanted is not None and wanted not in caches:
             self._problem(index, "text_embeds", f"{wanted!r} is not the id of a text_embeds entry{did_you_mean(wanted, caches)}")
+        text_entry = None
         for text in caches.values():
             if text.id == wanted or (wanted is None and text.default):
                 folder, filters = text.cache_dir, text.caption_filter_list
-        dataset = self._sizes(index, complete(dataset, self.options))
-        return dataclasses.replace(dataset, text_cache_dir=folder, caption_filters=filters)
+                text_entry = text if text.type == "aws" else None
+        named = entry.get("cache_dir_vae")
+        return dataclasses.replace(
+            self._sizes(index, complete(dataset, self.options)),
+            text_cache_dir=folder,
+            text_entry=text_entry,
+            caption_filters=filters,
+            latents_prefix=named.strip("/") if dataset.type == "aws" and isinstance(named, str) else "",
+        )
 
     def _sizes(self, index: int, dataset: DatasetConfig) -> DatasetConfig:
         """The data set with the sizes that are not its own in its own unit, and with those of the user's file."""
@@ -229,27 +246,10 @@ class _Entries:
         if not entry.id and (index, "id") not in self.unread:
             self._problem(index, "id", "is missing; give every entry a name of its own")
 
-    def _check_tables(self, index: int, dataset: DatasetConfig) -> None:
-        """Tables that are asked for are described and there, and those described are asked for."""
-        wanted = {"caption_strategy": dataset.caption_table, "metadata_backend": dataset.metadata_backend}
-        for setting, key in wanted.items():
-            if key in TABLES and getattr(dataset, key) is None and not self._is_said(index, key):
-                self._problem(index, key, f'is missing; {setting} {key} needs it: {{"path": ...}}')
-        for key in TABLES:
-            table = getattr(dataset, key)
-            if table is not None and key not in dataset.tables_in_use:
-                unused = f"neither caption_strategy nor metadata_backend is {key}"
-                self.notes.append(f"{self.document.path.name}: datasets[{index}].{key} does nothing: {unused}.")
-        if dataset.type != "local" or dataset.instance_data_dir is None:
-            return
-        for key, table in dataset.tables_in_use.items():
-            path = dataset.instance_data_dir / Path(table.path).expanduser()  # an absolute path stays as it is
-            if table.path and not os.path.isfile(path):
-                self._problem(index, f"{key}.path", f"there is no file {path}; name it from the data set's folder, or from the root: /...")
-
-    def _is_said(self, index: int, key: str) -> bool:
-        """Whether an entry has the key, be it with a value that was refused."""
-        return self.document.value[index].get(key) is not None
+    def _check_bucket(self, index: int, entry: Entry) -> None:
+        check = bucket_problems if entry.type == "aws" else keys_without_a_bucket
+        for key, what in check(entry, self.document.value[index]):
+            self._problem(index, key, what)
 
     def _unique_ids(self, entries: list[tuple[int, Any]]) -> None:
         first: dict[str, int] = {}

@@ -13,6 +13,7 @@ from helpers.config.options.data import CAPTION_STRATEGIES, TABLES
 
 _IN_PLACE = "caches follow changed settings by themselves"
 _WORKERS = "workers follow the machine's cores"
+_AWS_CHAIN = "as AWS's own tools find it"
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,8 @@ class Entry:
     id: str = option("", "Name of the entry, unique in the file. Required.", default_text="required")
     type: str = option(
         "local",
-        "Where it is kept: a local folder, a Hugging Face data set, or tars in the webdataset layout.",
+        "Where it is kept: a local folder, a bucket of an S3-compatible store (aws), a Hugging Face data set, or webdataset tars.",
         choices=("local", "aws", "huggingface", "webdataset"),
-        later=("aws",),
     )
     dataset_type: str = option(
         "image",
@@ -33,12 +33,20 @@ class Entry:
         later=("conditioning",),
     )
     disabled: bool = option(False, "Leave this entry out.", aliases=("disable",))
-    aws_bucket_name: str | None = option(None, "S3 bucket.", not_yet=True)
-    aws_region_name: str | None = option(None, "S3 region.", not_yet=True)
-    aws_endpoint_url: str | None = option(None, "S3 endpoint.", not_yet=True)
-    aws_access_key_id: str | None = option(None, "S3 access key.", not_yet=True, secret=True)
-    aws_secret_access_key: str | None = option(None, "S3 secret key.", not_yet=True, secret=True)
-    aws_data_prefix: str | None = option(None, "Prefix inside the bucket.", not_yet=True)
+    aws_bucket_name: str | None = option(None, "Bucket of an entry of type aws; required there.")
+    aws_region_name: str | None = option(None, "Region of the bucket.", default_text="that of the AWS configuration")
+    aws_endpoint_url: str | None = option(None, "Address of a store other than AWS: R2, Wasabi, MinIO ...", default_text="AWS")
+    aws_access_key_id: str | None = option(
+        None, "Access key. Better left out: AWS's own variables, profiles and roles count.", default_text=_AWS_CHAIN, secret=True
+    )
+    aws_secret_access_key: str | None = option(None, "The secret that belongs to it.", default_text=_AWS_CHAIN, secret=True)
+    aws_data_prefix: str | None = option(
+        None, "Folder in the bucket: of the images, or of the embeddings, for which it is required.", default_text="the whole bucket"
+    )
+    cache_local_dir: Path | None = option(
+        None, "Folder for the index of a cache in a bucket and copies of its shards.", default_text="CACHE_DIR/s3"
+    )
+    cache_local_limit_gb: float | None = option(None, "Most gigabytes that these copies take, for each cache.", above=0)
     write_batch_size: int = option(64, "Entries a write.", at_least=1, does_nothing="caches are written in sealed shards")
     preserve_data_backend_cache: bool = option(
         False, "Kept file lists.", aliases=("preserve_data_cache_backend",), does_nothing="scans are incremental"
@@ -82,7 +90,9 @@ class DatasetConfig(Entry):
     instance_data_dir: Path = option(
         None, "Folder of the images, read recursively and never written to. Required.", default_text="required", of_type="local"
     )
-    cache_dir_vae: Path = option(None, "Folder of the latents.", inherits="cache_dir_vae")
+    cache_dir_vae: Path = option(
+        None, "Folder of the latents; where an entry of type aws names it, a prefix in its bucket.", inherits="cache_dir_vae"
+    )
     text_embeds: str | None = option(
         None, "id of the text_embeds entry to use.", aliases=("text_embed_cache",), default_text="the default entry"
     )
@@ -170,8 +180,6 @@ class DatasetConfig(Entry):
         one_or_many=True,
         of_type="webdataset",
     )
-    cache_local_dir: Path | None = option(None, "Local tier of a remote cache.", not_yet=True)
-    cache_local_limit_gb: float | None = option(None, "Size of that tier.", above=0, not_yet=True)
     disable_validation: bool = option(False, "Take no validation images from it.", does_nothing="none are taken from data sets yet")
     skip_file_discovery: str = option("", "Skipped stages.", does_nothing="a start without changes opens no file")
     scan_for_errors: bool = option(False, "Compared latents with buckets.", does_nothing="every cached entry is verified when it is read")
@@ -187,7 +195,9 @@ class DatasetConfig(Entry):
     aspect_bucket_alignment: int = 64  # pixels; from the option, or from the resolution where that is unset
     bucket_sizes: tuple[BucketSize, ...] = ()  # that the user's aspect_resolution_map gives
     aspect_bucket_rounding: int = DEFAULT_ROUNDING  # decimals of the aspects in it
-    text_cache_dir: Path = Path()  # where the embeddings of its captions are kept
+    text_cache_dir: Path = Path()  # where the embeddings of its captions are kept ...
+    text_entry: TextCacheConfig | None = None  # ... unless this entry of type aws keeps them in a bucket
+    latents_prefix: str = ""  # in the bucket of an entry of type aws that names its cache_dir_vae; else latents are in that folder
     caption_filters: tuple[str, ...] = ()  # of the text_embeds entry that it uses
     shards: tuple[Path, ...] = ()  # the tars that `urls` stands for
     index_dir: Path | None = None  # where it is kept what their headers say

@@ -98,7 +98,7 @@ def option(
         one_or_many=one_or_many,
         of_type=of_type,
     )
-    return dataclasses.field(default=default, metadata={_METADATA: declared})
+    return dataclasses.field(default=default, repr=not secret, metadata={_METADATA: declared})
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config.aspects import LARGEST_MEGAPIXELS
+from helpers.config.buckets import caches_inside_images
 from helpers.config.datasets import DataConfig
 from helpers.config.sizes import ALIGNMENTS, IN_THE_UNIT, size_problems
 from helpers.config.sources import Rank, Setting
@@ -37,6 +38,7 @@ def impossible(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     yield from _captions(data)
     yield from _files(chosen)
     yield from _folders(chosen, data)
+    yield from caches_inside_images(data)
     yield from _validation(chosen)
     yield from _reporting(chosen)
     yield from _launch(chosen)
@@ -135,7 +137,12 @@ def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     output = chosen["output_dir"].value
     written: list[tuple[str, Any]] = [(_origin(chosen, "output_dir"), folder) for folder in (output, output / VALIDATION_FOLDER)]
     written += [(f"--{name}", chosen[name].value) for name in ("cache_dir", "cache_dir_vae", "cache_dir_text")]
-    written += [(f"data set {dataset.id!r}, cache_dir_vae", dataset.cache_dir_vae) for dataset in data.datasets]
+    written += [
+        (f"data set {dataset.id!r}, cache_dir_vae", dataset.cache_dir_vae) for dataset in data.datasets if not dataset.latents_prefix
+    ]
+    written += [
+        (f"{entry.id!r}, cache_local_dir", entry.cache_local_dir) for entry in (*data.datasets, *data.text_caches) if entry.cache_local_dir
+    ]
     written += [(f"text_embeds {text.id!r}, cache_dir", text.cache_dir) for text in data.text_caches]
     told = set()
     for what, folder in written:

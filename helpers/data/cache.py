@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from helpers.data.remote_shards import RemoteShards
 from helpers.data.shards import (
     SUFFIX,
     UNSEALED,
@@ -73,11 +74,13 @@ def record_key(*parts: str) -> bytes:
 class Cache:
     """The records in a folder. Safe to use from several threads.
 
-    `notes` tells, in words for the user, what was found amiss and put right when the cache was opened.
+    With `remote`, the shards are in a store and the folder holds the index and copies of some. `notes` tells, in words for the user,
+    what was found amiss and put right when the cache was opened. StorageError, or DataError of a store that lets nobody in.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, remote: RemoteShards | None = None) -> None:
         self.folder = folder
+        self.remote = remote
         self.notes: list[str] = []
         self.given_up = False
         self._lock = threading.RLock()
@@ -88,8 +91,12 @@ class Cache:
         except OSError as error:
             raise StorageError(f"{folder}: the cache folder cannot be made: {error.strerror}.") from error
         self._index = self._open_index()
-        self._drop_rows_of_lost_shards()
-        self._take_in_strays()
+        known = self._shards()
+        stored = remote.listed() if remote is not None else {}  # after the index: what that knew has been uploaded
+        self._drop_rows_of_lost_shards(known, stored)
+        self._take_in_strays(stored)
+        if remote is not None:
+            self._take_in_stored(remote, stored)
 
     def find(self, keys: Iterable[bytes]) -> Locations:
         """Where the records of the keys lie, in their order; field "shard" is 0 where a key has none."""
@@ -101,7 +108,11 @@ class Cache:
     def read(self, location: np.void) -> dict[str, Tensor]:
         """The tensors of a record, as copies. DamagedRecordError when they are not what was written."""
         shard, layout, offset, size, crc = location.item()
-        payload = bytearray(self._mapped(shard)[offset : offset + size])
+        if self.remote is None:
+            payload = bytearray(self._mapped(shard)[offset : offset + size])
+        else:
+            copied = self._payload_of_copy(self.remote, shard, offset, size, crc)
+            payload = self._payload_stored(self.remote, shard, offset, size) if copied is None else copied
         if zlib.crc32(payload) != crc:
             raise DamagedRecordError(f"{self._shard_path(shard)[0]}: a record has changed since it was written")
         return unpack(self._layout(layout), payload)
@@ -136,15 +147,33 @@ class Cache:
         with self._lock:
             self._index.close()
             self._maps.clear()
+            if self.remote is not None:
+                self.remote.close()
 
     # -- writing: see Writer --------------------------------------------------------------------------------------------
 
-    def commit(self, shard: Path, placed: Sequence[Placed], origins: Mapping[str, Mapping[str, str]]) -> None:
-        """Enter a durable shard into the index, with the origins of its records, all or nothing."""
+    def commit(self, path: Path, placed: Sequence[Placed], origins: Mapping[str, Mapping[str, str]]) -> None:
+        """Make what a sealed shard of the folder holds visible to all, after it is where it is to stay."""
+        if self.remote is not None:
+            self.remote.upload(path)
+        self._enter(path.name, path.stat().st_size, placed, origins)
+        self.make_room(0)
+
+    def make_room(self, size: int) -> None:
+        """Drop copies of stored shards until `size` more bytes are within the limit of the folder."""
+        if self.remote is None or self.remote.limit is None:
+            return
+        stored = {name: number for number, name, _ in self._shards()}
+        for name in self.remote.make_room(size, stored.__contains__):
+            self._maps.pop(stored[name], None)
+
+    def _enter(self, name: str, size: int, placed: Sequence[Placed], origins: Mapping[str, Mapping[str, str]]) -> None:
+        """Enter a durable shard into the index, with the origins of its records, all or nothing; nothing where it is known already."""
         with self._using_index() as index:
             index.execute("BEGIN IMMEDIATE")
             try:
-                self._insert_shard(index, shard, placed)
+                if not self._knows(name):
+                    self._insert_shard(index, name, size, placed)
                 rows = [(subject, json.dumps(facts)) for subject, facts in origins.items()]
                 index.executemany("INSERT OR REPLACE INTO origins VALUES (?, ?)", rows)
                 index.execute("COMMIT")
@@ -153,9 +182,8 @@ class Cache:
                     index.execute("ROLLBACK")
                 raise
 
-    def _insert_shard(self, index: sqlite3.Connection, shard: Path, placed: Sequence[Placed]) -> None:
-        size = shard.stat().st_size
-        number = index.execute("INSERT INTO shards (name, size) VALUES (?, ?)", (shard.name, size)).lastrowid
+    def _insert_shard(self, index: sqlite3.Connection, name: str, size: int, placed: Sequence[Placed]) -> None:
+        number = index.execute("INSERT INTO shards (name, size) VALUES (?, ?)", (name, size)).lastrowid
         layouts = {}
         for layout in {record.layout for record in placed}:
             index.execute("INSERT OR IGNORE INTO layouts (layout) VALUES (?)", (layout,))
@@ -185,40 +213,68 @@ class Cache:
                 path.with_name(INDEX + suffix).unlink(missing_ok=True)
             return _connect(path)
 
-    def _drop_rows_of_lost_shards(self) -> None:
+    def _shards(self) -> list[tuple[int, str, int]]:
+        """Number, name and size of every shard that the index knows."""
         with self._using_index() as index:
-            for number, name, size in index.execute("SELECT number, name, size FROM shards").fetchall():
-                path = self.folder / name
-                if path.is_file() and path.stat().st_size == size:
-                    continue
+            return index.execute("SELECT number, name, size FROM shards").fetchall()
+
+    def _drop_rows_of_lost_shards(self, known: Sequence[tuple[int, str, int]], stored: Mapping[str, int]) -> None:
+        for number, name, size in known:
+            path = self.folder / name
+            is_here = path.is_file() and path.stat().st_size == size
+            if stored.get(name) == size or (is_here and self.remote is None):
+                if not is_here:
+                    path.unlink(missing_ok=True)  # a copy that was cut off
+                continue
+            if is_here:
+                self.notes.append(f"{path} was lost from the store.")  # and goes there again as a stray
+            else:
                 self.notes.append(f"{path} is gone or cut off; what it held will be made again.")
+            with self._using_index() as index:
                 index.execute("DELETE FROM records WHERE shard = ?", (number,))
                 index.execute("DELETE FROM shards WHERE number = ?", (number,))
 
-    def _take_in_strays(self) -> None:
+    def _take_in_strays(self, stored: Mapping[str, int]) -> None:
         """Files without a row, from killed processes or a lost index: whole shards enter the index, the rest is removed.
 
         Oldest first, as they were written. Files with other names are left alone.
         """
         for path in sorted(self.folder.iterdir()):
-            if not _SHARD_NAME.fullmatch(path.name) or self._knows(path):
+            if not _SHARD_NAME.fullmatch(path.name) or self._knows(path.name):
                 continue
             with abandoned(path) as is_abandoned:
-                if not is_abandoned or self._knows(path):  # it may have been committed before the lock was free
+                if not is_abandoned or self._knows(path.name):  # it may have been committed before the lock was free
                     continue
                 if path.name.endswith(UNSEALED):
                     path.unlink()
                     continue
                 try:
-                    self.commit(path, read_header(path), {})
+                    placed = read_header(path)
+                    if stored.get(path.name) == path.stat().st_size:
+                        self._enter(path.name, stored[path.name], placed, {})
+                    else:
+                        self.commit(path, placed, {})
                     self.notes.append(f"{path} was not in the index and has been taken in.")
                 except DamagedShardError as error:
                     path.unlink()
                     self.notes.append(f"{path} was not in the index, and has been removed because {error}.")
 
-    def _knows(self, path: Path) -> bool:
+    def _take_in_stored(self, remote: RemoteShards, stored: Mapping[str, int]) -> None:
+        """Shards in the store that the index here does not know, from other machines or before it was lost. None is ever removed."""
+        unknown = [(name, size) for name, size in stored.items() if _SHARD_NAME.fullmatch(name) and not self._knows(name)]
+        taken = 0
+        for name, size, found in remote.headers(unknown):
+            if isinstance(found, DamagedShardError):
+                self.notes.append(f"{remote.store.name}: {name} is left alone because {found}.")
+            else:
+                self._enter(name, size, found, {})
+                taken += 1
+        if taken:
+            self.notes.append(f"{taken:,} {'shard' if taken == 1 else 'shards'} in {remote.store.name} taken in.")
+
+    def _knows(self, name: str) -> bool:
         with self._using_index() as index:
-            return index.execute("SELECT 1 FROM shards WHERE name = ?", (path.name,)).fetchone() is not None
+            return index.execute("SELECT 1 FROM shards WHERE name = ?", (name,)).fetchone() is not None
 
     # -- reading --------------------------------------------------------------------------------------------------------
 
@@ -235,6 +291,30 @@ class Cache:
                     del self._maps[next(iter(self._maps))]
                 self._maps[shard] = mapped
         return mapped
+
+    def _payload_of_copy(self, remote: RemoteShards, shard: int, offset: int, size: int, crc: int) -> bytearray | None:
+        """The bytes of a record from the copy of its shard in the folder; None without a sound one, which is fetched for later."""
+        path, shard_size = self._shard_path(shard)
+        was_mapped = shard in self._maps
+        try:
+            payload = bytearray(self._mapped(shard)[offset : offset + size])
+        except DamagedRecordError:
+            remote.want(path.name, shard_size)
+            return None
+        if not was_mapped:
+            remote.touch(path.name)
+        if zlib.crc32(payload) == crc:
+            return payload
+        self._maps.pop(shard, None)
+        remote.drop(path.name)
+        return None
+
+    def _payload_stored(self, remote: RemoteShards, shard: int, offset: int, size: int) -> bytearray:
+        name = self._shard_path(shard)[0].name
+        payload = remote.read(name, offset, size)
+        if payload is None:
+            raise DamagedRecordError(f"{remote.store.name}: {name} is gone")
+        return bytearray(payload)
 
     def _shard_path(self, shard: int) -> tuple[Path, int]:
         with self._using_index() as index:
@@ -301,6 +381,7 @@ class Writer:
         self._begin()
 
     def _seal(self) -> None:
+        self.cache.make_room(self._size)
         path = self.cache.folder / f"{time.time_ns():020d}-{self.rank}-{os.getpid()}-{self.sealed}{SUFFIX}"
         with sealed_shard(path, list(self._records.values())) as placed:
             self.cache.commit(path, placed, self._origins)

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from helpers.data.cache import Cache, Locations, Writer, record_key
 from helpers.data.catalogue import Catalogue
 from helpers.data.fill import REASONS, WRITES_AHEAD, Filled, FillOptions, background, is_finite, stored
 from helpers.data.images import ImageError, cut, decode, require_size
+from helpers.data.reading_ahead import read_ahead
 from helpers.data.sample import Geometry, Sample
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
@@ -116,8 +118,12 @@ class LatentFiller:
         encode_units([(self, rows) for rows in self.batches(options.batch_size) if row in rows], self.catalogue, options)
         return self.locate_row(row, options.cache_dtype)
 
-    def load(self, rows: Rows, options: FillOptions) -> list[Member]:
-        """The members of a unit, read and, where one of them is missing, decoded and cut."""
+    def keys(self, rows: Rows) -> list[str]:
+        """The files of some rows of the plan."""
+        return [self.catalogue.sample(int(self.plan.columns["row"][row])).key for row in rows]
+
+    def load(self, rows: Rows, options: FillOptions, source: SourceBackend) -> list[Member]:
+        """The members of a unit, read from `source` and, where one of them is missing, decoded and cut."""
         members = []
         files = {}
         for row, cut_text in zip(rows, _cuts(self.plan, rows), strict=True):
@@ -126,7 +132,7 @@ class LatentFiller:
             member = Member(int(row), image, sample, self.plan.geometry(int(row)), cut_text)
             members.append(member)
             try:
-                data = self.source.read(sample.key)
+                data = source.read(sample.key)
             except (FileNotFoundError, PermissionError) as error:
                 member.problem = f"cannot be opened: {error.strerror or error}"
                 continue
@@ -227,8 +233,13 @@ def encode_units(
         filler.store(writer, members, records, options, filled)
         stored(filler, members, writer)
 
-    with Writers(options) as writers, background(WRITES_AHEAD) as write, _Contents(catalogue) as contents:
-        for loaded in _loaded(units, options, filled):
+    with (
+        _read_ahead(units) as sources,
+        Writers(options) as writers,
+        background(WRITES_AHEAD) as write,
+        _Contents(catalogue) as contents,
+    ):
+        for loaded in _loaded(units, sources, options, filled):
             if loaded is None:
                 contents.flush()
                 write(writers.seal)
@@ -243,7 +254,25 @@ def encode_units(
     return filled
 
 
-def _loaded(units: Iterable[Unit | None], options: FillOptions, filled: Filled) -> Iterator[tuple[LatentFiller, list[Member]] | None]:
+@contextmanager
+def _read_ahead(units: Iterable[Unit | None]) -> Iterator[dict[int, SourceBackend]]:
+    """What to read the files of each source from, by its id. Remote ones are read ahead where it is known what will be asked for."""
+    sources: dict[int, SourceBackend] = {}
+    with ExitStack() as stack:
+        if isinstance(units, Sequence):
+            by_source: dict[int, list[Unit]] = {}
+            for unit in units:
+                if unit is not None:
+                    by_source.setdefault(id(unit[0].source), []).append(unit)
+            for source, own in by_source.items():
+                keys = (key for filler, rows in own for key in filler.keys(rows))
+                sources[source] = stack.enter_context(read_ahead(own[0][0].source, keys))
+        yield sources
+
+
+def _loaded(
+    units: Iterable[Unit | None], sources: Mapping[int, SourceBackend], options: FillOptions, filled: Filled
+) -> Iterator[tuple[LatentFiller, list[Member]] | None]:
     """The units in order with their members, read, decoded and cut by threads a few units ahead; None where there is none."""
     pool = ThreadPoolExecutor(options.threads, thread_name_prefix="images")
     waiting: deque[tuple[LatentFiller, Future[list[Member]]]] = deque()
@@ -259,7 +288,9 @@ def _loaded(units: Iterable[Unit | None], options: FillOptions, filled: Filled) 
                     break
                 if unit is None:
                     break
-                waiting.append((unit[0], pool.submit(unit[0].load, unit[1], options)))
+                filler, rows = unit
+                source = sources.get(id(filler.source), filler.source)
+                waiting.append((filler, pool.submit(filler.load, rows, options, source)))
             if not waiting:
                 if more:
                     yield None

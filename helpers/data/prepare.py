@@ -34,7 +34,7 @@ from helpers.data.planning import columns_of, load_plan, rules_of, save_plan, wi
 from helpers.data.progress import bar, late_bar
 from helpers.data.report import dataset_report, lost_line, mix_summary, summary
 from helpers.data.scan import ScanResult, scan
-from helpers.data.sources import open_source
+from helpers.data.sources import CachePlace, latents_place, open_source, texts_place
 from helpers.data.texts import TextFiller, text_key
 from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, Steps, TrainingData
 from helpers.data.workers import Workers
@@ -204,7 +204,7 @@ class _Preparation:
         redrawn = [dataset.vae_cache_clear_each_epoch for dataset in self.datasets]
         self.codec = HeldCodec(self.family, settings.device)
         self.encoder_fingerprints["image_codec"] = f"{self.codec.fingerprint} {settings.cache_dtype}"
-        self.latent_caches = _open_caches([dataset.cache_dir_vae for dataset in self.datasets], self.report)
+        self.latent_caches = _open_caches([latents_place(dataset, settings.cache_dir) for dataset in self.datasets], self.report)
         self.passes = Passes(self.plan, redrawn, self._plan_of, self._fillers, settings.vae_batch_size, settings.cache_dtype)
         self.steps = Steps(self._order(), settings.accumulation, self.workers.rank, self.workers.world_size)
         self.first_epoch = self.steps.epoch(settings.step, settings.order)
@@ -217,7 +217,7 @@ class _Preparation:
     def _fillers(self, plan: BucketPlan, datasets: Sequence[int], number: int) -> dict[int, LatentFiller]:
         caches = self.latent_caches
         if number != EVERY_EPOCH:
-            caches = _open_caches([self._pass_folder(dataset, number) for dataset in self.datasets], self.report)
+            caches = _open_caches([CachePlace(self._pass_folder(dataset, number)) for dataset in self.datasets], self.report)
         return {
             index: LatentFiller(plan, index, self.sources[index], self.catalogue, caches[index], self.codec, number) for index in datasets
         }
@@ -245,7 +245,11 @@ class _Preparation:
 
     def _pass_folder(self, dataset: DatasetConfig, epoch: int) -> Path:
         """Latents of one epoch of this run, beside those of every epoch. Other runs may share the folder that it lies in."""
-        return dataset.cache_dir_vae / f"{self._pass_prefix}{epoch}"
+        return self._parent_of_passes(dataset) / f"{self._pass_prefix}{epoch}"
+
+    def _parent_of_passes(self, dataset: DatasetConfig) -> Path:
+        """The folder of its latents; of those in a bucket, the one with the copies of their shards."""
+        return latents_place(dataset, self.settings.cache_dir).folder
 
     @property
     def _pass_prefix(self) -> str:
@@ -254,7 +258,7 @@ class _Preparation:
 
     def _remove_passes(self, before: int) -> None:
         """Remove this run's latents of single epochs before one."""
-        for folder in {dataset.cache_dir_vae for dataset in self.datasets if dataset.vae_cache_clear_each_epoch}:
+        for folder in {self._parent_of_passes(dataset) for dataset in self.datasets if dataset.vae_cache_clear_each_epoch}:
             for found in folder.glob(f"{self._pass_prefix}*"):
                 if int(found.name.removeprefix(self._pass_prefix)) < before:
                     shutil.rmtree(found, ignore_errors=True)  # a rest that cannot be removed costs space, and no run
@@ -262,13 +266,14 @@ class _Preparation:
     # -- captions -------------------------------------------------------------------------------------------------------
 
     def encode_captions(self) -> None:
-        folders = [*(dataset.text_cache_dir for dataset in self.datasets), self.settings.text_cache_dir]
+        places = [texts_place(dataset, self.settings.cache_dir) for dataset in self.datasets]
+        places.append(self._place_of_extra_captions())
         options = self._options(self.settings.text_batch_size)
         wanted = [list(self.catalogue.captions(dataset.id)) for dataset in self.datasets]
         wanted.append(sorted({"", *self.settings.extra_captions}))
         with self.family.text_encoders(self.settings.device) as encoders:
             with self.workers.phase():
-                self.text_caches = _open_caches(folders, self.report)
+                self.text_caches = _open_caches(places, self.report)
                 filled = [
                     self._fill_captions(TextFiller(cache, encoders), captions, options)
                     for cache, captions in zip(self.text_caches, wanted, strict=True)
@@ -282,6 +287,12 @@ class _Preparation:
         self.report.chapter("text", self._all(filled).describe(needed, "the text encoders"))
         if cut_off:
             self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and were cut off")
+
+    def _place_of_extra_captions(self) -> CachePlace:
+        """Beside those of the data where these are in a bucket by default, or else another machine would have to encode them."""
+        by_default = (dataset for dataset in self.datasets if dataset.text_entry is not None and dataset.text_entry.default)
+        dataset = next(by_default, None)
+        return CachePlace(self.settings.text_cache_dir.absolute()) if dataset is None else texts_place(dataset, self.settings.cache_dir)
 
     def _fill_captions(self, filler: TextFiller, captions: Sequence[str], options: FillOptions) -> Filled:
         pending = filler.pending(captions, options)
@@ -327,6 +338,7 @@ class _Preparation:
             recall,
             unconditional=recall.text(self.text_caches[-1], None, lambda: []),
             ahead=ahead,
+            are_remote=any(cache.remote for cache in (*self.latent_caches, *self.text_caches)),
         )
         left_out = settings.undecodable
         if left_out is None:
@@ -398,15 +410,14 @@ def _part_in_the_mix(dataset: DatasetConfig) -> str:
     return f"{dataset.id} {asked}{' without holding epochs open' if dataset.ignore_epochs else ''}"
 
 
-def _open_caches(folders: Iterable[Path], report: Reporter) -> list[Cache]:
-    """A cache for each folder; the same one where folders are the same."""
+def _open_caches(places: Iterable[CachePlace], report: Reporter) -> list[Cache]:
+    """A cache for each place; the same one where places are the same."""
     caches: dict[Path, Cache] = {}
     opened = []
-    for folder in folders:
-        place = folder.absolute()
-        if place not in caches:
-            caches[place] = Cache(place)
-            for note in caches[place].notes:
+    for place in places:
+        if place.folder not in caches:
+            caches[place.folder] = place.open()
+            for note in caches[place.folder].notes:
                 report.chapter("cache", note)
-        opened.append(caches[place])
+        opened.append(caches[place.folder])
     return opened

@@ -24,11 +24,12 @@ from helpers.data.table_join import JoinedTable, join_tables
 from helpers.data.tables import TableRule
 from helpers.data.targets import ResolutionRule, too_small
 from helpers.errors import DataError, Interrupted, StorageError
-from helpers.storage.backend import Entry, SourceBackend
+from helpers.storage.backend import Entry, RemoteSource, SourceBackend
 
 _BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
-_SHARE = 64  # files a thread takes at once, and the longest wait for a stop to be noticed
 _STOPPED = "stopped while the data sets were scanned; start again to go on"
+_SHARE = 64  # most files a thread takes at once, and the longest wait for a stop to be noticed
+_LOCAL_THREADS = 8
 _NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
 _LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run began, and stays left out to its end"
 
@@ -69,26 +70,28 @@ def scan(
     rules: DatasetRules,
     catalogue: Catalogue,
     *,
-    threads: int = 8,
+    threads: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     undecodable: Collection[str] | None = None,
 ) -> ScanResult:
     """Bring the catalogue's rows of one data set up to date. Source files are read, never written.
 
-    Killed at any moment it loses at most the last `_BLOCK` files read. `on_progress(done, total)` counts the files to open. When
-    `should_stop()` turns true, Interrupted is raised after what was read has been kept. `undecodable` are the keys that were left out
-    as such when the run began, so that its plan stays the same to its end; None begins a new run, and leaves out what earlier ones
-    could not decode (`Catalogue.leave_out_undecodable`).
+    Killed at any moment it loses at most the last `_BLOCK` files read. `threads` read, by default as many as the store needs.
+    `on_progress(done, total)` counts the files to open. When `should_stop()` turns true, Interrupted is raised after what was read has
+    been kept. `undecodable` are the keys that were left out as such when the run began, so that its plan stays the same to its end; None
+    begins a new run, and leaves out what earlier ones could not decode (`Catalogue.leave_out_undecodable`).
     DataError when there is nothing to train on; StorageError when the store fails while it is read.
     """
     new, changed, removed = _compare(backend, rules.dataset, catalogue)
     tables = join_tables(backend, rules.dataset, rules.tables, catalogue, should_stop)
     opened = 0
     pending = _count_pending(catalogue, rules)
+    threads = threads or (2 * backend.reads_at_once if isinstance(backend, RemoteSource) else _LOCAL_THREADS)
+    share = max(1, min(_SHARE, _BLOCK // threads))
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
         for block in _pending(catalogue, rules):
-            for files in _read_block(backend, block, pool, catalogue, should_stop):
+            for files in _read_block(backend, block, share, pool, catalogue, should_stop):
                 opened += files
                 if on_progress is not None:
                     on_progress(opened, pending)
@@ -186,20 +189,21 @@ def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[tuple[i
 def _read_block(
     backend: SourceBackend,
     block: list[tuple[int, str, str]],
+    share: int,
     pool: ThreadPoolExecutor,
     catalogue: Catalogue,
     should_stop: Callable[[], bool],
 ) -> Iterator[int]:
     """Read a block of files and keep what they say. Yields the number of files read since it last did."""
 
-    def read(share: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
-        return [] if should_stop() else [_facts(backend, *file) for file in share]
+    def read(files: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
+        return [] if should_stop() else [_facts(backend, *file) for file in files]
 
     facts: list[dict[str, Any]] = []
     try:
-        for share in pool.map(read, (block[start : start + _SHARE] for start in range(0, len(block), _SHARE))):
-            facts += share
-            yield len(share)
+        for told in pool.map(read, (block[start : start + share] for start in range(0, len(block), share))):
+            facts += told
+            yield len(told)
     finally:
         with catalogue.transaction() as database:
             database.executemany(

@@ -101,7 +101,7 @@ def sealed_shard(path: Path, records: Sequence[Packed]) -> Iterator[list[Placed]
     header, placed = _header(records)
     aside = path.with_name(path.name + UNSEALED)
     try:
-        with _locked(aside) as file:  # closing a file whose bytes could not be written fails once more
+        with locked(aside) as file:  # closing a file whose bytes could not be written fails once more
             file.write(header)
             for record in records:
                 file.write(record.payload)
@@ -135,24 +135,28 @@ def abandoned(path: Path) -> Iterator[bool]:
 
 def read_header(path: Path) -> list[Placed]:
     """The records of a sealed shard, from its own metadata. DamagedShardError when it is not one."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise DamagedShardError("it is cut off")
-        try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__")
-            if metadata.get("format") != FORMAT:
-                raise DamagedShardError("it is no cache shard of this version")
-            crcs = json.loads(metadata["crc32"])
-            tensors: dict[str, list[tuple[str, str, list[int], int, int]]] = {}
-            for name, entry in header.items():
-                key, _, tensor = name.partition("/")
-                tensors.setdefault(key, []).append((tensor, entry["dtype"], entry["shape"], *entry["data_offsets"]))
-            placed = [_placed(key, parts, 8 + length, int(crcs[key])) for key, parts in tensors.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedShardError(f"its header is damaged: {error!r}") from error
+        return parse_header(file, path.stat().st_size)
+
+
+def parse_header(file: BinaryIO, size: int) -> list[Placed]:
+    """`read_header` of a stream at the first byte of a shard of `size` bytes; nothing behind the header is read."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= size - 8:
+        raise DamagedShardError("it is cut off")
+    try:
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__")
+        if metadata.get("format") != FORMAT:
+            raise DamagedShardError("it is no cache shard of this version")
+        crcs = json.loads(metadata["crc32"])
+        tensors: dict[str, list[tuple[str, str, list[int], int, int]]] = {}
+        for name, entry in header.items():
+            key, _, tensor = name.partition("/")
+            tensors.setdefault(key, []).append((tensor, entry["dtype"], entry["shape"], *entry["data_offsets"]))
+        placed = [_placed(key, parts, 8 + length, int(crcs[key])) for key, parts in tensors.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedShardError(f"its header is damaged: {error!r}") from error
     if any(record.offset + record.size > size for record in placed):
         raise DamagedShardError("it is cut off")
     return placed
@@ -170,7 +174,7 @@ def map_file(path: Path, size: int) -> memoryview:
     return memoryview(mapped.numpy())  # type: ignore[arg-type]  # NumPy's stubs hide the buffer protocol
 
 
-def _locked(path: Path) -> BinaryIO:
+def locked(path: Path) -> BinaryIO:
     """A new file with its lock held. Until the lock is held, a collector may take the file for a dead process's and remove it."""
     while True:
         file = path.open("xb")

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ from helpers.data.catalogue import Catalogue
 from helpers.data.fill import FillOptions, is_finite
 from helpers.data.order import FROM_THE_BEGINNING, EpochOrder, MicroBatch, OrderStart
 from helpers.data.passes import Pass, Passes
+from helpers.data.reading_ahead import made_in_threads
 from helpers.data.sample import Geometry, Sample, Size
 from helpers.data.texts import TextFiller, text_key
 from helpers.errors import DataError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from helpers.protocols import ModelFamily, TextTensors
 
 STEPS_AHEAD = 2  # made before they are asked for
+MICRO_BATCHES_AT_ONCE = 16  # read from a network at the same time, so many more are in memory
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Recall:
     text_fingerprint: str
     image_options: FillOptions
     text_options: FillOptions
+    repairing: threading.Lock = field(default_factory=threading.Lock)  # one load of the text encoders at a time
 
     def text(self, cache: Cache, caption: str | None, siblings: Callable[[], Sequence[str]]) -> dict[str, Tensor]:
         """The text tensors of a caption, None being the unconditional; `siblings` are the captions it was encoded in order with."""
@@ -62,7 +65,7 @@ class Recall:
         except DamagedRecordError as error:
             log.warning("%s, that of the caption %r; it is encoded again.", error, (caption or "")[:80])
             cache.discard(key)
-        with self.family.text_encoders(self.device) as encoders:
+        with self.repairing, self.family.text_encoders(self.device) as encoders:
             filler = TextFiller(cache, encoders)
             if caption is None:
                 filler.keep(None, self.family.unconditional(encoders), self.text_options)
@@ -126,6 +129,7 @@ class CachedRecords:
         recall: Recall,
         unconditional: Mapping[str, Tensor],
         ahead: LatentsAhead | None = None,
+        are_remote: bool = False,
     ) -> None:
         self.passes = passes
         self.plan = passes.plan
@@ -134,6 +138,7 @@ class CachedRecords:
         self.recall = recall
         self.unconditional = unconditional
         self.ahead = ahead
+        self.are_remote = are_remote  # whether any of the caches is read from a network
         self._repairing = threading.Lock()
 
     def sample(self, row: int) -> Sample:
@@ -252,9 +257,20 @@ class TrainingData:
         """
         ahead = self._records.ahead
 
-        def produce() -> Iterator[list[Batch]]:
+        def micro_batches() -> Iterator[tuple[MicroBatch, int]]:
             for step in range(start, end):
-                yield [self._maker.make(micro_batch, step) for micro_batch in self._steps.here(step, order)]
+                for micro_batch in self._steps.here(step, order):
+                    yield micro_batch, step
+
+        def make(of_step: tuple[MicroBatch, int]) -> Batch:
+            return self._maker.make(*of_step)
+
+        def produce() -> Iterator[list[Batch]]:
+            # Reading from a network is mostly waiting, for many at once; from a disk one thread is enough, and leaves the cores to others.
+            pairs = micro_batches()
+            batches = made_in_threads(make, pairs, MICRO_BATCHES_AT_ONCE) if self._records.are_remote else map(make, pairs)
+            for _ in range(start, end):
+                yield [next(batches) for _ in range(self._steps.accumulation)]
 
         if ahead is not None:
             ahead.start(lambda: self._needed().all(start, order, end))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,4 +53,19 @@ class DataBackend(SourceBackend, Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object. It is no error when it is already gone."""
+        ...
+
+
+@runtime_checkable
+class RemoteSource(SourceBackend, Protocol):
+    """A source whose every answer travels: many reads at once are needed to keep it busy."""
+
+    reads_at_once: int
+
+
+class PartsBackend(DataBackend, Protocol):
+    """A `DataBackend` that gives parts of an object at the price of the part."""
+
+    def read_part(self, key: str, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on, all inside the object. OSError when they cannot be read."""
         ...

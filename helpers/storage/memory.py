@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO
@@ -10,7 +11,7 @@ from helpers.storage.backend import Entry
 
 
 class MemoryBackend:
-    """A `DataBackend` without a disk. Its clock ticks once for each write."""
+    """A `PartsBackend` without a disk. Its clock ticks once for each write."""
 
     name = "memory"
 
@@ -42,3 +43,9 @@ class MemoryBackend:
 
     def delete(self, key: str) -> None:
         self._files.pop(key, None)
+
+    def read_part(self, key: str, offset: int, size: int) -> bytes:
+        part = self.read(key)[offset : offset + size]
+        if len(part) != size:
+            raise OSError(errno.EIO, f"{key} ends before byte {offset + size:,}")
+        return part

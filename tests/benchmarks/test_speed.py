@@ -13,17 +13,28 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import cache_shards, caption_table, header_scan, latent_caching, order_at_scale, start_up, text_caching, training_step
+from benchmarks import (
+    cache_shards,
+    caption_table,
+    header_scan,
+    latent_caching,
+    order_at_scale,
+    s3_reading,
+    start_up,
+    text_caching,
+    training_step,
+)
 from benchmarks.material import caption, run_settings, write_photographs
 from benchmarks.measure import in_turns
 from helpers import registry
 from helpers.families import FAMILIES
 from helpers.families.tiny import SdxlSizes, write_sdxl
+from tests.storage.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
 
-PROGRAMS = (cache_shards, caption_table, header_scan, latent_caching, order_at_scale, start_up, text_caching, training_step)
+PROGRAMS = (cache_shards, caption_table, header_scan, latent_caching, order_at_scale, s3_reading, start_up, text_caching, training_step)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
@@ -122,6 +133,15 @@ def test_a_step_of_a_million_samples_is_chosen_in_microseconds_at_the_end_of_an_
     assert min(sum(order_at_scale.steps(order, range(5_000))) / 5_000 for _ in range(3)) < 50e-6
     assert min(max(order_at_scale.steps(order, range(number * count - 300, number * count + 300))) for number in (1, 2, 3)) < 0.02
     assert min(order_at_scale.steps(order, [700 * count + 1, 900 * count + 2, 300 * count + 3])) < 0.02
+
+
+def test_a_bucket_far_away_is_read_about_as_fast_as_by_a_bare_pool(s3: S3Server, tmp_path: Path) -> None:
+    with s3_reading.far_away(s3, 0.1) as url:
+        bucket = s3.new_bucket()
+        files = s3_reading.Files(s3, bucket, url, 120)
+        records = s3_reading.Records(bucket, url, 80, tmp_path)
+        assert max(ours / bare for bare, ours in in_turns(3, files.bare, files.ours)) > 0.7
+        assert max(ours / bare for bare, ours in in_turns(3, records.bare, records.ours)) > 0.7
 
 
 def test_a_warm_start_spends_its_time_importing_libraries(tmp_path: Path) -> None:

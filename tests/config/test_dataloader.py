@@ -25,6 +25,8 @@ Write = Callable[..., None]
 IMAGES: dict[str, Any] = {"id": "a", "instance_data_dir": "images"}
 ROWS: dict[str, Any] = {"id": "a", "type": "huggingface", "path": "someone/pictures"}
 TARS: dict[str, Any] = {"id": "a", "type": "webdataset", "urls": "a.tar"}
+BUCKET: dict[str, Any] = {"id": "a", "type": "aws", "aws_bucket_name": "pictures", "aws_data_prefix": "train"}
+TEXTS: dict[str, Any] = {**BUCKET, "id": "t", "dataset_type": "text_embeds", "aws_data_prefix": "caches/text"}
 
 
 def test_a_data_set_falls_back_to_the_options(read: Read, write_data: Write) -> None:
@@ -75,7 +77,6 @@ def test_disabled_entries_are_left_out_whatever_they_say(read: Read, write_data:
         ([{**IMAGES, "crop_stile": 1}], "datasets[0].crop_stile is not a key of an image data set (did you mean crop_style?)"),
         ([{**IMAGES, "crop_style": "middle"}], "datasets[0].crop_style: 'middle' is not one of random, corner, center, face"),
         ([{**IMAGES, "type": "azure"}], "datasets[0].type: 'azure' is not one of local"),
-        ([{**IMAGES, "type": "aws"}], "datasets[0].type: 'aws' is not available yet; today it can be local"),
         ([{**IMAGES, "repeats": "3"}], 'datasets[0].repeats is the text "3"; it must be a whole number'),
         ([{**IMAGES, "repeats": 1.5}], "datasets[0].repeats is the number 1.5; it must be a whole number"),
         ([{**IMAGES, "repeats": True}], "datasets[0].repeats is true; it must be a whole number"),
@@ -148,6 +149,8 @@ def test_data_sets_that_make_no_epoch_together_are_refused(
 def test_a_disabled_data_set_does_not_end_epochs(write_data: Write, refuse: Refuse) -> None:
     write_data([{**IMAGES, "ignore_epochs": True}, {**MORE, "disabled": True}])
     assert "ignore_epochs is true in every data set" in refuse()
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -176,6 +179,68 @@ def test_every_mistake_of_a_file_is_told_at_once(write_data: Write, refuse: Refu
         "datasets[1].instance_data_dir",
         "datasets[1].repeats",
     ]
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([{**BUCKET, "aws_bucket_name": None}], "datasets[0].aws_bucket_name is missing; name the bucket"),
+        ([{**BUCKET, "aws_bucket_name": "pictures/cats"}], "datasets[0].aws_bucket_name: 'pictures/cats' has a /"),
+        ([{**BUCKET, "aws_bucket_name": "a b"}], "datasets[0].aws_bucket_name: 'a b' is not the name of a bucket"),
+        ([{**BUCKET, "aws_endpoint_url": "s3.example.com"}], "datasets[0].aws_endpoint_url is not an address"),
+        ([{**BUCKET, "aws_endpoint_url": "https://CANARY:x@s3.example.com"}], "datasets[0].aws_endpoint_url: holds a user or password"),
+        ([{**BUCKET, "aws_access_key_id": "CANARY"}], "datasets[0].aws_secret_access_key is missing; give both keys"),
+        ([{**BUCKET, "aws_secret_access_key": "CANARY"}], "datasets[0].aws_access_key_id is missing; give both keys"),
+        ([{**BUCKET, "aws_data_prefix": "../cats/x"}], "datasets[0].aws_data_prefix: '../cats/x' is not a prefix"),
+        ([{**BUCKET, "instance_data_dir": "images"}], "datasets[0].instance_data_dir is for local folders"),
+        ([{**BUCKET, "cache_dir_vae": "/"}], "datasets[0].cache_dir_vae is the whole bucket; name a prefix"),
+        (
+            [{**BUCKET, "cache_dir_vae": "train/latents"}],
+            "cache_dir_vae: train/latents is inside the images of data set 'a' (below train/)",
+        ),
+        (
+            [{**BUCKET, "aws_data_prefix": "", "cache_dir_vae": "x"}],
+            "(the whole bucket: give it an aws_data_prefix), which are never written to",
+        ),
+        ([BUCKET, {**TEXTS, "aws_data_prefix": "train/text"}], "text_embeds 't', aws_data_prefix: train/text is inside the images of"),
+        ([BUCKET, {**TEXTS, "aws_data_prefix": None}], "datasets[1].aws_data_prefix is missing; name the folder of the embeddings"),
+        ([BUCKET, {**TEXTS, "cache_dir": "x"}], "datasets[1].cache_dir is for local folders; embeddings in a bucket are below"),
+        (
+            [{**IMAGES, "aws_bucket_name": "x"}],
+            'datasets[0].aws_bucket_name is for buckets, and this entry is of type local; say "type": "aws"',
+        ),
+        ([{**IMAGES, "cache_local_limit_gb": 1}], "datasets[0].cache_local_limit_gb is for buckets"),
+        (
+            [{**IMAGES, "id": "b"}, {**BUCKET, "cache_local_dir": "images/x"}],
+            "'a', cache_local_dir: images/x is inside the images of data set 'b'",
+        ),
+    ],
+)
+def test_a_mistake_about_a_bucket_is_named_by_entry_key_and_remedy(
+    entries: list[Any], said: str, write_data: Write, refuse: Refuse
+) -> None:
+    write_data(entries)
+    assert said in (told := refuse())
+    assert "CANARY" not in told
+
+
+def test_a_bucket_needs_no_more_than_its_name_and_may_say_null(read: Read, write_data: Write) -> None:
+    nothing = dict.fromkeys(item.name for item in options_of(Entry) if item.name.startswith("aws_"))
+    write_data([{**nothing, "id": "a", "type": "aws", "aws_bucket_name": "pictures"}, {**IMAGES, **nothing, "id": "b"}])
+    dataset, _ = read().datasets
+    assert (dataset.aws_bucket_name, dataset.latents_prefix, dataset.text_entry) == ("pictures", "", None)
+    assert dataset.cache_dir_vae.parts[-2:] == ("cache", "latents")
+
+
+def test_keys_are_in_no_description_of_the_settings(read: Read, write_data: Write) -> None:
+    keys = {"aws_access_key_id": "CANARY1", "aws_secret_access_key": "CANARY2"}
+    write_data([{**BUCKET, **keys, "cache_dir_vae": "/caches/latents/"}, {**TEXTS, **keys}])
+    config = read()
+    [dataset] = config.datasets
+    assert (dataset.aws_access_key_id, dataset.aws_secret_access_key) == ("CANARY1", "CANARY2")
+    assert dataset.latents_prefix == "caches/latents" and dataset.text_entry == config.text_caches[0]
+    told = json.dumps(config.to_json())
+    assert "CANARY" not in told + config.describe() + repr(config) and '"text_entry": "t"' in told
 
 
 def test_a_mistake_is_named_by_file_and_line(write_data: Write, refuse: Refuse) -> None:
@@ -334,6 +399,10 @@ def test_every_key_lands_in_its_field_or_is_refused_by_name(
         (folder / name).touch()
     start = {**start, "resolution": 512} if value == "pixel" else {**start, **BESIDE.get(item.name, {})}
     start = {**start, "only_instance_prompt": True} if value in TABLES else start  # that needs no table
+    if item.name.startswith(("aws_", "cache_local_")) or value == "aws":
+        start = BUCKET if kind is DatasetConfig else TEXTS
+        start = {**start, "aws_access_key_id": "text", "aws_secret_access_key": "text"}
+        value = "https://s3.example.com" if item.name == "aws_endpoint_url" else value
     write_data([{**start, item.name: value}, {**IMAGES, "id": "beside"}])
     if item.not_yet or value in item.later:
         assert f"datasets[0].{item.name}" in (told := refuse("--instance_prompt=x")) and "is not available yet" in told

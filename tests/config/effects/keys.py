@@ -8,6 +8,7 @@ from typing import Any
 from helpers.config.datasets import DatasetConfig, TableConfig
 from helpers.config.declare import options_of
 from helpers.config.options.data import TABLES
+from tests.config.effects.buckets import IMAGE_BUCKET_EFFECTS, TEXT_BUCKET_EFFECTS
 from tests.config.effects.lab import ENTRY, SECOND, Effect, cropped, refusal
 from tests.config.effects.options import OPTION_EFFECTS
 from tests.config.effects.sights import buckets, images_used, losses, new_folders, of_samples, same_cuts_in_two_epochs, steps
@@ -79,6 +80,8 @@ def of_rows(key: str, value: str) -> list[dict[str, Any]]:
 
 def of_tars(key: str, value: str) -> list[dict[str, Any]]:
     return [{**TARS, key: value}]
+
+
 def of_tags(key: str, value: Any) -> list[dict[str, Any]]:
     return [{**ENTRY, "instance_data_dir": "tagged", "caption_strategy": "textfile", "shuffle_tags": True, key: value}]
 
@@ -111,6 +114,7 @@ def inherited() -> dict[str, Effect]:
 
 DATASET_EFFECTS: dict[str, Effect] = {
     **inherited(),
+    **IMAGE_BUCKET_EFFECTS,
     "id": Effect(of_samples("dataset"), {"one": {"one"}, "two": {"two"}}),
     "dataset_type": Effect(of_samples("dataset"), {"image": BOTH, "text_embeds": {"pictures"}}, ("--max_train_steps=6",), of_kind),
     "disabled": Effect(of_samples("dataset"), {"false": BOTH, "true": {"pictures"}}, ("--max_train_steps=6",), beside_another),
@@ -143,6 +147,7 @@ DATASET_EFFECTS: dict[str, Effect] = {
 }
 
 TEXT_CACHE_EFFECTS: dict[str, Effect] = {
+    **TEXT_BUCKET_EFFECTS,
     "id": Effect(refusal, ["wanted", "another"], (), wanted_by_its_id),
     "type": Effect(refusal, ["local", "webdataset"], (), one_text_cache),
     "dataset_type": DATASET_EFFECTS["dataset_type"],

@@ -179,6 +179,8 @@ def _as_rows(folder: Path, splits: Mapping[str, Path]) -> None:
         tables[name] = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
     datasets.DatasetDict(tables).save_to_disk(folder)
     datasets.DatasetDict(dict(zip(tables, reversed(tables.values()), strict=True))).save_to_disk(folder.with_name("other_rows"))
+
+
 def _write_tables(folder: Path) -> None:
     """`left` and `right` of each kind: captions of `images`, other ones in the column `other`, half of the names in `file`.
 

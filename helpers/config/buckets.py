@@ -1,0 +1,75 @@
+"""What an entry says of a bucket of an S3-compatible store, and what of it cannot be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from helpers.config.datasets import DataConfig, Entry
+
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{3,255}")
+
+
+def bucket_problems(entry: Entry, said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong with it) of an entry of type aws. `said` is the entry as it stands in the file."""
+    if not entry.aws_bucket_name:
+        yield "aws_bucket_name", "is missing; name the bucket"
+    elif "/" in entry.aws_bucket_name:
+        yield "aws_bucket_name", f"{entry.aws_bucket_name!r} has a /; name the bucket alone, and put the folder in it into aws_data_prefix"
+    elif not _BUCKET.fullmatch(entry.aws_bucket_name):
+        yield "aws_bucket_name", f"{entry.aws_bucket_name!r} is not the name of a bucket: 3 or more letters, digits, dots and hyphens"
+    yield from _endpoint_problems(entry.aws_endpoint_url)
+    if bool(entry.aws_access_key_id) != bool(entry.aws_secret_access_key):
+        missing = "aws_secret_access_key" if entry.aws_access_key_id else "aws_access_key_id"
+        yield missing, "is missing; give both keys, or neither and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    for key in ("cache_dir_vae", "aws_data_prefix"):
+        text = said.get(key)
+        if isinstance(text, str) and {"", ".", ".."} & set(text.strip("/").split("/")[:-1]):
+            yield key, f"{text!r} is not a prefix; write it as in the bucket, without . and .."
+    if said.get("cache_dir_vae") and not str(said["cache_dir_vae"]).strip("/"):
+        yield "cache_dir_vae", "is the whole bucket; name a prefix for the latents, or leave it out to keep them on this machine"
+
+
+def _endpoint_problems(url: str | None) -> Iterator[tuple[str, str]]:
+    if not url:
+        return
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        sound = False
+    if not sound:
+        yield "aws_endpoint_url", "is not an address; write it with https:// in front, as https://s3.example.com"
+    elif parts.username or parts.password:
+        yield "aws_endpoint_url", "holds a user or password; leave them out, keys are given in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+
+
+def keys_without_a_bucket(entry: Entry, said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The same of an entry of another type, which has nothing to do with a bucket."""
+    for field in fields(entry):
+        if field.name.startswith(("aws_", "cache_local_")) and said.get(field.name):
+            yield field.name, f'is for buckets, and this entry is of type {entry.type}; say "type": "aws", or leave it out'
+
+
+def caches_inside_images(data: DataConfig) -> Iterator[str]:
+    """Sentences about caches in buckets that would be written below the prefix of images."""
+    written: list[tuple[str, Entry, str | None]] = [
+        *((f"data set {dataset.id!r}, cache_dir_vae", dataset, dataset.latents_prefix) for dataset in data.datasets),
+        *((f"text_embeds {text.id!r}, aws_data_prefix", text, text.aws_data_prefix) for text in data.text_caches),
+    ]
+    for what, entry, prefix in written:
+        for dataset in data.datasets:
+            images = _as_folder(dataset.aws_data_prefix)
+            same_bucket = (entry.aws_bucket_name, entry.aws_endpoint_url) == (dataset.aws_bucket_name, dataset.aws_endpoint_url)
+            if entry.type == dataset.type == "aws" and prefix and same_bucket and _as_folder(prefix).startswith(images):
+                place = f"below {images}" if images else "the whole bucket: give it an aws_data_prefix"
+                yield f"{what}: {prefix} is inside the images of data set {dataset.id!r} ({place}), which are never written to."
+
+
+def _as_folder(prefix: str | None) -> str:
+    inside = (prefix or "").strip("/")
+    return f"{inside}/" if inside else ""

@@ -1,0 +1,312 @@
+"""Buckets of S3-compatible stores: AWS, Cloudflare R2, Wasabi, MinIO and others.
+
+Only what all of them have is used: listing by prefix, GET with ranges, HEAD, PUT with Content-MD5. What arrives is checked against
+Content-Length and, where the ETag is one, the MD5. boto3's own retries are off; `retrying` knows when to stop.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import hashlib
+import io
+import posixpath
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, BinaryIO, NoReturn, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from helpers.errors import DataError, StorageError
+from helpers.storage.backend import Entry
+from helpers.storage.local import SYSTEM_FOLDERS
+from helpers.storage.retrying import Budget, GaveUp, Patience, patiently
+from helpers.storage.s3_address import S3Address
+from helpers.storage.s3_errors import DamagedBytesError, explained, is_denied, is_missing, is_passing, is_the_users
+
+READS_AT_ONCE = 32  # of one source; at 200 ms an answer, 160 objects a second
+_CONNECTIONS = 64  # kept open by a client
+_BLOCK = 64 * 1024  # bytes of the smallest ranged GET: holds the header of nearly every image
+_MOST_BLOCKS = 16  # of one ranged GET of a stream that is read on and on
+
+# HeadBucket and CreateSession are botocore's own: where a bucket's region is, and how a directory bucket is entered.
+_READING = frozenset({"ListObjectsV2", "GetObject", "HeadObject", "HeadBucket", "CreateSession"})
+_WRITING = frozenset({"PutObject", "DeleteObject"})
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+Answer = Mapping[str, Any]
+Result = TypeVar("Result")
+
+
+class S3Source:
+    """The objects below a prefix, read-only: its client refuses to send any request that writes or deletes.
+
+    Keys are what follows the prefix. Nothing is asked of the store on construction.
+    """
+
+    reads_at_once = READS_AT_ONCE
+    _operations = _READING
+
+    def __init__(self, address: S3Address, patience: Patience | None = None) -> None:
+        self.address = address
+        self._patience = patience or Patience()
+        self._budget = Budget(self._patience.budget)
+        self._making = threading.Lock()
+        self._made: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.address.name
+
+    def list(self) -> Iterator[Entry]:
+        """Every object in the order of the store, which S3 defines as that of the keys' UTF-8 bytes; folders' placeholders are not listed.
+
+        DataError where a setting is wrong, StorageError where the store fails.
+        """
+        folder = self.address.folder
+        token: dict[str, str] = {}
+        while True:
+            page = self._listed(token)
+            for item in page.get("Contents", ()):
+                key = item["Key"][len(folder) :]
+                if key and not key.endswith("/") and SYSTEM_FOLDERS.isdisjoint(posixpath.dirname(key).split("/")):
+                    yield Entry(key, item["Size"], _nanoseconds(item["LastModified"]), item.get("ETag", "").strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def open(self, key: str) -> BinaryIO:
+        """Nothing is fetched before it is read, and then little more than what is read."""
+        return io.BufferedReader(_Parts(lambda offset, size, etag: self._part(key, offset, size, etag)), _BLOCK)
+
+    def read(self, key: str) -> bytes:
+        data, answer = self._get(key)
+        return data
+
+    # -- requests ---------------------------------------------------------------------------------------------------------
+
+    def _listed(self, token: Mapping[str, str]) -> Answer:
+        try:
+            return self._ask(lambda client: client.list_objects_v2(Bucket=self.address.bucket, Prefix=self.address.folder, **token))
+        except GaveUp as failure:
+            raise StorageError(f"{self.name} cannot be listed: {self._told(failure)}.") from failure.last
+        except (BotoCoreError, ClientError) as error:
+            kind = DataError if is_the_users(error) else StorageError
+            raise kind(f"{self.name} cannot be listed: {self._told(error)}.") from error
+
+    def _get(self, key: str, **conditions: str) -> tuple[bytes, Answer]:
+        """An object, or the part that `Range` names, with the answer's other facts."""
+
+        def get(client: Any) -> tuple[bytes, Answer]:
+            answer = client.get_object(Bucket=self.address.bucket, Key=self._full(key), **conditions)
+            with contextlib.closing(answer["Body"]) as body:
+                data = body.read()
+            if len(data) != answer["ContentLength"]:
+                raise DamagedBytesError(f"{len(data):,} of {answer['ContentLength']:,} bytes arrived")
+            if "Range" not in conditions and self._md5_of(answer) not in (None, hashlib.md5(data, usedforsecurity=False).hexdigest()):
+                raise DamagedBytesError("what arrived does not have the checksum of the object")
+            return data, answer
+
+        return self._or_oserror(key, lambda: self._ask(get))
+
+    def _part(self, key: str, offset: int, size: int, etag: str | None) -> tuple[bytes, int, str]:
+        """Bytes of an object from `offset` on, at most `size`; the object's size; its ETag, which must be `etag` where one is given."""
+        conditions = {"Range": f"bytes={offset}-{offset + size - 1}", **({"IfMatch": etag} if etag else {})}
+        try:
+            data, answer = self._get(key, **conditions)
+        except _EmptyError:
+            return b"", 0, ""
+        whole = answer.get("ContentRange", "").rpartition("/")[2]
+        return data, int(whole) if whole.isdigit() else offset + len(data), answer.get("ETag", "")
+
+    def _ask(self, request: Callable[[Any], Result]) -> Result:
+        client = self._client()
+        return patiently(lambda: request(client), self._is_passing, self._patience, self._budget)
+
+    def _is_passing(self, error: Exception) -> bool:
+        if isinstance(error, ClientError):
+            self._budget.has_answered = True
+        return is_passing(error)
+
+    def _or_oserror(self, key: str, act: Callable[[], Result]) -> Result:
+        """What a reading act gives; what went wrong becomes an OSError with an errno, as the kernel's are."""
+        try:
+            return act()
+        except GaveUp as failure:
+            raise OSError(errno.EIO, self._told(failure)) from failure.last
+        except (BotoCoreError, ClientError) as error:
+            self._raise_oserror(key, error)
+
+    def _raise_oserror(self, key: str, error: Exception) -> NoReturn:
+        if is_missing(error):
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", f"{self.name}: {key}") from error
+        if is_denied(error):
+            raise PermissionError(errno.EACCES, "access denied", f"{self.name}: {key}") from error
+        status = error.response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(error, ClientError) else None
+        if status == 416:
+            raise _EmptyError(errno.EIO, "the object ends before that") from error
+        if status == 412:
+            raise OSError(errno.EIO, "the object was replaced while it was read; start again") from error
+        raise OSError(errno.EIO, self._told(error)) from error
+
+    def _told(self, error: Exception) -> str:
+        if isinstance(error, GaveUp):
+            return f"{explained(error.last, self.address)} ({error})"
+        return explained(error, self.address)
+
+    def _full(self, key: str) -> str:
+        return self.address.folder + key
+
+    def _md5_of(self, answer: Answer) -> str | None:
+        """The MD5 in an ETag. There is none of objects uploaded in parts or encrypted with keys of KMS, nor in directory buckets."""
+        etag = str(answer.get("ETag", "")).strip('"')
+        encrypted = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in answer
+        return etag if _MD5.fullmatch(etag) and not encrypted and not self.address.bucket.endswith("--x-s3") else None
+
+    def _client(self) -> Any:
+        with self._making:  # clients may be shared by threads, but not be made by several at once
+            if self._made is None:
+                self._made = self._or_data_error(self._make_client)
+            return self._made
+
+    def _or_data_error(self, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except (BotoCoreError, ValueError) as error:  # a malformed endpoint is a plain ValueError
+            raise DataError(f"{self.name} cannot be used: {self._told(error)}.") from error
+
+    def _make_client(self) -> Any:
+        address, patience = self.address, self._patience
+        session = boto3.session.Session(
+            aws_access_key_id=address.access_key, aws_secret_access_key=address.secret_key, region_name=address.region
+        )
+        client = session.client(
+            "s3",
+            endpoint_url=address.endpoint,
+            # Stores of others sign with any region, but botocore wants to be told one.
+            region_name=session.region_name or "us-east-1",
+            config=Config(
+                connect_timeout=patience.connect,
+                read_timeout=patience.silence,
+                retries={"total_max_attempts": 1},
+                max_pool_connections=_CONNECTIONS,
+                # Older stores know neither the newer checksums nor addresses such as bucket.endpoint.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                s3={"addressing_style": "path"} if address.endpoint else {},
+            ),
+        )
+        client.meta.events.register_first("before-call.s3", self._refuse_other_operations)
+        return client
+
+    def _refuse_other_operations(self, model: Any, **_: object) -> None:
+        if model.name not in self._operations:
+            raise PermissionError(f"{self.name}: this store is not to be asked for {model.name}")
+
+
+class S3Backend(S3Source):
+    """A prefix of ours, such as a cache: a `PartsBackend`."""
+
+    _operations = _READING | _WRITING
+
+    def write(self, key: str, data: bytes) -> None:
+        digest = hashlib.md5(data, usedforsecurity=False)
+
+        def put(client: Any) -> None:
+            answer = client.put_object(
+                Bucket=self.address.bucket,
+                Key=self._full(key),
+                # As a stream it is sent in small pieces, each with its own timeout; of bytes all would have to be gone within one.
+                Body=io.BytesIO(data),
+                ContentLength=len(data),
+                ContentMD5=base64.b64encode(digest.digest()).decode(),
+            )
+            if self._md5_of(answer) not in (None, digest.hexdigest()):
+                raise DamagedBytesError("what the store holds does not have the checksum of what was sent")
+
+        self._or_storage_error(key, "written", lambda: self._ask(put))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self._ask(lambda client: client.head_object(Bucket=self.address.bucket, Key=self._full(key)))
+        except (GaveUp, BotoCoreError, ClientError) as error:
+            if is_missing(error):
+                return False
+            raise StorageError(f"{self.name}: {key} could not be looked for: {self._told(error)}.") from error
+        return True
+
+    def delete(self, key: str) -> None:
+        self._or_storage_error(
+            key, "deleted", lambda: self._ask(lambda client: client.delete_object(Bucket=self.address.bucket, Key=self._full(key)))
+        )
+
+    def read_part(self, key: str, offset: int, size: int) -> bytes:
+        data, _, _ = self._part(key, offset, size, None)
+        if len(data) != size:
+            raise OSError(errno.EIO, f"it ends before byte {offset + size:,}")
+        return data
+
+    def _or_storage_error(self, key: str, done: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except (GaveUp, BotoCoreError, ClientError) as error:
+            raise StorageError(f"{self.name}: {key} could not be {done}: {self._told(error)}.") from error
+
+
+class _EmptyError(OSError):
+    """A range was asked of an object that has no bytes there."""
+
+
+class _Parts(io.RawIOBase):
+    """An object as a seekable stream of ranged GETs. All parts are of one version of it."""
+
+    def __init__(self, get: Callable[[int, int, str | None], tuple[bytes, int, str]]) -> None:
+        self._get = get
+        self._blocks: dict[int, bytes] = {}
+        self._ahead = 1  # blocks of the next GET
+        self._place = 0
+        self._size = -1  # unknown before the first part
+        self._etag: str | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END and self._size < 0:
+            self._fetch(0)
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(start + offset, 0)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        number, skipped = divmod(self._place, _BLOCK)
+        if number not in self._blocks and (self._size < 0 or self._place < self._size):
+            self._fetch(number)
+        part = self._blocks.get(number, b"")[skipped : skipped + len(buffer)]
+        buffer[: len(part)] = part
+        self._place += len(part)
+        return len(part)
+
+    def _fetch(self, first: int) -> None:
+        """Blocks from `first` on, twice as many as the last time."""
+        data, self._size, etag = self._get(first * _BLOCK, self._ahead * _BLOCK, self._etag)
+        self._etag = self._etag or etag or None
+        for start in range(0, len(data), _BLOCK):
+            self._blocks[first + start // _BLOCK] = data[start : start + _BLOCK]
+        self._ahead = min(self._ahead * 2, _MOST_BLOCKS)
+
+
+def _nanoseconds(moment: datetime) -> int:
+    return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
