@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 
 MAX_LINE = 1000  # characters; a longer line is another file by mistake
 _OPERATORS = frozenset("\\^$*+?[]{}|()")  # what makes a line a regular expression; a dot alone does not, as sentences end in one
+_REPEAT = re.compile(r"\{(\d+)(?:,\d*)?\}")
+_MAX_REPEATS = 100_000  # repeats within repeats, multiplied: what takes a tenth of a second to compile
 _SLASH = re.compile(r"(?<!\\)(?:\\\\)*/")  # one that no backslash stands before
 
 
@@ -60,6 +63,8 @@ def _checked(found: FilterLine) -> FilterLine:
         raise ValueError(
             f"{found.line!r} is not a regular expression ({error}); put a backslash before characters that stand for themselves"
         ) from None
+    if math.prod(int(count) or 1 for count in _REPEAT.findall(found.pattern)) > _MAX_REPEATS:
+        raise ValueError(f"{found.line!r} asks for more than {_MAX_REPEATS:,} repeats; write it with smaller numbers")
     return found
 
 

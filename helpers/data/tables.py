@@ -84,7 +84,9 @@ def _parquet(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
         _require_columns(file.schema_arrow.names, rule)
         for batch in file.iter_batches(BLOCK, columns=rule.columns):
             yield [batch.column(name).to_pylist() for name in rule.columns]
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault, not the table's
         raise DataError(f"{rule.path} is not a Parquet table, or damaged: {' '.join(str(error).split())[:200]}.") from error
 
 

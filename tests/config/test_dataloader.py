@@ -333,6 +333,7 @@ def test_filters_reach_the_data_sets_that_use_their_entry(folder: Path, read: Re
         (["ok", "(a"], "'(a' is not a regular expression (missing ), unterminated subpattern at position 0); put a backslash before"),
         (["s/(a)/\\2/"], "is not a regular expression (invalid group reference 2"),
         (["s/a/b/c"], "'s/a/b/c' is not of the form s/a/b/; a slash inside a or b is written \\/"),
+        (["((a{500}){500}){9}"], "'((a{500}){500}){9}' asks for more than 100,000 repeats; write it with smaller numbers"),
         (["s//b/"], "'s//b/' replaces nothing"),
         ([""], "caption_filter_list: has an empty line, which would be found everywhere; remove it"),
         (["x" * 1001], "has 1,001 characters; a line has at most 1,000"),

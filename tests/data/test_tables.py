@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from helpers.data.sample import Size
 from helpers.data.scan import DatasetRules, ScanResult, scan
 from helpers.data.table_join import JoinedTable
 from helpers.data.tables import TableRule
-from helpers.errors import DataError, Interrupted
+from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
 from helpers.storage.memory import MemoryBackend
 from tests.data.test_scan import Watched, picture, reasons
@@ -239,6 +240,27 @@ def test_a_table_that_cannot_be_used_is_one_sentence(format: str, data: bytes, s
     table = replace(CAPTIONS, path="t", format=format)
     with pytest.raises(DataError, match=said):
         scan(MemoryBackend({"a.png": picture(), "t": data}), rules(table, strategy=format), catalogue)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_parquet_table_that_is_damaged_anywhere_is_one_sentence(share: float, catalogue: Catalogue) -> None:
+    whole = parquet([{"id": f"picture {index}", "description": f"caption {index * 7919}"} for index in range(500)])
+    place = int(share * len(whole))
+    damaged = whole[:place] + bytes(byte ^ 0xA5 for byte in whole[place : place + 200]) + whole[place + 200 :]
+    for data in (damaged, whole[:place]):
+        try:
+            scan(MemoryBackend({"a.png": picture(), "t.parquet": data}), rules(CAPTIONS), catalogue)
+        except DataError as error:
+            assert "t.parquet" in str(error)
+
+
+def test_a_disk_that_fails_under_a_table_is_the_machines_fault(catalogue: Catalogue) -> None:
+    class Failing(MemoryBackend):
+        def open(self, key: str) -> BinaryIO:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(StorageError, match=r"memory: t\.parquet could not be read: Input/output error"):
+        scan(Failing(images("a.png", parquet=parquet(ROWS))), rules(BOTH), catalogue)
 
 
 def test_a_table_that_is_missing_is_named_with_its_place(tmp_path: Path, catalogue: Catalogue) -> None:

@@ -49,7 +49,7 @@ def test_flags_win_over_extra_arguments_and_those_over_variables(sandbox: Any) -
 @pytest.mark.parametrize("ending", ["\r\n", "\n"], ids=["windows", "unix"])
 @pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""], ids=["byte-order mark", "plain"])
 def test_line_endings_and_byte_order_mark_of_the_env_file_do_not_matter(sandbox: Any, mark: bytes, ending: str) -> None:
-    text = NEEDED + "BASE=x\nOUTPUT_DIR=\"$BASE/out\"\nVALIDATION_PROMPT='a\nb'"
+    text = NEEDED + 'BASE=x\nOUTPUT_DIR="$BASE/out"\nVALIDATION_PROMPT=\'a\nb\''
     (sandbox.folder / "sdxl-env.sh").write_bytes(mark + text.replace("\n", ending).encode())
     values = sandbox.told()["values"]
     assert (values["output_dir"], values["validation_prompt"]) == ("x/out", "a\nb")
