@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -311,6 +311,20 @@ class Writer:
         self._origins: dict[str, Mapping[str, str]] = {}
         self._size = 0
         self._began = time.monotonic()
+
+
+def open_caches(folders: Iterable[Path], say: Callable[[str], None]) -> list[Cache]:
+    """A cache for each folder; the same one where folders are the same. What was found amiss is told to `say`."""
+    caches: dict[Path, Cache] = {}
+    opened = []
+    for folder in folders:
+        place = folder.absolute()
+        if place not in caches:
+            caches[place] = Cache(place)
+            for note in caches[place].notes:
+                say(note)
+        opened.append(caches[place])
+    return opened
 
 
 def _connect(path: Path) -> sqlite3.Connection:
