@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
     from helpers.data.batches import Batch
     from helpers.data.order import OrderStart
-    from helpers.data.prepare import DataSettings, TrainingData, Workers
+    from helpers.data.settings import DataSettings
+    from helpers.data.training_data import TrainingData
+    from helpers.data.workers import Workers
     from helpers.protocols import Corrupted, ModelFamily, Objective, TextTensors, TrainingMethod
     from helpers.reporting import Reporters
     from helpers.training.checkpoints import Checkpointer, Found
@@ -282,7 +284,7 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
 def data_settings(
     config: Config, runtime: Runtime, found: Found | None, state: TrainState, accumulation: int, prompts: Sequence[Prompt]
 ) -> DataSettings:
-    from helpers.data.prepare import DataSettings
+    from helpers.data.settings import DataSettings
 
     spoken = [prompt.text for prompt in prompts if prompt.text]
     return DataSettings(
@@ -305,7 +307,7 @@ def data_settings(
 
 
 def workers(runtime: Runtime) -> Workers:
-    from helpers.data.prepare import Workers
+    from helpers.data.workers import Workers
 
     meeting = runtime.meet()
     return Workers(runtime.rank, runtime.world_size, meeting.gather, meeting.stop_asked)

@@ -195,12 +195,18 @@ class DatasetConfig(Entry):
     aspect_bucket_alignment: int = 64  # pixels; from the option, or from the resolution where that is unset
     bucket_sizes: tuple[BucketSize, ...] = ()  # that the user's aspect_resolution_map gives
     aspect_bucket_rounding: int = DEFAULT_ROUNDING  # decimals of the aspects in it
+    aspects_stay: bool = False  # random ones, for the whole run
     text_cache_dir: Path = Path()  # where the embeddings of its captions are kept ...
     text_entry: TextCacheConfig | None = None  # ... unless this entry of type aws keeps them in a bucket
     latents_prefix: str = ""  # in the bucket of an entry of type aws that names its cache_dir_vae; else latents are in that folder
     caption_filters: tuple[str, ...] = ()  # of the text_embeds entry that it uses
     shards: tuple[Path, ...] = ()  # the tars that `urls` stands for
     index_dir: Path | None = None  # where it is kept what their headers say
+
+    @property
+    def redraws_aspects(self) -> bool:
+        """Whether the shape of a cut is drawn anew for each epoch."""
+        return self.vae_cache_clear_each_epoch and self.crop and self.crop_aspect == "random" and not self.aspects_stay
 
     @property
     def caption_table(self) -> str | None:
@@ -254,5 +260,6 @@ def complete(dataset: DatasetConfig, options: Mapping[str, object]) -> DatasetCo
         dataset,
         aspect_bucket_alignment=grid,
         aspect_bucket_rounding=decimals,
+        aspects_stay=options["aspect_bucket_disable_rebuild"] is True,
         index_dir=caches / "tars" if isinstance(caches, Path) else None,
     )

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from helpers.data.workers import Workers
 
 WRITES_AHEAD = 4  # batches that may wait for the writer: bounds memory
 
@@ -81,6 +83,19 @@ class Filled:
         limit = encoder if self.encoding_seconds >= self.waiting_seconds else "reading and resizing"
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.why.most_common())
         return f"{line}; {self.encoded:,} encoded in {seconds:.0f} s ({self.encoded / seconds:,.1f}/s, limited by {limit}): {reasons}"
+
+
+def gathered(filled: Sequence[Filled], workers: Workers) -> Filled:
+    """What filling came to over all data sets of this process, and then over all processes."""
+    mine, total = Filled(), Filled()
+    for part in filled:
+        mine.add(part)
+    shares = [Filled.from_json(text) for text in workers.gather(mine.to_json())]
+    for share in shares:
+        total.add(share)
+    total.encoding_seconds = max(share.encoding_seconds for share in shares)  # the processes work at the same time
+    total.waiting_seconds = max(share.waiting_seconds for share in shares)
+    return total
 
 
 def stored(tensor: Tensor, cache_dtype: str) -> Tensor:

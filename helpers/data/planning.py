@@ -94,9 +94,10 @@ def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int, epoch: i
     """
     rule = rules_of(dataset).resolution
     columns = catalogue.columns(dataset.id)
-    address = (seed, epoch, dataset.id) if dataset.vae_cache_clear_each_epoch else (seed, dataset.id)
+    fixed, redrawn = (seed, dataset.id), (seed, epoch, dataset.id)
 
-    def draw(name: str) -> NDArray[np.float64]:
+    def draw(name: str, anew: bool = dataset.vae_cache_clear_each_epoch) -> NDArray[np.float64]:
+        address = redrawn if anew else fixed
         return np.array([uniform(name, *address, key) for key in catalogue.keys(dataset.id)])
 
     drawn = rule.style == "random"
@@ -109,7 +110,7 @@ def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int, epoch: i
         height=columns.height,
         crop_u=draw("crop_u") if drawn else None,
         crop_v=draw("crop_v") if drawn else None,
-        aspect_u=draw("aspect_u") if rule.draws_aspect else None,
+        aspect_u=draw("aspect_u", anew=dataset.redraws_aspects) if rule.draws_aspect else None,
         face_x=face_x,
         face_y=face_y,
         flip=draw("flip") < 0.5 if dataset.flip else None,

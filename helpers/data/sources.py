@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,19 @@ class CachePlace:
         from helpers.storage.s3 import S3Backend
 
         return Cache(self.folder, RemoteShards(S3Backend(self.bucket), self.folder, self.limit_bytes))
+
+
+def open_caches(places: Iterable[CachePlace], say: Callable[[str], None]) -> list[Cache]:
+    """A cache for each place; the same one where places are the same. What was found amiss is told to `say`."""
+    caches: dict[Path, Cache] = {}
+    opened = []
+    for place in places:
+        if place.folder not in caches:
+            caches[place.folder] = place.open()
+            for note in caches[place.folder].notes:
+                say(note)
+        opened.append(caches[place.folder])
+    return opened
 
 
 def latents_place(dataset: DatasetConfig, cache_dir: Path) -> CachePlace:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from helpers.config.datasets import DatasetConfig
-from helpers.data.prepare import DataSettings
+from helpers.data.settings import DataSettings
 from helpers.protocols import ImageCodec, LatentSpec, Reporter, TextEncoders, TextTensors
 
 

@@ -62,7 +62,9 @@ class DataOptions:
     accept_changed_data: bool = option(
         False, "Resume although the data changed since the checkpoint; the next epoch is ordered over the new data."
     )
-    aspect_bucket_disable_rebuild: bool = option(False, "Keep random aspects for the whole run.", not_yet=True)
+    aspect_bucket_disable_rebuild: bool = option(
+        False, "Keep random aspects for the whole run, also of data sets that are drawn anew each epoch (vae_cache_clear_each_epoch)."
+    )
 
 
 @dataclass(frozen=True)

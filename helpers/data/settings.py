@@ -1,0 +1,48 @@
+"""What the preparation of data is told, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from helpers.data.fill import FillOptions, available_threads
+from helpers.data.order import FROM_THE_BEGINNING, OrderStart
+from helpers.data.workers import Workers
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the preparation of data needs to know besides the data sets."""
+
+    output_dir: Path  # dataset_report.json goes here
+    cache_dir: Path  # the catalogue and the plan go here
+    text_cache_dir: Path  # for the extra captions and the unconditional
+    device: torch.device  # that encodes
+    seed: int
+    batch_size: int
+    accumulation: int = 1  # micro-batches of one process in a step
+    caption_dropout: float = 0.0
+    cache_dtype: str = "auto"  # auto, fp16, bf16 or fp32
+    vae_batch_size: int = 4
+    text_batch_size: int = 16
+    threads: int = field(default_factory=available_threads)  # that read, decode and resize, over all processes
+    extra_captions: Sequence[str] = ()  # that the run needs besides those of the data, such as validation prompts
+    behind: bool = False  # encode latents while training runs
+    step: int = 0  # training begins with, counted from 0
+    order: OrderStart = FROM_THE_BEGINNING
+    # By data set, the images that were left out as undecodable when the run began; None for a run that begins now.
+    undecodable: Mapping[str, Sequence[str]] | None = None
+
+    def fill_options(self, batch_size: int, workers: Workers) -> FillOptions:
+        """How one of these processes fills caches."""
+        return FillOptions(
+            batch_size=batch_size,
+            cache_dtype=self.cache_dtype,
+            threads=max(1, self.threads // workers.world_size),
+            rank=workers.rank,
+            world_size=workers.world_size,
+            should_stop=workers.should_stop,
+        )
