@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.config.aspects import AspectBucket
 from helpers.data.batches import Batch
 from helpers.data.cache import Cache
 from helpers.data.training_data import TrainingData
@@ -23,6 +24,7 @@ from tests.data.toys import ConvCodec, Story, ToyFamily, picture, pictures, tree
 
 CROPPED = {"crop": True, "crop_style": "random", "crop_aspect": "square", "flip": True, "resolution": 48}
 REDRAWN = {**CROPPED, "vae_cache_clear_each_epoch": True}
+RESHAPED = {**REDRAWN, "crop_aspect": "random", "crop_aspect_buckets": (AspectBucket(0.5), AspectBucket(1.0), AspectBucket(1.5))}
 
 
 @pytest.fixture
@@ -61,7 +63,9 @@ def workers_of_codec() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name in ("latents", "batches")]
 
 
-@pytest.mark.parametrize("changed", [{}, {"accumulation": 3, "caption_dropout": 0.3}, REDRAWN], ids=["plain", "accumulating", "redrawn"])
+@pytest.mark.parametrize(
+    "changed", [{}, {"accumulation": 3, "caption_dropout": 0.3}, REDRAWN, RESHAPED], ids=["plain", "accumulating", "redrawn", "reshaped"]
+)
 def test_behind_training_the_same_batches_come_as_after_caching(place: Place, other: Place, changed: dict[str, object]) -> None:
     cached = seen(place.prepare(**changed).steps(0, 40))
     before = tree_hash(place.data)
@@ -105,7 +109,7 @@ def test_captions_are_all_encoded_before_the_first_step(place: Place) -> None:
     assert len(family.encoders.encoded) == 21
 
 
-@pytest.mark.parametrize("changed", [{}, REDRAWN], ids=["plain", "redrawn"])
+@pytest.mark.parametrize("changed", [{}, REDRAWN, RESHAPED], ids=["plain", "redrawn", "reshaped"])
 def test_stopped_and_started_again_and_again_the_same_batches_come(place: Place, other: Place, changed: dict[str, object]) -> None:
     expected = [seen(iter([step])) for step in place.prepare(**changed).steps(0, 30)]
     for first in range(0, 30, 7):
@@ -263,6 +267,33 @@ def test_cuts_are_drawn_anew_for_each_epoch_and_the_same_in_every_run(place: Pla
     assert cuts(other.prepare(**REDRAWN), 4) == found
     first, second = cuts(Place(place.data, other.output / "kept").prepare(**CROPPED), 2)
     assert first == second
+
+
+def shapes(data: TrainingData, epochs: int) -> list[dict[str, object]]:
+    """For each epoch, the size that each picture is trained at."""
+    found: list[dict[str, object]] = [{} for _ in range(epochs)]
+    for (batch,) in data.steps(0, 10**6):
+        if batch.epoch == epochs:
+            return found
+        for sample, geometry in zip(batch.samples, batch.geometry, strict=True):
+            assert sample.key not in found[batch.epoch]
+            found[batch.epoch][sample.key] = geometry.target
+    raise AssertionError("training ended")
+
+
+def test_shapes_are_drawn_anew_for_each_epoch_and_each_picture_has_its_turn(place: Place, other: Place) -> None:
+    found = shapes(place.prepare(**RESHAPED), 5)
+    assert all(len(epoch) == 20 for epoch in found)
+    assert found[0] != found[1] != found[2]
+    assert shapes(other.prepare(behind=True, **RESHAPED), 5) == found
+
+
+def test_shapes_may_stay_while_cuts_are_drawn_anew(place: Place, other: Place) -> None:
+    kept = {**RESHAPED, "aspects_stay": True}
+    first, second = shapes(place.prepare(**kept), 2)
+    assert first == second
+    one, two = cuts(other.prepare(**kept), 2)
+    assert one != two
 
 
 def test_two_passes_lie_on_disk_for_a_moment_three_and_those_of_other_runs_stay(place: Place) -> None:

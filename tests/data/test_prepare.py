@@ -62,6 +62,8 @@ DATASET_KEYS = (
     "crop",
     "crop_style",
     "crop_aspect",
+    "crop_aspect_buckets",
+    "aspects_stay",
     "repeats",
     "probability",
     "flip",

@@ -153,6 +153,8 @@ def build_lab(folder: Path) -> Lab:
     table = {"caption_strategy": "parquet", "parquet": {"path": "../tables/left.parquet"}}
     (folder / "table.json").write_text(json.dumps([{**ENTRY, **table}]))
     (folder / "other.json").write_text(json.dumps([SECOND]))
+    reshaped = {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [0.5, 1, 2], "vae_cache_clear_each_epoch": True}
+    (folder / "reshaped.json").write_text(json.dumps([{**ENTRY, **reshaped}]))
     (folder / "cropped.json").write_text(json.dumps([{**ENTRY, "crop": True}]))
     (folder / "mapped").mkdir()
     (folder / "mapped" / "aspect_resolution_map-1.0.json").write_text(json.dumps({"1.5": [1152, 768]}))

@@ -41,6 +41,7 @@ from tests.config.effects.sights import (
     rates,
     rates_of_a_run,
     resumed_from,
+    same_shapes_in_two_epochs,
     samples_of_a_step,
     size_of_an_image_before_its_cut,
     steps,
@@ -130,6 +131,11 @@ CACHE = {
     "cache_dtype": Effect(cached_dtypes, {"fp16": {torch.float16}, "bf16": {torch.bfloat16}, "fp32": {torch.float32}}),
     "latent_sampling": Effect(losses, ["mean", "sample"]),
     "vae_batch_size": Effect(calls("Encoder", of=lambda arguments: len(arguments[0])), {"1": {1: 6}, "2": {2: 3}}),
+    "aspect_bucket_disable_rebuild": Effect(
+        same_shapes_in_two_epochs,
+        {"false": False, "true": True},
+        ("--data_backend_config=reshaped.json", "--max_train_steps=14", "--train_batch_size=1"),
+    ),
     "vae_cache_preprocess": Effect(encodes_behind_training, {"true": False, "false": True}),
     "vae_dtype": Effect(
         calls("Encoder", of=lambda arguments: arguments[0].dtype), {"fp32": {torch.float32: 3}, "bf16": {torch.bfloat16: 3}}

@@ -124,6 +124,18 @@ def same_cuts_in_two_epochs(lab: Lab, flags: Flags) -> object:
     return first == second
 
 
+def same_shapes_in_two_epochs(lab: Lab, flags: Flags) -> object:
+    """Of an epoch and the next, however many steps each has."""
+    epochs: dict[int, dict[str, object]] = {0: {}, 1: {}}
+    run = lab.run(flags)
+    epoch_of = {row["step"]: row["epoch"] for row in run.rows("metrics.jsonl")}
+    for row in run.rows("samples.jsonl"):
+        epochs.setdefault(epoch_of[row["step"]], {}).setdefault(row["key"], row["target_size"])
+    shared = epochs[0].keys() & epochs[1].keys()
+    assert len(shared) > 3
+    return all(epochs[0][key] == epochs[1][key] for key in shared)
+
+
 def samples_of_a_step(lab: Lab, flags: Flags) -> object:
     return lab.run(flags).rows("metrics.jsonl")[0]["samples"]
 
