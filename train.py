@@ -126,6 +126,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
 
     checkpoints = Checkpointer(config.checkpoints, config.run.output_dir)
     found, state, accumulation = find_start(checkpoints, config, runtime, report)
+    if config.run.dataset_report:
+        return look_at_data(config, runtime, state, accumulation, family, report)
     config = settled(config, runtime, method, state, accumulation)
 
     identity = run_identity(config, family, objective)
@@ -224,11 +226,28 @@ def train_step(
 
 
 def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
-    """Say with which settings the run starts."""
+    """Say with which settings the run starts, and have what is found in the data shown on a page."""
+    from helpers.reporting.html_report import HtmlReport
+
+    report.members.append(HtmlReport(config.run.output_dir))
     report.chapter("settings", config.describe())
     for note in (*config.notes, *runtime.notes):
         report.chapter("", note)
     logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
+
+
+def look_at_data(
+    config: Config, runtime: Runtime, state: TrainState, accumulation: int, family: ModelFamily, report: Reporters
+) -> None:
+    """Scan and plan the data as the run would, and say where to read about it."""
+    from helpers.data.prepare import survey_data
+    from helpers.data.report import REPORT
+    from helpers.reporting.html_report import PAGE
+
+    if config.run.seed <= 0 and not state.step:
+        report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
+    survey_data(config.datasets, data_settings(config, runtime, state, accumulation, ()), family, workers(runtime), report)
+    report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
 
 
 def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: TrainState, accumulation: int) -> Config:
@@ -355,13 +374,14 @@ def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Pa
     """Write what the user came for, and list everything worth looking at."""
     from helpers.families.samplers import SAMPLERS
     from helpers.reporting.contact_sheet import SHEET
+    from helpers.reporting.html_report import PAGE
     from helpers.reporting.loss_curve import write_loss_curve
     from helpers.training import validation
 
     folder = config.run.output_dir
     sampler = SAMPLERS[config.validation.validation_noise_scheduler]  # exported with the weights, so that pictures come out as here
     weights = learner.export(folder, {**objective.scheduler_config, "_class_name": sampler})
-    worth_a_look = (write_loss_curve(folder), folder / validation.FOLDER / SHEET, folder / "dataset_report.json")
+    worth_a_look = (write_loss_curve(folder), folder / validation.FOLDER / SHEET, folder / PAGE)
     return [*weights, *(path for path in worth_a_look if path and path.exists())]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ from helpers.data.fill import Filled, FillOptions, available_threads
 from helpers.data.latents import LatentFiller
 from helpers.data.order import EpochOrder
 from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan
-from helpers.data.report import dataset_report, summary
+from helpers.data.report import REPORT, Memory, Survey, caption_report, dataset_report, summary
 from helpers.data.scan import ScanResult, scan
 from helpers.data.sources import open_source
 from helpers.data.texts import TextFiller, text_key
+from helpers.data.thumbnails import thumbnails
 from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError
@@ -46,7 +47,7 @@ class DataSettings:
     """What the preparation of data needs to know besides the data sets."""
 
     output_dir: Path  # dataset_report.json goes here
-    cache_dir: Path  # the catalogue and the plan go here
+    cache_dir: Path  # the catalogue, the plan and what reports remember go here
     text_cache_dir: Path  # for the extra captions and the unconditional
     device: torch.device  # that encodes
     seed: int
@@ -78,6 +79,13 @@ def prepare_data(
     return preparation.training_data()
 
 
+def survey_data(
+    datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter
+) -> None:
+    """Scan, plan and report as `prepare_data` does, and encode nothing. Raises the same errors."""
+    _Preparation(datasets, settings, family, workers, report).scan_and_plan()
+
+
 class _Preparation:
     """The steps of `prepare_data`, in order; each leaves here what the next ones need."""
 
@@ -91,6 +99,7 @@ class _Preparation:
         self.report = report
         self.sources = [open_source(dataset) for dataset in datasets]
         self.scanned: list[ScanResult] = []  # in the first process
+        self.unread = 0  # images whose bytes were not known when the data was last surveyed; in the first process
         self.images = Filled()  # what encoding images came to in all processes
         self.encoder_fingerprints: dict[str, str] = {}
 
@@ -110,10 +119,22 @@ class _Preparation:
         self.plan = load_plan(plan_folder)
         with self.workers.phase():
             if self.workers.is_first:
-                write_json(self.settings.output_dir / "dataset_report.json", dataset_report(self.scanned, self.plan, self.catalogue))
+                self._survey(dataset_report(self.scanned, self.plan, self.catalogue), self.plan)
                 for index, result in enumerate(self.scanned):
                     shapes = np.unique(self.plan.columns["shape"][self.plan.columns["dataset"] == index])
                     self.report.chapter("dataset", summary(result, len(shapes)))
+
+    def _survey(self, told: dict[str, Any], plan: BucketPlan) -> None:
+        """Write and tell what is known of the data: once when it is planned, and again when encoding has told more."""
+        folder = self.settings.cache_dir / "report"
+        lengths, tokens = self.family.caption_lengths(), Memory(folder / "tokens.json")
+        for entry in told["datasets"]:
+            entry["captions"] = caption_report(entry["id"], self.catalogue, lengths, tokens)
+        tokens.save()
+        self.unread = sum(entry["unread"] for entry in told["datasets"])
+        write_json(self.settings.output_dir / REPORT, told)
+        pictures = Memory(folder / "thumbnails.json")
+        self.report.surveyed(Survey(told, lambda: thumbnails(plan, self.sources, self.catalogue, pictures, self.settings.threads)))
 
     def _scan(self, index: int) -> ScanResult:
         rules = rules_of(self.datasets[index])
@@ -211,21 +232,19 @@ class _Preparation:
     # -- the end ----------------------------------------------------------------------------------------------------------
 
     def account_for_failures(self) -> None:
-        """Tell the report of images that could not be encoded, and the catalogue of those that never will be.
+        """Tell the report what encoding brought to light, and the catalogue of images that never can be encoded.
 
         The next scan leaves those out. It is told only now that all are encoded: a smaller plan would cut other batches for the
         encoder, and an interrupted caching that goes on would give other last bits than an undisturbed one.
         """
         failed = self.images.failed
-        if not failed:
-            return
         with self.workers.phase():
-            if self.workers.is_first:
-                self._report_failures(failed)
+            if self.workers.is_first and (failed or self.unread):
+                self._survey_again(failed)
                 for row in self.images.undecodable:
                     self.catalogue.set_undecodable(row, failed[row])
 
-    def _report_failures(self, failed: Mapping[int, str]) -> None:
+    def _survey_again(self, failed: Mapping[int, str]) -> None:
         samples = [self.catalogue.sample(row) for row in failed]
         left_out = [
             (sample.dataset, {"key": sample.key, "reason": reason}) for sample, reason in zip(samples, failed.values(), strict=True)
@@ -234,14 +253,16 @@ class _Preparation:
         for result in self.scanned:
             lost = sum(dataset == result.dataset for dataset, _ in left_out)
             results.append(dataclasses.replace(result, used=result.used - lost, left_out=result.left_out + lost))
-        told = dataset_report(results, restricted(self.plan, self.usable), self.catalogue)
+        trained = restricted(self.plan, self.usable)
+        told = dataset_report(results, trained, self.catalogue)
         for entry in told["datasets"]:
             entry["left_out"] += [item for dataset, item in left_out if dataset == entry["id"]]
             entry["left_out"].sort(key=lambda item: item["key"])
-        write_json(self.settings.output_dir / "dataset_report.json", told)
-        kinds = Counter(reason.partition(":")[0] for reason in failed.values())
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-        self.report.chapter("dataset", f"{len(failed):,} more left out, found while encoding ({counts}); dataset_report.json names them")
+        self._survey(told, trained)
+        if failed:
+            kinds = Counter(reason.partition(":")[0] for reason in failed.values())
+            counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+            self.report.chapter("dataset", f"{len(failed):,} more left out, found while encoding ({counts}); {REPORT} names them")
 
     def training_data(self) -> TrainingData:
         settings, workers = self.settings, self.workers

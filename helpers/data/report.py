@@ -1,22 +1,79 @@
-"""What became of the files of every data set: for people one line, for programs dataset_report.json."""
+"""What became of the files of every data set: for people one line and a page, for programs dataset_report.json."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helpers.data.buckets import BucketPlan
 from helpers.data.catalogue import Catalogue
 from helpers.data.scan import ScanResult
+from helpers.storage.atomic import write_json
+
+if TYPE_CHECKING:
+    from helpers.data.thumbnails import Thumbnail
+    from helpers.protocols import CaptionLengths
+
+REPORT = "dataset_report.json"
+MOST_CAPTIONS_COUNTED = 20_000  # of a data set: a second of work; of more captions every n-th is counted
+MOST_SHARED_CAPTIONS = 100  # that are listed
+SIZE_EDGES = (0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 128)  # megapixels; nothing above 128 is trained on
+ASPECT_EDGES = tuple(round(2 ** (exponent / 8), 3) for exponent in range(-17, 18, 2))  # width / height; 1 is the middle of a bin
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of the data, for reporters. `thumbnails` opens files, a bounded number, so it is called by whoever shows them."""
+
+    report: dict[str, Any]  # the content of dataset_report.json
+    thumbnails: Callable[[], Sequence[Thumbnail]]
+
+
+class Memory:
+    """Results that take long to have, kept in a JSON file by what they were made from. Losing it costs time and nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.used: dict[str, Any] = {}
+        try:
+            self.known: dict[str, Any] = dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            self.known = {}
+
+    def recall(self, make: Callable[[], Any], *made_from: str) -> Any:
+        """What `make()` gave for these before, or gives now: a value as JSON holds it, or None, which is not remembered."""
+        name = sha256(json.dumps(made_from).encode()).hexdigest()
+        value = self.known.get(name)
+        if value is None:
+            value = make()
+        if value is not None:
+            self.used[name] = value
+        return value
+
+    def save(self) -> None:
+        """Keep what was recalled, and forget the rest. StorageError when it cannot be written."""
+        if self.used != self.known:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.used)
+            self.known = self.used
 
 
 def dataset_report(results: Sequence[ScanResult], plan: BucketPlan, catalogue: Catalogue) -> dict[str, Any]:
-    """The content of dataset_report.json, data sets in the order of `results`, which is the plan's.
+    """The content of dataset_report.json but for captions' lengths, data sets in the order of `results`, which is the plan's.
 
     `upscaled` counts images resized to more pixels than they have; `cropped_share` is the mean share of a resized image's area that
-    the cut removes, from 0 to 1.
+    the cut removes, from 0 to 1. `sizes` and `aspects` are histograms of the files' own megapixels and width / height: bin i counts
+    what is in [edges[i], edges[i + 1]), and the outer bins also what lies beyond. `copies` are keys of equal bytes among the images
+    whose bytes have been read; of `unread` ones nobody knows.
     """
     return {"datasets": [_entry(index, result, plan, catalogue) for index, result in enumerate(results)]}
 
@@ -26,6 +83,7 @@ def _entry(index: int, result: ScanResult, plan: BucketPlan, catalogue: Catalogu
     counts = np.bincount(rows["shape"], minlength=len(plan.shapes))
     areas = np.array([shape.area for shape in plan.shapes], np.float64)
     kept = areas[rows["shape"]] / (rows["resized_width"].astype(np.float64) * rows["resized_height"])
+    width, height = rows["width"].astype(np.float64), rows["height"].astype(np.float64)
     return {
         "id": result.dataset,
         "found": result.found,
@@ -34,7 +92,42 @@ def _entry(index: int, result: ScanResult, plan: BucketPlan, catalogue: Catalogu
         "buckets": {str(shape): int(count) for shape, count in zip(plan.shapes, counts, strict=True) if count},
         "upscaled": int(rows["upscaled"].sum()),
         "cropped_share": round(float(1 - kept.mean()), 4),
+        "sizes": _histogram(width * height / 1e6, SIZE_EDGES),
+        "aspects": _histogram(width / height, ASPECT_EDGES),
+        "copies": list(catalogue.copies(result.dataset)),
+        "unread": catalogue.unread(result.dataset),
+        "shared_captions": [
+            {"caption": caption, "images": images} for caption, images in catalogue.shared_captions(result.dataset, MOST_SHARED_CAPTIONS)
+        ],
     }
+
+
+def _histogram(values: NDArray[np.float64], edges: Sequence[float]) -> dict[str, list[float]]:
+    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    return {"edges": list(edges), "counts": np.bincount(bins, minlength=len(edges) - 1).tolist()}
+
+
+def caption_report(dataset: str, catalogue: Catalogue, lengths: CaptionLengths, memory: Memory) -> dict[str, Any]:
+    """How long the distinct captions of a data set are, in tokens: `tokens` is [[length, captions of this length], ...].
+
+    `counted` of the `distinct` ones are measured, every n-th in their order where they are many; `truncated` of these are longer than the
+    `limit` that the text encoders read.
+    """
+    distinct = catalogue.distinct_captions(dataset)
+    step = -(-distinct // MOST_CAPTIONS_COUNTED) or 1
+    captions = list(itertools.islice(catalogue.captions(dataset), 0, None, step))
+    tokens: list[list[int]] = memory.recall(lambda: _tally(lengths.of(captions)), lengths.fingerprint, *captions)
+    return {
+        "distinct": distinct,
+        "counted": len(captions),
+        "limit": lengths.limit,
+        "truncated": sum(count for length, count in tokens if length > lengths.limit),
+        "tokens": tokens,
+    }
+
+
+def _tally(lengths: Sequence[int]) -> list[list[int]]:
+    return [[length, count] for length, count in sorted(Counter(lengths).items())]
 
 
 def summary(result: ScanResult, shapes: int) -> str:
