@@ -236,9 +236,7 @@ def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
     logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
 
 
-def look_at_data(
-    config: Config, runtime: Runtime, state: TrainState, accumulation: int, family: ModelFamily, report: Reporters
-) -> None:
+def look_at_data(config: Config, runtime: Runtime, state: TrainState, accumulation: int, family: ModelFamily, report: Reporters) -> None:
     """Scan and plan the data as the run would, and say where to read about it."""
     from helpers.data.prepare import survey_data
     from helpers.data.report import REPORT

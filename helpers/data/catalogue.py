@@ -151,11 +151,13 @@ class Catalogue:
         """How many files are left out for each kind of reason."""
         return Counter(entry.reason.partition(":")[0] for entry in self.left_out(dataset))
 
+    # Of images whose pixels can be decoded, as far as that is known.
+
     def copies(self, dataset: str) -> Iterator[list[str]]:
         """Keys of images in use with equal bytes, of those whose bytes have been read; groups and keys in key order."""
         rows = self._select(
-            "SELECT content, key FROM used WHERE dataset = ? AND content IN"
-            " (SELECT content FROM used WHERE dataset = ? AND content IS NOT NULL GROUP BY content HAVING count(*) > 1) ORDER BY key",
+            "SELECT content, key FROM used WHERE dataset = ? AND undecodable IS NULL AND content IN (SELECT content FROM used"
+            " WHERE dataset = ? AND undecodable IS NULL AND content IS NOT NULL GROUP BY content HAVING count(*) > 1) ORDER BY key",
             dataset,
             dataset,
         )
@@ -166,19 +168,20 @@ class Catalogue:
 
     def unread(self, dataset: str) -> int:
         """The number of images in use whose bytes nobody has read yet."""
-        return next(self._select("SELECT count(*) FROM used WHERE dataset = ? AND content IS NULL", dataset))[0]
-
-    def distinct_captions(self, dataset: str) -> int:
-        """The number of different captions in use."""
-        return next(self._select("SELECT count(DISTINCT caption) FROM used WHERE dataset = ?", dataset))[0]
+        return next(self._select("SELECT count(*) FROM used WHERE dataset = ? AND undecodable IS NULL AND content IS NULL", dataset))[0]
 
     def shared_captions(self, dataset: str, most: int) -> Iterator[tuple[str, int]]:
         """Captions that several images have, and how many; the commonest first, at most so many."""
         yield from self._select(
-            "SELECT caption, count(*) FROM used WHERE dataset = ? GROUP BY caption HAVING count(*) > 1 ORDER BY count(*) DESC, caption LIMIT ?",
+            "SELECT caption, count(*) FROM used WHERE dataset = ? AND undecodable IS NULL"
+            " GROUP BY caption HAVING count(*) > 1 ORDER BY count(*) DESC, caption LIMIT ?",
             dataset,
             most,
         )
+
+    def distinct_captions(self, dataset: str) -> int:
+        """The number of different captions in use, as `captions` gives them."""
+        return next(self._select("SELECT count(DISTINCT caption) FROM used WHERE dataset = ?", dataset))[0]
 
     def version(self, row: int) -> str:
         """What tells whether a file is the one that was scanned. KeyError when there is no such row."""

@@ -79,9 +79,7 @@ def prepare_data(
     return preparation.training_data()
 
 
-def survey_data(
-    datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter
-) -> None:
+def survey_data(datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter) -> None:
     """Scan, plan and report as `prepare_data` does, and encode nothing. Raises the same errors."""
     _Preparation(datasets, settings, family, workers, report).scan_and_plan()
 
@@ -240,9 +238,9 @@ class _Preparation:
         failed = self.images.failed
         with self.workers.phase():
             if self.workers.is_first and (failed or self.unread):
-                self._survey_again(failed)
                 for row in self.images.undecodable:
                     self.catalogue.set_undecodable(row, failed[row])
+                self._survey_again(failed)
 
     def _survey_again(self, failed: Mapping[int, str]) -> None:
         samples = [self.catalogue.sample(row) for row in failed]

@@ -61,9 +61,7 @@ def chosen(plan: BucketPlan, dataset: int, most: int = PER_DATASET) -> list[int]
     return picked
 
 
-def thumbnails(
-    plan: BucketPlan, sources: Sequence[SourceBackend], catalogue: Catalogue, memory: Memory, threads: int
-) -> list[Thumbnail]:
+def thumbnails(plan: BucketPlan, sources: Sequence[SourceBackend], catalogue: Catalogue, memory: Memory, threads: int) -> list[Thumbnail]:
     """A few images of every data set, commonest shape first; `sources` are in the plan's order. Opens what is not in the memory."""
     rows = [(dataset, row) for dataset in range(len(plan.datasets)) for row in chosen(plan, dataset)]
     with ThreadPoolExecutor(threads, thread_name_prefix="thumbnails") as pool:

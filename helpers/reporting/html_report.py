@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +88,7 @@ class Section:
     copies: Shown
     shared: Shown
     charts: Sequence[Chart]
-    sheets: Sequence[tuple[str, Sequence[Picture]]]
+    sheet: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ class Picture:
     name: str
     caption: str
     source: str  # data URI; "" where there is none
-    cut: str
+    shape: str
+    steps: str  # from the file to the shape
     problem: str
     marks: Sequence[str] = field(default_factory=tuple)
 
@@ -112,6 +112,7 @@ def page(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
     environment.filters["count"] = "{:,}".format
     environment.filters["percent"] = percent
     environment.filters["short"] = short
+    environment.filters["sizes"] = lambda text: text.replace("x", "\u00a0×\u00a0")
     sections = [_section(entry, [each for each in thumbnails if each.dataset == entry["id"]]) for entry in report["datasets"]]
     shapes = {shape for entry in report["datasets"] for shape in entry["buckets"]}
     totals = {name: sum(entry[name] for entry in report["datasets"]) for name in ("found", "used")}
@@ -135,7 +136,7 @@ def _section(entry: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> Secti
         _shown(copies, MOST_GROUPS),
         _shown(shared, MOST_GROUPS),
         [_sizes_chart(entry["sizes"]), _aspects_chart(entry["aspects"]), _captions_chart(entry["captions"])],
-        [(shape, [_picture(each) for each in group]) for shape, group in groupby(thumbnails, lambda each: str(each.geometry.target))],
+        [_picture(each) for each in thumbnails],
     )
 
 
@@ -145,7 +146,8 @@ def findings(entry: Mapping[str, Any]) -> Iterator[str]:
     if entry["left_out"]:
         yield f"{len(entry['left_out']):,} of {entry['found']:,} files are left out; each is listed with its reason."
     if entry["upscaled"]:
-        yield f"{entry['upscaled']:,} pictures ({percent(entry['upscaled'] / used)}) have fewer pixels than they are trained at, and are enlarged."
+        share = percent(entry["upscaled"] / used)
+        yield f"{entry['upscaled']:,} pictures ({share}) have fewer pixels than they are trained at, and are enlarged."
     if entry["cropped_share"] >= PERCEPTIBLE_CROP:
         yield f"The cut removes {percent(entry['cropped_share'])} of a picture on average; look whether heads and feet are still there."
     if captions["truncated"]:
@@ -159,7 +161,7 @@ def findings(entry: Mapping[str, Any]) -> Iterator[str]:
         surplus = sum(len(keys) - 1 for keys in copies)
         yield f"{surplus:,} picture{'s are' if surplus > 1 else ' is'} an exact copy of another one."
     if entry["unread"]:
-        yield f"Whether {entry['unread']:,} pictures are copies of others is not known yet: their bytes are read when they are first encoded."
+        yield f"Whether {entry['unread']:,} pictures are copies is not known yet: their bytes are read when they are first encoded."
     lonely = sum(images == 1 for images in entry["buckets"].values())
     if lonely:
         yield f"{lonely:,} shape{'s have' if lonely > 1 else ' has'} a single picture, which makes a batch of its own in every epoch."
@@ -193,8 +195,9 @@ def _picture(thumbnail: Thumbnail) -> Picture:
     marks = ["enlarged"] * thumbnail.upscaled + ["mirrored"] * geometry.flip
     source = "data:image/jpeg;base64," + base64.b64encode(thumbnail.jpeg).decode() if thumbnail.jpeg else ""
     steps = f"{geometry.original} → {geometry.resized}" if geometry.original != geometry.resized else str(geometry.original)
-    cut = f"{steps}, cut at {geometry.top}, {geometry.left}" if geometry.resized != geometry.target else f"{steps}, whole"
-    return Picture(thumbnail.key, thumbnail.caption, source, cut, thumbnail.problem, marks)
+    if geometry.resized != geometry.target:
+        steps += f", cut from {geometry.left}, {geometry.top}"
+    return Picture(thumbnail.key, thumbnail.caption, source, str(geometry.target), steps, thumbnail.problem, marks)
 
 
 # -- charts -----------------------------------------------------------------------------------------------------------------
@@ -210,9 +213,7 @@ def _sizes_chart(histogram: Mapping[str, Any]) -> Chart:
 def _aspects_chart(histogram: Mapping[str, Any]) -> Chart:
     edges, counts = histogram["edges"], histogram["counts"]
     names = [f"width / height {low:.2f} to {high:.2f}" for low, high in zip(edges, edges[1:], strict=False)]
-    labels = [
-        (_place(edges, aspect), name, "middle") for aspect, name in ((0.25, "1:4"), (0.5, "1:2"), (1, "1:1"), (2, "2:1"), (4, "4:1"))
-    ]
+    labels = [(_place(edges, aspect), name, "middle") for aspect, name in ((0.25, "1:4"), (0.5, "1:2"), (1, "1:1"), (2, "2:1"), (4, "4:1"))]
     return _chart("Aspects of the files, width : height", counts, names, labels)
 
 
@@ -225,18 +226,20 @@ def _place(edges: Sequence[float], value: float) -> float:
 def _captions_chart(captions: Mapping[str, Any]) -> Chart:
     tokens, limit = captions["tokens"], captions["limit"]
     longest = max((length for length, _ in tokens), default=0)
-    width = _round_width(max(longest, limit) / MOST_BARS)
-    counts = [0] * (max(longest, limit) // width + 1)
+    width = _round_width(max(longest, limit + 1) / MOST_BARS)
+    # Bins are laid so that one begins with the first length that is cut off; the bin at 0 may be the narrower for it.
+    starts = sorted({0, *range((limit + 1) % width, max(longest, limit + 1) + 1, width)})
+    counts = [0] * len(starts)
     for length, count in tokens:
-        counts[length // width] += count
-    names = [f"{start} to {start + width - 1} tokens" if width > 1 else f"{start} tokens" for start in range(0, len(counts) * width, width)]
-    # The limit lies at the end of its bin: bars behind the line are cut off at least in part.
-    end = min((limit + 1) / width, len(counts))
-    labels = [(0.0, "0", "start"), (end, f"{limit} read", "end")]
-    if end < 0.8 * len(counts):
+        counts[bisect.bisect_right(starts, length) - 1] += count
+    last = [start - 1 for start in (*starts[1:], starts[-1] + width)]
+    names = [f"{start} to {end} tokens" if end > start else f"{start} tokens" for start, end in zip(starts, last, strict=True)]
+    cut_off = starts.index(limit + 1)
+    labels = [(0.0, "0", "start"), (float(cut_off), f"{limit} are read", "start" if cut_off < len(counts) / 2 else "end")]
+    if cut_off < 0.6 * len(counts):
         labels.append((float(len(counts)), f"{longest:,}", "end"))
     note = "" if captions["counted"] == captions["distinct"] else f"{captions['counted']:,} of {captions['distinct']:,}, spread evenly"
-    return _chart("Captions, tokens", counts, names, labels, line=end, note=note, strong_from=math.floor(end) if longest > limit else None)
+    return _chart("Captions, tokens", counts, names, labels, line=cut_off, note=note)
 
 
 def _round_width(least: float) -> int:
@@ -251,17 +254,21 @@ def _chart(
     labels: Sequence[tuple[float, str, str]],
     line: float | None = None,
     note: str = "",
-    strong_from: int | None = None,
 ) -> Chart:
-    """`labels` and `line` are placed in bins: 0 is the left end of the first bar, 1 the left end of the second."""
+    """`labels` and `line` are placed in bins: 0 is the left end of the first bar, 1 the left end of the second.
+
+    Bars beyond the line are the strong ones.
+    """
     pitch = CHART_WIDTH / len(counts)
     tallest = max(counts, default=0) or 1
     room = CHART_HEIGHT - CHART_FOOT - 4
     bars = []
     for index, (count, name) in enumerate(zip(counts, names, strict=True)):
         height = max(room * count / tallest, 1.5) if count else 0  # a single one among thousands is to be seen
-        strong = strong_from is not None and index >= strong_from
+        strong = line is not None and index >= line
         top = CHART_HEIGHT - CHART_FOOT - height
-        bars.append(Bar(round(index * pitch + 0.75, 2), round(top, 2), round(pitch - 1.5, 2), round(height, 2), f"{name}: {count:,}", strong))
+        bars.append(
+            Bar(round(index * pitch + 0.75, 2), round(top, 2), round(pitch - 1.5, 2), round(height, 2), f"{name}: {count:,}", strong)
+        )
     places = [(round(at * pitch, 2), text, anchor) for at, text, anchor in labels]
     return Chart(title, bars, places, None if line is None else round(line * pitch, 2), note)

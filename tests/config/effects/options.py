@@ -40,6 +40,7 @@ from tests.config.effects.sights import (
     rates_of_a_run,
     resumed_from,
     samples_of_a_step,
+    shown_and_trained,
     steps,
     target_of_an_image,
 )
@@ -122,6 +123,7 @@ RUN = {
     ),
     "allow_tf32": Effect(allows_tf32, {"false": {False}, "true": {True}}),
     "accelerator_cache_clear_interval": Effect(cache_clearings, {"1": 3, "2": 1}),
+    "dataset_report": Effect(shown_and_trained, {"false": (True, True), "true": (True, False)}),
 }
 
 OPTIMIZER = {
