@@ -170,18 +170,11 @@ class Catalogue:
         """The number of images in use whose bytes nobody has read yet."""
         return next(self._select("SELECT count(*) FROM used WHERE dataset = ? AND undecodable IS NULL AND content IS NULL", dataset))[0]
 
-    def shared_captions(self, dataset: str, most: int) -> Iterator[tuple[str, int]]:
-        """Captions that several images have, and how many; the commonest first, at most so many."""
+    def caption_counts(self, dataset: str) -> Iterator[tuple[str, int]]:
+        """Each distinct caption in use and the number of its images, sorted by caption."""
         yield from self._select(
-            "SELECT caption, count(*) FROM used WHERE dataset = ? AND undecodable IS NULL"
-            " GROUP BY caption HAVING count(*) > 1 ORDER BY count(*) DESC, caption LIMIT ?",
-            dataset,
-            most,
+            "SELECT caption, count(*) FROM used WHERE dataset = ? AND undecodable IS NULL GROUP BY caption ORDER BY caption", dataset
         )
-
-    def distinct_captions(self, dataset: str) -> int:
-        """The number of different captions in use, as `captions` gives them."""
-        return next(self._select("SELECT count(DISTINCT caption) FROM used WHERE dataset = ?", dataset))[0]
 
     def version(self, row: int) -> str:
         """What tells whether a file is the one that was scanned. KeyError when there is no such row."""

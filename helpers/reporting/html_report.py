@@ -126,7 +126,7 @@ def _section(entry: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> Secti
     largest = buckets[0][1] if buckets else 1
     shapes = [{"shape": shape, "images": images, "bar": images / largest, **_outline(shape)} for shape, images in buckets]
     copies = [Shown(keys[:MOST_COPIES], len(keys)) for keys in entry["copies"]]
-    shared = entry["shared_captions"]
+    shared = entry["captions"]["shared"]
     return Section(
         entry,
         list(findings(entry)),

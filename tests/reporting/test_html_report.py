@@ -34,8 +34,14 @@ ENTRY: Mapping[str, Any] = {
     "aspects": {"edges": list(ASPECT_EDGES), "counts": [0] * 6 + [1_100, 0, 99, 0, 1, 0, 0, 0, 0, 0, 0]},
     "copies": [["a.jpg", "b.jpg", "c.jpg"]],
     "unread": 0,
-    "shared_captions": [{"caption": "a portrait", "images": 2}],
-    "captions": {"distinct": 1_199, "counted": 1_199, "limit": 77, "truncated": 12, "tokens": [[9, 1_000], [77, 187], [78, 11], [400, 1]]},
+    "captions": {
+        "distinct": 1_199,
+        "counted": 1_199,
+        "limit": 77,
+        "truncated": 12,
+        "tokens": [[9, 1_000], [77, 187], [78, 11], [400, 1]],
+        "shared": [{"caption": "a portrait", "images": 2}],
+    },
 }
 
 
@@ -129,7 +135,7 @@ def test_names_and_captions_are_shown_and_never_obeyed(tmp_path: Path) -> None:
         id=EVIL,
         left_out=[{"key": EVIL, "reason": f"unreadable: {EVIL}"}],
         copies=[[EVIL, EVIL]],
-        shared_captions=[{"caption": EVIL, "images": 2}],
+        captions={**ENTRY["captions"], "shared": [{"caption": EVIL, "images": 2}]},
     )
     shown = [thumbnail(dataset=EVIL, key=EVIL, caption=EVIL), thumbnail(dataset=EVIL, jpeg=b"", problem=EVIL)]
     text = written(tmp_path, [evil], shown).read_bytes().decode("utf-8")
