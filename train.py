@@ -293,8 +293,8 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
 
 def data_settings(config: Config, runtime: Runtime, state: TrainState, accumulation: int, prompts: Sequence[Prompt]) -> DataSettings:
     from helpers.data.prepare import DataSettings
+    from helpers.training.validation import captions_to_encode
 
-    spoken = [prompt.text for prompt in prompts if prompt.text]
     return DataSettings(
         output_dir=config.run.output_dir,
         cache_dir=config.cache.cache_dir,
@@ -307,7 +307,7 @@ def data_settings(config: Config, runtime: Runtime, state: TrainState, accumulat
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
-        extra_captions=[*spoken, config.validation.validation_negative_prompt] if spoken else [],
+        extra_captions=captions_to_encode(prompts, config.validation),
     )
 
 
