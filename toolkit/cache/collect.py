@@ -30,8 +30,8 @@ class Surplus:
 def surplus(folder: Path, needed: Collection[bytes]) -> list[Surplus]:
     """The shards of a cache that hold records whose key is not needed, and those that the index does not know.
 
-    DataError where the index cannot be read; and where there are records, some are needed, and not one of these is there: then it is
-    more likely that the runs, the model or the device are not those that the cache was made with.
+    DataError where the index cannot be read; and where there are records, and not one of them is needed: then it is more likely that the
+    runs, the model or the device are not those that the cache was made with.
     """
     if not folder.is_dir():
         return []
@@ -45,7 +45,7 @@ def surplus(folder: Path, needed: Collection[bytes]) -> list[Surplus]:
             if unneeded or not records:
                 free = shard.size if len(unneeded) == len(records) else sum(record.size for record in unneeded)
                 found.append(Surplus(folder / shard.name, len(unneeded), free, len(records) - len(unneeded)))
-        if total and needed and not present:
+        if total and not present:
             raise DataError(
                 f"{folder}: not one of the {len(needed):,} records that the runs need is among the {total:,} that are there; nothing is"
                 " removed, since the cache seems to be another run's, or made for another model, size or device."

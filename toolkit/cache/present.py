@@ -66,7 +66,7 @@ class Present:
     def needed(self) -> dict[Path, dict[bytes, str]]:
         """By cache folder: the keys of all records that the run reads, each with the subject that its facts are kept under.
 
-        Pictures whose bytes nobody has read yet have no records, and are not among them.
+        A picture whose bytes the catalogue does not know, since it is new there, is read: its latents may be there for another's sake.
         """
         config = self.config
         needed: dict[Path, dict[bytes, str]] = {}
@@ -75,9 +75,10 @@ class Present:
             rows = (self.plan.columns["dataset"] == index).nonzero()[0]
             latents = needed.setdefault(dataset.cache_dir_vae.absolute(), {})
             named = zip(self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), cuts(self.plan, rows), strict=True)
-            for key, content, cut in named:
-                if content:
-                    latents[latents_key(latents_facts(content, cut, self.image_fingerprint, precision))] = f"{dataset.id}/{key}"
+            source = open_source(dataset)
+            for key, known, cut in named:
+                content = known or hashlib.sha256(source.read(key)).hexdigest()
+                latents[latents_key(latents_facts(content, cut, self.image_fingerprint, precision))] = f"{dataset.id}/{key}"
             texts = needed.setdefault(dataset.text_cache_dir.absolute(), {})
             for caption in self.catalogue.captions(dataset.id):
                 texts[text_key(caption, self.text_fingerprint, precision)] = text_subject(caption)
