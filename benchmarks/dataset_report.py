@@ -51,6 +51,12 @@ class Report:
     result: ScanResult
     memory: Path
 
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.catalogue.close()
+
     def seconds(self, cold: bool) -> float:
         if cold:
             self.memory.unlink(missing_ok=True)
@@ -128,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         report, sheet = many_images(Path(place), chosen.images), photographs(Path(place), PHOTOGRAPH)
-        with report.catalogue, sheet.catalogue:
+        with report, sheet.catalogue:
             cold, warm = _both(chosen.rounds, report.seconds)
             rounds = [(sheet.bare(), sheet.seconds(cold=True), sheet.seconds(cold=False)) for _ in range(chosen.rounds)]
             figures = [

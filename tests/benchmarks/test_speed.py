@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import cache_shards, header_scan, latent_caching, start_up, text_caching, training_step
+from benchmarks import cache_shards, dataset_report, header_scan, latent_caching, start_up, text_caching, training_step
 from benchmarks.material import caption, run_settings, write_photographs
 from benchmarks.measure import in_turns
 from helpers import registry
@@ -23,7 +23,7 @@ from helpers.families.tiny import SdxlSizes, write_sdxl
 pytestmark = pytest.mark.slow
 
 
-PROGRAMS = (cache_shards, header_scan, latent_caching, start_up, text_caching, training_step)
+PROGRAMS = (cache_shards, dataset_report, header_scan, latent_caching, start_up, text_caching, training_step)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
@@ -98,6 +98,12 @@ def test_a_scan_reads_headers_and_a_second_one_nothing(tmp_path: Path) -> None:
     scans = header_scan.Scans(tmp_path / "images", tmp_path)
     assert max(scans.cold() for _ in range(3)) > 1_500
     assert max(scans.warm) > 10_000
+
+
+def test_the_report_on_many_images_takes_moments_and_its_page_stays_small(tmp_path: Path) -> None:
+    with dataset_report.many_images(tmp_path, 50_000) as report:
+        assert min(report.seconds(cold=False) for _ in range(2)) < 3
+        assert len(report.page) < dataset_report.MOST_BYTES
 
 
 def test_cached_tensors_are_written_and_read_in_bulk_and_take_hardly_more_than_themselves(tmp_path: Path) -> None:
