@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def break_header(run: Run) -> None:
 
 
 def lie_in_the_index(run: Run) -> None:
-    with sqlite3.connect(run.latents / INDEX) as index:
+    with closing(sqlite3.connect(run.latents / INDEX)) as index, index:
         index.execute("UPDATE records SET offset = offset + 8")
 
 
@@ -155,7 +156,7 @@ def lose_the_index(run: Run) -> None:
 
 
 def forget_a_shard(run: Run) -> None:
-    with sqlite3.connect(run.latents / INDEX) as index:
+    with closing(sqlite3.connect(run.latents / INDEX)) as index, index:
         (number,) = index.execute("SELECT number FROM shards WHERE name = ?", (run.shard.name,)).fetchone()
         index.execute("DELETE FROM records WHERE shard = ?", (number,))
         index.execute("DELETE FROM shards WHERE number = ?", (number,))
