@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import base64
 import bisect
+import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +35,35 @@ PERCEPTIBLE_CROP = 0.1  # share of a picture that is cut away, from which on the
 
 
 class HtmlReport(Reporter):
-    """Writes OUTPUT_DIR/dataset_report.html."""
+    """Writes OUTPUT_DIR/dataset_report.html, unless the page that is there shows the same already."""
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
 
     def surveyed(self, survey: Survey) -> None:
-        write_file(self.output_dir / PAGE, page(survey.report, survey.thumbnails()).encode("utf-8", "backslashreplace"))
+        thumbnails = survey.thumbnails()
+        mark = _mark(survey.report, thumbnails)
+        if mark not in _end(self.output_dir / PAGE):
+            text = page(survey.report, thumbnails) + mark
+            write_file(self.output_dir / PAGE, text.encode("utf-8", "backslashreplace"))
+
+
+def _mark(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
+    """A comment that names all that a page is made from, this module included."""
+    digest = sha256(json.dumps([report, repr(thumbnails)]).encode())
+    for path in (TEMPLATE, Path(__file__)):
+        digest.update(path.read_bytes())
+    return f"<!-- {digest.hexdigest()} -->\n"
+
+
+def _end(path: Path) -> str:
+    """The last bytes of a page; of none, nothing."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(-min(128, path.stat().st_size), os.SEEK_END)
+            return stream.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True)

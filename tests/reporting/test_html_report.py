@@ -152,6 +152,18 @@ def test_the_page_asks_nothing_of_the_network_and_has_no_script(tmp_path: Path) 
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', text))
 
 
+def test_a_page_that_shows_the_same_already_is_not_written_again(tmp_path: Path) -> None:
+    """As on every start of a run whose data has not changed."""
+    path = written(tmp_path, [entry()], [thumbnail()])
+    before = path.stat().st_ino
+    assert written(tmp_path, [entry()], [thumbnail()]).stat().st_ino == before
+    for entries, shown in (([entry(upscaled=25)], [thumbnail()]), ([entry()], [thumbnail(caption="another")]), ([entry()], [])):
+        inode = path.stat().st_ino
+        assert written(tmp_path, entries, shown).stat().st_ino != inode
+    path.write_text("cut off")
+    assert "</html>" in written(tmp_path, [entry()]).read_text(encoding="utf-8")
+
+
 def test_a_page_on_very_many_files_stays_small() -> None:
     many = entry(
         used=1_000_000,
