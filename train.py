@@ -128,6 +128,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
 
     checkpoints = Checkpointer(config.checkpoints, config.run.output_dir)
     found, state, accumulation = find_start(checkpoints, config, runtime, report)
+    if config.run.dataset_report:
+        return look_at_data(config, runtime, found, state, accumulation, family, report)
     config = settled(config, runtime, method, state, accumulation)
 
     identity = run_identity(config, family, objective)
@@ -231,11 +233,28 @@ def train_step(
 
 
 def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
-    """Say with which settings the run starts."""
+    """Say with which settings the run starts, and have what is found in the data shown on a page."""
+    from helpers.reporting.html_report import HtmlReport
+
+    report.members.append(HtmlReport(config.run.output_dir))
     report.chapter("settings", config.describe())
     for note in (*config.notes, *runtime.notes):
         report.chapter("", note)
     logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
+
+
+def look_at_data(
+    config: Config, runtime: Runtime, found: Found | None, state: TrainState, accumulation: int, family: ModelFamily, report: Reporters
+) -> None:
+    """Scan and plan the data as the run would, and say where to read about it."""
+    from helpers.data.prepare import survey_data
+    from helpers.data.report import REPORT
+    from helpers.reporting.html_report import PAGE
+
+    if config.run.seed <= 0 and not state.step:
+        report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
+    survey_data(config.datasets, data_settings(config, runtime, found, state, accumulation, ()), family, workers(runtime), report)
+    report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
 
 
 def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: TrainState, accumulation: int) -> Config:
@@ -285,8 +304,8 @@ def data_settings(
     config: Config, runtime: Runtime, found: Found | None, state: TrainState, accumulation: int, prompts: Sequence[Prompt]
 ) -> DataSettings:
     from helpers.data.settings import DataSettings
+    from helpers.training.validation import captions_to_encode
 
-    spoken = [prompt.text for prompt in prompts if prompt.text]
     return DataSettings(
         output_dir=config.run.output_dir,
         cache_dir=config.cache.cache_dir,
@@ -302,7 +321,7 @@ def data_settings(
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
-        extra_captions=[*spoken, config.validation.validation_negative_prompt] if spoken else [],
+        extra_captions=captions_to_encode(prompts, config.validation),
     )
 
 
@@ -369,13 +388,14 @@ def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Pa
     """Write what the user came for, and list everything worth looking at."""
     from helpers.families.samplers import SAMPLERS
     from helpers.reporting.contact_sheet import SHEET
+    from helpers.reporting.html_report import PAGE
     from helpers.reporting.loss_curve import write_loss_curve
     from helpers.training import validation
 
     folder = config.run.output_dir
     sampler = SAMPLERS[config.validation.validation_noise_scheduler]  # exported with the weights, so that pictures come out as here
     weights = learner.export(folder, {**objective.scheduler_config, "_class_name": sampler})
-    worth_a_look = (write_loss_curve(folder), folder / validation.FOLDER / SHEET, folder / "dataset_report.json")
+    worth_a_look = (write_loss_curve(folder), folder / validation.FOLDER / SHEET, folder / PAGE)
     return [*weights, *(path for path in worth_a_look if path and path.exists())]
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from helpers.data.batches import Batch
     from helpers.data.draws import StepDraws
+    from helpers.data.report import Survey
 
 TextTensors = dict[str, "Tensor"]  # what text encoders give for one caption, by name, without a batch dimension
 
@@ -54,6 +55,17 @@ class TextEncoders(Protocol):
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """B captions => tensors by name, each (B, ...)."""
+        ...
+
+
+class CaptionLengths(Protocol):
+    """How long captions are for the text encoders, from their tokenizers alone."""
+
+    fingerprint: str  # changes with anything that changes the lengths
+    limit: int  # tokens that are read of a caption, those that mark its beginning and end included
+
+    def of(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption, those marks included; where tokenizers differ, by the one that makes most of it."""
         ...
 
 
@@ -93,6 +105,10 @@ class ModelFamily(Protocol):
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]: ...
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]: ...
+
+    def caption_lengths(self) -> CaptionLengths:
+        """Loads no weights."""
+        ...
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """What a dropped caption becomes."""
@@ -213,6 +229,9 @@ class ValidationImage:
 
 class Reporter:
     """Watches a run; returns nothing and steers nothing. Every event does nothing unless a reporter cares."""
+
+    def surveyed(self, survey: Survey) -> None:
+        """The data is known; told again when encoding brought something new to light."""
 
     def started(self, settings: Mapping[str, Any], total_steps: int) -> None: ...
 

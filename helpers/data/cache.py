@@ -10,6 +10,7 @@ of them a run trains on must not depend on when it was killed. To replace a reco
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,10 +19,11 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,12 +43,13 @@ from helpers.data.shards import (
     sealed_shard,
     unpack,
 )
-from helpers.errors import StorageError
+from helpers.errors import DataError, StorageError
 
 INDEX = "index.sqlite"
+IN_USE = ".in-use"  # locked by everybody who has the cache open
 SHARD_BYTES = 64 * 2**20
 SEAL_AFTER_SECONDS = 30.0  # unless the writer is told otherwise
-_SHARD_NAME = re.compile(rf"\d{{20}}-\d+-\d+-\d+{re.escape(SUFFIX)}({re.escape(UNSEALED)})?")
+SHARD_NAME = re.compile(rf"\d{{20}}-\d+-\d+-\d+{re.escape(SUFFIX)}({re.escape(UNSEALED)})?")
 _MAPPED_SHARDS = 4096  # kept mapped at a time; the kernel allows a process 65,530 mappings
 
 _SCHEMA = """
@@ -90,6 +93,7 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{folder}: the cache folder cannot be made: {error.strerror}.") from error
+        self._use = self._hold()
         self._index = self._open_index()
         known = self._shards()
         stored = remote.listed() if remote is not None else {}  # after the index: what that knew has been uploaded
@@ -147,8 +151,81 @@ class Cache:
         with self._lock:
             self._index.close()
             self._maps.clear()
+            self._use.close()
             if self.remote is not None:
                 self.remote.close()
+
+    # -- cleaning up ----------------------------------------------------------------------------------------------------
+
+    def be_alone(self) -> None:
+        """Keep everybody else out until `close`. DataError where another process has the cache open."""
+        try:
+            fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{self.folder}: the cache is in use by a run; wait for it or stop it, then clean up.") from None
+
+    def retain(self, name: str, keys: Collection[bytes]) -> None:
+        """Forget the records of a shard but those of some keys, and free the room of the rest. Only after `be_alone`.
+
+        What stays is durable in a new shard before the old one goes. Of it, records that no longer read as they were written go too.
+        """
+        with self._using_index() as index:
+            (shard,) = index.execute("SELECT number FROM shards WHERE name = ?", (name,)).fetchone()
+        kept = [record for record in self._packed(shard) if record.key in keys and zlib.crc32(record.payload) == record.crc]
+        if kept:
+            path = self.folder / f"{time.time_ns():020d}-0-{os.getpid()}-0{SUFFIX}"
+            with sealed_shard(path, kept) as placed:
+                self._replace(shard, path, placed)
+        else:
+            self._replace(shard, None, ())
+        self._maps.pop(shard, None)
+        (self.folder / name).unlink()
+
+    def forget_origins(self, subjects: Collection[str]) -> None:
+        """Forget what the records of some subjects were made of."""
+        with self._using_index() as index:
+            index.execute("BEGIN IMMEDIATE")
+            index.executemany("DELETE FROM origins WHERE subject = ?", ((subject,) for subject in subjects))
+            index.execute("COMMIT")
+
+    def _packed(self, shard: int) -> Iterator[Packed]:
+        mapped = self._mapped(shard)
+        with self._using_index() as index:
+            rows = index.execute(
+                "SELECT key, layouts.layout, offset, size, crc FROM records JOIN layouts ON layouts.number = records.layout"
+                " WHERE shard = ? ORDER BY offset",
+                (shard,),
+            ).fetchall()
+        for key, layout, offset, size, crc in rows:
+            yield Packed(key, layout, bytes(mapped[offset : offset + size]), crc)
+
+    def _replace(self, shard: int, path: Path | None, placed: Sequence[Placed]) -> None:
+        """Take a shard out of the index and another one in, all or nothing."""
+        with self._using_index() as index:
+            index.execute("BEGIN IMMEDIATE")
+            try:
+                index.execute("DELETE FROM records WHERE shard = ?", (shard,))
+                index.execute("DELETE FROM shards WHERE number = ?", (shard,))
+                if path is not None:
+                    self._insert_shard(index, path.name, path.stat().st_size, placed)
+                index.execute("COMMIT")
+            except BaseException:
+                if index.in_transaction:
+                    index.execute("ROLLBACK")
+                raise
+
+    def _hold(self) -> IO[bytes]:
+        """A lock that many may hold at once, for as long as the cache is open. DataError while somebody cleans it up."""
+        try:
+            stream = (self.folder / IN_USE).open("ab")
+        except OSError as error:
+            raise StorageError(f"{self.folder}: the cache folder cannot be written to: {error.strerror}.") from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise DataError(f"{self.folder}: the cache is being cleaned up; start again when that is done.") from None
+        return stream
 
     # -- writing: see Writer --------------------------------------------------------------------------------------------
 
@@ -240,7 +317,7 @@ class Cache:
         Oldest first, as they were written. Files with other names are left alone.
         """
         for path in sorted(self.folder.iterdir()):
-            if not _SHARD_NAME.fullmatch(path.name) or self._knows(path.name):
+            if not SHARD_NAME.fullmatch(path.name) or self._knows(path.name):
                 continue
             with abandoned(path) as is_abandoned:
                 if not is_abandoned or self._knows(path.name):  # it may have been committed before the lock was free
@@ -261,7 +338,7 @@ class Cache:
 
     def _take_in_stored(self, remote: RemoteShards, stored: Mapping[str, int]) -> None:
         """Shards in the store that the index here does not know, from other machines or before it was lost. None is ever removed."""
-        unknown = [(name, size) for name, size in stored.items() if _SHARD_NAME.fullmatch(name) and not self._knows(name)]
+        unknown = [(name, size) for name, size in stored.items() if SHARD_NAME.fullmatch(name) and not self._knows(name)]
         taken = 0
         for name, size, found in remote.headers(unknown):
             if isinstance(found, DamagedShardError):

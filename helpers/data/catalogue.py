@@ -189,6 +189,40 @@ class Catalogue:
         """How many files are left out for each kind of reason."""
         return Counter(entry.reason.partition(":")[0] for entry in self.left_out(dataset))
 
+    # Of images whose pixels can be decoded, as far as that is known.
+
+    def copies(self, dataset: str) -> Iterator[list[str]]:
+        """Keys of images in use with equal bytes, of those whose bytes have been read; groups and keys in key order."""
+        rows = self._select(
+            "SELECT content, key FROM used WHERE dataset = ? AND undecodable IS NULL AND content IN (SELECT content FROM used"
+            " WHERE dataset = ? AND undecodable IS NULL AND content IS NOT NULL GROUP BY content HAVING count(*) > 1) ORDER BY key",
+            dataset,
+            dataset,
+        )
+        groups: dict[str, list[str]] = {}
+        for content, key in rows:
+            groups.setdefault(content, []).append(key)
+        yield from groups.values()
+
+    def unread(self, dataset: str) -> int:
+        """The number of images in use whose bytes nobody has read yet."""
+        return next(self._select("SELECT count(*) FROM used WHERE dataset = ? AND undecodable IS NULL AND content IS NULL", dataset))[0]
+
+    def caption_counts(self, dataset: str) -> Iterator[tuple[str, int]]:
+        """Each distinct caption in use and the number of its images, sorted by caption."""
+        yield from self._select(
+            "SELECT each.value, count(*) FROM used, json_each(used.captions) each WHERE dataset = ? AND undecodable IS NULL"
+            " GROUP BY each.value ORDER BY each.value",
+            dataset,
+        )
+
+    def version(self, row: int) -> str:
+        """What tells whether a file is the one that was scanned. KeyError when there is no such row."""
+        found = next(self._select("SELECT size, modified_ns, etag FROM files WHERE id = ?", int(row)), None)
+        if found is None:
+            raise KeyError(row)
+        return "{} {} {}".format(*found)
+
     # What the scan writes with.
 
     @contextlib.contextmanager

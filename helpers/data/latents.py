@@ -91,8 +91,8 @@ class LatentFiller:
     def locate(self, cache_dtype: str) -> Locations:
         """Where the latents of the data set's rows lie, in plan order; field "shard" is 0 where there are none."""
         contents = self.catalogue.contents(self.name)
-        cuts = _cuts(self.plan, self.rows)
-        return self.cache.find(self._key(cut, content, cache_dtype) for cut, content in zip(cuts, contents, strict=True))
+        planned = cuts(self.plan, self.rows)
+        return self.cache.find(self._key(cut, content, cache_dtype) for cut, content in zip(planned, contents, strict=True))
 
     def batches(self, batch_size: int) -> list[Rows]:
         """The rows of each unit, in plan order."""
@@ -109,12 +109,12 @@ class LatentFiller:
     def locate_row(self, row: int, cache_dtype: str) -> np.void:
         """Where the latents of one row of the plan lie; field "shard" is 0 where there are none, or nobody has read the image."""
         content = self.catalogue.content(int(self.plan.columns["row"][row]))
-        return self.cache.find([self._key(_cuts(self.plan, [row])[0], content, cache_dtype)])[0]
+        return self.cache.find([self._key(cuts(self.plan, [row])[0], content, cache_dtype)])[0]
 
     def encode_again(self, row: int, options: FillOptions) -> np.void:
         """Replace the latents of one row of the plan. => their new place, field "shard" 0 where the image cannot be had as it was."""
         content = self.catalogue.content(int(self.plan.columns["row"][row]))
-        self.cache.discard(self._key(_cuts(self.plan, [row])[0], content, options.cache_dtype))
+        self.cache.discard(self._key(cuts(self.plan, [row])[0], content, options.cache_dtype))
         encode_units([(self, rows) for rows in self.batches(options.batch_size) if row in rows], self.catalogue, options)
         return self.locate_row(row, options.cache_dtype)
 
@@ -126,7 +126,7 @@ class LatentFiller:
         """The members of a unit, read from `source` and, where one of them is missing, decoded and cut."""
         members = []
         files = {}
-        for row, cut_text in zip(rows, _cuts(self.plan, rows), strict=True):
+        for row, cut_text in zip(rows, cuts(self.plan, rows), strict=True):
             image = int(self.plan.columns["row"][row])
             sample = self.catalogue.sample(image)
             member = Member(int(row), image, sample, self.plan.geometry(int(row)), cut_text)
@@ -193,13 +193,8 @@ class LatentFiller:
                 self.catalogue.add_failure(self.number, member.row, member.problem, member.undecodable)
 
     def _keep(self, writer: Writer, member: Member, record: dict[str, Tensor], options: FillOptions, filled: Filled) -> None:
-        subject = f"{member.sample.dataset}/{member.sample.key}"
-        facts = {
-            "image": member.content,
-            "encoder": self.codec.fingerprint,
-            "geometry": member.cut,
-            "precision": options.cache_dtype,
-        }
+        subject = latents_subject(member.sample)
+        facts = latents_facts(member.content, member.cut, self.codec.fingerprint, options.cache_dtype)
         filled.why[REASONS[self.cache.changed_fact(subject, facts)]] += 1
         filled.encoded += 1
         writer.add(member.record_key, record, subject, facts)
@@ -208,7 +203,22 @@ class LatentFiller:
         """The key of an image's latents; of an image that nobody has read yet, a key that no record has."""
         if content is None:
             return b""
-        return record_key("latents", content, cut, self.codec.fingerprint, cache_dtype)
+        return latents_key(latents_facts(content, cut, self.codec.fingerprint, cache_dtype))
+
+
+def latents_subject(sample: Sample) -> str:
+    """The name that the facts of an image's latents are kept under."""
+    return f"{sample.dataset}/{sample.key}"
+
+
+def latents_facts(content: str, cut: str, encoder: str, cache_dtype: str) -> dict[str, str]:
+    """All that an image's latents depend on: SHA-256 of its bytes, its cut, the codec's fingerprint, the cache's precision."""
+    return {"image": content, "encoder": encoder, "geometry": cut, "precision": cache_dtype}
+
+
+def latents_key(facts: Mapping[str, str]) -> bytes:
+    """The key of the latents that were made of these."""
+    return record_key("latents", facts["image"], facts["geometry"], facts["encoder"], facts["precision"])
 
 
 Unit = tuple[LatentFiller, Rows]
@@ -385,7 +395,7 @@ def _encode_unless_out_of_memory(codec: ImageCodec, pixels: Sequence[Tensor]) ->
     return None
 
 
-def _cuts(plan: BucketPlan, rows: Rows | Sequence[int]) -> list[str]:
+def cuts(plan: BucketPlan, rows: Rows | Sequence[int]) -> list[str]:
     """Everything about the cut of each row that its pixels depend on. From the columns: a plan may have millions of rows."""
     columns = plan.columns[rows]
     names = ("resized_width", "resized_height", "top", "left", "shape", "flip")

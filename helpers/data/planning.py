@@ -136,3 +136,12 @@ def load_plan(folder: Path) -> BucketPlan:
     tables = json.loads((folder / _TABLES).read_bytes())
     columns = np.load(folder / _COLUMNS, mmap_mode="r", allow_pickle=False)
     return BucketPlan(tuple(tables["datasets"]), tuple(Size(*shape) for shape in tables["shapes"]), columns)
+
+
+def restricted(plan: BucketPlan, rows: NDArray[np.int64]) -> BucketPlan:
+    """A plan of some of a plan's rows, as it would have been made for these alone."""
+    if len(rows) == len(plan):
+        return plan  # which stays mapped
+    columns = plan.columns[rows]
+    kept, columns["shape"] = np.unique(columns["shape"], return_inverse=True)
+    return BucketPlan(plan.datasets, tuple(plan.shapes[shape] for shape in kept), columns)

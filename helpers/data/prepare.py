@@ -22,13 +22,14 @@ from helpers.data.faces import find_faces
 from helpers.data.fill import Filled, FillOptions, gathered
 from helpers.data.fingerprint import DataFingerprint
 from helpers.data.latent_phase import LatentPhase
-from helpers.data.planning import columns_of, load_plan, rules_of, save_plan, without_a_face
+from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan, without_a_face
 from helpers.data.progress import bar, late_bar
-from helpers.data.report import dataset_report, lost_line, mix_summary, summary
+from helpers.data.report import REPORT, Memory, Survey, caption_report, dataset_report, lost_line, mix_summary, summary
 from helpers.data.scan import ScanResult, scan
 from helpers.data.settings import DataSettings
 from helpers.data.sources import CachePlace, open_caches, open_source, texts_place
 from helpers.data.texts import TextFiller, text_key
+from helpers.data.thumbnails import thumbnails
 from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, TrainingData
 from helpers.data.workers import Workers
 from helpers.storage.atomic import write_json
@@ -58,6 +59,11 @@ def prepare_data(
     return preparation.training_data()
 
 
+def survey_data(datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter) -> None:
+    """Scan, plan and report as `prepare_data` does, and encode nothing. Raises the same errors."""
+    _Preparation(datasets, settings, family, workers, report).scan_and_plan()
+
+
 class _Preparation:
     """The steps of `prepare_data`; each leaves here what the next ones need."""
 
@@ -73,6 +79,7 @@ class _Preparation:
         self.scanned: list[ScanResult] = []  # in the first process
         self.faceless: dict[str, NDArray[np.int64]] = {}  # there too
         self.told: dict[int, str] = {}  # failures that stand in the report
+        self.unread = 0  # images whose bytes were not known when the data was last surveyed; in the first process
 
     # -- scan and plan --------------------------------------------------------------------------------------------------
 
@@ -96,13 +103,33 @@ class _Preparation:
         self.images = LatentPhase(*parts, self.settings, self.family, self.workers, self.report)
         with self.workers.phase():
             if self.workers.is_first:
-                self._write_report({})
+                self._survey({})
                 for index, result in enumerate(self.scanned):
                     shapes = np.unique(self.plan.columns["shape"][self.plan.columns["dataset"] == index])
                     self.report.chapter("dataset", summary(result, len(shapes)))
                     if faceless := len(self.faceless.get(result.dataset, ())):
                         told = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
                         self.report.chapter("faces", f"{result.dataset}: {told}")
+
+    def _survey(self, failed: Mapping[int, str]) -> None:
+        """Write and tell what is known of the data: once when it is planned, and again when encoding has told more.
+
+        `failed` are the images that could not be encoded: catalogue row => reason.
+        """
+        told = dataset_report(self.scanned, self.plan, self.catalogue, self.faceless, failed)
+        folder = self.settings.cache_dir / "report"
+        lengths, tokens = self.family.caption_lengths(), Memory(folder / "tokens.json")
+        for entry in told["datasets"]:
+            entry["captions"] = caption_report(entry["id"], self.catalogue, lengths, tokens)
+        tokens.save()
+        self.told, self.unread = dict(failed), self._count_unread()
+        write_json(self.settings.output_dir / REPORT, told)
+        trained = restricted(self.plan, np.flatnonzero(~np.isin(self.plan.columns["row"], list(failed)))) if failed else self.plan
+        pictures = Memory(folder / "thumbnails.json")
+        self.report.surveyed(Survey(told, lambda: thumbnails(trained, self.sources, self.catalogue, pictures, self.settings.threads)))
+
+    def _count_unread(self) -> int:
+        return sum(self.catalogue.unread(dataset.id) for dataset in self.datasets)
 
     def _scan(self, index: int) -> ScanResult:
         rules = rules_of(self.datasets[index], self.settings.seed)
@@ -135,10 +162,6 @@ class _Preparation:
 
     def _plan_of(self, epoch: int) -> BucketPlan:
         return plan(self._columns(epoch))
-
-    def _write_report(self, failed: Mapping[int, str]) -> None:
-        report = dataset_report(self.scanned, self.plan, self.catalogue, self.faceless, failed)
-        write_json(self.settings.output_dir / "dataset_report.json", report)
 
     # -- captions -------------------------------------------------------------------------------------------------------
 
@@ -186,13 +209,15 @@ class _Preparation:
     # -- the end ----------------------------------------------------------------------------------------------------------
 
     def tell_of_failures(self) -> None:
-        """Bring the report up to date with the images that could not be encoded. Only the first process does anything."""
-        failed = self.catalogue.failures() if self.workers.is_first else {}
-        if failed == self.told:
+        """Bring the report up to date with what encoding brought to light. Only the first process does anything."""
+        if not self.workers.is_first:
             return
-        self.told = failed
-        self._write_report(failed)
-        self.report.chapter("dataset", lost_line(failed))
+        failed = self.catalogue.failures()
+        is_news = failed != self.told
+        if is_news or self._count_unread() != self.unread:
+            self._survey(failed)
+        if is_news:
+            self.report.chapter("dataset", lost_line(failed))
 
     def training_data(self) -> TrainingData:
         settings, workers = self.settings, self.workers

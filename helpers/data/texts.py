@@ -25,6 +25,11 @@ def text_key(caption: str | None, fingerprint: str, cache_dtype: str) -> bytes:
     return record_key(kind, caption or "", fingerprint, cache_dtype)
 
 
+def text_subject(caption: str | None) -> str:
+    """The name that the facts of a caption's text tensors are kept under."""
+    return "unconditional" if caption is None else f"text {hashlib.sha256(json.dumps(caption).encode()).hexdigest()}"
+
+
 class TextFiller:
     """Fills a cache with the text tensors of captions; the encoders are used only for captions that are missing."""
 
@@ -79,7 +84,7 @@ class TextFiller:
                 raise DataError(
                     f"The text tensors of {(caption or '')[:80]!r} do not fit the cache's precision; use --cache_dtype=bf16 or fp32."
                 )
-            subject = "unconditional" if caption is None else f"text {hashlib.sha256(json.dumps(caption).encode()).hexdigest()}"
+            subject = text_subject(caption)
             filled.why[REASONS[self.cache.changed_fact(subject, facts)]] += 1
             filled.encoded += 1
             writer.add(text_key(caption, self.encoders.fingerprint, options.cache_dtype), record, subject, facts)

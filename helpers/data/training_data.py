@@ -289,12 +289,14 @@ class TrainingData:
         Asking for a step says that this process is through with the one before, and so that every process has asked for that one.
         """
         ahead = self._records.ahead
+        told = False
         epochs: deque[int] = deque(maxlen=2)  # that this process's last two steps began in
         for step in batches:
             if ahead is not None:
                 ahead.check()
-                if ahead.finished:
+                if ahead.finished and not told:
                     self._tell_of_failures()
+                    told = True
             if len(epochs) == 2:
                 self._remove_passes(epochs[0])
             if epochs:

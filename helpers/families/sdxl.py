@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
 from helpers.errors import ModelError
-from helpers.protocols import ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
+from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,12 @@ class SDXL:
         encoders = SdxlTextEncoders(self, device)
         with released(encoders, device):
             yield encoders
+
+    def caption_lengths(self) -> CaptionLengths:
+        from helpers.families.clip import ClipCaptionLengths
+
+        folders = [self.folder / "tokenizer", self.folder / "tokenizer_2"]
+        return ClipCaptionLengths(folders, self.hashes.of(*folders))
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """Zeros: the pipeline does the same for an empty negative prompt (`force_zeros_for_empty_prompt`)."""

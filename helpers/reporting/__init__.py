@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helpers.protocols import Reporter, StepResult, ValidationImage
+
+if TYPE_CHECKING:
+    from helpers.data.report import Survey
 
 
 class Reporters(Reporter):
@@ -15,6 +18,10 @@ class Reporters(Reporter):
 
     def __init__(self, *members: Reporter) -> None:
         self.members = list(members)
+
+    def surveyed(self, survey: Survey) -> None:
+        for member in self.members:
+            member.surveyed(survey)
 
     def started(self, settings: Mapping[str, Any], total_steps: int) -> None:
         for member in self.members:

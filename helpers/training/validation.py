@@ -48,6 +48,12 @@ def read_prompts(options: ValidationOptions) -> list[Prompt]:
     return blank + [Prompt(name, text) for name, text in named.items()]
 
 
+def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions) -> list[str]:
+    """What the pictures of some prompts need of the text encoders."""
+    spoken = [prompt.text for prompt in prompts if prompt.text]
+    return [*spoken, options.validation_negative_prompt] if spoken else []
+
+
 def _library(path: Path) -> dict[str, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))

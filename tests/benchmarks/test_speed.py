@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     cache_shards,
     caption_table,
+    dataset_report,
     header_scan,
     latent_caching,
     order_at_scale,
@@ -34,7 +35,18 @@ from tests.storage.s3_server import S3Server
 pytestmark = pytest.mark.slow
 
 
-PROGRAMS = (cache_shards, caption_table, header_scan, latent_caching, order_at_scale, s3_reading, start_up, text_caching, training_step)
+PROGRAMS = (
+    cache_shards,
+    caption_table,
+    dataset_report,
+    header_scan,
+    latent_caching,
+    order_at_scale,
+    s3_reading,
+    start_up,
+    text_caching,
+    training_step,
+)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
@@ -116,6 +128,12 @@ def test_a_table_is_joined_row_by_row_and_a_second_scan_reads_nothing(tmp_path: 
     rounds = [caption_table.measure(tmp_path / "table.parquet", 10_000, tmp_path / f"{number}.sqlite") for number in range(3)]
     assert min(each.joined for each in rounds) < 10_000 * 40e-6
     assert min(each.again for each in rounds) < 10_000 * 30e-6
+
+
+def test_the_report_on_many_images_takes_moments_and_its_page_stays_small(tmp_path: Path) -> None:
+    with dataset_report.many_images(tmp_path, 50_000) as report:
+        assert min(report.seconds(cold=False) for _ in range(2)) < 3
+        assert len(report.page) < dataset_report.MOST_BYTES
 
 
 def test_cached_tensors_are_written_and_read_in_bulk_and_take_hardly_more_than_themselves(tmp_path: Path) -> None:

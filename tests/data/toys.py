@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from helpers.config.datasets import DatasetConfig
 from helpers.data.settings import DataSettings
-from helpers.protocols import ImageCodec, LatentSpec, Reporter, TextEncoders, TextTensors
+from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Reporter, TextEncoders, TextTensors
 
 
 class ConvCodec:
@@ -53,6 +53,16 @@ class HashEncoders:
         return {"states": values.reshape(len(captions), 4, 8), "pooled": values[:, :8]}
 
 
+class WordLengths:
+    """Counts words."""
+
+    fingerprint = "words"
+    limit = 8
+
+    def of(self, captions: Sequence[str]) -> list[int]:
+        return [len(caption.split()) for caption in captions]
+
+
 class ToyFamily:
     """As much of a `ModelFamily` as data needs. `opened` tells which encoders were asked for."""
 
@@ -69,6 +79,9 @@ class ToyFamily:
     @contextmanager
     def text_encoders(self, device: torch.device) -> Iterator[TextEncoders]:
         yield self.encoders
+
+    def caption_lengths(self) -> CaptionLengths:
+        return WordLengths()
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         return {"states": torch.zeros(4, 8), "pooled": torch.zeros(8)}

@@ -49,7 +49,7 @@ class RunOptions:
     offload_param_path: Path | None = option(None, "Folder for DeepSpeed's parameter offload to NVMe.", not_yet=True)
     plan: bool = option(False, "Tell what the run would do, and stop.", env=(), not_yet=True)
     rehearse: bool = option(False, "Go through every stage of the run in small, and stop.", env=(), not_yet=True)
-    dataset_report: bool = option(False, "Scan the data, write the report, and stop.", env=(), not_yet=True)
+    dataset_report: bool = option(False, "Scan and plan the data, write OUTPUT_DIR/dataset_report.html and .json, and stop.", env=())
 
 
 @dataclass(frozen=True)

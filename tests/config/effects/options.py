@@ -43,6 +43,7 @@ from tests.config.effects.sights import (
     resumed_from,
     same_shapes_in_two_epochs,
     samples_of_a_step,
+    shown_and_trained,
     size_of_an_image_before_its_cut,
     steps,
     target_of_an_image,
@@ -156,6 +157,7 @@ RUN = {
     ),
     "allow_tf32": Effect(allows_tf32, {"false": {False}, "true": {True}}),
     "accelerator_cache_clear_interval": Effect(cache_clearings, {"1": 3, "2": 1}),
+    "dataset_report": Effect(shown_and_trained, {"false": (True, True), "true": (True, False)}),
 }
 
 OPTIMIZER = {

@@ -167,6 +167,12 @@ def has_samples_file(lab: Lab, flags: Flags) -> object:
     return (lab.run(flags).folder / "samples.jsonl").is_file()
 
 
+def shown_and_trained(lab: Lab, flags: Flags) -> object:
+    """Whether a run left the page on its data, and whether anything of a training."""
+    left = {path.name for path in lab.run(flags).folder.iterdir()}
+    return "dataset_report.html" in left, bool(left - {"dataset_report.html", "dataset_report.json", ".lock"})
+
+
 def goes_on_with_other_data(lab: Lab, flags: Flags) -> object:
     """Whether a run of one step can be resumed on other pictures."""
     output = lab.run_again(("--max_train_steps=1",), lab.new_folder()).folder

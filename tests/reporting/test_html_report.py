@@ -1,0 +1,256 @@
+"""The page on the data: the right numbers, nothing that a file's name could do, and readable in a real browser at any width."""
+
+from __future__ import annotations
+
+import copy
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from helpers.data.report import ASPECT_EDGES, SIZE_EDGES, Survey
+from helpers.data.sample import Geometry, Size
+from helpers.data.thumbnails import Thumbnail
+from helpers.reporting.html_report import MOST_LEFT_OUT, PAGE, HtmlReport, findings, page, percent
+
+EVIL = '<script>console.error("ran")</script>"\'&amp; \u202egnp.🐈‍⬛\udcff'
+ENTRY: Mapping[str, Any] = {
+    "id": "portraits",
+    "found": 1_208,
+    "used": 1_200,
+    "left_out": [{"key": f"broken_{number}.jpg", "reason": "unreadable: it is cut off"} for number in range(8)],
+    "buckets": {"832x1216": 1_100, "1024x1024": 99, "1216x832": 1},
+    "upscaled": 24,
+    "cropped_share": 0.1234,
+    "sizes": {"edges": list(SIZE_EDGES), "counts": [0, 0, 0, 24, 1_176, 0, 0, 0, 0, 0]},
+    "aspects": {"edges": list(ASPECT_EDGES), "counts": [0] * 6 + [1_100, 0, 99, 0, 1, 0, 0, 0, 0, 0, 0]},
+    "copies": [["a.jpg", "b.jpg", "c.jpg"]],
+    "unread": 0,
+    "captions": {
+        "distinct": 1_199,
+        "counted": 1_199,
+        "limit": 77,
+        "truncated": 12,
+        "tokens": [[9, 1_000], [77, 187], [78, 11], [400, 1]],
+        "shared": [{"caption": "a portrait", "images": 2}],
+    },
+}
+
+
+def entry(**changed: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(dict(ENTRY)), **changed}
+
+
+def thumbnail(**changed: Any) -> Thumbnail:
+    stream = io.BytesIO()
+    Image.new("RGB", (96, 64), "teal").save(stream, "JPEG")
+    geometry = Geometry(Size(640, 480), Size(112, 84), 10, 8, Size(96, 64), flip=True)
+    values = {"dataset": "portraits", "key": "a.jpg", "caption": "a portrait", "geometry": geometry, "upscaled": False}
+    return Thumbnail(**{**values, "jpeg": stream.getvalue(), **changed})
+
+
+def written(folder: Path, entries: Sequence[Mapping[str, Any]], thumbnails: Sequence[Thumbnail] = ()) -> Path:
+    HtmlReport(folder).surveyed(Survey({"datasets": list(entries)}, lambda: thumbnails))
+    return folder / PAGE
+
+
+def figures(text: str) -> dict[str, str]:
+    """The large numbers of a page with one data set."""
+    return dict(re.findall(r'data-figure="(\w+)">([^<]+)<', html.unescape(text)))
+
+
+def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
+    text = written(tmp_path, [entry()], [thumbnail()]).read_text(encoding="utf-8")
+    assert figures(text) == {
+        "used": "1,200", "left_out": "8", "shapes": "3", "upscaled": "24", "cropped": "12.3 %", "truncated": "1 %", "copies": "1"
+    }  # fmt: skip
+    assert "1,200 pictures of 1,208 files are trained on, from 1 data set, in 3 shapes." in text
+    for words in ("832\u00a0×\u00a01216", "broken_7.jpg", "a.jpg", "mirrored", "640\u00a0×\u00a0480 → 112\u00a0×\u00a084, cut from 8, 10"):
+        assert words in text
+    assert text.count("data:image/jpeg;base64,") == 1
+
+
+def test_what_deserves_a_look_is_said_in_sentences() -> None:
+    said = "\n".join(findings(entry()))
+    for words in (
+        "8 of 1,208 files are left out",
+        "24 pictures (2 %) have fewer pixels",
+        "removes 12.3 % of a picture",
+        "12 of 1,199 captions (1 %) are longer than the 77 tokens",
+        "2 pictures are an exact copy",
+        "1 shape has a single picture",
+    ):
+        assert words in said
+    flawless = entry(
+        left_out=[], upscaled=0, cropped_share=0.01, copies=[], buckets={"64x64": 1_200}, captions={**ENTRY["captions"], "truncated": 0}
+    )
+    assert list(findings(flawless)) == []
+
+
+def test_what_nobody_has_read_yet_is_said_to_be_unknown() -> None:
+    text = page({"datasets": [entry(copies=[], unread=1_200)]}, [])
+    assert figures(text)["copies"] == "unknown"
+    assert "Not known yet for 1,200 of 1,200 pictures" in text and "No two pictures" not in text
+    half = page({"datasets": [entry(unread=600)]}, [])
+    assert figures(half)["copies"] == "1" and "known so far" in half
+
+
+def test_captions_of_which_a_part_was_measured_say_so() -> None:
+    captions = {**ENTRY["captions"], "distinct": 900_000}
+    assert "1,199 of 900,000, spread evenly" in page({"datasets": [entry(captions=captions)]}, [])
+    assert any("captions looked at" in sentence for sentence in findings(entry(captions=captions)))
+
+
+@pytest.mark.parametrize("limit", [8, 77, 225])
+@pytest.mark.parametrize("lengths", [[], [2], [76, 77, 78], [77, 5_000], list(range(2, 400))])
+def test_bars_are_marked_exactly_where_captions_are_cut_off(limit: int, lengths: list[int]) -> None:
+    captions = {
+        **ENTRY["captions"],
+        "limit": limit,
+        "truncated": sum(length > limit for length in lengths),
+        "tokens": [[length, 1] for length in lengths],
+        "counted": len(lengths),
+        "distinct": len(lengths),
+    }
+    text = page({"datasets": [entry(captions=captions)]}, [])
+    marked = re.findall(r'class="bar strong"[^>]*><title>[^:]+: ([\d,]+)<', text)
+    assert sum(int(number.replace(",", "")) for number in marked) == captions["truncated"]
+
+
+@pytest.mark.parametrize(("share", "words"), [(0, "0 %"), (1e-6, "< 0.1 %"), (0.0456, "4.56 %"), (0.99999, "> 99.9 %"), (1, "100 %")])
+def test_a_share_is_never_rounded_to_nothing_or_to_all(share: float, words: str) -> None:
+    assert percent(share) == words
+
+
+def test_names_and_captions_are_shown_and_never_obeyed(tmp_path: Path) -> None:
+    evil = entry(
+        id=EVIL,
+        left_out=[{"key": EVIL, "reason": f"unreadable: {EVIL}"}],
+        copies=[[EVIL, EVIL]],
+        captions={**ENTRY["captions"], "shared": [{"caption": EVIL, "images": 2}]},
+    )
+    shown = [thumbnail(dataset=EVIL, key=EVIL, caption=EVIL), thumbnail(dataset=EVIL, jpeg=b"", problem=EVIL)]
+    text = written(tmp_path, [evil], shown).read_bytes().decode("utf-8")
+    assert "<script" not in text and "</script" not in text
+    assert text.count("&lt;script&gt;") >= 8
+    attributes = re.findall(r'(?:title|alt|data-dataset)="([^"]*)"', text)
+    assert sum("console.error" in attribute for attribute in attributes) >= 4  # no quote ends one early
+
+
+def test_the_page_asks_nothing_of_the_network_and_has_no_script(tmp_path: Path) -> None:
+    text = written(tmp_path, [entry()], [thumbnail()]).read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not re.search(r"<(script|link|iframe|object)\b|url\(|@import", text)
+    assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', text))
+
+
+def test_a_page_that_shows_the_same_already_is_not_written_again(tmp_path: Path) -> None:
+    """As on every start of a run whose data has not changed."""
+    path = written(tmp_path, [entry()], [thumbnail()])
+    before = path.stat().st_ino
+    assert written(tmp_path, [entry()], [thumbnail()]).stat().st_ino == before
+    for entries, shown in (([entry(upscaled=25)], [thumbnail()]), ([entry()], [thumbnail(caption="another")]), ([entry()], [])):
+        inode = path.stat().st_ino
+        assert written(tmp_path, entries, shown).stat().st_ino != inode
+    path.write_text("cut off")
+    assert "</html>" in written(tmp_path, [entry()]).read_text(encoding="utf-8")
+
+
+def test_a_page_on_very_many_files_stays_small() -> None:
+    many = entry(
+        used=1_000_000,
+        left_out=[{"key": f"{number:06}.jpg", "reason": "no caption: " + "x" * 500} for number in range(20_000)],
+        copies=[[f"{group}/{number}.jpg" for number in range(1_000)] for group in range(1_000)],
+        buckets={f"{64 * width}x{64 * height}": 9 for width in range(1, 60) for height in range(1, 60)},
+    )
+    text = page({"datasets": [many]}, [])
+    assert len(text) < 2_000_000
+    assert f"The first {MOST_LEFT_OUT:,} of 20,000 files; dataset_report.json has all of them." in text
+    assert "000999.jpg" in text and "001000.jpg" not in text
+
+
+# -- in a real browser --------------------------------------------------------------------------------------------------------
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+# A frame of any width around the page, and what can be measured of it from outside: scripts do not run in the page itself.
+PROBE = """<!DOCTYPE html><iframe id="frame" style="width: {width}px; height: 900px; border: 0" src="{page}"></iframe><pre id="seen"></pre>
+<script>
+onload = () => {{
+  const page = document.getElementById("frame").contentDocument;
+  const seen = {{
+    content: page.documentElement.scrollWidth,
+    figures: Object.fromEntries([...page.querySelectorAll("[data-figure]")].map((each) => [each.dataset.figure, each.textContent])),
+    pictures: [...page.images].map((image) => [image.naturalWidth, image.naturalHeight]),
+    ids: [...page.querySelectorAll("section h2")].map((each) => each.textContent),
+    bars: page.querySelectorAll("rect.bar").length,
+    scripts: page.scripts.length,
+  }};
+  document.getElementById("seen").textContent = JSON.stringify(seen);
+}};
+</script>"""
+
+
+def browse(folder: Path, *arguments: str) -> tuple[str, list[str]]:
+    """What chromium prints, and what it has to complain of on its console."""
+    assert CHROMIUM is not None
+    usual = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    ended = subprocess.run(
+        [CHROMIUM, *usual, f"--user-data-dir={folder / 'profile'}", *arguments], capture_output=True, timeout=120, check=True
+    )
+    return ended.stdout.decode(), [line for line in ended.stderr.decode(errors="replace").splitlines() if "CONSOLE" in line]
+
+
+@in_a_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1360])
+def test_a_browser_shows_the_page_without_complaint_at_any_width(tmp_path: Path, width: int) -> None:
+    name = EVIL.replace("\udcff", "ÿ")  # what is not UTF-8 is shown as an escape
+    entries = [entry(id=name), entry(id="x" * 200, left_out=[{"key": "y" * 900 + ".jpg", "reason": "unreadable: " + "z" * 900}])]
+    shown = [thumbnail(dataset=name, key=EVIL, caption=EVIL * 20), thumbnail(dataset=name, jpeg=b"", problem="unreadable: " + "w" * 300)]
+    path = written(tmp_path, entries, shown)
+    probe = tmp_path / "probe.html"
+    probe.write_text(PROBE.format(width=width, page=path.as_uri()), encoding="utf-8")
+    printed, complaints = browse(tmp_path, "--window-size=1400,1000", "--dump-dom", probe.as_uri())
+    assert complaints == []
+    found = re.search(r'<pre id="seen">(.*)</pre>', printed)
+    assert found, printed[-2000:]
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["content"] <= width  # nothing sticks out to the side
+    assert seen["figures"]["used"] == "1,200" and seen["figures"]["upscaled"] == "24"
+    assert seen["ids"] == [name, "x" * 200]
+    assert seen["pictures"] == [[96, 64]] and seen["scripts"] == 0
+    assert seen["bars"] == 2 * (2 + 3 + 4)
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_browser_complains_where_there_is_something_to_complain_of(tmp_path: Path) -> None:
+    """Or the absence of complaints would say nothing."""
+    path = written(tmp_path, [entry()])
+    broken = path.read_text(encoding="utf-8").replace("</main>", "<script>1</script></main>")
+    path.write_text(broken, encoding="utf-8")
+    _, complaints = browse(tmp_path, "--dump-dom", path.as_uri())
+    assert any("Content Security Policy" in line for line in complaints)
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_the_page_is_light_or_dark_as_its_reader_likes(tmp_path: Path) -> None:
+    path = written(tmp_path, [entry()])
+    corners = []
+    for scheme in ("0", "1"):  # dark, light
+        shot = tmp_path / f"{scheme}.png"
+        browse(tmp_path, f"--blink-settings=preferredColorScheme={scheme}", "--window-size=800,600", f"--screenshot={shot}", path.as_uri())
+        with Image.open(shot) as image:
+            corners.append(image.convert("L").getpixel((2, 2)))
+    dark, light = corners
+    assert isinstance(dark, int) and isinstance(light, int) and dark < 40 and light > 220

@@ -1,0 +1,406 @@
+"""The cache program tells what is wrong, why an entry is as it is, and removes what nobody needs and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.config.saved import read_saved_config
+from helpers.data.cache import INDEX, Cache
+from helpers.errors import ConfigError
+from tests.runs.conftest import ROOT, Trainer, draw_pictures
+from toolkit.cache.__main__ import main
+
+SETTINGS = {"max_train_steps": 1, "checkpointing_steps": 100, "validation_prompt": None, "validation_disable_unconditional": True}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run of one step over six pictures, of which two are the same."""
+    folder = tmp_path_factory.mktemp("original")
+    pictures = draw_pictures(folder / "pictures", 5)
+    shutil.copy(pictures / "a_red_circle_00.png", pictures / "a_copy.png")
+    trainer = Trainer(ROOT / "demo" / "model", pictures, folder, settings=SETTINGS)
+    trainer.dataloader(crop=False, flip=False)  # so that equal files are cut alike
+    trainer.finish(seed=1)
+    return trainer
+
+
+@dataclass
+class Run:
+    """A copy of that run with its pictures, to be damaged."""
+
+    folder: Path
+    capture: pytest.CaptureFixture[str]
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def pictures(self) -> Path:
+        return self.folder / "pictures"
+
+    @property
+    def latents(self) -> Path:
+        return self.output / "cache" / "latents"
+
+    @property
+    def shard(self) -> Path:
+        """The one that holds most."""
+        return max(self.latents.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+
+    def tool(self, *words: str) -> tuple[int, str]:
+        """Exit code, and all that was said."""
+        self.capture.readouterr()
+        code = main([words[0], f"--output_dir={self.output}", *words[1:]])
+        said = self.capture.readouterr()
+        return code, said.out + said.err
+
+    def change_settings(self, **values: Any) -> None:
+        content = json.loads((self.output / "config.json").read_text())
+        for name, value in values.items():
+            content["settings"][name]["value"] = value
+            for dataset in content["datasets"]:
+                dataset.update({name: value} if name in dataset else {})
+        (self.output / "config.json").write_text(json.dumps(content))
+
+    def flip_a_byte(self, name: str) -> None:
+        """Of the latents of a picture."""
+        code, said = self.tool("why", name)
+        assert code == 0, said
+        shard, place = said.partition("  shard     ")[2].splitlines()[0].split(", ", 1)
+        at = int(place.rpartition(" ")[2].replace(",", "")) + 11
+        data = bytearray(Path(shard).read_bytes())
+        data[at] ^= 1
+        Path(shard).write_bytes(data)
+
+
+@pytest.fixture
+def run(original: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    folder = tmp_path / "copy"
+    shutil.copytree(original.folder, folder)
+    for path in (folder / "out" / "config.json", folder / "dataloader.json"):
+        path.write_text(path.read_text().replace(str(original.folder), str(folder)))
+    return Run(folder, capsys)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file but those that SQLite keeps beside a database while it is open."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(("-wal", "-shm"))]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_it_explains_itself_in_less_than_a_second() -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "toolkit.cache", "--help"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(command in ended.stdout for command in ("verify", "why", "gc", "stats", "export"))
+    assert "torch" not in ended.stderr
+
+
+# -- verify -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_cache_verifies_and_is_not_touched(run: Run) -> None:
+    before = content(run.output / "cache")
+    code, said = run.tool("verify")
+    assert code == 0 and said.count("all well") == 2
+    assert "5 records in" in said  # the copy shares a record
+    assert content(run.output / "cache") == before
+
+
+def test_caches_are_found_by_their_folder_too(run: Run) -> None:
+    for folder in (run.output / "cache", run.latents):
+        run.capture.readouterr()
+        assert main(["verify", f"--cache_dir={folder}"]) == 0
+        assert "5 records" in run.capture.readouterr().out
+
+
+def cut_off(run: Run) -> None:
+    os.truncate(run.shard, run.shard.stat().st_size - 1)
+
+
+def remove(run: Run) -> None:
+    run.shard.unlink()
+
+
+def break_header(run: Run) -> None:
+    data = bytearray(run.shard.read_bytes())
+    data[8:12] = b"}}}}"
+    run.shard.write_bytes(data)
+
+
+def lie_in_the_index(run: Run) -> None:
+    with closing(sqlite3.connect(run.latents / INDEX)) as index, index:
+        index.execute("UPDATE records SET offset = offset + 8")
+
+
+def lose_the_index(run: Run) -> None:
+    (run.latents / INDEX).write_bytes(b"this is no database" * 1000)
+    for suffix in ("-wal", "-shm"):
+        (run.latents / (INDEX + suffix)).unlink(missing_ok=True)
+
+
+def forget_a_shard(run: Run) -> None:
+    with closing(sqlite3.connect(run.latents / INDEX)) as index, index:
+        (number,) = index.execute("SELECT number FROM shards WHERE name = ?", (run.shard.name,)).fetchone()
+        index.execute("DELETE FROM records WHERE shard = ?", (number,))
+        index.execute("DELETE FROM shards WHERE number = ?", (number,))
+
+
+def leave_unfinished(run: Run) -> None:
+    shutil.copy(run.shard, run.latents / f"{'9' * 20}-0-1-0.safetensors.tmp")
+
+
+def flip(run: Run) -> None:
+    run.flip_a_byte("pictures/a_red_circle_03.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip, "has changed since it was written"),
+        (cut_off, "bytes instead of"),
+        (remove, "is missing, with"),
+        (break_header, "its header is damaged"),
+        (lie_in_the_index, "is not where the index says"),
+        (lose_the_index, "the next run makes it again from the shards"),
+        (forget_a_shard, "is not in the index; the next run takes its"),
+        (leave_unfinished, "was never finished; the next run removes it"),
+    ],
+)
+def test_damage_is_listed_by_file_and_nothing_is_repaired_in_passing(run: Run, damage: Callable[[Run], None], words: str) -> None:
+    damage(run)
+    before = content(run.latents)
+    code, said = run.tool("verify")
+    assert code == 1 and words in said and str(run.latents) in said
+    assert "text" in said and said.count("all well") == 1  # the other cache is sound
+    assert content(run.latents) == before
+
+
+def test_a_flipped_byte_has_that_entry_alone_made_again(run: Run, original: Trainer) -> None:
+    """In the middle of a run, which reads each record as it needs it; afterwards the cache is sound."""
+    run.flip_a_byte("pictures/a_red_circle_03.png")
+    code, said = run.tool("why", "pictures/a_red_circle_03.png")
+    assert code == 1 and "is damaged: the next start makes it again" in said
+    others = [f"pictures/a_red_circle_{number:02}.png" for number in (0, 1, 2, 4)]
+    places = {name: run.tool("why", name)[1] for name in others}
+    again = Trainer(original.model, run.pictures, run.folder, settings=original.settings).finish(seed=1, max_train_steps=4)
+    assert "that of pictures/a_red_circle_03.png; it is encoded again" in again.said
+    assert run.tool("verify")[0] == 0
+    assert run.tool("why", "pictures/a_red_circle_03.png")[0] == 0
+    assert {name: run.tool("why", name)[1] for name in others} == places
+
+
+# -- why ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_named_by_path_by_key_or_by_data_set_and_key(run: Run) -> None:
+    answers = [run.tool("why", name) for name in (str(run.pictures / "a_copy.png"), "a_copy.png", "pictures/a_copy.png")]
+    assert answers[0] == answers[1] == answers[2]
+    code, said = answers[0]
+    assert code == 0 and "is current: the next start uses it as it is" in said
+    for words in ("  image     ", "  encoder   ", "  geometry  64x64 0,0 64x64", "  precision auto", "  shard     ", "mean 4x"):
+        assert words in said
+
+
+def test_what_changed_is_named(run: Run) -> None:
+    run.change_settings(cache_dtype="fp32")
+    code, said = run.tool("why", "a_copy.png")
+    assert code == 1 and "under other facts (other cache precision)" in said and "earlier   precision auto" in said
+    run.change_settings(cache_dtype="auto", resolution=72)
+    assert "under other facts (other size or cut)" in run.tool("why", "a_copy.png")[1]
+    run.change_settings(resolution=64)
+    assert run.tool("why", "a_copy.png")[0] == 0
+
+
+def test_a_picture_that_was_replaced_is_told_without_touching_the_runs_catalogue(run: Run) -> None:
+    Image.new("RGB", (64, 64), "teal").save(run.pictures / "a_red_circle_04.png")
+    catalogue = (run.output / "cache" / "catalogue.sqlite").read_bytes()
+    code, said = run.tool("why", "a_red_circle_04.png")
+    assert code == 1 and "under other facts (changed image" in said
+    assert (run.output / "cache" / "catalogue.sqlite").read_bytes() == catalogue
+
+
+def test_a_file_that_is_left_out_says_why(run: Run) -> None:
+    (run.pictures / "notes.md").write_text("x")
+    code, said = run.tool("why", "notes.md")
+    assert code == 1 and "notes.md of data set pictures is left out: not an image" in said
+
+
+def test_a_new_picture_was_never_encoded(run: Run) -> None:
+    Image.new("RGB", (64, 64), "teal").save(run.pictures / "new_one.png")
+    code, said = run.tool("why", "new_one.png")
+    assert code == 1 and "is not in the cache: it was never encoded" in said
+
+
+@pytest.mark.parametrize("words", [("why", "nothing.png"), ("export", "nothing.png", "out.png")])
+def test_a_file_of_no_data_set_is_refused(run: Run, words: tuple[str, ...]) -> None:
+    code, said = run.tool(*words)
+    assert code == 2 and "nothing.png is no file of the run's data sets (pictures)" in said
+
+
+@pytest.mark.parametrize("command", ["verify", "stats", "gc"])
+def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, f"--output_dir={tmp_path}"]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+
+
+# -- gc -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_every_plan_needs_stays(run: Run) -> None:
+    before = content(run.output / "cache")
+    code, said = run.tool("gc")
+    assert code == 0 and said.startswith("0 records")
+    assert content(run.output / "cache") == before
+
+
+def test_records_of_pictures_that_are_gone_go_and_the_rest_reads_the_same(run: Run) -> None:
+    kept = {name: said for name in ("a_copy.png", "a_red_circle_01.png") if (said := record(run, name))}
+    for number in (2, 3):
+        (run.pictures / f"a_red_circle_{number:02}.png").unlink()
+    for foreign in ("holiday.safetensors", "notes.txt"):
+        (run.latents / foreign).write_text("mine")
+    before = content(run.latents)
+    code, said = run.tool("gc")
+    assert code == 0 and re.search(r"^4 records, .* not needed; --delete removes them$", said, re.MULTILINE)  # and two captions
+    assert content(run.latents) == before  # without --delete nothing changes
+    pictures, bytes_before = content(run.pictures), on_disk(run.latents)
+    code, said = run.tool("gc", "--delete")
+    assert code == 0 and said.rstrip().endswith("MB removed")
+    assert on_disk(run.latents) < bytes_before and content(run.pictures) == pictures
+    assert (run.latents / "holiday.safetensors").read_text() == (run.latents / "notes.txt").read_text() == "mine"
+    assert run.tool("verify")[0] == 0 and "3 records in" in run.tool("verify")[1]
+    assert {name: record(run, name) for name in kept} == kept
+    assert run.tool("gc")[1].startswith("0 records")
+
+
+def record(run: Run, name: str) -> list[float]:
+    """The latents of a picture."""
+    code, said = run.tool("why", name)
+    assert code == 0, said
+    cache = Cache(run.latents)
+    try:
+        found = cache.get(bytes.fromhex(said.partition("  key       ")[2].split()[0]))
+    finally:
+        cache.close()
+    assert found is not None
+    return found["mean"].flatten().tolist()
+
+
+def on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def test_shards_that_nobody_knows_go(run: Run) -> None:
+    leave_unfinished(run)
+    stray = run.latents / f"{'8' * 20}-0-1-0.safetensors"
+    shutil.copy(run.shard, stray)
+    assert "records, " in run.tool("gc")[1]
+    assert run.tool("gc", "--delete")[0] == 0
+    assert not stray.exists() and not list(run.latents.glob("*.tmp"))
+    assert run.tool("verify")[0] == 0 and record(run, "a_copy.png")
+
+
+def test_a_shard_that_a_run_would_take_in_is_not_surplus(run: Run) -> None:
+    shard = run.shard
+    forget_a_shard(run)
+    assert run.tool("gc")[1].startswith("0 records")
+    run.tool("gc", "--delete")
+    assert shard.exists() and run.tool("verify")[0] == 0
+
+
+def test_nothing_goes_where_not_one_needed_record_is_there(run: Run) -> None:
+    """As on another device, or with another model, whose fingerprints differ."""
+    run.change_settings(resolution=72)
+    before = content(run.output / "cache")
+    code, said = run.tool("gc", "--delete")
+    assert code == 2 and "not one of the 5 records that the runs need" in said
+    assert content(run.output / "cache") == before
+
+
+def test_a_cache_in_use_is_not_cleaned_up(run: Run) -> None:
+    (run.pictures / "a_red_circle_02.png").unlink()
+    cache = Cache(run.latents)
+    try:
+        code, said = run.tool("gc", "--delete")
+        assert code == 2 and "the cache is in use by a run" in said
+    finally:
+        cache.close()
+    assert run.tool("gc", "--delete")[0] == 0
+
+
+def test_a_shared_cache_keeps_what_the_other_named_run_needs(run: Run) -> None:
+    """`other` trains on one of the pictures, from a folder of its own."""
+    other, fewer = run.folder / "other", run.folder / "fewer"
+    shutil.copytree(run.output, other, ignore=shutil.ignore_patterns("checkpoint-*", "latents", "text"))
+    fewer.mkdir()
+    shutil.copy(run.pictures / "a_red_circle_01.png", fewer)
+    settings = (other / "config.json").read_text().replace(str(run.pictures), str(fewer))
+    (other / "config.json").write_text(settings.replace(f'"{run.output / "cache"}"', f'"{other / "cache"}"'))
+    run.capture.readouterr()
+    assert main(["gc", f"--output_dir={other}"]) == 0
+    assert "9 records" in run.capture.readouterr().out  # four latents, five captions
+    assert main(["gc", f"--output_dir={other}", f"--output_dir={run.output}"]) == 0
+    assert run.capture.readouterr().out.startswith("0 records")
+
+
+# -- stats and export -----------------------------------------------------------------------------------------------------------
+
+
+def test_stats_count_records_shapes_and_encoders(run: Run) -> None:
+    code, said = run.tool("stats")
+    assert code == 0
+    for words in ("records   5, ", "shape     mean 4x", "prompt_embeds 77x", "precision auto: the latest record of 6 pictures"):
+        assert words in said
+
+
+def test_a_cached_latent_becomes_a_picture_that_resembles_its_source(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "out.png"
+    code, said = run.tool("export", "a_red_circle_00.png", str(target))
+    assert code == 0 and said.strip().endswith("64x64")
+    with Image.open(target) as decoded:
+        shown = np.asarray(decoded.convert("RGB"), float)
+    distances = {}
+    for path in run.pictures.glob("a_red_circle_*.png"):
+        with Image.open(path) as source:
+            distances[path.name] = np.abs(shown - np.asarray(source.convert("RGB").resize((64, 64)), float)).mean()
+    assert min(distances, key=lambda name: distances[name]) == "a_red_circle_00.png", distances
+
+
+def test_a_picture_that_is_not_cached_cannot_be_exported(run: Run, tmp_path: Path) -> None:
+    run.change_settings(cache_dtype="fp32")
+    code, said = run.tool("export", "a_copy.png", str(tmp_path / "out.png"))
+    assert code == 2 and "other cache precision" in said and not (tmp_path / "out.png").exists()
+
+
+# -- the settings of a run --------------------------------------------------------------------------------------------------------
+
+
+def test_saved_settings_come_back_as_they_were(run: Run) -> None:
+    config = read_saved_config(run.output)
+    assert config.to_json() == json.loads((run.output / "config.json").read_text())
+    assert isinstance(config.run.output_dir, Path) and isinstance(config.reporting.report_to, tuple)
+    assert isinstance(config.datasets[0].instance_data_dir, Path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {}}'])
+def test_settings_of_another_version_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="config.json"):
+        read_saved_config(tmp_path)

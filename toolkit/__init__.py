@@ -1,0 +1,1 @@
+"""Stand-alone programs around training, each with --help."""

@@ -1,0 +1,38 @@
+"""A cached latent as a picture again."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from helpers.data.shards import unpack
+from helpers.errors import DataError
+from helpers.storage.atomic import write_file
+from toolkit.cache.present import Picture, Present
+from toolkit.cache.view import CacheView
+from toolkit.cache.why import explain, payload_of
+
+
+def export(run: Present, picture: Picture, target: Path) -> tuple[int, int]:
+    """Decode the current latents of a picture with the run's VAE into a PNG; its width and height. DataError where there are none."""
+    import torch
+
+    current, lines = explain(picture)
+    if not current:
+        raise DataError(lines[0] + ".")
+    with CacheView(picture.cache) as view:
+        found = view.find(picture.key)
+        assert found is not None  # `explain` has just read it
+        shard, placed = found
+        mean = unpack(placed.layout, payload_of(view, shard, placed))["mean"].float()
+    device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
+    with run.family.image_codec(device) as codec:
+        pixels = codec.decode(mean.unsqueeze(0).to(device))[0]  # (3, H, W) in [-1, 1]
+    levels = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    stream = io.BytesIO()
+    image = Image.fromarray(levels)
+    image.save(stream, "PNG")
+    write_file(target, stream.getvalue())
+    return image.size

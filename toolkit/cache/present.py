@@ -1,0 +1,166 @@
+"""What a run would find in its caches if it started now: its data scanned anew, under the settings of its config.json."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from helpers import registry
+from helpers.config.config import Config
+from helpers.config.saved import read_saved_config
+from helpers.data.buckets import BucketPlan, plan
+from helpers.data.catalogue import Catalogue
+from helpers.data.latents import cuts, latents_facts, latents_key, latents_subject
+from helpers.data.planning import columns_of, rules_of
+from helpers.data.sample import Sample
+from helpers.data.scan import scan
+from helpers.data.sources import open_source
+from helpers.data.texts import text_key, text_subject
+from helpers.errors import DataError
+from helpers.families import FAMILIES
+from helpers.training.validation import captions_to_encode, read_prompts
+
+if TYPE_CHECKING:
+    from helpers.protocols import ModelFamily
+
+CATALOGUE = "catalogue.sqlite"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a data set as it is now, and what its latents have to be made of."""
+
+    sample: Sample
+    left_out: str  # why it is not trained on; "" when it is
+    cache: Path
+    facts: dict[str, str]  # empty when it is left out
+
+    @property
+    def key(self) -> bytes:
+        return latents_key(self.facts)
+
+    @property
+    def subject(self) -> str:
+        return latents_subject(self.sample)
+
+
+@dataclass(frozen=True)
+class Present:
+    """A run as it would start now."""
+
+    config: Config
+    family: ModelFamily
+    catalogue: Catalogue
+    plan: BucketPlan
+    image_fingerprint: str
+    text_fingerprint: str
+
+    def needed(self) -> dict[Path, dict[bytes, str]]:
+        """By cache folder: the keys of all records that the run reads, each with the subject that its facts are kept under.
+
+        A picture whose bytes the catalogue does not know, since it is new there, is read: its latents may be there for another's sake.
+        """
+        config = self.config
+        needed: dict[Path, dict[bytes, str]] = {}
+        precision = config.cache.cache_dtype
+        for index, dataset in enumerate(config.datasets):
+            rows = (self.plan.columns["dataset"] == index).nonzero()[0]
+            latents = needed.setdefault(dataset.cache_dir_vae.absolute(), {})
+            named = zip(self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), cuts(self.plan, rows), strict=True)
+            source = open_source(dataset)
+            for key, known, cut in named:
+                content = known or hashlib.sha256(source.read(key)).hexdigest()
+                latents[latents_key(latents_facts(content, cut, self.image_fingerprint, precision))] = f"{dataset.id}/{key}"
+            texts = needed.setdefault(dataset.text_cache_dir.absolute(), {})
+            for caption in self.catalogue.captions(dataset.id):
+                texts[text_key(caption, self.text_fingerprint, precision)] = text_subject(caption)
+        texts = needed.setdefault(config.cache.cache_dir_text.absolute(), {})
+        for extra in (None, "", *captions_to_encode(read_prompts(config.validation), config.validation)):
+            texts[text_key(extra, self.text_fingerprint, precision)] = text_subject(extra)
+        return needed
+
+    def pictures(self, name: str) -> list[Picture]:
+        """What a path, a key of a data set or `id/key` names, in every data set that has it. DataError where none has."""
+        found = [
+            self._picture(index, *row, key)
+            for index, dataset in enumerate(self.config.datasets)
+            for key in dict.fromkeys(self._keys(dataset.id, dataset.instance_data_dir, name))
+            if (row := self._row(dataset.id, key)) is not None
+        ]
+        if not found:
+            sets = ", ".join(dataset.id for dataset in self.config.datasets)
+            raise DataError(f"{name} is no file of the run's data sets ({sets}); name a picture by its path, or as DATASET/FILE.")
+        return found
+
+    @staticmethod
+    def _keys(dataset: str, root: Path | None, name: str) -> Iterator[str]:
+        yield name
+        if name.startswith(f"{dataset}/"):
+            yield name.removeprefix(f"{dataset}/")
+        if root is not None and Path(name).absolute().is_relative_to(root.absolute()):
+            yield Path(name).absolute().relative_to(root.absolute()).as_posix()
+
+    def _row(self, dataset: str, key: str) -> tuple[int, str | None] | None:
+        """The catalogue's row of a file, and why it cannot or may not be trained on."""
+        with self.catalogue.transaction() as database:
+            query = "SELECT id, kind, coalesce(left_out, undecodable) FROM files WHERE dataset = ? AND key = ?"
+            found = database.execute(query, (dataset, key)).fetchone()
+        if found is None:
+            return None
+        row, kind, reason = found
+        return row, reason if kind == "image" or reason else "it is the caption of a picture, not a picture"
+
+    def _picture(self, index: int, row: int, reason: str | None, key: str) -> Picture:
+        dataset = self.config.datasets[index]
+        sample, cache = self.catalogue.sample(row), dataset.cache_dir_vae.absolute()
+        if reason:
+            return Picture(sample, reason, cache, {})
+        planned = ((self.plan.columns["dataset"] == index) & (self.plan.columns["row"] == row)).nonzero()[0]
+        content = hashlib.sha256(open_source(dataset).read(key)).hexdigest()
+        return Picture(
+            sample, "", cache, latents_facts(content, cuts(self.plan, planned)[0], self.image_fingerprint, self.config.cache.cache_dtype)
+        )
+
+
+@contextmanager
+def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[Present]:
+    """The run of an OUTPUT_DIR as it would start now. Its own catalogue is read and left as it is: the scan goes into a copy.
+
+    ConfigError, ModelError or DataError where the run could not start. `progress` is told of files that had to be opened, and of how many.
+    """
+    config = read_saved_config(output_dir)
+    family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device("cpu")
+    with family.image_codec(device) as codec, family.text_encoders(device) as encoders:
+        image_fingerprint, text_fingerprint = codec.fingerprint, encoders.fingerprint  # known without loading either
+    with tempfile.TemporaryDirectory(prefix="simpletuner-cache-") as folder:
+        copy = Path(folder) / CATALOGUE
+        _copy(config.cache.cache_dir / CATALOGUE, copy)
+        with Catalogue(copy) as catalogue:
+            for dataset in config.datasets:
+                scan(open_source(dataset), rules_of(dataset), catalogue, on_progress=progress, leave_out_undecodable=False)
+            planned = plan([columns_of(dataset, catalogue, config.run.seed) for dataset in config.datasets])
+            yield Present(config, family, catalogue, planned, image_fingerprint, text_fingerprint)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise DataError(f"{source} is missing: the run has not looked at its data yet, or its cache was removed.")
+    try:
+        original, copy = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=60), sqlite3.connect(target)
+        try:
+            original.backup(copy)
+        finally:
+            original.close()
+            copy.close()
+    except sqlite3.Error as error:
+        raise DataError(f"{source} cannot be read ({error}).") from error

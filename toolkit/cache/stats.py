@@ -1,0 +1,37 @@
+"""What is in a cache, in numbers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from toolkit.cache.view import CacheView
+
+
+def describe(folder: Path) -> Iterator[str]:
+    """Lines for people: records and bytes, shards, shapes, encoders and precisions. DataError where there is no index."""
+    with CacheView(folder) as view:
+        shards = view.shards()
+        records, payload = Counter[str](), Counter[str]()
+        for shard in shards:
+            for placed in view.records(shard):
+                records[placed.layout] += 1
+                payload[placed.layout] += placed.size
+        encoders = Counter((facts.get("encoder", "?"), facts.get("precision", "?")) for _, facts in view.origins())
+        strays = view.strays()
+    on_disk = sum(shard.size for shard in shards)
+    yield f"{folder}"
+    yield f"  records   {records.total():,}, {payload.total() / 1e6:,.2f} MB"
+    yield f"  shards    {len(shards):,}, {on_disk / 1e6:,.2f} MB on disk; {len(strays):,} that the index does not know"
+    for layout, count in records.most_common():
+        yield f"  shape     {shape_of(layout)}: {count:,} records, {payload[layout] / 1e6:,.2f} MB"
+    for (encoder, precision), count in encoders.most_common():
+        yield f"  encoder   {encoder}, precision {precision}: the latest record of {count:,} pictures or captions"
+
+
+def shape_of(layout: str) -> str:
+    """`mean 4x64x64 F16, std 4x64x64 F16`"""
+    parts = [part for part in json.loads(layout) if part[0] != "padding"]
+    return ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'} {dtype}" for name, dtype, shape in parts)

@@ -1,0 +1,77 @@
+"""Every byte of a cache against what was written."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from helpers.data.fill import is_finite
+from helpers.data.shards import UNSEALED, DamagedShardError, Placed, abandoned, read_header, unpack
+from helpers.errors import DataError
+from toolkit.cache.view import CacheView, Shard
+
+
+def verify(folder: Path, progress: Callable[[int], None]) -> Iterator[str]:
+    """One sentence for everything that is wrong with the cache in a folder. `progress` is told bytes of shards that are done.
+
+    The index is compared with the files, each shard's size and header with the index, each record's checksum with its bytes; and no
+    record holds a value that is not finite. A shard that a living process writes at this moment is none of them.
+    """
+    try:
+        view = CacheView(folder)
+    except DataError as error:
+        yield str(error)
+        return
+    with view:
+        for shard in view.shards():
+            yield from _shard(view, shard)
+            progress(shard.size)
+        for path in view.strays():
+            yield from _stray(path)
+
+
+def _shard(view: CacheView, shard: Shard) -> Iterator[str]:
+    path = view.folder / shard.name
+    records = view.records(shard)
+    if not path.is_file():
+        yield f"{path} is missing, with {len(records):,} records"
+        return
+    if (size := path.stat().st_size) != shard.size:
+        yield f"{path} has {size:,} bytes instead of {shard.size:,}"
+        return
+    try:
+        written = {placed.key: placed for placed in read_header(path)}
+    except DamagedShardError as error:
+        yield f"{path}: {error}"
+        written = {}
+    with path.open("rb") as stream:
+        for placed in records:
+            if written and written.get(placed.key) != placed:
+                yield f"{path}: record {placed.key.hex()} is not where the index says"
+                continue
+            stream.seek(placed.offset)
+            payload = bytearray(stream.read(placed.size))
+            if zlib.crc32(payload) != placed.crc:
+                yield f"{path}: record {placed.key.hex()} has changed since it was written ({_place(placed)})"
+            elif not is_finite(unpack(placed.layout, payload)):
+                yield f"{path}: record {placed.key.hex()} holds values that are not finite ({_place(placed)})"
+
+
+def _place(placed: Placed) -> str:
+    return f"bytes {placed.offset:,} to {placed.offset + placed.size - 1:,}"
+
+
+def _stray(path: Path) -> Iterator[str]:
+    with abandoned(path) as is_abandoned:
+        if not is_abandoned:
+            return
+        if path.name.endswith(UNSEALED):
+            yield f"{path} was never finished; the next run removes it"
+            return
+        try:
+            records = len(read_header(path))
+        except DamagedShardError as error:
+            yield f"{path} is not in the index, and {error}; the next run removes it"
+        else:
+            yield f"{path} is not in the index; the next run takes its {records:,} records in"

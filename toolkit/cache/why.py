@@ -1,0 +1,79 @@
+"""Why the latents of a picture are in the cache as they are, or why they have to be made."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+from helpers.data.fill import REASONS
+from helpers.data.shards import Placed
+from helpers.errors import DataError
+from toolkit.cache.present import Picture
+from toolkit.cache.stats import shape_of
+from toolkit.cache.view import CacheView, Shard
+
+NAMES = {
+    "image": "SHA-256 of the file",
+    "encoder": "codec: weights and their precision",
+    "geometry": "resized; top, left of the cut; shape; version of our pixels",
+    "precision": "of the cache",
+}
+
+
+def explain(picture: Picture) -> tuple[bool, list[str]]:
+    """Whether the latents that the next start needs are there and whole, and the lines that say so."""
+    head = f"{picture.sample.key} of data set {picture.sample.dataset}"
+    if picture.left_out:
+        return False, [f"{head} is left out: {picture.left_out}"]
+    try:
+        view = CacheView(picture.cache)
+    except DataError as error:
+        return False, [f"{head}: {error}", *_facts(picture)]
+    with view:
+        found, earlier = view.find(picture.key), view.origin(picture.subject)
+        if found is None:
+            return False, [f"{head} is not in the cache: {_reason(picture, earlier)}", *_facts(picture), *_changed(picture, earlier)]
+        whole = is_whole(view, *found)
+        verdict = "is current: the next start uses it as it is" if whole else "is damaged: the next start makes it again"
+        return whole, [f"{head} {verdict}", *_facts(picture), *_place(view, *found)]
+
+
+def is_whole(view: CacheView, shard: Shard, placed: Placed) -> bool:
+    """Whether a record reads as it was written."""
+    return zlib.crc32(payload_of(view, shard, placed)) == placed.crc
+
+
+def payload_of(view: CacheView, shard: Shard, placed: Placed) -> bytearray:
+    """The bytes of a record; fewer where the shard is cut off or gone."""
+    try:
+        with (view.folder / shard.name).open("rb") as stream:
+            stream.seek(placed.offset)
+            return bytearray(stream.read(placed.size))
+    except FileNotFoundError:
+        return bytearray()
+
+
+def _facts(picture: Picture) -> Iterator[str]:
+    yield f"  key       {picture.key.hex()}"
+    for name, value in picture.facts.items():
+        yield f"  {name:<9} {value} ({NAMES[name]})"
+
+
+def _place(view: CacheView, shard: Shard, placed: Placed) -> Iterator[str]:
+    yield f"  shard     {view.folder / shard.name}, {placed.size:,} bytes from {placed.offset:,}"
+    yield f"  holds     {shape_of(placed.layout)}"
+
+
+def _reason(picture: Picture, earlier: dict[str, str] | None) -> str:
+    if earlier is None:
+        return "it was never encoded"
+    changed = [name for name, value in picture.facts.items() if earlier.get(name) != value]
+    if not changed:
+        return f"{REASONS['lost']}, or removed from it"
+    return "it was encoded under other facts (" + ", ".join(REASONS[name] for name in changed) + ")"
+
+
+def _changed(picture: Picture, earlier: dict[str, str] | None) -> Iterator[str]:
+    for name, value in picture.facts.items():
+        if earlier is not None and earlier.get(name) != value:
+            yield f"  earlier   {name} {earlier.get(name)}"
