@@ -117,6 +117,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.validation import read_prompts
 
     # Which network, which weights, which loss: each refuses here what it cannot do, before hours of caching.
+    config = of_the_base_model(config, report)
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
@@ -229,6 +230,22 @@ def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
     for note in (*config.notes, *runtime.notes):
         report.chapter("", note)
     logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
+
+
+def of_the_base_model(config: Config, report: Reporters) -> Config:
+    """The settings for the family that the base model is of: the wrapper of SDXL trains its refiner too."""
+    from helpers.families.recognise import recognise
+
+    families = known_facts().families
+    found = families[recognise(config.family_name, config.model)]
+    if found.name != config.family_name:
+        changed = config.of_family(found)
+        defaults = ", ".join(f"{name} {value}" for name, value in found.defaults.items() if name not in config.given)
+        report.chapter("model", f"{found.title}, by its model_index.json" + (f" · {defaults}" if defaults else ""))
+        config = changed
+    for note in config.of_other_families(families):
+        report.chapter("", note)
+    return config
 
 
 def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: TrainState, accumulation: int) -> Config:
