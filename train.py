@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a finite gradient; fp16 first has to find its loss scale
 
+PICTURES_REFINED = 4  # of the data, for the validation of a model that refines pictures
+
 
 def main() -> int:
     """Run, and say how it ended by the exit code (helpers/errors.py)."""
@@ -121,7 +123,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
-    prompts = read_prompts(config.validation)
+    prompts = [] if family.refines else read_prompts(config.validation)
     gc.freeze()
     gc.enable()
 
@@ -134,7 +136,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         found.require_same_run(identity)
 
     # Encode every image and caption once, then let the encoders go: they and the network never have to share the GPU.
-    data = prepare_data(config.datasets, data_settings(config, runtime, state, accumulation, prompts), family, workers(runtime), report)
+    data = prepare_data(config.datasets, data_settings(config, runtime, state, accumulation, prompts, family), family, workers(runtime), report)
     if found and (changed := found.changed_data(data.fingerprint(), config.data.accept_changed_data)):
         state.order = OrderStart(state.step, found.content["untouched_epoch"])
         now = f"epoch {state.order.epoch} begins with step {state.step + 1:,} on what is there now"
@@ -291,7 +293,9 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
     return found, TrainState.from_json(found.content["state"]), accumulation
 
 
-def data_settings(config: Config, runtime: Runtime, state: TrainState, accumulation: int, prompts: Sequence[Prompt]) -> DataSettings:
+def data_settings(
+    config: Config, runtime: Runtime, state: TrainState, accumulation: int, prompts: Sequence[Prompt], family: ModelFamily
+) -> DataSettings:
     from helpers.data.prepare import DataSettings
 
     spoken = [prompt.text for prompt in prompts if prompt.text]
@@ -307,7 +311,7 @@ def data_settings(config: Config, runtime: Runtime, state: TrainState, accumulat
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
-        extra_captions=[*spoken, config.validation.validation_negative_prompt] if spoken else [],
+        extra_captions=[*spoken, config.validation.validation_negative_prompt] if spoken or family.refines else [],
     )
 
 
@@ -357,15 +361,29 @@ def make_validator(
     prompts: Sequence[Prompt],
     state: TrainState,
 ) -> Validator:
-    from helpers.training.validation import Validator, parse_sizes
+    from helpers.training.validation import Validator, first_pictures, parse_sizes
 
+    starts = first_pictures(data.steps(0, PICTURES_REFINED), PICTURES_REFINED) if family.refines else {}
     sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.downsampling)
     spacing = config.objective.inference_scheduler_timestep_spacing
 
     def text(caption: str | None) -> TextTensors:
         return data.text(caption) if caption else data.unconditional
 
-    return Validator(config.validation, spacing, family, objective, runtime, prompts, sizes, text, config.run.output_dir, state.seed)
+    return Validator(
+        config.validation,
+        spacing,
+        family,
+        objective,
+        runtime,
+        [*prompts, *starts],
+        sizes,
+        text,
+        config.run.output_dir,
+        state.seed,
+        starts,
+        config.objective.refiner_training_strength,
+    )
 
 
 def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Path]:

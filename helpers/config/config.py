@@ -99,7 +99,6 @@ class Config:
         origins = {**self.origins, **dict.fromkeys(values, origin)}
         return dataclasses.replace(self, origins=origins, given=self.given | values.keys(), **sections)
 
-
     def of_family(self, family: Facts) -> Config:
         """The same Config for another family than was asked for, which the base model turned out to be of.
 

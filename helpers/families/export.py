@@ -13,7 +13,7 @@ from helpers.storage.atomic import write_json
 
 
 def write_pipeline(base: Checkpoint, replaced: Mapping[str, Path], schedule: Mapping[str, Any], target: Path) -> None:
-    """A complete diffusers folder: the base model with the folders in `replaced` and this noise schedule, sampled as its `_class_name` does.
+    """A complete diffusers folder: the base model with the folders in `replaced` and this noise schedule, whose `_class_name` samples.
 
     Every component that the base model has is copied, but for weights in formats that are not safetensors.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ def locate(name: str, revision: str | None = None, variant: str | None = None) -
     return _fetch(name, revision, variant)
 
 
+@functools.cache  # asked once a process: the hub's answer takes a second
 def _fetch(name: str, revision: str | None, variant: str | None) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled

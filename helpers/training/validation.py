@@ -7,7 +7,8 @@ import itertools
 import json
 import math
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from helpers.training.runtime import Runtime, undisturbed
 
 if TYPE_CHECKING:
     from helpers.config.options import ValidationOptions
+    from helpers.data.batches import Batch
 
 FOLDER = "validation_images"
 UNCONDITIONAL = "unconditional"
@@ -35,6 +37,27 @@ class Prompt:
 
     name: str
     text: str | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A picture of the data that a picture begins with: latents (C, h, w) and what its caption became."""
+
+    latents: torch.Tensor
+    text: TextTensors
+
+
+def first_pictures(steps: Iterator[list[Batch]], count: int) -> dict[Prompt, Start]:
+    """The first `count` samples of some steps, as prompts with the pictures to begin with. Each step is this process's batches."""
+    found: dict[Prompt, Start] = {}
+    with closing(steps):
+        for batch in itertools.chain.from_iterable(steps):
+            for index, caption in enumerate(batch.captions[: count - len(found)]):
+                text = {name: tensor[index] for name, tensor in batch.text.items()}
+                found[Prompt(f"picture_{len(found) + 1}", caption)] = Start(batch.latents[index], text)
+            if len(found) == count:
+                break
+    return found
 
 
 def read_prompts(options: ValidationOptions) -> list[Prompt]:
@@ -87,7 +110,8 @@ def _size(text: str, alignment: int) -> Size:
 class Validator:
     """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
 
-    Training is bit-identical whether pictures were made or not.
+    A picture begins with noise, or with a picture of the data where `starts` has one for its prompt; then `strength` says how much of
+    the schedule it goes back to. Training is bit-identical whether pictures were made or not.
     """
 
     def __init__(
@@ -102,6 +126,8 @@ class Validator:
         text: Callable[[str | None], TextTensors],
         output_dir: Path,
         seed: int,
+        starts: Mapping[Prompt, Start] | None = None,
+        strength: float = 1.0,
     ) -> None:
         self.options = options
         self.timestep_spacing = timestep_spacing
@@ -111,6 +137,8 @@ class Validator:
         self.prompts = prompts
         self.sizes = sizes
         self.text = text
+        self.starts = starts or {}
+        self.strength = strength
         self.folder = output_dir / FOLDER
         self.seed = options.validation_seed if options.validation_seed is not None else seed
 
@@ -135,7 +163,14 @@ class Validator:
         return images
 
     def _wanted(self) -> Iterator[tuple[Prompt, Size, int]]:
-        return itertools.product(self.prompts, self.sizes, range(self.options.num_validation_images))
+        for prompt in self.prompts:
+            yield from itertools.product([prompt], self._sizes(prompt), range(self.options.num_validation_images))
+
+    def _sizes(self, prompt: Prompt) -> Sequence[Size]:
+        if prompt not in self.starts:
+            return self.sizes
+        height, width = (side * self.family.latents.downsampling for side in self.starts[prompt].latents.shape[1:])
+        return [Size(width, height)]
 
     def _latents(self, trainable: Trainable, prompt: Prompt, size: Size, index: int) -> torch.Tensor:
         options = self.options
@@ -143,13 +178,19 @@ class Validator:
         pipeline = self.family.pipeline(trainable.denoiser, schedule)
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
-        arguments = self.family.prompt_arguments(self.text(prompt.text), negative)
+        start = self.starts.get(prompt)
+        text = start.text if start else self.text(prompt.text)
+        tensors = self.family.prompt_arguments(text, negative)
+        shape: dict[str, object] = {"width": size.width, "height": size.height, "num_inference_steps": options.validation_num_inference_steps}
+        if start:
+            tensors["image"] = start.latents.unsqueeze(0)
+            # Of the steps of the whole schedule, this share is made: at least one.
+            steps = max(options.validation_num_inference_steps, math.ceil(1 / self.strength))
+            shape = {"strength": self.strength, "num_inference_steps": steps}
         seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
         return pipeline(
-            **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in arguments.items()},
-            width=size.width,
-            height=size.height,
-            num_inference_steps=options.validation_num_inference_steps,
+            **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in tensors.items()},
+            **shape,
             guidance_scale=options.validation_guidance,
             guidance_rescale=options.validation_guidance_rescale,
             generator=torch.Generator().manual_seed(seed),

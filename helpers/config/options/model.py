@@ -14,7 +14,7 @@ class ModelOptions:
 
     model_family: str = option(
         "sdxl",
-        "Kind of network: SDXL and its refiner, which is recognised by itself (sdxl), Stable Diffusion 1 and 2 (sd2x). The wrappers set it.",
+        "Kind of network: SDXL and its refiner, told apart by themselves (sdxl), Stable Diffusion 1 and 2 (sd2x). The wrappers set it.",
         env="SIMPLETUNER_FAMILY",
         choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
         later=("sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
