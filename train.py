@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import ranks, registry
 from helpers.choices import known_facts
 from helpers.config.config import Config
+from helpers.config.declare import show
 from helpers.config.read import read_config
 from helpers.errors import (
     EXIT_FAULT,
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from helpers.training.validation import Prompt, Validator
 
 MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a finite gradient; fp16 first has to find its loss scale
-
 PICTURES_REFINED = 4  # of the data, for the validation of a model that refines pictures
 
 
@@ -123,7 +123,10 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
-    prompts = [] if family.refines else read_prompts(config.validation)
+    prompts = read_prompts(config.validation)
+    if family.refines:
+        report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
+        prompts = []
     gc.freeze()
     gc.enable()
 
@@ -136,7 +139,9 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         found.require_same_run(identity)
 
     # Encode every image and caption once, then let the encoders go: they and the network never have to share the GPU.
-    data = prepare_data(config.datasets, data_settings(config, runtime, state, accumulation, prompts, family), family, workers(runtime), report)
+    data = prepare_data(
+        config.datasets, data_settings(config, runtime, state, accumulation, prompts, family.refines), family, workers(runtime), report
+    )
     if found and (changed := found.changed_data(data.fingerprint(), config.data.accept_changed_data)):
         state.order = OrderStart(state.step, found.content["untouched_epoch"])
         now = f"epoch {state.order.epoch} begins with step {state.step + 1:,} on what is there now"
@@ -242,7 +247,7 @@ def of_the_base_model(config: Config, report: Reporters) -> Config:
     found = families[recognise(config.family_name, config.model)]
     if found.name != config.family_name:
         changed = config.of_family(found)
-        defaults = ", ".join(f"{name} {value}" for name, value in found.defaults.items() if name not in config.given)
+        defaults = ", ".join(f"{name} {show(value)}" for name, value in found.defaults.items() if name not in config.given)
         report.chapter("model", f"{found.title}, by its model_index.json" + (f" · {defaults}" if defaults else ""))
         config = changed
     for note in config.of_other_families(families):
@@ -294,7 +299,7 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
 
 
 def data_settings(
-    config: Config, runtime: Runtime, state: TrainState, accumulation: int, prompts: Sequence[Prompt], family: ModelFamily
+    config: Config, runtime: Runtime, state: TrainState, accumulation: int, prompts: Sequence[Prompt], refines: bool = False
 ) -> DataSettings:
     from helpers.data.prepare import DataSettings
 
@@ -311,7 +316,7 @@ def data_settings(
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
-        extra_captions=[*spoken, config.validation.validation_negative_prompt] if spoken or family.refines else [],
+        extra_captions=[*spoken, config.validation.validation_negative_prompt] if spoken or refines else [],
     )
 
 

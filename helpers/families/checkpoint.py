@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.families import folder
+from helpers.families import folder as files
 from helpers.families.recognise import require_family
 
 if TYPE_CHECKING:
@@ -22,21 +22,21 @@ class Checkpoint:
     folder: Path
     index: Mapping[str, Any]  # model_index.json
     variant: str | None
-    hashes: folder.WeightsHashes
+    hashes: files.WeightsHashes
 
     @classmethod
     def open(cls, family: str, components: Sequence[str], options: ModelOptions, cache: CacheOptions) -> Checkpoint:
         """The base model, fetched if need be. Raises ModelError when it is of another family or lacks one of `components`."""
         name = options.pretrained_model_name_or_path
-        found = folder.locate(name, options.revision, options.variant)
-        index = folder.model_index(found)
+        found = files.locate(name, options.revision, options.variant)
+        index = files.model_index(found)
         require_family(found, index, family)
-        folder.require_components(found, components)
-        return cls(name, found, index, options.variant, folder.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
+        files.require_components(found, components)
+        return cls(name, found, index, options.variant, files.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
 
     def config(self, component: str) -> dict[str, Any]:
         """How a component is built; the scheduler's is the noise schedule."""
-        return folder.read_json(self.folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json"))
+        return files.read_json(self.folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json"))
 
     def hash_of(self, *components: str) -> str:
         """A hash of the weights and settings of some components."""
@@ -44,4 +44,4 @@ class Checkpoint:
 
     def load(self, kind: Any, component: str, dtype: Any) -> Any:
         """A component of this class, in this precision, on the CPU."""
-        return folder.load_component(kind, self.folder, component, dtype, self.variant)
+        return files.load_component(kind, self.folder, component, dtype, self.variant)

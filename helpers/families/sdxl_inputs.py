@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from helpers.data.sample import Geometry
@@ -20,7 +21,7 @@ def size_and_crop(geometry: Geometry, original_size: str) -> list[int]:
     return [original.height, original.width, geometry.top, geometry.left]
 
 
-def text_and_numbers(batch: Batch, numbers: list[list[float]], device: torch.device) -> dict[str, Tensor]:
+def text_and_numbers(batch: Batch, numbers: Sequence[Sequence[float]], device: torch.device) -> dict[str, Tensor]:
     """Text states, pooled text and the numbers of each sample, in float32.
 
     The numbers stay float32 up to the sinusoid: in bfloat16 1157 becomes 1160, a different embedding.

@@ -7,8 +7,7 @@ import itertools
 import json
 import math
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,16 +46,13 @@ class Start:
     text: TextTensors
 
 
-def first_pictures(steps: Iterator[list[Batch]], count: int) -> dict[Prompt, Start]:
+def first_pictures(steps: Iterable[Sequence[Batch]], count: int) -> dict[Prompt, Start]:
     """The first `count` samples of some steps, as prompts with the pictures to begin with. Each step is this process's batches."""
     found: dict[Prompt, Start] = {}
-    with closing(steps):
-        for batch in itertools.chain.from_iterable(steps):
-            for index, caption in enumerate(batch.captions[: count - len(found)]):
-                text = {name: tensor[index] for name, tensor in batch.text.items()}
-                found[Prompt(f"picture_{len(found) + 1}", caption)] = Start(batch.latents[index], text)
-            if len(found) == count:
-                break
+    for batch in itertools.chain.from_iterable(steps):
+        for index, caption in enumerate(batch.captions[: count - len(found)]):
+            text = {name: tensor[index] for name, tensor in batch.text.items()}
+            found[Prompt(f"picture_{len(found) + 1}", caption)] = Start(batch.latents[index], text)
     return found
 
 
@@ -181,7 +177,11 @@ class Validator:
         start = self.starts.get(prompt)
         text = start.text if start else self.text(prompt.text)
         tensors = self.family.prompt_arguments(text, negative)
-        shape: dict[str, object] = {"width": size.width, "height": size.height, "num_inference_steps": options.validation_num_inference_steps}
+        shape: dict[str, object] = {
+            "width": size.width,
+            "height": size.height,
+            "num_inference_steps": options.validation_num_inference_steps,
+        }
         if start:
             tensors["image"] = start.latents.unsqueeze(0)
             # Of the steps of the whole schedule, this share is made: at least one.

@@ -29,9 +29,15 @@ def full(tried: Tried) -> Trainable:
     return FullFineTune(AdapterOptions(), tried.family).attach(tried.family.load(torch.float32))
 
 
-def lora(tried: Tried) -> Trainable:
-    options = dataclasses.replace(AdapterOptions(), lora_dropout=0.0)
+def lora(tried: Tried, *targets: str) -> Trainable:
+    options = dataclasses.replace(AdapterOptions(), lora_dropout=0.0, lora_targets=targets)
     return Lora(options, tried.family).attach(tried.family.load(torch.float32))
+
+
+def lora_everywhere(tried: Tried) -> Trainable:
+    """On convolutions and linear layers of every kind: attention alone learns little of a network of random weights."""
+    layers = tried.family.load(torch.float32).denoiser.named_modules()
+    return lora(tried, *{name for name, layer in layers if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)})
 
 
 def losses(tried: Tried, trainable: Trainable, *, steps: int, rate: float) -> list[float]:
@@ -78,13 +84,12 @@ def test_one_step_lowers_the_loss_of_what_it_saw(tried: Tried, network: Callable
     assert after < before
 
 
-@pytest.mark.parametrize(("network", "rate", "reached"), [(full, 4e-3, 0.25), (lora, 2e-2, 0.7)], ids=["full", "lora"])
-def test_four_samples_can_be_learnt_by_heart(
-    tried: Tried, network: Callable[[Tried], Trainable], rate: float, reached: float
-) -> None:
-    """Down to a share of the loss at the start; what does not reach the network cannot be learnt."""
-    seen = losses(tried, network(tried), steps=40, rate=rate)
-    assert seen[-1] < reached * seen[0]
+@pytest.mark.parametrize(("network", "rate"), [(full, 4e-3), (lora_everywhere, 1e-2)])
+def test_four_samples_can_be_learnt_by_heart(tried: Tried, network: Callable[[Tried], Trainable], rate: float) -> None:
+    """From a loss of 1, that of pure noise, to 0.03 in 40 steps."""
+    first, *_, last = losses(tried, network(tried), steps=40, rate=rate)
+    assert first > 0.9
+    assert last < 0.03
 
 
 def test_an_adapter_goes_to_every_kind_of_layer_that_the_family_names(tried: Tried) -> None:
