@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, DataOptions, ModelOptions
     from helpers.data.batches import Batch
 
-WIDTH_OF_VERSION_2 = 1024  # of its text encoder, OpenCLIP's ViT-H; version 1 has CLIP's ViT-L of 768
+ACTIVATION_OF_VERSION_1 = "quick_gelu"  # of CLIP's own text encoder; version 2 has OpenCLIP's, which uses the exact one
 
 
 class StableDiffusion:
@@ -90,7 +90,7 @@ class StableDiffusion:
 
     def modelspec(self, kind: str) -> dict[str, str]:
         edge = trained_edge(self.base, "unet", self.latents.downsampling)
-        if self.base.config("text_encoder")["hidden_size"] != WIDTH_OF_VERSION_2:
+        if self.base.config("text_encoder").get("hidden_act", ACTIVATION_OF_VERSION_1) == ACTIVATION_OF_VERSION_1:
             return modelspec(self.base, f"stable-diffusion-v1/{kind}", "https://github.com/CompVis/stable-diffusion", "sd_v1", edge)
         velocity = self.scheduler_config.get("prediction_type") == "v_prediction"
         architecture, version = ("stable-diffusion-v2-768-v", "sd_v2_v") if velocity else ("stable-diffusion-v2-512", "sd_v2")

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.families.unet_names import original_name
+from helpers.families.unet_names import OUTSIDE_BLOCKS, original_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")  # what an adapter goes to unless the user names others
 PREFIX = "lora_unet_"
+ADDED = {module: original for module, original in OUTSIDE_BLOCKS.items() if module.startswith("add_embedding.")}
 
 
 def kohya_name_of_original(module: str, unet: Mapping[str, Any]) -> str:
@@ -22,8 +23,11 @@ def kohya_name_of_original(module: str, unet: Mapping[str, Any]) -> str:
 
 
 def kohya_name(module: str) -> str:
-    """kohya's name of a module of Stable Diffusion 1 and 2, made of its name in diffusers."""
-    return PREFIX + module.replace(".", "_")
+    """kohya's name of a module of Stable Diffusion 1 and 2, made of its name in diffusers.
+
+    The embedding of SDXL's numbers has its original name: diffusers knows it by that alone.
+    """
+    return PREFIX + ADDED.get(module, module).replace(".", "_")
 
 
 def read_lora(pipeline: Any, path: Path, unet: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[float]]:

@@ -22,7 +22,7 @@ from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, UserError
-from helpers.families import tiny
+from helpers.families import tiny, tiny_sd
 from helpers.reporting import Reporters
 from helpers.training.stopping import StopRequest
 from tests.data.toys import Story, picture
@@ -128,9 +128,10 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other` and `varied`, pictures in `images` and `other_images`, and files that flags may name."""
+    """Models `model`, `other`, `varied` and `refiner`, pictures in `images` and `other_images`, and files that flags may name."""
     for seed, name in enumerate(("model", "other")):
         tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
+    tiny_sd.write_sdxl_refiner(folder / "refiner")
     _with_variant(folder)
     for name, first in (("images", 0), ("other_images", 100)):
         for index in range(6):

@@ -111,6 +111,11 @@ def of_samples(field: str) -> Sight:
     return see
 
 
+def timesteps_below(border: int) -> Sight:
+    """Whether every timestep that was trained is below this."""
+    return lambda lab, flags: all(row["timestep"] < border for row in lab.run(flags).rows("samples.jsonl"))
+
+
 def samples_of_a_step(lab: Lab, flags: Flags) -> object:
     return lab.run(flags).rows("metrics.jsonl")[0]["samples"]
 
