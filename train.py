@@ -119,7 +119,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.validation import read_prompts
 
     # Which network, which weights, which loss: each refuses here what it cannot do, before hours of caching.
-    config = of_the_base_model(config, report)
+    config = of_the_base_model(config, runtime, report)
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
@@ -239,12 +239,15 @@ def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
     logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
 
 
-def of_the_base_model(config: Config, report: Reporters) -> Config:
+def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Config:
     """The settings for the family that the base model is of: the wrapper of SDXL trains its refiner too."""
     from helpers.families.recognise import recognise
 
     families = known_facts().families
-    found = families[recognise(config.family_name, config.model)]
+    if runtime.is_main:
+        recognise(config.family_name, config.model, config.cache)  # fetches the model, or makes it of a single file: once
+    runtime.wait_for_everyone()
+    found = families[recognise(config.family_name, config.model, config.cache)]
     if found.name != config.family_name:
         changed = config.of_family(found)
         defaults = ", ".join(f"{name} {show(value)}" for name, value in found.defaults.items() if name not in config.given)

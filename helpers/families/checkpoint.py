@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.families import folder as files
+from helpers.families import single_file
 from helpers.families.recognise import require_family
 
 if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, ModelOptions
+
+
+def locate(options: ModelOptions, cache: CacheOptions) -> Path:
+    """The folder of the base model: named, fetched from the hub, or made of a single file. Raises ModelError when there is none."""
+    path = Path(options.pretrained_model_name_or_path).expanduser()
+    if path.is_file():
+        return single_file.converted(path, options.single_file_config, cache.cache_dir)
+    return files.locate(options.pretrained_model_name_or_path, options.revision, options.variant)
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class Checkpoint:
     def open(cls, family: str, components: Sequence[str], options: ModelOptions, cache: CacheOptions) -> Checkpoint:
         """The base model, fetched if need be. Raises ModelError when it is of another family or lacks one of `components`."""
         name = options.pretrained_model_name_or_path
-        found = files.locate(name, options.revision, options.variant)
+        found = locate(options, cache)
         index = files.model_index(found)
         require_family(found, index, family)
         files.require_components(found, components)

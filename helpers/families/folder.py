@@ -22,11 +22,6 @@ def locate(name: str, revision: str | None = None, variant: str | None = None) -
         if not (folder / "model_index.json").is_file():
             raise ModelError(f"--pretrained_model_name_or_path: {folder} is not a model in diffusers layout: it has no model_index.json.")
         return folder
-    if folder.is_file():
-        raise ModelError(
-            f"--pretrained_model_name_or_path: {folder} is a single file; convert it to a diffusers folder first "
-            "(StableDiffusionXLPipeline.from_single_file(...).save_pretrained(...))."
-        )
     return _fetch(name, revision, variant)
 
 
@@ -65,11 +60,11 @@ def require_components(folder: Path, components: Sequence[str]) -> None:
     if missing:
         raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
     for path in (path for name in components for path in sorted((folder / name).glob("*.safetensors"))):
-        if _is_cut_off(path):
+        if is_cut_off(path):
             raise ModelError(f"{path} is cut off, as an interrupted download leaves it: fetch the model again.")
 
 
-def _is_cut_off(path: Path) -> bool:
+def is_cut_off(path: Path) -> bool:
     """Whether a safetensors file ends before its last tensor does. Reads the header alone; a damaged one counts as cut off."""
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -131,10 +126,10 @@ class WeightsHashes:
         for folder in folders:
             for path in sorted(folder.rglob("*")):
                 if path.suffix in (".safetensors", ".json", ".txt", ".model"):
-                    digest.update(f"{path.relative_to(folder)} {self._file(path)}\n".encode())
+                    digest.update(f"{path.relative_to(folder)} {self.of_file(path)}\n".encode())
         return digest.hexdigest()
 
-    def _file(self, path: Path) -> str:
+    def of_file(self, path: Path) -> str:
         state = path.stat()
         name = f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
         if name not in self.known:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.errors import ModelError
 
 if TYPE_CHECKING:
-    from helpers.config.options import ModelOptions
+    from helpers.config.options import CacheOptions, ModelOptions
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,19 @@ FAMILY_OF_PIPELINE: Mapping[str, str] = {
 }
 
 
-def recognise(asked: str, options: ModelOptions) -> str:
+def recognise(asked: str, options: ModelOptions, cache: CacheOptions) -> str:
     """The family that the base model is of, by its name in the registry; fetches the model if need be.
 
     It is `asked`, which the wrapper chose, or another that the same wrapper trains. Raises ModelError for any other, which says
     how to train it.
     """
-    from helpers.families import folder
+    from helpers.families.checkpoint import locate
+    from helpers.families.folder import model_index
 
-    found = folder.locate(options.pretrained_model_name_or_path, options.revision, options.variant)
-    index = folder.model_index(found)
+    if asked not in KINDS:
+        return asked  # a family that is not told apart here looks for itself
+    found = locate(options, cache)
+    index = model_index(found)
     family = family_of(index)
     if family is not None and KINDS[family].command == KINDS[asked].command:
         return family

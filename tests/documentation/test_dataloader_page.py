@@ -18,11 +18,8 @@ from helpers.data.sample import Size
 from tests.documentation.pages import ROOT, Page
 
 PAGE = Page.named("documentation/DATALOADER.md")
-SAMPLES = [
-    block.text
-    for name in ("DATALOADER", "QUICKSTART", "QUICKSTART_SD2")
-    for block in Page.named(f"documentation/{name}.md").blocks("json", "json5")
-]
+PAGES = ("DATALOADER", "QUICKSTART", "QUICKSTART_SD2")
+SAMPLES = [block.text for name in PAGES for block in Page.named(f"documentation/{name}.md").blocks("json", "json5")]
 
 
 def size(text: str) -> Size:

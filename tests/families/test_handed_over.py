@@ -45,10 +45,9 @@ found = {}
 for place in map(pathlib.Path, sys.argv[1:]):
     question = load_file(place / "question.safetensors")
     pipeline = DiffusionPipeline.from_pretrained(place / "full" / "pipeline")
-    config = pipeline.scheduler.config
-    seen = {"pipeline": difference(pipeline, question, "answer of full"), "spacing": config.timestep_spacing, "class": type(pipeline).__name__}
+    seen = {"pipeline": difference(pipeline, question, "answer of full"), "spacing": pipeline.scheduler.config.timestep_spacing}
     pipeline.set_progress_bar_config(disable=True)
-    more = {"image": torch.zeros(1, 3, 64, 64), "strength": 1.0} if "Img2Img" in seen["class"] else {"width": 64, "height": 64}
+    more = {"image": torch.zeros(1, 3, 64, 64), "strength": 1.0} if "Img2Img" in type(pipeline).__name__ else {"width": 64, "height": 64}
     images = pipeline("a red circle", num_inference_steps=2, output_type="pt", **more).images
     seen["image"] = [list(images.shape), images.isfinite().all().item()]
     pipeline = DiffusionPipeline.from_pretrained((place / "model").read_text())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.config.options import ModelOptions
+from helpers.config.options import CacheOptions, ModelOptions
 from helpers.errors import ModelError
 from helpers.families.recognise import FAMILY_OF_PIPELINE, KINDS, recognise
 from helpers.families.tiny import MINIATURES
@@ -18,7 +18,7 @@ from tests.families.conftest import family_name, open_family
 
 
 def recognised(asked: str, model: Path) -> str:
-    return recognise(asked, dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model)))
+    return recognise(asked, dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model)), CacheOptions())
 
 
 @pytest.mark.parametrize(("name", "wrapper"), [("sd1", "sd2x"), ("sd2", "sd2x"), ("sdxl", "sdxl"), ("sdxl_refiner", "sdxl")])

@@ -20,7 +20,15 @@ class ModelOptions:
         later=("sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
     )
     pretrained_model_name_or_path: str = option(
-        "", "The base model: a folder in diffusers layout or a hub name. Required.", env="MODEL_NAME", default_text="required"
+        "",
+        "The base model: a folder in diffusers layout, a hub name, or a .safetensors file. Required.",
+        env="MODEL_NAME",
+        default_text="required",
+    )
+    single_file_config: str | None = option(
+        None,
+        "For a base model in one .safetensors file: a model folder or hub name of the same kind, whose settings and tokenizers it shares.",
+        default_text="the model on the hub that diffusers takes the file for",
     )
     model_type: str = option(
         "full",

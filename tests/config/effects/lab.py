@@ -26,6 +26,7 @@ from helpers.families import tiny, tiny_sd
 from helpers.reporting import Reporters
 from helpers.training.stopping import StopRequest
 from tests.data.toys import Story, picture
+from tests.families.original_layout import write_single_file
 
 Flags = tuple[str, ...]
 SIZES = [(96, 64), (64, 96), (160, 160)]  # trained at 64 pixels, three shapes of two pictures each: three steps an epoch
@@ -128,10 +129,11 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other`, `varied` and `refiner`, pictures in `images` and `other_images`, and files that flags may name."""
+    """Models `model`, `other`, `varied`, `refiner` and `sd1`, the last also as a file, pictures in `images` and `other_images`, and files that flags may name."""
     for seed, name in enumerate(("model", "other")):
         tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
     tiny_sd.write_sdxl_refiner(folder / "refiner")
+    write_single_file(tiny_sd.write_sd1(folder / "sd1"), folder / "sd1.safetensors")
     _with_variant(folder)
     for name, first in (("images", 0), ("other_images", 100)):
         for index in range(6):

@@ -56,6 +56,11 @@ EXPERT = "--refiner_training"
 MODEL = {
     "model_family": Effect(refusal, ["sdxl", "sd2x"]),
     "pretrained_model_name_or_path": Effect(losses, ["model", "other"]),
+    "single_file_config": Effect(
+        refusal,
+        ["sd1", "no/such/folder"],
+        ("--model_family=sd2x", "--pretrained_model_name_or_path=sd1.safetensors", "--max_train_steps=1"),
+    ),
     "model_type": Effect(handed_over, {"full": {"pipeline"}, "lora": {"pytorch_lora_weights.safetensors"}}),
     "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
     "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
