@@ -249,10 +249,9 @@ def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Co
     runtime.wait_for_everyone()
     found = families[recognise(config.family_name, config.model, config.cache)]
     if found.name != config.family_name:
-        changed = config.of_family(found)
-        defaults = ", ".join(f"{name} {show(value)}" for name, value in found.defaults.items() if name not in config.given)
-        report.chapter("model", f"{found.title}, by its model_index.json" + (f" · {defaults}" if defaults else ""))
-        config = changed
+        defaults = [f"{name} {show(value)}" for name, value in found.defaults.items() if name not in config.given]
+        config = config.of_family(found)
+        report.chapter("model", " · ".join((f"{found.title}, by its model_index.json", *defaults)))
     for note in config.of_other_families(families):
         report.chapter("", note)
     return config
@@ -343,6 +342,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "train_batch_size": config.data.train_batch_size,
         "caption_dropout_probability": config.data.caption_dropout_probability,
         "sdxl_original_size": config.data.sdxl_original_size,
+        "data_aesthetic_score": config.model.data_aesthetic_score,
         "latent_sampling": config.cache.latent_sampling,
         "mixed_precision": config.run.mixed_precision,
         "optimizer": config.optimizer.optimizer,

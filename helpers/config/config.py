@@ -116,7 +116,7 @@ class Config:
         for name in self.values():
             knows = [family.title for family in families.values() if name in family.options]
             if knows and name in self.given - own and self.values()[name] != OPTIONS[name].default:
-                yield f"{self.origins[name]} does nothing for {families[self.family_name].title}; it is for {' and '.join(knows)}."
+                yield f"{self.origins[name]} does nothing for {families[self.family_name].title}, only for {' and '.join(knows)}."
 
 
 def _entry(entry: Entry) -> dict[str, Any]:

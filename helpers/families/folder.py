@@ -59,6 +59,9 @@ def require_components(folder: Path, components: Sequence[str]) -> None:
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
+    for component in (folder / name for name in components):
+        if any(component.glob("*.bin")) and not any(component.glob("*.safetensors")):
+            raise ModelError(f"The weights in {component} are no .safetensors; convert them first, formats that run code are not opened.")
     for path in (path for name in components for path in sorted((folder / name).glob("*.safetensors"))):
         if is_cut_off(path):
             raise ModelError(f"{path} is cut off, as an interrupted download leaves it: fetch the model again.")

@@ -11,6 +11,7 @@ from helpers.config.facts import Facts
 from helpers.families import unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.families.unet import load_unet
 from helpers.protocols import ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ class StableDiffusion:
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
     def load(self, dtype: torch.dtype) -> Parts:
-        from diffusers import UNet2DConditionModel
-
-        return Parts(self.base.load(UNet2DConditionModel, "unet", dtype), "unet")
+        return load_unet(self.base, dtype)
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         import torch
@@ -91,10 +90,12 @@ class StableDiffusion:
     def modelspec(self, kind: str) -> dict[str, str]:
         edge = trained_edge(self.base, "unet", self.latents.downsampling)
         if self.base.config("text_encoder").get("hidden_act", ACTIVATION_OF_VERSION_1) == ACTIVATION_OF_VERSION_1:
-            return modelspec(self.base, f"stable-diffusion-v1/{kind}", "https://github.com/CompVis/stable-diffusion", "sd_v1", edge)
+            told = modelspec(self.base, f"stable-diffusion-v1/{kind}", "https://github.com/CompVis/stable-diffusion", "sd_v1", edge)
+            return {**told, "ss_v2": "False"}  # by which kohya and its readers tell the versions apart
         velocity = self.scheduler_config.get("prediction_type") == "v_prediction"
         architecture, version = ("stable-diffusion-v2-768-v", "sd_v2_v") if velocity else ("stable-diffusion-v2-512", "sd_v2")
-        return modelspec(self.base, f"{architecture}/{kind}", "https://github.com/Stability-AI/stablediffusion", version, edge)
+        told = modelspec(self.base, f"{architecture}/{kind}", "https://github.com/Stability-AI/stablediffusion", version, edge)
+        return {**told, "ss_v2": "True"}
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
         write_pipeline(self.base, {"unet": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)

@@ -11,6 +11,7 @@ from helpers.config.facts import Facts
 from helpers.families import sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.families.unet import load_unet
 from helpers.protocols import ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ class SDXL:
         return zeros(self.base, ENCODERS)
 
     def load(self, dtype: torch.dtype) -> Parts:
-        from diffusers import UNet2DConditionModel
-
-        return Parts(self.base.load(UNet2DConditionModel, "unet", dtype), "unet")
+        return load_unet(self.base, dtype)
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Text, and (original height, width, top, left, target height, width)."""

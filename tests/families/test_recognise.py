@@ -63,6 +63,15 @@ def test_every_pipeline_that_is_known_is_told_from_the_others(pipeline: str, tmp
                 recognised(asked, tmp_path)
 
 
+def test_weights_in_a_format_that_runs_code_are_named_at_once(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = tmp_path / "old"
+    shutil.copytree(miniature("sd1"), copy)
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ModelError, match=r"old/unet are no \.safetensors"):
+        open_family("sd2x", copy, tmp_path)
+
+
 def test_a_pipeline_that_nothing_trains_is_named(miniature: Callable[[str], Path], tmp_path: Path) -> None:
     copy = tmp_path / "inpainting"
     shutil.copytree(miniature("sd1"), copy)

@@ -129,7 +129,9 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other`, `varied`, `refiner` and `sd1`, the last also as a file, pictures in `images` and `other_images`, and files that flags may name."""
+    """Models `model`, `other`, `varied`, `refiner` and `sd1`, the last as a file too; pictures in `images` and `other_images`; files that
+    flags may name.
+    """
     for seed, name in enumerate(("model", "other")):
         tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
     tiny_sd.write_sdxl_refiner(folder / "refiner")
