@@ -47,12 +47,18 @@ class Start:
 
 
 def first_pictures(steps: Iterable[Sequence[Batch]], count: int) -> dict[Prompt, Start]:
-    """The first `count` samples of some steps, as prompts with the pictures to begin with. Each step is this process's batches."""
+    """The first `count` samples of some steps, as prompts with the pictures to begin with; fewer where the data has no more.
+
+    Each step is this process's batches.
+    """
     found: dict[Prompt, Start] = {}
+    seen = set()
     for batch in itertools.chain.from_iterable(steps):
-        for index, caption in enumerate(batch.captions[: count - len(found)]):
-            text = {name: tensor[index] for name, tensor in batch.text.items()}
-            found[Prompt(f"picture_{len(found) + 1}", caption)] = Start(batch.latents[index], text)
+        for index, sample in enumerate(batch.samples):
+            if len(found) < count and (sample.dataset, sample.key) not in seen:
+                seen.add((sample.dataset, sample.key))
+                text = {name: tensor[index] for name, tensor in batch.text.items()}
+                found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text)
     return found
 
 
