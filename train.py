@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import ranks, registry
 from helpers.choices import known_facts
 from helpers.config.config import Config
+from helpers.config.declare import show
 from helpers.config.read import read_config
 from helpers.errors import (
     EXIT_FAULT,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from helpers.training.validation import Prompt, Validator
 
 MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a finite gradient; fp16 first has to find its loss scale
+PICTURES_REFINED = 4  # of the data, for the validation of a model that refines pictures
 
 
 def main() -> int:
@@ -119,10 +121,14 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.validation import read_prompts
 
     # Which network, which weights, which loss: each refuses here what it cannot do, before hours of caching.
+    config = of_the_base_model(config, runtime, report)
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
     prompts = read_prompts(config.validation)
+    if family.refines:
+        report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
+        prompts = []
     gc.freeze()
     gc.enable()
 
@@ -137,7 +143,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         found.require_same_run(identity)
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
-    settings = data_settings(config, runtime, found, state, accumulation, prompts)
+    settings = data_settings(config, runtime, found, state, accumulation, prompts, family.refines)
     data = prepare_data(config.datasets, settings, family, workers(runtime), report)
     if found and (changed := found.changed_data(data.fingerprint(like=found.content["data"]), config.data.accept_changed_data)):
         state.order = OrderStart(state.step, found.content["untouched_epoch"])
@@ -255,6 +261,22 @@ def look_at_data(
         report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
     survey_data(config.datasets, data_settings(config, runtime, found, state, accumulation, ()), family, workers(runtime), report)
     report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
+def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Config:
+    """The settings for the family that the base model is of: the wrapper of SDXL trains its refiner too."""
+    from helpers.families.recognise import recognise
+
+    families = known_facts().families
+    if runtime.is_main:
+        recognise(config.family_name, config.model, config.cache)  # fetches the model, or makes it of a single file: once
+    runtime.wait_for_everyone()
+    found = families[recognise(config.family_name, config.model, config.cache)]
+    if found.name != config.family_name:
+        defaults = [f"{name} {show(value)}" for name, value in found.defaults.items() if name not in config.given]
+        config = config.of_family(found)
+        report.chapter("model", " · ".join((f"{found.title}, by its model_index.json", *defaults)))
+    for note in config.of_other_families(families):
+        report.chapter("", note)
+    return config
 
 
 def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: TrainState, accumulation: int) -> Config:
@@ -301,7 +323,13 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
 
 
 def data_settings(
-    config: Config, runtime: Runtime, found: Found | None, state: TrainState, accumulation: int, prompts: Sequence[Prompt]
+    config: Config,
+    runtime: Runtime,
+    found: Found | None,
+    state: TrainState,
+    accumulation: int,
+    prompts: Sequence[Prompt],
+    refines: bool = False,
 ) -> DataSettings:
     from helpers.data.settings import DataSettings
     from helpers.training.validation import captions_to_encode
@@ -321,7 +349,7 @@ def data_settings(
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
-        extra_captions=captions_to_encode(prompts, config.validation),
+        extra_captions=captions_to_encode(prompts, config.validation, refines),
     )
 
 
@@ -346,6 +374,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "train_batch_size": config.data.train_batch_size,
         "caption_dropout_probability": config.data.caption_dropout_probability,
         "sdxl_original_size": config.data.sdxl_original_size,
+        "data_aesthetic_score": config.model.data_aesthetic_score,
         "latent_sampling": config.cache.latent_sampling,
         "mixed_precision": config.run.mixed_precision,
         "optimizer": config.optimizer.optimizer,
@@ -373,15 +402,29 @@ def make_validator(
     prompts: Sequence[Prompt],
     state: TrainState,
 ) -> Validator:
-    from helpers.training.validation import Validator, parse_sizes
+    from helpers.training.validation import Validator, first_pictures, parse_sizes
 
+    starts = first_pictures(data.steps(0, PICTURES_REFINED), PICTURES_REFINED) if family.refines else {}
     sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.downsampling)
     spacing = config.objective.inference_scheduler_timestep_spacing
 
     def text(caption: str | None) -> TextTensors:
         return data.text(caption) if caption else data.unconditional
 
-    return Validator(config.validation, spacing, family, objective, runtime, prompts, sizes, text, config.run.output_dir, state.seed)
+    return Validator(
+        config.validation,
+        spacing,
+        family,
+        objective,
+        runtime,
+        [*prompts, *starts],
+        sizes,
+        text,
+        config.run.output_dir,
+        state.seed,
+        starts,
+        config.objective.refiner_training_strength,
+    )
 
 
 def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Path]:

@@ -10,6 +10,7 @@ ours are resized and cut as for training as well, and shrunk and packed as JPEG.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -72,10 +73,10 @@ class Report:
 
 def many_images(folder: Path, count: int) -> Report:
     catalogue = Catalogue(folder / "many.sqlite")
-    columns = "dataset, key, kind, stem, size, modified_ns, etag, was_read, width, height, caption, left_out, content"
+    columns = "dataset, key, kind, stem, size, modified_ns, etag, was_read, width, height, captions, left_out, content"
     with catalogue.transaction() as database:
         used = (
-            ("benchmark", f"{n:07}.jpg", "image", f"{n:07}", n, n, "", 1, 600 + n % 1400, 800, caption(n), None, f"{n - n % 97 // 96:064}")
+            ("benchmark", f"{n:07}.jpg", "image", f"{n:07}", n, n, "", 1, 600 + n % 1400, 800, json.dumps([caption(n)]), None, f"{n - n % 97 // 96:064}")
             for n in range(count)
         )
         lost = (

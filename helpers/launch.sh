@@ -44,7 +44,7 @@ simpletuner_missing_env_file() {
     fi
     local name=${simpletuner_env_files[0]}
     simpletuner_refuse "there is no $name here or in $simpletuner_root; make one and fill it in:" \
-        "cp '$simpletuner_root/$name.example' '$simpletuner_root/$name' (or see a run first: ./$(basename "$0") --demo)"
+        "cp '$simpletuner_root/$name.example' '$simpletuner_root/$name' (or see a run first: ./train_sdxl.sh --demo)"
 }
 
 [[ -z $simpletuner_not_yet ]] || simpletuner_refuse "$simpletuner_not_yet; SDXL can: ./train_sdxl.sh"

@@ -99,6 +99,7 @@ class ModelFamily(Protocol):
     latents: LatentSpec
     name: str  # model folder or hub name, for messages and cards
     identity: str  # a hash of the denoiser's weights: a run goes on only with the model it began with
+    refines: bool  # whether its pictures begin with pictures (img2img) and not with noise
     lora_targets: tuple[str, ...]  # module name endings that an adapter goes to unless the user names others
     scheduler_config: Mapping[str, Any]  # the checkpoint's own noise schedule
 
@@ -125,7 +126,7 @@ class ModelFamily(Protocol):
         ...
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        """A diffusers pipeline that goes from embeddings to latents: it holds no text encoders and no VAE."""
+        """A diffusers pipeline from embeddings, and latents as `image` where the family refines, to latents: without encoders and VAE."""
         ...
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import masked, options_of, show
+from helpers.config.facts import Facts
 from helpers.config.options import (
     OPTIONS,
     SECTIONS,
@@ -30,6 +31,7 @@ from helpers.config.options import (
     ValidationOptions,
 )
 from helpers.config.sources import DEFAULT
+from helpers.errors import ConfigError
 
 __all__ = ["DEFAULT", "Config"]
 
@@ -96,6 +98,25 @@ class Config:
             sections[attribute] = dataclasses.replace(sections.get(attribute, getattr(self, attribute)), **{name: value})
         origins = {**self.origins, **dict.fromkeys(values, origin)}
         return dataclasses.replace(self, origins=origins, given=self.given | values.keys(), **sections)
+
+    def of_family(self, family: Facts) -> Config:
+        """The same Config for another family than was asked for, which the base model turned out to be of.
+
+        Its defaults count where nobody set anything. ConfigError holds what it refuses.
+        """
+        defaults = {name: value for name, value in family.defaults.items() if name not in self.given}
+        config = dataclasses.replace(self.replaced(f"family {family.name}", **defaults), family_name=family.name)
+        if problems := list(family.judge(config.values())):
+            raise ConfigError(*problems)
+        return config
+
+    def of_other_families(self, families: Mapping[str, Facts]) -> Iterator[str]:
+        """One sentence for every setting that somebody made and that only other families than this one know."""
+        own = families[self.family_name].options
+        for name in self.values():
+            knows = [family.title for family in families.values() if name in family.options]
+            if knows and name in self.given - own and self.values()[name] != OPTIONS[name].default:
+                yield f"{self.origins[name]} does nothing for {families[self.family_name].title}, only for {' and '.join(knows)}."
 
 
 def _entry(entry: Entry | TableConfig) -> dict[str, Any]:

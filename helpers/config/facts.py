@@ -17,10 +17,12 @@ class Facts:
     """One choice on an axis (a family, a method, an objective), as far as it can be told without torch.
 
     `defaults` replace declared defaults of options the user did not set; `judge` yields one sentence for every setting that
-    this choice refuses, naming the option and the remedy.
+    this choice refuses, naming the option and the remedy. `options` mean something to this choice, and nothing to those that do not
+    name them too.
     """
 
     name: str
     title: str
     defaults: Settings = field(default_factory=dict)
+    options: frozenset[str] = frozenset()
     judge: Callable[[Settings], Iterable[str]] = no_objection

@@ -5,5 +5,7 @@ from __future__ import annotations
 from helpers.registry import Registry
 
 FAMILIES: Registry = {
+    "sd2x": "helpers.families.sd:StableDiffusion",
     "sdxl": "helpers.families.sdxl:SDXL",
+    "sdxl_refiner": "helpers.families.sdxl_refiner:SDXLRefiner",
 }

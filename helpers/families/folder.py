@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -21,14 +22,10 @@ def locate(name: str, revision: str | None = None, variant: str | None = None) -
         if not (folder / "model_index.json").is_file():
             raise ModelError(f"--pretrained_model_name_or_path: {folder} is not a model in diffusers layout: it has no model_index.json.")
         return folder
-    if folder.is_file():
-        raise ModelError(
-            f"--pretrained_model_name_or_path: {folder} is a single file; convert it to a diffusers folder first "
-            "(StableDiffusionXLPipeline.from_single_file(...).save_pretrained(...))."
-        )
     return _fetch(name, revision, variant)
 
 
+@functools.cache  # asked once a process: the hub's answer takes a second
 def _fetch(name: str, revision: str | None, variant: str | None) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -62,12 +59,15 @@ def require_components(folder: Path, components: Sequence[str]) -> None:
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
+    for component in (folder / name for name in components):
+        if any(component.glob("*.bin")) and not any(component.glob("*.safetensors")):
+            raise ModelError(f"The weights in {component} are no .safetensors; convert them first, formats that run code are not opened.")
     for path in (path for name in components for path in sorted((folder / name).glob("*.safetensors"))):
-        if _is_cut_off(path):
+        if is_cut_off(path):
             raise ModelError(f"{path} is cut off, as an interrupted download leaves it: fetch the model again.")
 
 
-def _is_cut_off(path: Path) -> bool:
+def is_cut_off(path: Path) -> bool:
     """Whether a safetensors file ends before its last tensor does. Reads the header alone; a damaged one counts as cut off."""
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -129,10 +129,10 @@ class WeightsHashes:
         for folder in folders:
             for path in sorted(folder.rglob("*")):
                 if path.suffix in (".safetensors", ".json", ".txt", ".model"):
-                    digest.update(f"{path.relative_to(folder)} {self._file(path)}\n".encode())
+                    digest.update(f"{path.relative_to(folder)} {self.of_file(path)}\n".encode())
         return digest.hexdigest()
 
-    def _file(self, path: Path) -> str:
+    def of_file(self, path: Path) -> str:
         state = path.stat()
         name = f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
         if name not in self.known:

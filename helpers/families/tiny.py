@@ -1,29 +1,77 @@
 """Miniature models: the real architecture and file layout of a family, with random weights, in a megabyte or less.
 
-Tests train them and the embedded default (`demo/`) starts from one. Everything is made here, offline and from a seed; the folders
-load with plain diffusers.
+    python -m helpers.families.tiny sdxl /tmp/tiny-sdxl
+
+Tests train them, the embedded default (`demo/`) starts from one, and whoever changes the trainer can try a family in seconds. Everything
+is made offline and from a seed; the folders load with plain diffusers.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from helpers import registry
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+MINIATURES: registry.Registry = {  # each writes a model into a folder: (folder, seed=) => the folder
+    "sd1": "helpers.families.tiny_sd:write_sd1",
+    "sd2": "helpers.families.tiny_sd:write_sd2",
+    "sdxl": "helpers.families.tiny:write_sdxl",
+    "sdxl_refiner": "helpers.families.tiny_sd:write_sdxl_refiner",
+}
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 MAX_TOKENS = 77
 
 WORDS = (
-    "a", "an", "and", "at", "in", "of", "on", "the", "with", "photo", "picture", "painting", "background",
-    "red", "green", "blue", "yellow", "orange", "purple", "white", "black", "gray", "cyan", "pink", "brown",
-    "circle", "square", "triangle", "cat", "dog", "person", "house", "tree", "flower", "sky", "sea", "street", "small", "large",
+    "a",
+    "an",
+    "and",
+    "at",
+    "in",
+    "of",
+    "on",
+    "the",
+    "with",
+    "photo",
+    "picture",
+    "painting",
+    "background",
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "orange",
+    "purple",
+    "white",
+    "black",
+    "gray",
+    "cyan",
+    "pink",
+    "brown",
+    "circle",
+    "square",
+    "triangle",
+    "cat",
+    "dog",
+    "person",
+    "house",
+    "tree",
+    "flower",
+    "sky",
+    "sea",
+    "street",
+    "small",
+    "large",
 )
 
 SDXL_SCHEDULE: Mapping[str, Any] = {
@@ -80,17 +128,21 @@ def build_sdxl(
     scheduler: Mapping[str, Any] | None = None,
 ) -> StableDiffusionXLPipeline:
     """A miniature SDXL in memory, float32, as `write_sdxl` writes it."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
     sizes = sizes or SdxlSizes()
     vocab, merges = word_vocabulary(vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return StableDiffusionXLPipeline(
-            vae=_vae(sizes),
+            vae=small_vae(sizes.vae_channels, sizes.vae_groups, sizes.vae_layers, scale=0.13025),
             text_encoder=CLIPTextModel(_text_config(sizes, sizes.text_width, len(vocab), "quick_gelu")),
             text_encoder_2=CLIPTextModelWithProjection(_text_config(sizes, sizes.text_2_width, len(vocab), "gelu")),
             # SDXL's two tokenizers differ in what they pad with
-            tokenizer=_tokenizer(vocab, merges, pad=EOS),
-            tokenizer_2=_tokenizer(vocab, merges, pad="!"),
+            tokenizer=clip_tokenizer(vocab, merges, pad=EOS),
+            tokenizer_2=clip_tokenizer(vocab, merges, pad="!"),
             unet=_unet(sizes),
             scheduler=EulerDiscreteScheduler(**{**SDXL_SCHEDULE, **(scheduler or {})}),
             add_watermarker=False,
@@ -99,10 +151,16 @@ def build_sdxl(
 
 def save_sdxl(pipeline: StableDiffusionXLPipeline, folder: str | Path) -> Path:
     """Write a pipeline of `build_sdxl` as safetensors, with tokenizers that older tools read too."""
+    return save_pipeline(pipeline, folder)
+
+
+def save_pipeline(pipeline: Any, folder: str | Path) -> Path:
+    """Write a pipeline as safetensors, with CLIP tokenizers that older tools read too => the folder."""
     folder = Path(folder)
     pipeline.save_pretrained(folder, safe_serialization=True)
     for name in ("tokenizer", "tokenizer_2"):
-        write_legacy_tokenizer(getattr(pipeline, name), folder / name)
+        if getattr(pipeline, name, None) is not None:
+            write_legacy_tokenizer(getattr(pipeline, name), folder / name)
     return folder
 
 
@@ -159,20 +217,28 @@ def _merge(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
-def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], *, pad: str) -> CLIPTokenizer:
+def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], *, pad: str) -> CLIPTokenizer:
+    """CLIP's tokenizer over a vocabulary of `word_vocabulary`."""
+    from transformers import CLIPTokenizer
+
     return CLIPTokenizer(
         vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=pad, model_max_length=MAX_TOKENS
     )
 
 
-def _text_config(sizes: SdxlSizes, width: int, tokens: int, activation: str) -> CLIPTextConfig:
+def clip_config(
+    tokens: int, width: int, *, layers: int = 2, heads: int = 2, projection: int = 32, activation: str = "quick_gelu"
+) -> CLIPTextConfig:
+    """A small CLIP text encoder over a vocabulary of `tokens` that ends with begin and end of text."""
+    from transformers import CLIPTextConfig
+
     return CLIPTextConfig(
         vocab_size=tokens,
         hidden_size=width,
         intermediate_size=4 * width,
-        projection_dim=sizes.pooled_width,
-        num_hidden_layers=sizes.text_layers,
-        num_attention_heads=sizes.text_heads,
+        projection_dim=projection,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         max_position_embeddings=MAX_TOKENS,
         hidden_act=activation,
         bos_token_id=tokens - 2,
@@ -181,7 +247,15 @@ def _text_config(sizes: SdxlSizes, width: int, tokens: int, activation: str) -> 
     )
 
 
+def _text_config(sizes: SdxlSizes, width: int, tokens: int, activation: str) -> CLIPTextConfig:
+    return clip_config(
+        tokens, width, layers=sizes.text_layers, heads=sizes.text_heads, projection=sizes.pooled_width, activation=activation
+    )
+
+
 def _unet(sizes: SdxlSizes) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -201,15 +275,33 @@ def _unet(sizes: SdxlSizes) -> UNet2DConditionModel:
     )
 
 
-def _vae(sizes: SdxlSizes) -> AutoencoderKL:
-    levels = len(sizes.vae_channels)
+def small_vae(channels: Sequence[int] = (8, 16, 16, 16), groups: int = 4, layers: int = 1, *, scale: float) -> AutoencoderKL:
+    """A VAE of as many levels as `channels`; each level but the last halves the edges."""
+    from diffusers import AutoencoderKL
+
     return AutoencoderKL(
-        block_out_channels=sizes.vae_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=sizes.vae_layers,
-        norm_num_groups=sizes.vae_groups,
+        block_out_channels=tuple(channels),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=layers,
+        norm_num_groups=groups,
         latent_channels=4,
         sample_size=64,
-        scaling_factor=0.13025,
+        scaling_factor=scale,
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.families.tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("family", choices=MINIATURES, help="whose architecture and files")
+    parser.add_argument("folder", type=Path, help="where the model is written to")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (default: 0)")
+    options = parser.parse_args(arguments)
+    write: Callable[..., Path] = registry.load(MINIATURES, options.family)
+    print(write(options.folder, seed=options.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_OUTSIDE_BLOCKS = {
+OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
@@ -29,8 +29,8 @@ def original_name(module: str, layers_per_block: int, attention_levels: tuple[bo
     `layers_per_block` is the U-Net's own; `attention_levels` says for each up block whether it has attention layers, which
     stand between its residual block and its upsampler. Raises KeyError for a module that the layout has no name for.
     """
-    if module in _OUTSIDE_BLOCKS:
-        return _OUTSIDE_BLOCKS[module]
+    if module in OUTSIDE_BLOCKS:
+        return OUTSIDE_BLOCKS[module]
     match = _BLOCK.fullmatch(module)
     if not match:
         raise KeyError(module)

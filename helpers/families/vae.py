@@ -2,12 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from helpers.errors import ModelError
+from helpers.families import folder
+from helpers.families.checkpoint import Checkpoint
+from helpers.protocols import LatentSpec
+
+if TYPE_CHECKING:
+    from helpers.config.options import CacheOptions, ModelOptions
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Where the VAE of a run is and how it is used: the base model's own, or the one that the user named."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    base: Checkpoint
+    dtype: str  # --vae_dtype
+    deviations: bool  # whether each step draws from the posterior
+
+    @classmethod
+    def open(cls, base: Checkpoint, options: ModelOptions, cache: CacheOptions) -> Vae:
+        """Raises ModelError when the VAE is neither a folder here nor on the hub."""
+        found = locate(options.pretrained_vae_model_name_or_path, base)
+        return cls(found, folder.read_json(found / "config.json"), base, cache.vae_dtype, cache.latent_sampling == "sample")
+
+    @property
+    def latents(self) -> LatentSpec:
+        levels = len(self.config["block_out_channels"])  # each but the last halves the edges
+        return LatentSpec(channels=self.config["latent_channels"], downsampling=2 ** (levels - 1))
+
+    @contextmanager
+    def codec(self, device: torch.device) -> Iterator[VaeCodec]:
+        """Encodes and decodes on a device. Raises ModelError for fp16 with a VAE that overflows there."""
+        dtype = self._dtype(device)
+        facts = {"weights": self.base.hashes.of(self.folder), "dtype": str(dtype), "deviations": self.deviations}
+
+        def load() -> Any:
+            from diffusers import AutoencoderKL
+
+            return folder.load_component(AutoencoderKL, self.folder, "", dtype, self.base.variant)
+
+        codec = VaeCodec(load, dict(self.config), folder.fingerprint(facts), device, self.deviations)
+        with released(codec, device):
+            yield codec
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype == "fp16" and self.config.get("force_upcast", True):
+            raise ModelError(
+                "--vae_dtype=fp16: this VAE overflows in fp16 and would give black images (its config says force_upcast); "
+                "use bf16 or fp32, or a VAE made for fp16 with --pretrained_vae_model_name_or_path."
+            )
+        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(self.dtype, usual)
+
+
+class VaeSettings:
+    """Stands where a pipeline looks into the settings of its VAE and asks nothing else of it, since it is handed latents."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from diffusers.configuration_utils import FrozenDict
+
+        self.config = FrozenDict(config)
+
+
+def locate(name: str | None, base: Checkpoint) -> Path:
+    """The folder of a VAE, of the base model where none is named."""
+    if not name:
+        return base.folder / "vae"
+    found = Path(name).expanduser()
+    if found.is_dir():
+        return found / "vae" if (found / "vae").is_dir() else found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(f"--pretrained_vae_model_name_or_path: {name!r} is neither a folder here nor a model of the hub.") from error
 
 
 class VaeCodec:

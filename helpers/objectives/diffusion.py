@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
+from helpers.config.options import OPTIONS
 from helpers.errors import ConfigError
 from helpers.protocols import Corrupted
 
@@ -23,6 +24,15 @@ def _judge(settings: Settings) -> Iterable[str]:
             "--rescale_betas_zero_snr needs --prediction_type=v_prediction: at the last timestep there is only noise, "
             "and a network that answers with the noise has nothing to learn there."
         )
+    if settings["refiner_training"]:
+        if settings["sdxl_refiner_uses_full_range"]:
+            yield "--refiner_training and --sdxl_refiner_uses_full_range exclude each other; remove one."
+        if settings["refiner_training_invert_schedule"] and settings["refiner_training_strength"] == 1:
+            yield "--refiner_training_invert_schedule leaves nothing of a --refiner_training_strength of 1; lower it."
+    else:
+        for name in ("refiner_training_strength", "refiner_training_invert_schedule"):
+            if settings[name] != OPTIONS[name].default:
+                yield f"--{name} needs --refiner_training."
 
 
 class Diffusion:
@@ -42,6 +52,7 @@ class Diffusion:
         self.scheduler_config = _effective_schedule(options, scheduler_config)
         self.prediction_type: str = self.scheduler_config["prediction_type"]
         self.alphas_cumprod: Tensor = DDPMScheduler.from_config(dict(self.scheduler_config)).alphas_cumprod.float()
+        self.timesteps = trained_timesteps(options, len(self.alphas_cumprod))
 
     def corrupt(self, latents: Tensor, draws: StepDraws) -> Corrupted:
         """latents (B, C, h, w) float32 => what the network sees and should answer, on the latents' device."""
@@ -74,8 +85,8 @@ class Diffusion:
         return noise.to(latents.device)
 
     def _timesteps(self, draws: StepDraws) -> Tensor:
-        """(B,) integers in [0, T): one from each of as many equal strata as the global step has samples."""
-        return (draws.strata("timestep") * len(self.alphas_cumprod)).long()
+        """(B,) integers of the trained ones: one from each of as many equal strata as the global step has samples."""
+        return self.timesteps.start + (draws.strata("timestep") * len(self.timesteps)).long()
 
     def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -86,6 +97,20 @@ class Diffusion:
             assert self.options.snr_gamma is not None
             return min_snr_weight(self.alphas_cumprod[timesteps].double(), self.options.snr_gamma, self.prediction_type).float()
         return self.alphas_cumprod.new_full(timesteps.shape, self.options.snr_weight)
+
+
+def trained_timesteps(options: ObjectiveOptions, total: int) -> range:
+    """The timesteps of a schedule of `total` that are drawn from: all of them, or those that one of two experts is for.
+
+    Both experts of one strength share the schedule without overlap or gap. Raises ConfigError when nothing is left to train.
+    """
+    if not options.refiner_training or options.sdxl_refiner_uses_full_range:
+        return range(total)
+    border = round(options.refiner_training_strength * total)
+    timesteps = range(border, total) if options.refiner_training_invert_schedule else range(border)
+    if not timesteps:
+        raise ConfigError(f"--refiner_training_strength={options.refiner_training_strength:g} leaves no timestep of {total} to train on.")
+    return timesteps
 
 
 def min_snr_weight(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:

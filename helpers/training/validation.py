@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from helpers.training.runtime import Runtime, undisturbed
 
 if TYPE_CHECKING:
     from helpers.config.options import ValidationOptions
+    from helpers.data.batches import Batch
 
 FOLDER = "validation_images"
 UNCONDITIONAL = "unconditional"
@@ -37,6 +38,30 @@ class Prompt:
     text: str | None
 
 
+@dataclass(frozen=True)
+class Start:
+    """A picture of the data that a picture begins with: latents (C, h, w) and what its caption became."""
+
+    latents: torch.Tensor
+    text: TextTensors
+
+
+def first_pictures(steps: Iterable[Sequence[Batch]], count: int) -> dict[Prompt, Start]:
+    """The first `count` samples of some steps, as prompts with the pictures to begin with; fewer where the data has no more.
+
+    Each step is this process's batches.
+    """
+    found: dict[Prompt, Start] = {}
+    seen = set()
+    for batch in itertools.chain.from_iterable(steps):
+        for index, sample in enumerate(batch.samples):
+            if len(found) < count and (sample.dataset, sample.key) not in seen:
+                seen.add((sample.dataset, sample.key))
+                text = {name: tensor[index] for name, tensor in batch.text.items()}
+                found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text)
+    return found
+
+
 def read_prompts(options: ValidationOptions) -> list[Prompt]:
     """The prompts in the order of their pictures: unconditional, the user's library, `--validation_prompt`."""
     named: dict[str, str] = {}
@@ -48,10 +73,10 @@ def read_prompts(options: ValidationOptions) -> list[Prompt]:
     return blank + [Prompt(name, text) for name, text in named.items()]
 
 
-def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions) -> list[str]:
-    """What the pictures of some prompts need of the text encoders."""
+def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, refines: bool = False) -> list[str]:
+    """What the pictures of some prompts need of the text encoders; a family that `refines` makes them of captions of the data."""
     spoken = [prompt.text for prompt in prompts if prompt.text]
-    return [*spoken, options.validation_negative_prompt] if spoken else []
+    return [*spoken, options.validation_negative_prompt] if spoken or refines else []
 
 
 def _library(path: Path) -> dict[str, str]:
@@ -93,7 +118,8 @@ def _size(text: str, alignment: int) -> Size:
 class Validator:
     """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
 
-    Training is bit-identical whether pictures were made or not.
+    A picture begins with noise, or with a picture of the data where `starts` has one for its prompt; then `strength` says how much of
+    the schedule it goes back to. Training is bit-identical whether pictures were made or not.
     """
 
     def __init__(
@@ -108,6 +134,8 @@ class Validator:
         text: Callable[[str | None], TextTensors],
         output_dir: Path,
         seed: int,
+        starts: Mapping[Prompt, Start] | None = None,
+        strength: float = 1.0,
     ) -> None:
         self.options = options
         self.timestep_spacing = timestep_spacing
@@ -117,6 +145,8 @@ class Validator:
         self.prompts = prompts
         self.sizes = sizes
         self.text = text
+        self.starts = starts or {}
+        self.strength = strength
         self.folder = output_dir / FOLDER
         self.seed = options.validation_seed if options.validation_seed is not None else seed
 
@@ -141,7 +171,14 @@ class Validator:
         return images
 
     def _wanted(self) -> Iterator[tuple[Prompt, Size, int]]:
-        return itertools.product(self.prompts, self.sizes, range(self.options.num_validation_images))
+        for prompt in self.prompts:
+            yield from itertools.product([prompt], self._sizes(prompt), range(self.options.num_validation_images))
+
+    def _sizes(self, prompt: Prompt) -> Sequence[Size]:
+        if prompt not in self.starts:
+            return self.sizes
+        height, width = (side * self.family.latents.downsampling for side in self.starts[prompt].latents.shape[1:])
+        return [Size(width, height)]
 
     def _latents(self, trainable: Trainable, prompt: Prompt, size: Size, index: int) -> torch.Tensor:
         options = self.options
@@ -149,13 +186,23 @@ class Validator:
         pipeline = self.family.pipeline(trainable.denoiser, schedule)
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
-        arguments = self.family.prompt_arguments(self.text(prompt.text), negative)
+        start = self.starts.get(prompt)
+        text = start.text if start else self.text(prompt.text)
+        tensors = self.family.prompt_arguments(text, negative)
+        shape: dict[str, object] = {
+            "width": size.width,
+            "height": size.height,
+            "num_inference_steps": options.validation_num_inference_steps,
+        }
+        if start:
+            tensors["image"] = start.latents.unsqueeze(0)
+            # Of the steps of the whole schedule, this share is made: at least one.
+            steps = max(options.validation_num_inference_steps, math.ceil(1 / self.strength))
+            shape = {"strength": self.strength, "num_inference_steps": steps}
         seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
         return pipeline(
-            **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in arguments.items()},
-            width=size.width,
-            height=size.height,
-            num_inference_steps=options.validation_num_inference_steps,
+            **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in tensors.items()},
+            **shape,
             guidance_scale=options.validation_guidance,
             guidance_rescale=options.validation_guidance_rescale,
             generator=torch.Generator().manual_seed(seed),

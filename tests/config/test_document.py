@@ -12,7 +12,6 @@ from helpers.config.document import options_page
 from helpers.config.env_file import read_env_file
 from helpers.config.options import OPTIONS
 from helpers.config.read import KNOWN_VARIABLES, FactsByAxis, read_config
-from helpers.errors import ConfigError
 
 EXAMPLES = ["sdxl-env.sh.example", "sd21-env.sh.example"]
 
@@ -73,12 +72,11 @@ def test_the_sdxl_example_needs_only_its_paths_changed(repository: Path, tmp_pat
     assert config.origins["learning_rate"].startswith("LEARNING_RATE (env.sh:")
 
 
-def test_the_sd2_example_asks_for_nothing_but_the_8_bit_library(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sd2_example_needs_only_its_paths_changed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    try:
-        settings_of(repository / "sd21-env.sh.example", tmp_path)
-    except ConfigError as error:
-        assert all("needs the library bitsandbytes" in problem for problem in error.problems)
+    config = settings_of(repository / "sd21-env.sh.example", tmp_path)
+    assert config.notes == ()
+    assert (config.method_name, config.run.max_train_steps, config.data.resolution) == ("lora", 3000, 768)
 
 
 def test_the_migration_page_names_every_option_that_does_nothing(repository: Path) -> None:

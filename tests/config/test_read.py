@@ -126,7 +126,8 @@ def test_another_network_is_refused_by_name_until_it_is_built(variable: str, rea
 
 def test_the_wrapper_chooses_the_family(read: Read, refuse: Refuse) -> None:
     assert read(SIMPLETUNER_FAMILY="sdxl").family_name == "sdxl"
-    assert "'sd2x' is not available yet" in refuse(SIMPLETUNER_FAMILY="sd2x")
+    assert read(SIMPLETUNER_FAMILY="sd2x").family_name == "sd2x"
+    assert "'sd3' is not available yet" in refuse(SIMPLETUNER_FAMILY="sd3")
 
 
 def test_the_method_and_objective_are_named(read: Read) -> None:

@@ -1,4 +1,4 @@
-"""The quick start followed step by step, as its reader would, on a miniature SDXL and three photographs."""
+"""The quick starts followed step by step, as their reader would, on miniatures and three photographs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.documentation.pages import ROOT, Page
 
 PHOTOGRAPHS = ("coffee.jpg", "cat.webp", "camera.png")
 SDXL_ON_THE_HUB = "stabilityai/stable-diffusion-xl-base-1.0"
+REFINER_ON_THE_HUB = "stabilityai/stable-diffusion-xl-refiner-1.0"
+SD2_ON_THE_HUB = "stabilityai/stable-diffusion-2-1"
 # What makes the run of a page last seconds.
 SMALL = (
     "--resolution_type=pixel --resolution=64 --max_train_steps=2 --gradient_accumulation_steps=1 --lr_warmup_steps=0"
@@ -31,16 +34,20 @@ class Reader:
 
     clone: Path
     home: Path
-    model: Path
+    models: Mapping[str, Path]  # by their names on the hub
     python: str = sys.executable
+    settings: str = "sdxl-env.sh"
 
     def own(self, text: str) -> str:
-        """Text of a page with the reader's folder and model in it."""
-        return text.replace("/home/user", str(self.home)).replace(SDXL_ON_THE_HUB, str(self.model))
+        """Text of a page with the reader's folder and models in it."""
+        text = text.replace("/home/user", str(self.home))
+        for name, folder in self.models.items():
+            text = text.replace(name, str(folder))
+        return text
 
     def type(self, commands: str) -> str:
-        """Run shell commands in the clone, `./train_sdxl.sh` for seconds only; returns what they said, insisting on exit code 0."""
-        small = re.sub(r"^\./train_sdxl\.sh", rf"\g<0> {SMALL}", self.own(commands), flags=re.MULTILINE)
+        """Run shell commands in the clone, a wrapper for seconds only; returns what they said, insisting on exit code 0."""
+        small = re.sub(r"^\./train_\w+\.sh", rf"\g<0> {SMALL}", self.own(commands), flags=re.MULTILINE)
         environ = {**os.environ, "SIMPLETUNER_PYTHON": self.python}
         ended = subprocess.run(
             ["bash", "-ec", small], cwd=self.clone, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
@@ -50,7 +57,7 @@ class Reader:
 
     def edit(self, settings: str) -> None:
         """Put the settings of a page into the env file, in the lines where they stand already."""
-        file = self.clone / "sdxl-env.sh"
+        file = self.clone / self.settings
         lines = file.read_text(encoding="utf-8").splitlines()
         for line in self.own(settings).splitlines():
             name = line.partition("=")[0]
@@ -59,23 +66,29 @@ class Reader:
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def new_reader(folder: Path, model: Path, pictures: str) -> Reader:
+def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings: str = "sdxl-env.sh") -> Reader:
     clone, home = folder / "clone", folder / "home"
     clone.mkdir(parents=True)
-    for name in ("train_sdxl.sh", "sdxl-env.sh.example"):
+    for name in ("train_sdxl.sh", "train_sd2x.sh", "sdxl-env.sh.example", "sd21-env.sh.example"):
         (clone / name).symlink_to(ROOT / name)
     (home / pictures).mkdir(parents=True)
     for name in PHOTOGRAPHS:
         for file in (name, Path(name).with_suffix(".txt").name):
             shutil.copy(ROOT / "demo" / "photos" / file, home / pictures)
-    return Reader(clone, home, model)
+    return Reader(clone, home, models, settings=settings)
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from helpers.families.tiny import write_sdxl
+def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Miniatures in place of the models that the pages name."""
+    from helpers.families import tiny, tiny_sd
 
-    return write_sdxl(tmp_path_factory.mktemp("model") / "sdxl")
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        SDXL_ON_THE_HUB: tiny.write_sdxl(folder / "sdxl"),
+        REFINER_ON_THE_HUB: tiny_sd.write_sdxl_refiner(folder / "refiner"),
+        SD2_ON_THE_HUB: tiny_sd.write_sd2(folder / "sd2"),
+    }
 
 
 @dataclass(frozen=True)
@@ -88,9 +101,9 @@ class Followed:
 
 
 @pytest.fixture(scope="session")
-def quick_start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Followed:
+def quick_start(models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Followed:
     page = Page.named("documentation/QUICKSTART.md")
-    reader = new_reader(tmp_path_factory.mktemp("quickstart"), model, "training/pictures")
+    reader = new_reader(tmp_path_factory.mktemp("quickstart"), models, "training/pictures")
     datasets = reader.home / "training" / "multidatabackend.json"
     assert f"`/home/user/training/{datasets.name}`" in page.text
     datasets.write_text(reader.own(page.section("2. ").block("json")), encoding="utf-8")

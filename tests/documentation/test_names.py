@@ -18,6 +18,8 @@ GUIDES = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "documentation/QUICKSTART.md",
+    "documentation/QUICKSTART_SD2.md",
+    "documentation/REFINER.md",
     "documentation/DATALOADER.md",
     "documentation/ARCHITECTURE.md",
 ]

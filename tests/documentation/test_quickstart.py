@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ print(config.datasets[0].instance_data_dir, config.run.output_dir, config.valida
 """
 
 
-def test_the_lines_for_ones_own_pictures_in_the_readme_are_accepted(model: Path, tmp_path: Path) -> None:
+def test_the_lines_for_ones_own_pictures_in_the_readme_are_accepted(models: Mapping[str, Path], tmp_path: Path) -> None:
     judge = tmp_path / "judge"
     judge.write_text(JUDGE.format(python=sys.executable, root=str(ROOT)))
     judge.chmod(0o755)
-    reader = dataclasses.replace(new_reader(tmp_path, model, "pictures"), python=str(judge))
+    reader = dataclasses.replace(new_reader(tmp_path, models, "pictures"), python=str(judge))
     said = reader.type(README.section("Your own pictures").block("bash"))
     assert said.splitlines()[-1] == f"{reader.home}/pictures|output|a photo of my dog"

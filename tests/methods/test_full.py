@@ -53,7 +53,7 @@ def test_the_pipeline_opens_in_diffusers_with_the_trained_weights_and_schedule(
 def test_tokenizers_of_the_pipeline_can_be_read_by_older_tools(family: SDXL, tmp_path: Path) -> None:
     for tokenizer in ("tokenizer", "tokenizer_2"):
         for name in ("vocab.json", "merges.txt"):
-            (family.folder / tokenizer / name).unlink(missing_ok=True)  # a base model that transformers 5 saved
+            (family.base.folder / tokenizer / name).unlink(missing_ok=True)  # a base model that transformers 5 saved
     method, trainable = trained(family)
     method.export(trainable, tmp_path, family.scheduler_config, None)
     from tokenizers import CharBPETokenizer, Tokenizer

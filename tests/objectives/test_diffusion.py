@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from helpers.config.options import ObjectiveOptions
+from helpers.config.options import OPTIONS, ObjectiveOptions
 from helpers.data.draws import StepDraws
 from helpers.errors import ConfigError
-from helpers.objectives.diffusion import Diffusion, min_snr_weight
+from helpers.objectives.diffusion import Diffusion, min_snr_weight, trained_timesteps
 
 SDXL_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -161,3 +161,56 @@ def test_a_sample_gets_the_same_noise_and_timestep_wherever_it_is_computed() -> 
         alone = objective.corrupt(LATENTS[place : place + 1], StepDraws(1, 7, (place,), 4))
         assert torch.equal(alone.noisy[0], together.noisy[place])
         assert alone.timesteps[0] == together.timesteps[place]
+
+
+# -- the part of the schedule that is trained -------------------------------------------------------------------------------
+
+
+def judged(**settings: object) -> list[str]:
+    return list(Diffusion.facts.judge({**{name: item.default for name, item in OPTIONS.items()}, **settings}))
+
+
+@pytest.mark.parametrize(("strength", "border"), [(0.2, 200), (0.35, 350), (0.001, 1), (0.999, 999)])
+def test_two_experts_share_the_schedule_without_overlap_or_gap(strength: float, border: int) -> None:
+    experts = [
+        trained_timesteps(
+            ObjectiveOptions(refiner_training=True, refiner_training_strength=strength, refiner_training_invert_schedule=inverted), 1000
+        )
+        for inverted in (False, True)
+    ]
+    assert experts == [range(border), range(border, 1000)]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 8])
+@pytest.mark.parametrize(("inverted", "low", "high"), [(False, 0, 199), (True, 200, 999)])
+def test_an_expert_sees_its_own_timesteps_only_and_all_of_them(samples: int, inverted: bool, low: int, high: int) -> None:
+    """At any number of samples in a step, and one from each of as many equal strata."""
+    objective = diffusion(refiner_training=True, refiner_training_invert_schedule=inverted)
+    seen = set()
+    for step in range(2000 // samples):
+        timesteps = objective.corrupt(torch.zeros(samples, 1, 1, 1), draws(samples, step)).timesteps
+        seen.update(timesteps.tolist())
+        strata = (timesteps - low) * samples // (high - low + 1)
+        assert sorted(strata.tolist()) == list(range(samples))
+    assert low <= min(seen) <= low + 4
+    assert high - 4 <= max(seen) <= high
+
+
+def test_the_whole_schedule_is_trained_by_default_and_by_a_refiner_that_is_asked_to() -> None:
+    assert diffusion().timesteps == range(1000)
+    assert diffusion(refiner_training=True, sdxl_refiner_uses_full_range=True).timesteps == range(1000)
+
+
+def test_a_part_without_timesteps_is_refused() -> None:
+    with pytest.raises(ConfigError, match="refiner_training_strength=0.0001 leaves no timestep"):
+        diffusion(refiner_training=True, refiner_training_strength=0.0001)
+    [problem] = judged(refiner_training=True, refiner_training_strength=1.0, refiner_training_invert_schedule=True)
+    assert "leaves nothing" in problem
+
+
+def test_settings_of_a_part_that_is_not_trained_are_refused() -> None:
+    assert judged(refiner_training=True, refiner_training_strength=0.3, refiner_training_invert_schedule=True) == []
+    assert judged(refiner_training_strength=0.3) == ["--refiner_training_strength needs --refiner_training."]
+    assert judged(refiner_training_invert_schedule=True) == ["--refiner_training_invert_schedule needs --refiner_training."]
+    [problem] = judged(refiner_training=True, sdxl_refiner_uses_full_range=True)
+    assert "exclude each other" in problem

@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.config.options import ValidationOptions
-from helpers.data.sample import Size
+from helpers.data.batches import Batch
+from helpers.data.draws import StepDraws
+from helpers.data.sample import Geometry, Sample, Size
 from helpers.errors import ConfigError
-from helpers.training.validation import Prompt, parse_sizes, read_prompts
+from helpers.training.validation import Prompt, first_pictures, parse_sizes, read_prompts
 
 TRAINED = Size(1216, 832)
 
@@ -57,3 +60,28 @@ def test_a_broken_prompt_library_is_named(content: str, tmp_path: Path) -> None:
     library.write_text(content)
     with pytest.raises(ConfigError, match=r"prompts\.json"):
         read_prompts(dataclasses.replace(ValidationOptions(), user_prompt_library=library))
+
+
+def batch(*keys: str) -> Batch:
+    size = Size(64, 64)
+    return Batch(
+        latents=torch.stack([torch.full((4, 8, 8), float(key)) for key in keys]),
+        text={"states": torch.stack([torch.full((3,), float(key)) for key in keys])},
+        captions=tuple(f"caption {key}" for key in keys),
+        samples=tuple(Sample("pictures", key, size, (f"caption {key}",)) for key in keys),
+        geometry=(Geometry(size, size, 0, 0, size),) * len(keys),
+        loss_weight=torch.ones(len(keys)),
+        draws=StepDraws(1, 0, tuple(range(len(keys))), len(keys)),
+        epoch=0,
+    )
+
+
+def test_pictures_to_begin_with_are_the_first_of_the_data_each_once() -> None:
+    found = first_pictures([[batch("1", "2"), batch("2")], [batch("3", "1", "4")]], 3)
+    assert [(prompt.name, prompt.text) for prompt in found] == [
+        ("picture_1", "caption 1"),
+        ("picture_2", "caption 2"),
+        ("picture_3", "caption 3"),
+    ]
+    assert [start.latents[0, 0, 0].item() for start in found.values()] == [1, 2, 3]
+    assert [start.text["states"][0].item() for start in found.values()] == [1, 2, 3]

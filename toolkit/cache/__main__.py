@@ -129,6 +129,7 @@ def _gc(chosen: argparse.Namespace) -> int:
     def needs() -> Iterator[dict[Path, dict[bytes, str]]]:
         for output_dir in chosen.output_dir:
             with _late_bar(f"scan for {output_dir}") as told, present(output_dir, told) as run:
+                run.require_caches_here()
                 yield run.needed()
 
     needed = together(needs())
@@ -148,12 +149,14 @@ def _gc(chosen: argparse.Namespace) -> int:
 def _folders(chosen: argparse.Namespace) -> list[Path]:
     """The caches that exist, each once."""
     from helpers.config.saved import read_saved_config
+    from helpers.data.sources import latents_place, texts_place
     from toolkit.cache.view import caches_below
 
     if chosen.cache_dir is not None:
         return caches_below(chosen.cache_dir)
     config = read_saved_config(chosen.output_dir)
-    folders = [folder for dataset in config.datasets for folder in (dataset.cache_dir_vae, dataset.text_cache_dir)]
+    places = [place(dataset, config.cache.cache_dir) for dataset in config.datasets for place in (latents_place, texts_place)]
+    folders = [place.folder for place in places]
     unique = dict.fromkeys(folder.absolute() for folder in (*folders, config.cache.cache_dir_text))
     return [cache for folder in unique for cache in caches_below(folder)]
 

@@ -22,7 +22,7 @@ from helpers.data.latents import cuts, latents_facts, latents_key, latents_subje
 from helpers.data.planning import columns_of, rules_of
 from helpers.data.sample import Sample
 from helpers.data.scan import scan
-from helpers.data.sources import open_source
+from helpers.data.sources import latents_place, open_source, texts_place
 from helpers.data.texts import text_key, text_subject
 from helpers.errors import DataError
 from helpers.families import FAMILIES
@@ -63,6 +63,13 @@ class Present:
     image_fingerprint: str
     text_fingerprint: str
 
+    def require_caches_here(self) -> None:
+        """DataError where a cache is in a bucket, which other machines may be using and from which nothing is ever deleted."""
+        for dataset in self.config.datasets:
+            for place in (latents_place(dataset, self.config.cache.cache_dir), texts_place(dataset, self.config.cache.cache_dir)):
+                if place.bucket is not None:
+                    raise DataError(f"data set {dataset.id!r} has a cache in a bucket, and nothing is ever deleted from a bucket.")
+
     def needed(self) -> dict[Path, dict[bytes, str]]:
         """By cache folder: the keys of all records that the run reads, each with the subject that its facts are kept under.
 
@@ -73,13 +80,13 @@ class Present:
         precision = config.cache.cache_dtype
         for index, dataset in enumerate(config.datasets):
             rows = (self.plan.columns["dataset"] == index).nonzero()[0]
-            latents = needed.setdefault(dataset.cache_dir_vae.absolute(), {})
+            latents = needed.setdefault(latents_place(dataset, config.cache.cache_dir).folder, {})
             named = zip(self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), cuts(self.plan, rows), strict=True)
             source = open_source(dataset)
             for key, known, cut in named:
                 content = known or hashlib.sha256(source.read(key)).hexdigest()
                 latents[latents_key(latents_facts(content, cut, self.image_fingerprint, precision))] = f"{dataset.id}/{key}"
-            texts = needed.setdefault(dataset.text_cache_dir.absolute(), {})
+            texts = needed.setdefault(texts_place(dataset, config.cache.cache_dir).folder, {})
             for caption in self.catalogue.captions(dataset.id):
                 texts[text_key(caption, self.text_fingerprint, precision)] = text_subject(caption)
         texts = needed.setdefault(config.cache.cache_dir_text.absolute(), {})
@@ -120,7 +127,7 @@ class Present:
 
     def _picture(self, index: int, row: int, reason: str | None, key: str) -> Picture:
         dataset = self.config.datasets[index]
-        sample, cache = self.catalogue.sample(row), dataset.cache_dir_vae.absolute()
+        sample, cache = self.catalogue.sample(row), latents_place(dataset, self.config.cache.cache_dir).folder
         if reason:
             return Picture(sample, reason, cache, {})
         planned = ((self.plan.columns["dataset"] == index) & (self.plan.columns["row"] == row)).nonzero()[0]
@@ -147,7 +154,7 @@ def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[
         _copy(config.cache.cache_dir / CATALOGUE, copy)
         with Catalogue(copy) as catalogue:
             for dataset in config.datasets:
-                scan(open_source(dataset), rules_of(dataset), catalogue, on_progress=progress, leave_out_undecodable=False)
+                scan(open_source(dataset), rules_of(dataset, config.run.seed), catalogue, on_progress=progress, undecodable=())
             planned = plan([columns_of(dataset, catalogue, config.run.seed) for dataset in config.datasets])
             yield Present(config, family, catalogue, planned, image_fingerprint, text_fingerprint)
 

@@ -14,13 +14,21 @@ class ModelOptions:
 
     model_family: str = option(
         "sdxl",
-        "Kind of network. The wrappers set it: train_sdxl.sh, train_sd2x.sh, train_sd3.sh.",
+        "Kind of network: SDXL and its refiner, told apart by themselves (sdxl), Stable Diffusion 1 and 2 (sd2x). The wrappers set it.",
         env="SIMPLETUNER_FAMILY",
         choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
-        later=("sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
+        later=("sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
     )
     pretrained_model_name_or_path: str = option(
-        "", "The base model: a folder in diffusers layout or a hub name. Required.", env="MODEL_NAME", default_text="required"
+        "",
+        "The base model: a folder in diffusers layout, a hub name, or a .safetensors file. Required.",
+        env="MODEL_NAME",
+        default_text="required",
+    )
+    single_file_config: str | None = option(
+        None,
+        "For a base model in one .safetensors file: a model folder or hub name of the same kind, whose settings and tokenizers it shares.",
+        default_text="the model on the hub that diffusers takes the file for",
     )
     model_type: str = option(
         "full",
@@ -54,7 +62,9 @@ class ModelOptions:
         choices=("truncate", "chunk"),
         later=("chunk",),
     )
-    data_aesthetic_score: float = option(7.0, "Aesthetic score the SDXL refiner is told.", not_yet=True)
+    data_aesthetic_score: float = option(
+        7.0, "How beautiful the SDXL refiner is told that the pictures are; it asks for 6 when it samples.", at_least=0, at_most=10
+    )
     enable_watermark: bool = option(False, "Keep SDXL's invisible watermark in the exported pipeline.", not_yet=True)
 
 

@@ -55,10 +55,17 @@ class ObjectiveOptions:
     disable_segmented_timestep_sampling: bool = option(
         False, "Draw each timestep by itself, not one from each equal part of the schedule.", not_yet=True
     )
-    refiner_training: bool = option(False, "Train on the low-noise end of the schedule only.", not_yet=True)
-    refiner_training_strength: float = option(0.2, "Size of that end.", above=0, at_most=1, not_yet=True)
-    refiner_training_invert_schedule: bool = option(False, "Train on all but that end.", not_yet=True)
-    sdxl_refiner_uses_full_range: bool = option(False, "Train the SDXL refiner on the whole schedule.", not_yet=True)
+    refiner_training: bool = option(
+        False,
+        "Train on the low-noise end of the schedule only: a refiner, or one of two experts. An SDXL refiner is trained so by itself.",
+    )
+    refiner_training_strength: float = option(
+        0.2, "Size of that end: 0.2 is timesteps 0 to 199 of 1000. With --refiner_training.", above=0, at_most=1
+    )
+    refiner_training_invert_schedule: bool = option(
+        False, "Train on all but that end: the expert for the rest of the schedule. With --refiner_training."
+    )
+    sdxl_refiner_uses_full_range: bool = option(False, "Train an SDXL refiner on the whole schedule.")
     weighting_scheme: str = option(
         "logit_normal",
         "Flow matching: how timesteps are drawn and weighted.",

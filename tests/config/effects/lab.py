@@ -25,10 +25,11 @@ from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, UserError
-from helpers.families import tiny
+from helpers.families import tiny, tiny_sd
 from helpers.reporting import Reporters
 from helpers.training.stopping import StopRequest
 from tests.data.toys import Story, picture
+from tests.families.original_layout import write_single_file
 
 Flags = tuple[str, ...]
 SIZES = [(96, 64), (64, 96), (160, 160)]  # trained at 64 pixels, three shapes of two pictures each: three steps an epoch
@@ -131,8 +132,9 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other` and `varied`, pictures in `images`, `other_images` and `tagged`, `tables`, and files that flags name.
+    """Models `model`, `other`, `varied`, `refiner` and `sd1`, the last as a file too; pictures, tables, and files that flags name.
 
+    The pictures are in `images`, `other_images` and `tagged`, the tables in `tables`.
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
     The same pictures are in the tars `images.tar` and `other_images.tar`, and as splits of a Hugging Face data set in `rows`.
     """
@@ -140,6 +142,8 @@ def build_lab(folder: Path) -> Lab:
         (folder / name).mkdir(parents=True)  # made by the first run otherwise, and seen as its effect
     for seed, name in enumerate(("model", "other")):
         tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
+    tiny_sd.write_sdxl_refiner(folder / "refiner")
+    write_single_file(tiny_sd.write_sd1(folder / "sd1"), folder / "sd1.safetensors")
     _with_variant(folder)
     for name, first in (("images", 0), ("other_images", 100)):
         for index in range(6):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers.data.sample import Size
-from tests.config.effects.lab import Effect, cropped
+from tests.config.effects.lab import Effect, cropped, refusal
 from tests.config.effects.sights import (
     allows_tf32,
     average,
@@ -47,6 +47,7 @@ from tests.config.effects.sights import (
     size_of_an_image_before_its_cut,
     steps,
     target_of_an_image,
+    timesteps_below,
 )
 
 SPACINGS = ("leading", "linspace", "trailing")
@@ -57,12 +58,22 @@ DOG = "--instance_prompt=a dog"
 TABLE_COLUMNS = {"description": "left", "other": "other"}
 TABLE = ("--data_backend_config=table.json",)
 
+REFINER = "--pretrained_model_name_or_path=refiner"
+EXPERT = "--refiner_training"
+
 MODEL = {
+    "model_family": Effect(refusal, ["sdxl", "sd2x"]),
     "pretrained_model_name_or_path": Effect(losses, ["model", "other"]),
+    "single_file_config": Effect(
+        refusal,
+        ["sd1", "no/such/folder"],
+        ("--model_family=sd2x", "--pretrained_model_name_or_path=sd1.safetensors", "--max_train_steps=1"),
+    ),
     "model_type": Effect(handed_over, {"full": {"pipeline"}, "lora": {"pytorch_lora_weights.safetensors"}}),
     "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
     "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
+    "data_aesthetic_score": Effect(losses, ["7", "2.5"], (REFINER,)),
 }
 
 ADAPTER = {
@@ -85,6 +96,10 @@ OBJECTIVE = {
     "noise_offset": Effect(losses, ["0.1", "0.2"], ("--offset_noise", "--noise_offset_probability=1")),
     "noise_offset_probability": Effect(losses, ["0", "1"], ("--offset_noise",)),
     "input_perturbation": Effect(losses, ["0", "0.1"]),
+    "refiner_training": Effect(timesteps_below(200), {"false": False, "true": True}),
+    "refiner_training_strength": Effect(timesteps_below(350), {"0.35": True, "0.9": False}, (EXPERT,)),
+    "refiner_training_invert_schedule": Effect(timesteps_below(200), {"false": True, "true": False}, (EXPERT,)),
+    "sdxl_refiner_uses_full_range": Effect(timesteps_below(200), {"false": True, "true": False}, (REFINER,)),
 }
 
 DATA = {

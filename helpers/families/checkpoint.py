@@ -1,0 +1,56 @@
+"""The base model of a run: a folder in diffusers layout that was found, is of the right family and whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.families import folder as files
+from helpers.families import single_file
+from helpers.families.recognise import require_family
+
+if TYPE_CHECKING:
+    from helpers.config.options import CacheOptions, ModelOptions
+
+
+def locate(options: ModelOptions, cache: CacheOptions) -> Path:
+    """The folder of the base model: named, fetched from the hub, or made of a single file. Raises ModelError when there is none."""
+    path = Path(options.pretrained_model_name_or_path).expanduser()
+    if path.is_file():
+        return single_file.converted(path, options.single_file_config, cache.cache_dir)
+    return files.locate(options.pretrained_model_name_or_path, options.revision, options.variant)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Reads the parts of a base model; no weights are loaded before `load`."""
+
+    name: str  # as the user named it
+    folder: Path
+    index: Mapping[str, Any]  # model_index.json
+    variant: str | None
+    hashes: files.WeightsHashes
+
+    @classmethod
+    def open(cls, family: str, components: Sequence[str], options: ModelOptions, cache: CacheOptions) -> Checkpoint:
+        """The base model, fetched if need be. Raises ModelError when it is of another family or lacks one of `components`."""
+        name = options.pretrained_model_name_or_path
+        found = locate(options, cache)
+        index = files.model_index(found)
+        require_family(found, index, family)
+        files.require_components(found, components)
+        return cls(name, found, index, options.variant, files.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
+
+    def config(self, component: str) -> dict[str, Any]:
+        """How a component is built; the scheduler's is the noise schedule."""
+        return files.read_json(self.folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json"))
+
+    def hash_of(self, *components: str) -> str:
+        """A hash of the weights and settings of some components."""
+        return self.hashes.of(*(self.folder / component for component in components))
+
+    def load(self, kind: Any, component: str, dtype: Any) -> Any:
+        """A component of this class, in this precision, on the CPU."""
+        return files.load_component(kind, self.folder, component, dtype, self.variant)

@@ -1,0 +1,106 @@
+"""Stable Diffusion 1 and 2 (Rombach et al., 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.config.facts import Facts
+from helpers.families import unet_lora
+from helpers.families.checkpoint import Checkpoint
+from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.families.unet import load_unet
+from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.data.batches import Batch
+
+ACTIVATION_OF_VERSION_1 = "quick_gelu"  # of CLIP's own text encoder; version 2 has OpenCLIP's, which uses the exact one
+
+
+class StableDiffusion:
+    """One CLIP encoder, and a U-Net on latents of 4 channels at an eighth of the pixels.
+
+    The versions are told apart by what the checkpoint says: its tokenizer pads with the end of text or with "!", its encoder ends with
+    the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
+    """
+
+    facts = Facts(name="sd2x", title="Stable Diffusion")
+    refines = False
+    lora_targets = unet_lora.ATTENTION
+
+    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        from helpers.families.vae import Vae
+
+        self.base = Checkpoint.open("sd2x", ("unet", "vae", "text_encoder", "tokenizer", "scheduler"), options, cache)
+        self.vae = Vae.open(self.base, options, cache)
+        self.name, self.identity = self.base.name, self.base.hash_of("unet")
+        self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
+
+    def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
+        return self.vae.codec(device)
+
+    def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
+        from helpers.families.clip import clip_encoders, states_of_one
+
+        return clip_encoders(self.base, ("",), "last", states_of_one, device)
+
+    def caption_lengths(self) -> CaptionLengths:
+        from helpers.families.clip import clip_caption_lengths
+
+        return clip_caption_lengths(self.base, ("",))
+
+    def unconditional(self, encoders: TextEncoders) -> TextTensors:
+        """The empty caption, encoded like any other."""
+        return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
+
+    def load(self, dtype: torch.dtype) -> Parts:
+        return load_unet(self.base, dtype)
+
+    def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        import torch
+
+        return {"prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32)}
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        return denoiser(noisy, timesteps, encoder_hidden_states=conditioning["prompt_embeds"]).sample
+
+    def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        absent: Any = None  # from embeddings to latents: the caller encodes and decodes
+        others = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"), absent)
+        return StableDiffusionPipeline(**others, unet=denoiser, scheduler=sampler, requires_safety_checker=False)
+
+    def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
+        return {
+            "prompt_embeds": text["prompt_embeds"].unsqueeze(0),
+            "negative_prompt_embeds": negative["prompt_embeds"].unsqueeze(0),
+        }
+
+    def kohya_name(self, module: str) -> str | None:
+        return unet_lora.kohya_name(module)
+
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+        from diffusers import StableDiffusionPipeline
+
+        return unet_lora.read_lora(StableDiffusionPipeline, path, self.base.config("unet"))
+
+    def modelspec(self, kind: str) -> dict[str, str]:
+        edge = trained_edge(self.base, "unet", self.latents.downsampling)
+        if self.base.config("text_encoder").get("hidden_act", ACTIVATION_OF_VERSION_1) == ACTIVATION_OF_VERSION_1:
+            told = modelspec(self.base, f"stable-diffusion-v1/{kind}", "https://github.com/CompVis/stable-diffusion", "sd_v1", edge)
+            return {**told, "ss_v2": "False"}  # by which kohya and its readers tell the versions apart
+        velocity = self.scheduler_config.get("prediction_type") == "v_prediction"
+        architecture, version = ("stable-diffusion-v2-768-v", "sd_v2_v") if velocity else ("stable-diffusion-v2-512", "sd_v2")
+        told = modelspec(self.base, f"{architecture}/{kind}", "https://github.com/Stability-AI/stablediffusion", version, edge)
+        return {**told, "ss_v2": "True"}
+
+    def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
+        write_pipeline(self.base, {"unet": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)

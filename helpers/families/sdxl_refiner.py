@@ -1,0 +1,118 @@
+"""The refiner of Stable Diffusion XL: a second model, for the low-noise end of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.config.facts import Facts
+from helpers.families import sdxl_inputs, unet_lora
+from helpers.families.checkpoint import Checkpoint
+from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.families.unet import load_unet
+from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.data.batches import Batch
+
+TEXT = ("text_encoder_2", "tokenizer_2")
+ENCODERS = ("_2",)  # suffixes of their folders
+
+
+class SDXLRefiner:
+    """Like SDXL with the second text encoder alone, and an aesthetic score in place of the target size.
+
+    It takes a picture over where little noise is left. So it is trained there, unless the whole schedule is asked for, and validated on
+    pictures of the data rather than from noise.
+    """
+
+    facts = Facts(
+        name="sdxl_refiner",
+        title="SDXL refiner",
+        defaults={"refiner_training": True},
+        options=frozenset({"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range"}),
+    )
+    refines = True
+    lora_targets = unet_lora.ATTENTION
+
+    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        from helpers.families.vae import Vae
+
+        self.base = Checkpoint.open("sdxl_refiner", ("unet", "vae", *TEXT, "scheduler"), options, cache)
+        self.vae = Vae.open(self.base, options, cache)
+        self.name, self.identity = self.base.name, self.base.hash_of("unet")
+        self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
+        self.original_size = data.sdxl_original_size
+        self.aesthetic_score = options.data_aesthetic_score
+
+    def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
+        return self.vae.codec(device)
+
+    def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
+        """The states that enter the last layer, and the pooled projection."""
+        from helpers.families.clip import clip_encoders, states_and_pooled
+
+        return clip_encoders(self.base, ENCODERS, "penultimate", states_and_pooled, device)
+
+    def caption_lengths(self) -> CaptionLengths:
+        from helpers.families.clip import clip_caption_lengths
+
+        return clip_caption_lengths(self.base, ENCODERS)
+
+    def unconditional(self, encoders: TextEncoders) -> TextTensors:
+        """As the checkpoint's pipeline does where there is no negative prompt: the empty caption, or zeros if its index says so."""
+        from helpers.families.clip import zeros
+
+        if self.base.index.get("force_zeros_for_empty_prompt", True):
+            return zeros(self.base, ENCODERS)
+        return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
+
+    def load(self, dtype: torch.dtype) -> Parts:
+        return load_unet(self.base, dtype)
+
+    def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """Text, and (original height, width, top, left, aesthetic score)."""
+        numbers = [[*sdxl_inputs.size_and_crop(cut, self.original_size), self.aesthetic_score] for cut in batch.geometry]
+        return sdxl_inputs.text_and_numbers(batch, numbers, device)
+
+    predict = staticmethod(sdxl_inputs.predict)
+    prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
+
+    def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        """From latents and embeddings to latents, through `image` and `strength`."""
+        from diffusers import StableDiffusionXLImg2ImgPipeline
+
+        from helpers.families.vae import VaeSettings
+
+        absent: Any = None  # the caller encodes and decodes
+        return StableDiffusionXLImg2ImgPipeline(
+            vae=VaeSettings(self.vae.config),
+            **dict.fromkeys(("text_encoder", "tokenizer", *TEXT), absent),
+            unet=denoiser,
+            scheduler=sampler,
+            requires_aesthetics_score=True,
+            add_watermarker=False,
+        )
+
+    def kohya_name(self, module: str) -> str | None:
+        """By diffusers' names: diffusers misreads the original ones of a network of four levels (block 1 for block 10)."""
+        return unet_lora.kohya_name(module)
+
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+        from diffusers import StableDiffusionXLImg2ImgPipeline
+
+        return unet_lora.read_lora(StableDiffusionXLImg2ImgPipeline, path, self.base.config("unet"))
+
+    def modelspec(self, kind: str) -> dict[str, str]:
+        edge = trained_edge(self.base, "unet", self.latents.downsampling)
+        implementation = "https://github.com/Stability-AI/generative-models"
+        return modelspec(self.base, f"stable-diffusion-xl-v1-refiner/{kind}", implementation, "sdxl_refiner_v1-0", edge)
+
+    def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
+        write_pipeline(self.base, {"unet": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)

@@ -1,0 +1,57 @@
+"""The quick start for Stable Diffusion 1 and 2 and the page on the refiner work as written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.documentation.conftest import Followed, new_reader
+from tests.documentation.pages import Page
+
+SD2 = Page.named("documentation/QUICKSTART_SD2.md")
+REFINER = Page.named("documentation/REFINER.md")
+
+
+@pytest.mark.slow
+def test_the_quick_start_for_stable_diffusion_2_trains_a_lora_that_its_sample_loads(
+    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = new_reader(tmp_path, models, "training/pictures", settings="sd21-env.sh")
+    datasets = reader.home / "training" / "multidatabackend_sd2x.json"
+    assert f"`/home/user/training/{datasets.name}`" in SD2.text
+    datasets.write_text(reader.own(SD2.section("1. ").block("json")), encoding="utf-8")
+    copy, settings = (block.text for block in SD2.section("2. ").blocks("bash"))
+    reader.type(copy)
+    reader.edit(settings)
+    assert "finished   2 steps" in reader.type(SD2.section("3. ").block("bash"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(reader.own(SD2.section("4. ").block("python")), names)
+    assert names["pipeline"].unet.peft_config, "no adapter was loaded"
+    assert (tmp_path / "rex.png").stat().st_size > 0
+    exec(SD2.section("Whole pictures").block("python"), names)
+    assert names["pipeline"].scheduler.config.rescale_betas_zero_snr
+
+
+@pytest.mark.slow
+def test_the_commands_and_samples_of_the_refiner_and_of_two_experts_work(
+    quick_start: Followed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = quick_start.reader
+    refiner, experts = REFINER.section("The refiner"), REFINER.section("Two experts")
+    output = tmp_path / "refined"
+    command = refiner.block("bash").rstrip() + f" --output_dir={output}\n"
+    assert "SDXL refiner, by its model_index.json" in reader.type(command)
+    reader.type(experts.block("bash").replace("expert\n", "expert --cache_dir=experts\n"))
+    monkeypatch.chdir(reader.clone)
+    names: dict[str, Any] = {}
+    Image.new("RGB", (64, 64), "gray").save("rex.png")
+    strong = reader.own(refiner.block("python")).replace("strength=0.2", "strength=0.2, num_inference_steps=5")
+    exec(strong.replace(str(quick_start.output), str(output)), names)
+    assert names["refiner"].unet.peft_config, "no adapter was loaded"
+    exec(experts.block("python").replace("prompt, ", "prompt, num_inference_steps=5, "), names)
+    assert Path("refined.png").stat().st_size > 0

@@ -1,0 +1,86 @@
+"""A miniature of every family, and batches for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import registry
+from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+from helpers.data.batches import Batch
+from helpers.data.draws import StepDraws
+from helpers.data.sample import Geometry, Size
+from helpers.families import FAMILIES
+from helpers.families.tiny import MINIATURES
+from helpers.protocols import ModelFamily
+
+CPU = torch.device("cpu")
+CAPTIONS = ("a red circle", "a photo of a cat on the sea", "", "blue square")
+GEOMETRY = Geometry(Size(1920, 1157), Size(1394, 840), top=36, left=25, target=Size(1344, 768))
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A miniature, opened as its family."""
+
+    miniature: str
+    folder: Path
+    family: ModelFamily
+
+    def batch(self, captions: Sequence[str] = CAPTIONS, step: int = 3) -> Batch:
+        """Fixed latents of 8 x 8 under the captions, all with GEOMETRY."""
+        latents = torch.randn(len(captions), self.family.latents.channels, 8, 8, generator=torch.Generator().manual_seed(5))
+        with self.family.text_encoders(CPU) as encoders:
+            text = encoders.encode(captions)
+        return Batch(
+            latents=latents,
+            text=text,
+            captions=tuple(captions),
+            samples=(),
+            geometry=(GEOMETRY,) * len(captions),
+            loss_weight=torch.ones(len(captions)),
+            draws=StepDraws(seed=11, step=step, places=tuple(range(len(captions))), step_samples=len(captions)),
+            epoch=0,
+        )
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a miniature by its name, written when first asked for."""
+    written: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in written:
+            written[name] = registry.load(MINIATURES, name)(tmp_path_factory.mktemp("miniature") / name)
+        return written[name]
+
+    return folder
+
+
+def open_family(name: str, model: Path, cache: Path, **options: Any) -> ModelFamily:
+    """The family of a registry's name on a model folder; `options` are of the model, the data and the caches."""
+    sections = [ModelOptions(), DataOptions(), CacheOptions()]
+    values = {"pretrained_model_name_or_path": str(model), "cache_dir": cache, **options}
+    changed = [
+        dataclasses.replace(section, **{field.name: values[field.name] for field in dataclasses.fields(section) if field.name in values})
+        for section in sections
+    ]
+    return registry.load(FAMILIES, name)(*changed)  # type: ignore[no-any-return]
+
+
+def family_name(miniature: str) -> str:
+    """The registry's name of a miniature's family."""
+    return {"sd1": "sd2x", "sd2": "sd2x"}.get(miniature, miniature)
+
+
+@pytest.fixture(params=MINIATURES)
+def tried(request: pytest.FixtureRequest, miniature: Callable[[str], Path], tmp_path: Path) -> Tried:
+    """Each family in turn."""
+    folder = miniature(request.param)
+    return Tried(request.param, folder, open_family(family_name(request.param), folder, tmp_path / "cache"))

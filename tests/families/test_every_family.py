@@ -1,0 +1,110 @@
+"""What holds for each family, on its miniature. A new family is tried here by its line in the table of miniatures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from helpers.config.options import AdapterOptions, ObjectiveOptions
+from helpers.families import FAMILIES
+from helpers.families.tiny import MINIATURES
+from helpers.methods.full import FullFineTune
+from helpers.methods.lora import Lora
+from helpers.objectives.diffusion import Diffusion
+from helpers.protocols import Trainable
+from tests.families.conftest import CPU, Tried, family_name
+
+
+def test_every_family_has_a_miniature() -> None:
+    assert {family_name(miniature) for miniature in MINIATURES} == set(FAMILIES)
+
+
+def full(tried: Tried) -> Trainable:
+    return FullFineTune(AdapterOptions(), tried.family).attach(tried.family.load(torch.float32))
+
+
+def lora(tried: Tried, *targets: str) -> Trainable:
+    options = dataclasses.replace(AdapterOptions(), lora_dropout=0.0, lora_targets=targets)
+    return Lora(options, tried.family).attach(tried.family.load(torch.float32))
+
+
+def lora_everywhere(tried: Tried) -> Trainable:
+    """On convolutions and linear layers of every kind: attention alone learns little of a network of random weights."""
+    layers = tried.family.load(torch.float32).denoiser.named_modules()
+    return lora(tried, *{name for name, layer in layers if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)})
+
+
+def losses(tried: Tried, trainable: Trainable, *, steps: int, rate: float) -> list[float]:
+    """Of steps that always see the same four samples with the same noise."""
+    objective, batch = Diffusion(ObjectiveOptions(), tried.family.scheduler_config), tried.batch()
+    optimizer = torch.optim.AdamW(trainable.parameters.values(), lr=rate)
+    seen = []
+    for _ in range(steps):
+        loss = train.train_step(tried.family, objective, trainable.denoiser, batch, CPU)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        seen.append(loss.item())
+    return seen
+
+
+def test_latents_have_the_shape_that_the_family_says_and_so_has_the_answer(tried: Tried) -> None:
+    spec = tried.family.latents
+    with tried.family.image_codec(CPU) as codec:
+        encoded = codec.encode(torch.zeros(1, 3, 64, 96))["mean"]
+        assert codec.decode(encoded).shape == (1, 3, 64, 96)
+    assert encoded.shape == (1, spec.channels, 64 // spec.downsampling, 96 // spec.downsampling)
+    batch = tried.batch()
+    noisy, timesteps = batch.latents, torch.tensor([0, 300, 700, 999])
+    with torch.no_grad():
+        answer = tried.family.predict(tried.family.load(torch.float32).denoiser, noisy, timesteps, tried.family.conditioning(batch, CPU))
+    assert answer.shape == noisy.shape
+
+
+def test_conditioning_is_finite_and_has_a_row_for_each_sample(tried: Tried) -> None:
+    conditioning = tried.family.conditioning(tried.batch(), CPU)
+    assert all(tensor.isfinite().all() and len(tensor) == 4 for tensor in conditioning.values())
+
+
+def test_a_dropped_caption_has_the_tensors_of_a_caption(tried: Tried) -> None:
+    with tried.family.text_encoders(CPU) as encoders:
+        dropped, caption = tried.family.unconditional(encoders), encoders.encode(["a cat"])
+    assert {name: tensor.shape for name, tensor in dropped.items()} == {name: tensor.shape[1:] for name, tensor in caption.items()}
+
+
+@pytest.mark.parametrize("network", [full, lora])
+def test_one_step_lowers_the_loss_of_what_it_saw(tried: Tried, network: Callable[[Tried], Trainable]) -> None:
+    before, *_, after = losses(tried, network(tried), steps=3, rate=1e-3)
+    assert after < before
+
+
+@pytest.mark.parametrize(("network", "rate"), [(full, 4e-3), (lora_everywhere, 1e-2)])
+def test_four_samples_can_be_learnt_by_heart(tried: Tried, network: Callable[[Tried], Trainable], rate: float) -> None:
+    """From a loss of 1, that of pure noise, to 0.03 in 40 steps."""
+    first, *_, last = losses(tried, network(tried), steps=40, rate=rate)
+    assert first > 0.9
+    assert last < 0.03
+
+
+def test_an_adapter_goes_to_every_kind_of_layer_that_the_family_names(tried: Tried) -> None:
+    modules = {name.rsplit(".lora_", 1)[0] for name in lora(tried).parameters}
+    assert all(any(module.endswith(f".{target}") for module in modules) for target in tried.family.lora_targets)
+    others = {name for name, _ in tried.family.load(torch.float32).denoiser.named_modules() if name.endswith(tried.family.lora_targets)}
+    assert modules == others
+
+
+def test_an_exported_index_names_what_is_there_and_the_sampler_that_was_asked_for(tried: Tried, tmp_path: Path) -> None:
+    """The exported index names only folders that are there, and the class of the sampler that was asked for."""
+    method = FullFineTune(AdapterOptions(), tried.family)
+    method.export(full(tried), tmp_path, {**tried.family.scheduler_config, "_class_name": "DDIMScheduler"}, None)
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    named = {name for name, value in index.items() if isinstance(value, list) and value[0]}
+    assert named == {path.name for path in (tmp_path / "pipeline").iterdir() if path.is_dir()}
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert index["_class_name"] == json.loads((tried.folder / "model_index.json").read_text())["_class_name"]

@@ -1,0 +1,59 @@
+"""A run of each family that the SDXL runs of tests/runs do not cover, as users have it: a wrapper, a miniature, a few steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runs.conftest import Trainer, draw_pictures
+from tests.runs.evidence import unwrapped
+
+LORA = {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetensors"}
+LONG = pytest.mark.skipif(
+    not os.environ.get("SIMPLETUNER_TEST_LONG"), reason="SIMPLETUNER_TEST_LONG=1 runs it; version 2 takes the same path"
+)
+SHORT = {
+    "max_train_steps": 2,
+    "checkpointing_steps": 1,
+    "validation_steps": 0,
+    "gradient_accumulation_steps": 1,
+    "use_ema": False,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return draw_pictures(tmp_path / "pictures", 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "wrapper", "method", "made"),
+    [
+        pytest.param("sd1", "train_sd2x.sh", "lora", LORA, marks=LONG),
+        ("sd2", "train_sd2x.sh", "full", {"pipeline"}),
+        ("sdxl_refiner", "train_sdxl.sh", "lora", LORA),
+    ],
+)
+def test_a_run_through_the_wrapper_trains_resumes_and_hands_over(
+    name: str, wrapper: str, method: str, made: set[str], miniature: Callable[[str], Path], pictures: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(miniature(name), pictures, tmp_path, {**SHORT, "model_type": method}, wrapper)
+    trainer.finish(max_train_steps=1)
+    ended = trainer.finish()
+    assert "going on from checkpoint-1" in ended.said
+    assert [row["step"] for row in ended.rows("metrics.jsonl")] == [1, 2]
+    assert made <= {path.name for path in ended.folder.iterdir()}
+    refines = name == "sdxl_refiner"
+    timesteps = [row["timestep"] for row in ended.rows("samples.jsonl")]
+    assert (max(timesteps) < 200) == refines
+    pictures_made = {path.name.split("_", 2)[2] for path in (ended.folder / "validation_images").glob("step_2_*.png")}
+    if refines:
+        assert {picture.rsplit("_", 1)[0] for picture in pictures_made} == {f"picture_{number}" for number in range(1, 5)}
+        assert "SDXL refiner, by its model_index.json · refiner_training true" in unwrapped(ended.said)
+    else:
+        assert pictures_made == {"unconditional_64x64.png", "validation_64x64.png"}
