@@ -76,7 +76,8 @@ def many_images(folder: Path, count: int) -> Report:
     columns = "dataset, key, kind, stem, size, modified_ns, etag, was_read, width, height, captions, left_out, content"
     with catalogue.transaction() as database:
         used = (
-            ("benchmark", f"{n:07}.jpg", "image", f"{n:07}", n, n, "", 1, 600 + n % 1400, 800, json.dumps([caption(n)]), None, f"{n - n % 97 // 96:064}")
+            ("benchmark", f"{n:07}.jpg", "image", f"{n:07}", n, n, "", 1, 600 + n % 1400, 800)
+            + (json.dumps([caption(n)]), None, f"{n - n % 97 // 96:064}")
             for n in range(count)
         )
         lost = (
