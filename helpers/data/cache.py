@@ -116,7 +116,7 @@ class Cache:
             payload = bytearray(self._mapped(shard)[offset : offset + size])
         else:
             copied = self._payload_of_copy(self.remote, shard, offset, size, crc)
-            payload = self._payload_stored(self.remote, shard, offset, size) if copied is None else copied
+            payload = self._payload_stored(self.remote, shard, offset, size, crc) if copied is None else copied
         if zlib.crc32(payload) != crc:
             raise DamagedRecordError(f"{self._shard_path(shard)[0]}: a record has changed since it was written")
         return unpack(self._layout(layout), payload)
@@ -386,12 +386,17 @@ class Cache:
         remote.drop(path.name)
         return None
 
-    def _payload_stored(self, remote: RemoteShards, shard: int, offset: int, size: int) -> bytearray:
+    def _payload_stored(self, remote: RemoteShards, shard: int, offset: int, size: int, crc: int) -> bytearray:
+        """The bytes of a record from the store; read twice where they are damaged, which may have happened on the way."""
         name = self._shard_path(shard)[0].name
-        payload = remote.read(name, offset, size)
-        if payload is None:
-            raise DamagedRecordError(f"{remote.store.name}: {name} is gone")
-        return bytearray(payload)
+        payload = None
+        for _ in range(2):
+            payload = remote.read(name, offset, size)
+            if payload is None:
+                raise DamagedRecordError(f"{remote.store.name}: {name} is gone")
+            if zlib.crc32(payload) == crc:
+                break
+        return bytearray(payload or b"")
 
     def _shard_path(self, shard: int) -> tuple[Path, int]:
         with self._using_index() as index:

@@ -7,6 +7,7 @@ file.
 
 from __future__ import annotations
 
+import io
 import json
 import posixpath
 import sqlite3
@@ -221,10 +222,10 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, A
     facts: dict[str, Any] = dict.fromkeys(("width", "height", "text", "problem", "modified_ns"))
     facts["id"] = row
     try:
-        with backend.open(key) as stream:
-            if kind == "image":
-                facts["width"], facts["height"] = read_size(stream)
-            else:
+        if kind == "image":
+            facts["width"], facts["height"] = _size(backend, key)
+        else:
+            with backend.open(key) as stream:
                 facts["text"] = decode_caption(stream.read(MAX_CAPTION_BYTES + 1), key)
     except (ImageError, CaptionError) as error:
         facts["problem"] = str(error)
@@ -234,6 +235,17 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, A
     except OSError as error:
         raise StorageError(f"{backend.name}: {key} could not be read: {error.strerror or error}") from error
     return facts
+
+
+def _size(backend: SourceBackend, key: str) -> Size:
+    """An image's size from its header. What came over a network counts as damaged only after the whole file, which is checked, was read."""
+    try:
+        with backend.open(key) as stream:
+            return read_size(stream)
+    except ImageError:
+        if not isinstance(backend, RemoteSource):
+            raise
+    return read_size(io.BytesIO(backend.read(key)))
 
 
 # 3. The verdict.

@@ -130,12 +130,25 @@ def test_an_upload_that_always_fails_ends_the_preparation(bucket: Bucket) -> Non
 @pytest.mark.parametrize("kind", ["status", "stall", "short", "corrupt", "reset"])
 def test_pictures_that_cannot_be_read_end_the_preparation_and_are_not_called_damaged(kind: str, bucket: Bucket) -> None:
     wants = {"header": lambda request: "range" in request.headers, "file": lambda request: "range" not in request.headers}
-    part = "file" if kind == "corrupt" else "header"  # a part has no checksum
+    part = "file" if kind == "corrupt" else "header"
     bucket.proxy.fail(kind, wants=lambda request: request.path.endswith(".png") and wants[part](request))
     with pytest.raises(StorageError, match=r"s3://.*/data/ at .*: picture_\d\d.png could not be read"):
         bucket.prepare()
     bucket.proxy.heal()
     bucket.prepare()
+
+
+def test_a_header_or_a_record_damaged_on_the_way_is_read_again(bucket: Bucket, s3: S3Server, tmp_path: Path) -> None:
+    large = picture(tmp_path / "large.png", 7, (640, 640)).read_bytes()
+    assert len(large) > 2**16
+    bucket.s3.put(bucket.name, {"data/picture_00.png": large})
+    header = bucket.proxy.fail("corrupt", wants=lambda request: request.path.endswith("picture_00.png"), times=1)
+    expected = of_steps(bucket.prepare())
+    family = ToyFamily(ConvCodec(), HashEncoders())
+    data = bucket.prepare("other", family, cache_local_limit_gb=1e-8)
+    record = bucket.proxy.fail("corrupt", wants=lambda request: "/caches/latents/" in request.path and request.method == "GET", times=1)
+    assert equal(of_steps(data), expected)
+    assert header.met == record.met == 1 and family.codec.batches == []
 
 
 def test_an_empty_prefix_is_told_as_such(bucket: Bucket) -> None:

@@ -143,6 +143,14 @@ def test_a_fault_that_passes_costs_time_and_nothing_else(kind: str, through: S3B
     assert rule.met == 2
 
 
+def test_a_small_object_that_is_read_as_a_stream_is_checked_too(through: S3Backend, proxy: FaultProxy) -> None:
+    through.write("x.txt", b"a caption")
+    rule = proxy.fail("corrupt", wants=is_get, times=1)
+    with through.open("x.txt") as stream:
+        assert stream.read() == b"a caption"
+    assert rule.met == 1
+
+
 @pytest.mark.parametrize("kind", ["status", "stall", "reset"])
 def test_a_write_is_tried_again_and_whole(kind: str, s3: S3Server, bucket: str, through: S3Backend, proxy: FaultProxy) -> None:
     rule = proxy.fail(kind, wants=is_put, times=2)
