@@ -136,14 +136,14 @@ class Ours:
         took = []
         processor_began = time.process_time()
         for batches, waited, began in timed(self.data.steps(self.state.step, self.state.step + count)):
-            self._step(batches, waited, began)
+            self.step(batches, waited, began)
             took.append(time.perf_counter() - began)
             if len(took) > 1:
                 self.counted += took[-1]
                 self.waited += waited
         return took_of(took[1:], (time.process_time() - processor_began) / count)
 
-    def _step(self, batches: Sequence[Batch], waited: float, began: float) -> None:
+    def step(self, batches: Sequence[Batch], waited: float, began: float) -> None:
         state = self.state
         for number, batch in enumerate(batches):
             self.runtime.seed("dropout", state.seed, state.step, number)

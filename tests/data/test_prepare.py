@@ -331,6 +331,46 @@ def test_a_full_disk_while_caching_stops_the_run_and_what_was_sealed_is_used(pla
     assert re.match(r"latents: 10 needed, [3-9] cached; ", told), told
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_what_cannot_be_made_durable_stops_the_run_and_has_no_row_in_the_index(
+    place: Place, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = getattr(os, call)
+
+    def failing(what: Any, *rest: Any) -> None:
+        name = str(what) if call == "replace" else os.readlink(f"/proc/self/fd/{what}")
+        if "/latents/" in name and name.endswith(".tmp"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        whole(what, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="latents: the cache cannot be written: Input/output error"):
+        patch.setattr(os, call, failing)
+        place.prepare()
+    folder = place.output / "cache" / "latents"
+    assert not list(folder.glob("*.safetensors*"))
+    story = Story()
+    place.prepare(story=story)
+    assert any(line.startswith("latents: 10 needed, 0 cached; 10 encoded") for line in story.lines)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_a_file_that_opens_at_the_third_attempt_is_trained_on(place: Place, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: dict[Path, int] = {}
+    read_bytes, open_file = Path.read_bytes, Path.open
+
+    def blink(path: Path) -> None:
+        if path.parent == place.data and path.suffix == ".png" and refused.setdefault(path, 0) < 2:
+            refused[path] += 1
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("helpers.storage.local._RETRY_AFTER_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: blink(path) or read_bytes(path))
+    monkeypatch.setattr(Path, "open", lambda path, *rest, **named: blink(path) or open_file(path, *rest, **named))
+    data = place.prepare()
+    assert set(refused.values()) == {2} and len(refused) == 10
+    assert len(latents(data)) == 10 and place.report()["used"] == 10
+
+
 def test_damaged_latents_of_a_picture_that_has_changed_since_stop_the_run_by_name(place: Place) -> None:
     data = place.prepare()
     damage(place.output, "latents")

@@ -1,0 +1,33 @@
+"""The short form of benchmarks/flat_memory.py: what grows with every step shows within a few hundred of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import flat_memory
+from benchmarks.material import write_photographs
+from helpers.families.tiny import SdxlSizes, write_sdxl
+
+STEPS = 240
+MOST_SLOPE = 8.0  # KiB a step: the pools of allocators are still filling
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["behind", "redrawn"])
+def test_memory_does_not_grow_with_steps_and_an_epoch_begins_as_any_step(way: str, tmp_path: Path) -> None:
+    model = write_sdxl(tmp_path / "model", sizes=SdxlSizes(unet_transformers=(1, 1, 1)))
+    pictures = write_photographs(tmp_path / "pictures", 24, (120, 80))
+    watched = flat_memory.watched(flat_memory.settings(tmp_path / way, model, pictures, *flat_memory.WAYS[way]), STEPS)
+    assert len(watched.epochs) == STEPS and watched.epochs[-1] >= 19
+    assert watched.slope < MOST_SLOPE
+    if way != "redrawn":
+        assert watched.boundary < 3
+
+
+def test_the_slope_and_the_boundaries_are_those_of_what_was_seen() -> None:
+    growing = flat_memory.Watched(
+        [1024 * 3 * step for step in range(90)], [2.0 if step % 9 == 0 else 1.0 for step in range(90)], [step // 9 for step in range(90)]
+    )
+    assert growing.slope == pytest.approx(3) and growing.boundary == 2
