@@ -26,6 +26,8 @@ def placed(dataset: DatasetConfig, entry: Mapping[str, Any], base: Path | None) 
         return _library_rows(dataset, entry, base or Path())
     if dataset.type == "webdataset":
         return _tars(dataset, entry, base or Path())
+    if dataset.type == "aws":
+        return dataset, []  # see buckets.py
     return dataset, _folder(dataset.instance_data_dir)
 
 

@@ -192,7 +192,7 @@ def test_every_mistake_of_a_file_is_told_at_once(write_data: Write, refuse: Refu
         ([{**BUCKET, "aws_access_key_id": "CANARY"}], "datasets[0].aws_secret_access_key is missing; give both keys"),
         ([{**BUCKET, "aws_secret_access_key": "CANARY"}], "datasets[0].aws_access_key_id is missing; give both keys"),
         ([{**BUCKET, "aws_data_prefix": "../cats/x"}], "datasets[0].aws_data_prefix: '../cats/x' is not a prefix"),
-        ([{**BUCKET, "instance_data_dir": "images"}], "datasets[0].instance_data_dir is for local folders"),
+        ([{**BUCKET, "instance_data_dir": "images"}], "datasets[0].instance_data_dir is a key of type local; remove it"),
         ([{**BUCKET, "cache_dir_vae": "/"}], "datasets[0].cache_dir_vae is the whole bucket; name a prefix"),
         (
             [{**BUCKET, "cache_dir_vae": "train/latents"}],
