@@ -7,6 +7,8 @@ modification time are, and a verdict on each image under the data set's present 
 from __future__ import annotations
 
 import contextlib
+import json
+import secrets
 import sqlite3
 import threading
 from collections import Counter
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from helpers.data.sample import LeftOut, Sample, Size
 from helpers.errors import DataError, StorageError
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE files (
     id INTEGER PRIMARY KEY,
@@ -42,7 +44,11 @@ CREATE TABLE files (
     UNIQUE (dataset, key)
 );
 CREATE INDEX files_by_stem ON files (dataset, stem, kind, key);
-CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL);
+CREATE INDEX files_unread ON files (dataset, id) WHERE was_read = 0;
+CREATE INDEX files_undecodable ON files (dataset) WHERE undecodable IS NOT NULL;
+CREATE TABLE listings (dataset TEXT PRIMARY KEY, digest TEXT NOT NULL);  -- of the listing that the rows agree with
+CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL, used INTEGER NOT NULL, left_out TEXT NOT NULL);
+CREATE TABLE marks (dataset TEXT PRIMARY KEY, mark TEXT NOT NULL);  -- another one after every change to images in use
 """
 
 
@@ -129,12 +135,17 @@ class Catalogue:
         """Remember the SHA-256 (hex) of images' bytes, as (row, digest) pairs, in one transaction."""
         with self.transaction() as database:
             database.executemany("UPDATE files SET content = ? WHERE id = ?", ((digest, int(row)) for row, digest in digests))
+            database.execute("UPDATE marks SET mark = ?", (new_mark(),))
 
     def set_undecodable(self, row: int, reason: str) -> None:
         """Remember that an image's header is sound but its pixels are not. The next scan may leave it out; the file is not touched."""
         with self.transaction() as database:
             database.execute("UPDATE files SET undecodable = ? WHERE id = ?", (reason, int(row)))
             database.execute("DELETE FROM verdicts WHERE dataset = (SELECT dataset FROM files WHERE id = ?)", (int(row),))
+
+    def mark(self, dataset: str) -> str:
+        """A word that stays the same as long as the images in use do: which they are, their sizes, captions and contents."""
+        return next(self._select("SELECT mark FROM marks WHERE dataset = ?", dataset), ("",))[0]
 
     # What reports read.
 
@@ -143,13 +154,14 @@ class Catalogue:
         for key, reason in self._select("SELECT key, left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key", dataset):
             yield LeftOut(key, reason)
 
-    def used(self, dataset: str) -> int:
-        """The number of images in use."""
-        return next(self._select("SELECT count(*) FROM used WHERE dataset = ?", dataset))[0]
+    def totals(self, dataset: str) -> tuple[int, Counter[str]]:
+        """The number of images in use, and how many files are left out for each kind of reason, as the last scan counted them."""
+        used, kinds = next(self._select("SELECT used, left_out FROM verdicts WHERE dataset = ?", dataset), (0, "{}"))
+        return used, Counter(json.loads(kinds))
 
-    def left_out_kinds(self, dataset: str) -> Counter[str]:
-        """How many files are left out for each kind of reason."""
-        return Counter(entry.reason.partition(":")[0] for entry in self.left_out(dataset))
+    def was_listed(self, dataset: str) -> bool:
+        """Whether the rows agree with a listing of the data set, so that nothing is known to be missing or in doubt."""
+        return next(self._select("SELECT 1 FROM listings WHERE dataset = ?", dataset), None) is not None
 
     # What the scan writes with.
 
@@ -192,6 +204,11 @@ class Catalogue:
         else:
             raise DataError(f"{self.path} is not a catalogue of this version; move it away and it is built anew from the images.")
         database.execute("CREATE TEMP VIEW used AS SELECT * FROM files WHERE kind = 'image' AND caption IS NOT NULL")
+
+
+def new_mark() -> str:
+    """A word that no mark was before."""
+    return secrets.token_hex(8)
 
 
 def _explained(error: sqlite3.DatabaseError, path: Path) -> Exception:

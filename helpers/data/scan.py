@@ -7,7 +7,6 @@ name, which is part of that image. A .txt without an image is left out like any 
 from __future__ import annotations
 
 import json
-import posixpath
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,12 +15,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from helpers.data.buckets import ResolutionRule, too_small
-from helpers.data.captions import CAPTION_EXTENSION, MAX_CAPTION_BYTES, CaptionError, CaptionRule, caption_of, decode_caption
-from helpers.data.catalogue import Catalogue
-from helpers.data.images import EXTENSIONS, ImageError, read_size
+from helpers.data.captions import MAX_CAPTION_BYTES, CaptionError, CaptionRule, caption_of, decode_caption
+from helpers.data.catalogue import Catalogue, new_mark
+from helpers.data.images import ImageError, read_size
+from helpers.data.listing import Listing
 from helpers.data.sample import Size
 from helpers.errors import DataError, Interrupted, StorageError
-from helpers.storage.backend import Entry, SourceBackend
+from helpers.storage.backend import SourceBackend
 
 _BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
 _SHARE = 64  # files a thread takes at once, and the longest wait for a stop to be noticed
@@ -61,25 +61,30 @@ def scan(
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     leave_out_undecodable: bool = True,
+    trust_listing: bool = False,
 ) -> ScanResult:
     """Bring the catalogue's rows of one data set up to date. Source files are read, never written.
 
     Killed at any moment it loses at most the last `_BLOCK` files read. `on_progress(done, total)` counts the files to open. When
     `should_stop()` turns true, Interrupted is raised after what was read has been kept. `leave_out_undecodable` leaves out what
     `Catalogue.set_undecodable` noted; a run that is resumed passes False, so that its plan stays the one it began with.
+    With `trust_listing` a data set that has been listed before is taken to be as it was, and is not listed again.
     DataError when there is nothing to train on; StorageError when the store fails while it is read.
     """
-    new, changed, removed = _compare(backend, rules.dataset, catalogue)
+    if trust_listing and catalogue.was_listed(rules.dataset):
+        new = changed = removed = 0
+    else:
+        new, changed, removed = _compare(backend, rules.dataset, catalogue)
     opened = 0
     pending = _count_pending(catalogue, rules)
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
         for block in _pending(catalogue, rules):
-            for files in _read_block(backend, block, pool, catalogue, should_stop):
+            for files in _read_block(backend, rules.dataset, block, pool, catalogue, should_stop):
                 opened += files
                 if on_progress is not None:
                     on_progress(opened, pending)
     _judge(catalogue, rules, leave_out_undecodable)
-    used, kinds = catalogue.used(rules.dataset), catalogue.left_out_kinds(rules.dataset)
+    used, kinds = catalogue.totals(rules.dataset)
     left_out = kinds.total()
     if not used:
         raise DataError(_nothing_left(backend, rules.dataset, catalogue, kinds))
@@ -91,13 +96,15 @@ def scan(
 
 def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tuple[int, int, int]:
     """Take over the listing in one transaction: numbers of new, changed and removed files. Changed files lose their facts."""
-    with catalogue.transaction() as database:
+    with Listing(backend, catalogue.path.parent) as listing, catalogue.transaction() as database:
+        if database.execute("SELECT digest FROM listings WHERE dataset = ?", (dataset,)).fetchone() == (listing.digest,):
+            return 0, 0, 0
         database.execute("DROP TABLE IF EXISTS temp.listed")
         database.execute(
             "CREATE TEMP TABLE listed"
             " (key TEXT PRIMARY KEY, kind TEXT, stem TEXT, size INTEGER, modified_ns INTEGER, etag TEXT, problem TEXT)"
         )
-        database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?, ?, ?, ?, ?)", map(_listed, backend.list()))
+        database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?, ?, ?, ?, ?)", listing.rows())
         removed = database.execute("DELETE FROM files WHERE dataset = ? AND key NOT IN (SELECT key FROM listed)", (dataset,)).rowcount
         changed = database.execute(
             "UPDATE files SET size = l.size, modified_ns = l.modified_ns, etag = l.etag, was_read = 0, width = NULL, height = NULL,"
@@ -112,28 +119,11 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
             (dataset,),
         ).rowcount
         database.execute("DROP TABLE temp.listed")
+        database.execute("INSERT OR REPLACE INTO listings VALUES (?, ?)", (dataset, listing.digest))
         if new or changed or removed:
             # In the same transaction: whoever is killed from here on leaves a catalogue that knows it has to be judged again.
             database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
     return new, changed, removed
-
-
-def _listed(entry: Entry) -> tuple[str, str, str, int, int, str, str | None]:
-    """An entry as a row of the listing; `kind` by the ending of its name, `problem` for what is neither image nor caption."""
-    stem, ending = posixpath.splitext(entry.key)
-    kind, problem = "other", None
-    try:
-        entry.key.encode()
-    except UnicodeEncodeError:  # shown with its stray bytes as \xNN; such a name can be stored and reported nowhere else
-        key = entry.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return key, kind, key, entry.size, entry.modified_ns, entry.etag, "file name is not UTF-8: rename the file"
-    if ending.lower() in EXTENSIONS:
-        kind = "image"
-    elif ending.lower() == CAPTION_EXTENSION:
-        kind = "caption"
-    else:
-        problem = f"not an image: its name ends in {ending}" if ending else "not an image: its name has no ending"
-    return entry.key, kind, stem, entry.size, entry.modified_ns, entry.etag, problem
 
 
 # 2. Facts from files.
@@ -161,6 +151,7 @@ def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[tuple[i
 
 def _read_block(
     backend: SourceBackend,
+    dataset: str,
     block: list[tuple[int, str, str]],
     pool: ThreadPoolExecutor,
     catalogue: Catalogue,
@@ -183,6 +174,8 @@ def _read_block(
                 " modified_ns = coalesce(:modified_ns, modified_ns) WHERE id = :id",
                 facts,
             )
+            if any(fact["modified_ns"] == _NEVER for fact in facts):
+                database.execute("DELETE FROM listings WHERE dataset = ?", (dataset,))  # the next scan has to look at every row
     if should_stop():
         raise Interrupted("stopped while the data sets were scanned; start again to go on")
 
@@ -212,8 +205,9 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, A
 
 def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: bool) -> None:
     """Give every file its caption or its reason, unless that was done under the same rules and nothing has changed since."""
-    stated = json.dumps([asdict(rules), leave_out_undecodable], sort_keys=True)
     with catalogue.transaction() as database:
+        undecodable = database.execute("SELECT 1 FROM files WHERE dataset = ? AND undecodable IS NOT NULL", (rules.dataset,)).fetchone()
+        stated = json.dumps([asdict(rules), leave_out_undecodable and undecodable is not None], sort_keys=True)
         judged = database.execute("SELECT rules FROM verdicts WHERE dataset = ?", (rules.dataset,)).fetchone()
         if judged == (stated,):
             return
@@ -227,7 +221,11 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, leave_out_undecodable: boo
         for images in _images(database, rules.dataset):
             verdicts = (_verdict(image, rules, leave_out_undecodable) for image in images)
             database.executemany("UPDATE files SET caption = ?, left_out = ? WHERE id = ?", verdicts)
-        database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (rules.dataset, stated))
+        (used,) = database.execute("SELECT count(*) FROM used WHERE dataset = ?", (rules.dataset,)).fetchone()
+        reasons = database.execute("SELECT left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key", (rules.dataset,))
+        kinds = Counter(reason.partition(":")[0] for (reason,) in reasons)
+        database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", (rules.dataset, stated, used, json.dumps(kinds)))
+        database.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (rules.dataset, new_mark()))
 
 
 def _images(database: sqlite3.Connection, dataset: str) -> Iterator[list[tuple[Any, ...]]]:

@@ -277,7 +277,7 @@ def test_a_stop_is_noticed_between_files_and_what_was_read_is_kept(catalogue: Ca
     assert seen[-1] == (len(store.opened), 1000)
     already = set(store.opened)
     assert set(store.reopened(BY_NAME, catalogue)) == set(store._files) - already
-    assert catalogue.used("set") == 1000
+    assert catalogue.totals("set")[0] == 1000
 
 
 def test_a_scan_killed_at_any_moment_is_finished_by_the_next(tmp_path: Path) -> None:
