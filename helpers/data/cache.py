@@ -58,7 +58,11 @@ CREATE TABLE IF NOT EXISTS layouts (number INTEGER PRIMARY KEY, layout TEXT UNIQ
 CREATE TABLE IF NOT EXISTS records (key BLOB PRIMARY KEY, shard INTEGER NOT NULL, layout INTEGER NOT NULL,
     offset INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS origins (subject TEXT PRIMARY KEY, facts TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS marks (mark TEXT NOT NULL);
+INSERT INTO marks SELECT hex(randomblob(8)) WHERE NOT EXISTS (SELECT 1 FROM marks);
 """
+
+_NEW_MARK = "UPDATE marks SET mark = hex(randomblob(8))"
 
 # Where a record lies; `shard` is 0 where there is none. Packed, for a plan of millions of rows.
 LOCATION = np.dtype([("shard", "i4"), ("layout", "i4"), ("offset", "i8"), ("size", "i8"), ("crc", "u4")])
@@ -129,7 +133,13 @@ class Cache:
     def discard(self, key: bytes) -> None:
         """Make a key missing, so that it is made again."""
         with self._using_index() as index:
+            index.execute(_NEW_MARK)  # first: whoever is killed between the two looks everything up once more
             index.execute("DELETE FROM records WHERE key = ?", (key,))
+
+    def mark(self) -> str:
+        """A word that stays the same as long as every record stays where it is; adding records does not change it."""
+        with self._using_index() as index:
+            return index.execute("SELECT mark FROM marks").fetchone()[0]
 
     def changed_fact(self, subject: str, facts: Mapping[str, str]) -> str:
         """Why the record of a subject is missing: the first fact that differs from when it was last written.
@@ -204,6 +214,7 @@ class Cache:
         with self._using_index() as index:
             index.execute("BEGIN IMMEDIATE")
             try:
+                index.execute(_NEW_MARK)
                 index.execute("DELETE FROM records WHERE shard = ?", (shard,))
                 index.execute("DELETE FROM shards WHERE number = ?", (shard,))
                 if path is not None:
@@ -308,6 +319,7 @@ class Cache:
             else:
                 self.notes.append(f"{path} is gone or cut off; what it held will be made again.")
             with self._using_index() as index:
+                index.execute(_NEW_MARK)
                 index.execute("DELETE FROM records WHERE shard = ?", (number,))
                 index.execute("DELETE FROM shards WHERE number = ?", (number,))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sqlite3
 import threading
 from collections import Counter
@@ -46,7 +47,11 @@ CREATE TABLE files (
     UNIQUE (dataset, key)
 );
 CREATE INDEX files_by_stem ON files (dataset, stem, kind, key);
-CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL);
+CREATE INDEX files_unread ON files (dataset, id) WHERE was_read = 0;
+CREATE INDEX files_undecodable ON files (dataset) WHERE undecodable IS NOT NULL;
+CREATE TABLE listings (dataset TEXT PRIMARY KEY, digest TEXT NOT NULL);  -- of the listing that the rows agree with
+CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL, used INTEGER NOT NULL, left_out TEXT NOT NULL);
+CREATE TABLE marks (dataset TEXT PRIMARY KEY, mark TEXT NOT NULL);  -- another one after every change to images in use
 CREATE TABLE joined (dataset TEXT PRIMARY KEY, stated TEXT NOT NULL, counts TEXT NOT NULL);  -- tables, as they were last read
 """
 # Images that could not be encoded in the present life of a run: how its processes tell each other.
@@ -138,6 +143,7 @@ class Catalogue:
         """Remember the SHA-256 (hex) of images' bytes, as (row, digest) pairs, in one transaction."""
         with self.transaction() as database:
             database.executemany("UPDATE files SET content = ? WHERE id = ?", ((digest, int(row)) for row, digest in digests))
+            database.execute("UPDATE marks SET mark = ?", (new_mark(),))
 
     # What could not be encoded.
 
@@ -174,6 +180,10 @@ class Catalogue:
         query = "SELECT key FROM files WHERE dataset = ? AND undecodable IS NOT NULL AND left_out = undecodable ORDER BY key"
         return [key for (key,) in self._select(query, dataset)]
 
+    def mark(self, dataset: str) -> str:
+        """A word that stays the same as long as the images in use do: which they are, their sizes, captions and contents."""
+        return next(self._select("SELECT mark FROM marks WHERE dataset = ?", dataset), ("",))[0]
+
     # What reports read.
 
     def left_out(self, dataset: str) -> Iterator[LeftOut]:
@@ -181,13 +191,14 @@ class Catalogue:
         for key, reason in self._select("SELECT key, left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key", dataset):
             yield LeftOut(key, reason)
 
-    def used(self, dataset: str) -> int:
-        """The number of images in use."""
-        return next(self._select("SELECT count(*) FROM used WHERE dataset = ?", dataset))[0]
+    def totals(self, dataset: str) -> tuple[int, Counter[str]]:
+        """The number of images in use, and how many files are left out for each kind of reason, as the last scan counted them."""
+        used, kinds = next(self._select("SELECT used, left_out FROM verdicts WHERE dataset = ?", dataset), (0, "{}"))
+        return used, Counter(json.loads(kinds))
 
-    def left_out_kinds(self, dataset: str) -> Counter[str]:
-        """How many files are left out for each kind of reason."""
-        return Counter(entry.reason.partition(":")[0] for entry in self.left_out(dataset))
+    def was_listed(self, dataset: str) -> bool:
+        """Whether the rows agree with a listing of the data set, so that nothing is known to be missing or in doubt."""
+        return next(self._select("SELECT 1 FROM listings WHERE dataset = ?", dataset), None) is not None
 
     # Of images whose pixels can be decoded, as far as that is known.
 
@@ -269,6 +280,11 @@ class Catalogue:
             " FROM used, json_each(used.captions) each"
         )
         database.executescript(_FAILURES)
+
+
+def new_mark() -> str:
+    """A word that no mark was before."""
+    return secrets.token_hex(8)
 
 
 def _explained(error: sqlite3.DatabaseError, path: Path) -> Exception:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import posixpath
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -17,15 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from helpers.data.captions import CAPTION_EXTENSION, MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption, json_list
-from helpers.data.catalogue import Catalogue
-from helpers.data.images import EXTENSIONS, ImageError, read_size
+from helpers.data.captions import MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption, json_list
+from helpers.data.catalogue import Catalogue, new_mark
+from helpers.data.images import ImageError, read_size
+from helpers.data.listing import Listing
 from helpers.data.sample import Size
 from helpers.data.table_join import JoinedTable, join_tables
 from helpers.data.tables import TableRule
 from helpers.data.targets import ResolutionRule, too_small
 from helpers.errors import DataError, Interrupted, StorageError
-from helpers.storage.backend import Entry, RemoteSource, SourceBackend
+from helpers.storage.backend import RemoteSource, SourceBackend
 
 _BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
 _STOPPED = "stopped while the data sets were scanned; start again to go on"
@@ -75,6 +75,7 @@ def scan(
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     undecodable: Collection[str] | None = None,
+    trust_listing: bool = False,
 ) -> ScanResult:
     """Bring the catalogue's rows of one data set up to date. Source files are read, never written.
 
@@ -82,9 +83,13 @@ def scan(
     `on_progress(done, total)` counts the files to open. When `should_stop()` turns true, Interrupted is raised after what was read has
     been kept. `undecodable` are the keys that were left out as such when the run began, so that its plan stays the same to its end; None
     begins a new run, and leaves out what earlier ones could not decode (`Catalogue.leave_out_undecodable`).
+    With `trust_listing` a data set that has been listed before is taken to be as it was, and is not listed again.
     DataError when there is nothing to train on; StorageError when the store fails while it is read.
     """
-    new, changed, removed = _compare(backend, rules.dataset, catalogue)
+    if trust_listing and catalogue.was_listed(rules.dataset):
+        new = changed = removed = 0
+    else:
+        new, changed, removed = _compare(backend, rules.dataset, catalogue)
     tables = join_tables(backend, rules.dataset, rules.tables, catalogue, should_stop)
     opened = 0
     pending = _count_pending(catalogue, rules)
@@ -92,12 +97,12 @@ def scan(
     share = max(1, min(_SHARE, _BLOCK // threads))
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
         for block in _pending(catalogue, rules):
-            for files in _read_block(backend, block, share, pool, catalogue, should_stop):
+            for files in _read_block(backend, rules.dataset, block, share, pool, catalogue, should_stop):
                 opened += files
                 if on_progress is not None:
                     on_progress(opened, pending)
-    _judge(catalogue, rules, undecodable if undecodable is None else frozenset(undecodable), should_stop)
-    used, kinds = catalogue.used(rules.dataset), catalogue.left_out_kinds(rules.dataset)
+    _judge(catalogue, rules, undecodable, should_stop)
+    used, kinds = catalogue.totals(rules.dataset)
     left_out = kinds.total()
     if not used:
         raise DataError(_nothing_left(backend, rules.dataset, catalogue, kinds))
@@ -111,13 +116,15 @@ def scan(
 
 def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tuple[int, int, int]:
     """Take over the listing in one transaction: numbers of new, changed and removed files. Changed files lose their facts."""
-    with catalogue.transaction() as database:
+    with Listing(backend, catalogue.path.parent) as listing, catalogue.transaction() as database:
+        if database.execute("SELECT digest FROM listings WHERE dataset = ?", (dataset,)).fetchone() == (listing.digest,):
+            return 0, 0, 0
         database.execute("DROP TABLE IF EXISTS temp.listed")
         database.execute(
             "CREATE TEMP TABLE listed"
             " (key TEXT PRIMARY KEY, kind TEXT, stem TEXT, size INTEGER, modified_ns INTEGER, etag TEXT, problem TEXT)"
         )
-        database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?, ?, ?, ?, ?)", map(_listed, backend.list()))
+        database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?, ?, ?, ?, ?)", listing.rows())
         removed = database.execute("DELETE FROM files WHERE dataset = ? AND key NOT IN (SELECT key FROM listed)", (dataset,)).rowcount
         changed = database.execute(
             "UPDATE files SET size = l.size, modified_ns = l.modified_ns, etag = l.etag, was_read = 0, width = NULL, height = NULL,"
@@ -132,31 +139,12 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
             (dataset,),
         ).rowcount
         database.execute("DROP TABLE temp.listed")
+        database.execute("INSERT OR REPLACE INTO listings VALUES (?, ?)", (dataset, listing.digest))
         if new or changed or removed:
             # In the same transaction: whoever is killed from here on leaves a catalogue that knows it has to be judged again.
             database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
             database.execute("DELETE FROM joined WHERE dataset = ?", (dataset,))
     return new, changed, removed
-
-
-def _listed(entry: Entry) -> tuple[str, str, str, int, int, str, str | None]:
-    """An entry as a row of the listing; `kind` by the ending of its name, `problem` for what is neither image nor caption."""
-    stem, ending = posixpath.splitext(entry.key)
-    kind, problem = "other", None
-    try:
-        entry.key.encode()
-    except UnicodeEncodeError:  # shown with its stray bytes as \xNN; such a name can be stored and reported nowhere else
-        key = entry.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return key, kind, key, entry.size, entry.modified_ns, entry.etag, "file name is not UTF-8: rename the file"
-    if entry.problem:
-        problem = entry.problem
-    elif ending.lower() in EXTENSIONS:
-        kind = "image"
-    elif ending.lower() == CAPTION_EXTENSION:
-        kind = "caption"
-    else:
-        problem = f"not an image: its name ends in {ending}" if ending else "not an image: its name has no ending"
-    return entry.key, kind, stem, entry.size, entry.modified_ns, entry.etag, problem
 
 
 # 2. Facts from files.
@@ -189,6 +177,7 @@ def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[tuple[i
 
 def _read_block(
     backend: SourceBackend,
+    dataset: str,
     block: list[tuple[int, str, str]],
     share: int,
     pool: ThreadPoolExecutor,
@@ -213,6 +202,8 @@ def _read_block(
                 " modified_ns = coalesce(:modified_ns, modified_ns) WHERE id = :id",
                 facts,
             )
+            if any(fact["modified_ns"] == _NEVER for fact in facts):
+                database.execute("DELETE FROM listings WHERE dataset = ?", (dataset,))  # the next scan has to look at every row
     if should_stop():
         raise Interrupted(_STOPPED)
 
@@ -251,14 +242,17 @@ def _size(backend: SourceBackend, key: str) -> Size:
 # 3. The verdict.
 
 
-def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: frozenset[str] | None, should_stop: Callable[[], bool]) -> None:
-    """Give every file its caption or its reason, unless that was done under the same rules and nothing has changed since."""
-    stated = json.dumps([asdict(rules), undecodable if undecodable is None else sorted(undecodable)], sort_keys=True)
+def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[str] | None, should_stop: Callable[[], bool]) -> None:
+    """Give every file its captions or its reason, unless that was done under the same rules and nothing has changed since."""
     with catalogue.transaction() as database:
+        if undecodable is None:
+            known = database.execute("SELECT key FROM files WHERE dataset = ? AND undecodable IS NOT NULL", (rules.dataset,))
+            undecodable = [key for (key,) in known]
+        stated = json.dumps([asdict(rules), sorted(undecodable)], sort_keys=True)
         judged = database.execute("SELECT rules FROM verdicts WHERE dataset = ?", (rules.dataset,)).fetchone()
         if judged == (stated,):
             return
-        captioner = Captioner(rules.captions, rules.dataset)
+        captioner, left_out_before = Captioner(rules.captions, rules.dataset), frozenset(undecodable)
         database.execute("UPDATE files SET left_out = problem WHERE dataset = ? AND kind = 'other'", (rules.dataset,))
         database.execute(
             "UPDATE files SET left_out = CASE WHEN EXISTS (SELECT 1 FROM files image WHERE image.dataset = files.dataset"
@@ -269,11 +263,15 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: frozenset[str
         for table in rules.tables:
             database.execute("UPDATE files SET left_out = NULL WHERE dataset = ? AND key = ?", (rules.dataset, table.path))
         for images in _images(database, rules):
-            verdicts = (_verdict(image, rules, captioner, undecodable) for image in images)
+            verdicts = (_verdict(image, rules, captioner, left_out_before) for image in images)
             database.executemany("UPDATE files SET captions = ?, left_out = ? WHERE id = ?", verdicts)
             if should_stop():
                 raise Interrupted(_STOPPED)
-        database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (rules.dataset, stated))
+        (used,) = database.execute("SELECT count(*) FROM used WHERE dataset = ?", (rules.dataset,)).fetchone()
+        reasons = database.execute("SELECT left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key", (rules.dataset,))
+        kinds = Counter(reason.partition(":")[0] for (reason,) in reasons)
+        database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", (rules.dataset, stated, used, json.dumps(kinds)))
+        database.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (rules.dataset, new_mark()))
 
 
 def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[tuple[Any, ...]]]:
@@ -293,12 +291,12 @@ def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[
 
 
 def _verdict(
-    image: tuple[Any, ...], rules: DatasetRules, captioner: Captioner, undecodable: frozenset[str] | None
+    image: tuple[Any, ...], rules: DatasetRules, captioner: Captioner, undecodable: frozenset[str]
 ) -> tuple[str | None, str | None, int]:
     """Captions as a JSON list, or a reason, and the row id."""
     key, row, width, height, problem, found_undecodable, text, text_problem = image
     reason = problem
-    if reason is None and (found_undecodable if undecodable is None else key in undecodable):
+    if reason is None and key in undecodable:
         reason = found_undecodable or _LEFT_OUT_BEFORE
     reason = reason or too_small(Size(width, height), rules.resolution)
     if reason is None and (rules.captions.reads_files or rules.captions.table):

@@ -287,7 +287,7 @@ def test_a_stop_is_noticed_between_files_and_what_was_read_is_kept(catalogue: Ca
     assert seen[-1] == (len(store.opened), 1000)
     already = set(store.opened)
     assert set(store.reopened(BY_NAME, catalogue)) == set(store._files) - already
-    assert catalogue.used("set") == 1000
+    assert catalogue.totals("set")[0] == 1000
 
 
 def test_a_stop_while_images_are_judged_leaves_the_verdicts_as_they_were(catalogue: Catalogue) -> None:
