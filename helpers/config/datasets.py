@@ -48,9 +48,6 @@ class Entry:
     )
     cache_local_limit_gb: float | None = option(None, "Most gigabytes that these copies take, for each cache.", above=0)
     write_batch_size: int = option(64, "Entries a write.", at_least=1, does_nothing="caches are written in sealed shards")
-    preserve_data_backend_cache: bool = option(
-        False, "Kept file lists.", aliases=("preserve_data_cache_backend",), does_nothing="scans are incremental"
-    )
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,9 @@ class TextCacheConfig(Entry):
     default: bool = option(False, "Used by data sets that name no text_embeds entry; a single entry is the default.")
     caption_filter_list: tuple[str, ...] = option(
         (), "What to remove from or replace in captions: a list of lines, or the path of a .json or .txt file that holds them."
+    )
+    preserve_data_backend_cache: bool = option(
+        False, "Kept file lists.", aliases=("preserve_data_cache_backend",), does_nothing="embeddings are looked up, not listed"
     )
 
 
@@ -181,7 +181,13 @@ class DatasetConfig(Entry):
         of_type="webdataset",
     )
     disable_validation: bool = option(False, "Take no validation images from it.", does_nothing="none are taken from data sets yet")
-    skip_file_discovery: str = option("", "Skipped stages.", does_nothing="a start without changes opens no file")
+    preserve_data_backend_cache: bool = option(
+        None,
+        "Once it was listed, take it to be as it was and do not list it again.",
+        aliases=("preserve_data_cache_backend",),
+        inherits="preserve_data_backend_cache",
+    )
+    skip_file_discovery: str = option(None, "The same, whatever it says.", inherits="skip_file_discovery")
     scan_for_errors: bool = option(False, "Compared latents with buckets.", does_nothing="every cached entry is verified when it is read")
     vae_cache_scan_behaviour: str = option("recreate", "What the scan did.", choices=("recreate", "sync"), does_nothing=_IN_PLACE)
     metadata_update_interval: int = option(3600, "Seconds between saves.", at_least=1, does_nothing="progress is saved as it is made")
@@ -202,6 +208,11 @@ class DatasetConfig(Entry):
     caption_filters: tuple[str, ...] = ()  # of the text_embeds entry that it uses
     shards: tuple[Path, ...] = ()  # the tars that `urls` stands for
     index_dir: Path | None = None  # where it is kept what their headers say
+
+    @property
+    def trusts_listing(self) -> bool:
+        """Whether a listing that was made before counts for the present one."""
+        return self.preserve_data_backend_cache or bool(self.skip_file_discovery)
 
     @property
     def redraws_aspects(self) -> bool:

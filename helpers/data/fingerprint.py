@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +19,17 @@ from numpy.typing import NDArray
 from helpers.config.datasets import DatasetConfig
 from helpers.data.buckets import BucketPlan
 from helpers.data.catalogue import Catalogue
+from helpers.data.remembered import Remembered, inputs_digest
 from helpers.storage.backend import SourceBackend
 
 UNREAD = "images_unread"  # of the plan's rows, in the checkpoint
 
 
 class DataFingerprint:
-    """Computed anew until every image has been read."""
+    """Computed when first asked for, and anew until every image has been read.
+
+    `inputs` is a digest of what the images and captions in use are; under it the answer is kept in `remembered` for later starts.
+    """
 
     def __init__(
         self,
@@ -32,38 +38,61 @@ class DataFingerprint:
         sources: Sequence[SourceBackend],
         catalogue: Catalogue,
         fixed: Mapping[str, str],
+        inputs: Callable[[], str] = lambda: "",
+        remembered: Remembered | None = None,
     ) -> None:
         self._plan = plan
         self._datasets = datasets
         self._sources = sources
         self._catalogue = catalogue
-        captions = hashlib.sha256()
-        for dataset in datasets:
-            for caption in catalogue.captions_by_image(dataset.id):
-                captions.update(f"{caption}\0".encode())
-        self._fixed = {"plan": plan.fingerprint(), "captions": captions.hexdigest(), **fixed}
+        self._settings = fixed
+        self._inputs = inputs
+        self._remembered = remembered
         self._complete: dict[str, str] | None = None
 
     def __call__(self, like: Mapping[str, str] | None = None) -> dict[str, str]:
         """Values by name. With `like`, an earlier fingerprint, of the same images as that one."""
         unread = _unpacked(like.get(UNREAD, ""), len(self._plan)) if like is not None else None
-        if unread is None and self._complete is not None:
-            return dict(self._complete)
+        all_read = not any(self._catalogue.unread(dataset.id) for dataset in self._datasets)
+        if all_read and (unread is None or not unread.any()):
+            return dict(self._of_all_images())
         contents = [content for dataset in self._datasets for content in self._catalogue.contents(dataset.id)]
         if unread is None:
             unread = np.array([content is None for content in contents])
         else:
             self._read_again(contents, unread)
-        images = hashlib.sha256()
-        keys = (key for dataset in self._datasets for key in self._catalogue.keys(dataset.id))
-        for key, content, left_aside in zip(keys, contents, unread.tolist(), strict=True):
-            images.update(f"{key}\0{'' if left_aside else content}\0".encode())
-        told = {**self._fixed, "images": images.hexdigest()}
+        told = {**self._fixed, "images": self._images(contents, unread.tolist())}
         if unread.any():
             told[UNREAD] = _packed(unread)
-        elif like is None:
-            self._complete = dict(told)
         return told
+
+    @cached_property
+    def _fixed(self) -> dict[str, str]:
+        """What does not depend on the images' bytes."""
+        captions = hashlib.sha256()
+        for dataset in self._datasets:
+            for caption in self._catalogue.captions_by_image(dataset.id):
+                captions.update(f"{caption}\0".encode())
+        return {"plan": self._plan.fingerprint(), "captions": captions.hexdigest(), **self._settings}
+
+    def _of_all_images(self) -> dict[str, str]:
+        if self._complete is None:
+            inputs = inputs_digest(self._inputs(), self._settings)
+            self._complete = self._remembered.value("fingerprint", inputs) if self._remembered is not None else None
+            if self._complete is None:
+                contents = (content for dataset in self._datasets for content in self._catalogue.contents(dataset.id))
+                self._complete = {**self._fixed, "images": self._images(contents, itertools.repeat(False))}
+                if self._remembered is not None:
+                    self._remembered.keep("fingerprint", inputs, self._complete)
+        return self._complete
+
+    def _images(self, contents: Iterable[str | None], left_aside: Iterable[bool]) -> str:
+        """One digest of all images, in the order of the plan."""
+        images = hashlib.sha256()
+        keys = (key for dataset in self._datasets for key in self._catalogue.keys(dataset.id))
+        for key, content, aside in zip(keys, contents, left_aside, strict=False):
+            images.update(f"{key}\0{'' if aside else content}\0".encode())
+        return images.hexdigest()
 
     def _read_again(self, contents: list[str | None], unread: NDArray[np.bool_]) -> None:
         """Images that had been read and were touched since: what they hold is in their bytes, not in the catalogue."""

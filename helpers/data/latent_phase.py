@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from helpers.config.datasets import DatasetConfig
 from helpers.data.behind import LatentsAhead
 from helpers.data.buckets import BucketPlan
-from helpers.data.cache import record_key
+from helpers.data.cache import LOCATION, Locations, record_key
 from helpers.data.catalogue import Catalogue
 from helpers.data.fill import Filled, gathered
 from helpers.data.latents import EVERY_EPOCH, LatentFiller, Unit, encode_units, refuse_without_images
 from helpers.data.order import EpochOrder, Share
 from helpers.data.passes import HeldCodec, Pass, Passes
+from helpers.data.planning import plan_inputs
 from helpers.data.progress import bar
+from helpers.data.remembered import Remembered, inputs_digest
 from helpers.data.settings import DataSettings
 from helpers.data.sources import CachePlace, latents_place, open_caches
 from helpers.data.training_data import Steps
@@ -52,6 +54,7 @@ class LatentPhase:
         self.workers = workers
         self.report = report
         self.are_remote = False  # whether latents are read from a network
+        self.remembered = Remembered(settings.cache_dir / "remembered")
 
     def encode(self) -> None:
         """Encode what is missing for the epoch that training begins in, which for most data sets is what every epoch needs."""
@@ -66,6 +69,7 @@ class LatentPhase:
                 passed.locate()
         if not any(self.passes.redrawn):
             self.codec.close()
+        self._remember()
         self.report.chapter("latents", total.describe(len(self.plan), "the VAE"))
         failed = self.catalogue.failures()
         for passed in self.present_passes:
@@ -84,13 +88,36 @@ class LatentPhase:
         settings = self.settings
         redrawn = [dataset.vae_cache_clear_each_epoch for dataset in self.datasets]
         self.codec = HeldCodec(self.family, settings.device)
-        self.passes = Passes(self.plan, redrawn, self.plan_of, self._fillers, settings.vae_batch_size, settings.cache_dtype)
+        of_images = (settings.vae_batch_size, settings.cache_dtype)
+        self.passes = Passes(self.plan, redrawn, self.plan_of, self._fillers, *of_images, known=self._known)
         self.steps = self.new_steps()
         self.first_epoch = self.steps.epoch(settings.step, settings.order)
         self.remove_passes(self.first_epoch)
         numbers = [*([EVERY_EPOCH] if not all(redrawn) else []), *([self.first_epoch] if any(redrawn) else [])]
         self.present_passes: list[Pass] = [self.passes.at(number) for number in numbers]
         self.codec.open()
+
+    def _known(self, made: Pass) -> Locations | None:
+        """Where all latents lie, if nothing that this depends on has changed since an earlier start looked them up."""
+        if made.number != EVERY_EPOCH:
+            return None
+        known = self.remembered.array("locations", self._inputs(made))
+        return known if known is not None and known.dtype == LOCATION and len(known) == len(self.plan) else None
+
+    def _remember(self) -> None:
+        """Keep for the next start where all latents lie. Only the first process does anything."""
+        for passed in self.present_passes:
+            if self.workers.is_first and passed.number == EVERY_EPOCH and not passed.incomplete and not passed.hopeless.any():
+                inputs = self._inputs(passed)
+                if self.remembered.value("locations", inputs) is None:
+                    self.remembered.keep_array("locations", inputs, passed.locations)
+
+    def _inputs(self, passed: Pass) -> str:
+        """Everything that the places of a pass's latents depend on."""
+        caches = [filler.cache.mark() for filler in passed.fillers.values()]
+        return inputs_digest(
+            plan_inputs(self.datasets, self.catalogue, self.settings.seed), self.codec.fingerprint, caches, self.settings.cache_dtype
+        )
 
     def ahead(self) -> LatentsAhead | None:
         """What encodes behind training, with its codec loaded; None where nothing is left to encode."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,15 +70,31 @@ class Pass:
         self.fillers = fillers  # by data set
         self.locations: Locations = np.zeros(len(plan), dtype=LOCATION)
         self.hopeless = np.zeros(len(plan), dtype=bool)
+        self._batch_size = batch_size
         self._cache_dtype = cache_dtype
-        self._units: list[Unit] = [(filler, rows) for filler in fillers.values() for rows in filler.batches(batch_size)]
-        self._unit_of = np.full(len(plan), -1, np.int32)
-        for number_of_unit, (_, rows) in enumerate(self._units):
-            self._unit_of[rows] = number_of_unit
-        self._taken = np.zeros(len(self._units), dtype=bool)
 
-    def locate(self) -> None:
-        """Look up all rows."""
+    @cached_property
+    def _units(self) -> list[Unit]:
+        """Made when one is asked for: where everything is cached nobody asks, and there may be many."""
+        return [(filler, rows) for filler in self.fillers.values() for rows in filler.batches(self._batch_size)]
+
+    @cached_property
+    def _unit_of(self) -> NDArray[np.int32]:
+        """(N,) the number of each row's unit, -1 for rows of other passes."""
+        numbers = np.full(len(self.plan), -1, np.int32)
+        for number, (_, rows) in enumerate(self._units):
+            numbers[rows] = number
+        return numbers
+
+    @cached_property
+    def _taken(self) -> NDArray[np.bool_]:
+        return np.zeros(len(self._units), dtype=bool)
+
+    def locate(self, known: Locations | None = None) -> None:
+        """Look up all rows; `known` is the answer where it is remembered."""
+        if known is not None:
+            self.locations = known
+            return
         for filler in self.fillers.values():
             self.locations[filler.rows] = filler.locate(self._cache_dtype)
             failed = list(filler.catalogue.failed(self.number))
@@ -130,7 +147,8 @@ class Passes:
     """The passes by data set and epoch. Safe to use from several threads.
 
     `redrawn` tells for each data set whether it has a pass for each epoch. `plan_of` gives the plan of an epoch, whose rows are those
-    of `plan` in the same order; `fillers_of` the fillers of some data sets for a plan and a pass's number.
+    of `plan` in the same order; `fillers_of` the fillers of some data sets for a plan and a pass's number; `known` where the latents of a
+    pass lie, if an earlier start has looked that up.
     """
 
     def __init__(
@@ -141,6 +159,7 @@ class Passes:
         fillers_of: Callable[[BucketPlan, list[int], int], dict[int, LatentFiller]],
         batch_size: int,
         cache_dtype: str,
+        known: Callable[[Pass], Locations | None] = lambda made: None,
     ) -> None:
         self.plan = plan
         self.redrawn = list(redrawn)
@@ -149,6 +168,7 @@ class Passes:
         self._fillers_of = fillers_of
         self._batch_size = batch_size
         self._cache_dtype = cache_dtype
+        self._known = known
         self._lock = threading.RLock()
         self._kept: dict[int, Pass] = {}
         self._walked = 0  # the epoch that whoever takes units has come to
@@ -203,5 +223,5 @@ class Passes:
         plan = self.plan if number in (EVERY_EPOCH, 0) else self._plan_of(number)
         members = [index for index, redrawn in enumerate(self.redrawn) if redrawn == (number != EVERY_EPOCH)]
         made = Pass(number, plan, self._fillers_of(plan, members, number), self._batch_size, self._cache_dtype)
-        made.locate()
+        made.locate(self._known(made))
         return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from helpers.data.captions import CaptionRule, TagShuffle
 from helpers.data.catalogue import Catalogue
 from helpers.data.draws import uniform
 from helpers.data.faces import face_middles
+from helpers.data.remembered import inputs_digest
 from helpers.data.sample import Size
 from helpers.data.scan import DatasetRules
 from helpers.data.tables import TableRule
@@ -122,6 +124,11 @@ def without_a_face(columns: Sequence[DatasetColumns]) -> dict[str, NDArray[np.in
     return {of.dataset: of.rows[np.isnan(of.face_x)] for of in columns if of.rule.style == "face" and of.face_x is not None}
 
 
+def plan_inputs(datasets: Sequence[DatasetConfig], catalogue: Catalogue, seed: int) -> str:
+    """A digest of everything that the plan depends on: the images in use, and what the data sets say of them."""
+    return inputs_digest([(dataclasses.asdict(dataset), catalogue.mark(dataset.id)) for dataset in datasets], seed)
+
+
 def save_plan(plan: BucketPlan, folder: Path) -> None:
     """Put a plan where `load_plan` finds it. StorageError when it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +136,11 @@ def save_plan(plan: BucketPlan, folder: Path) -> None:
     np.save(columns, plan.columns, allow_pickle=False)
     write_file(folder / _COLUMNS, columns.getvalue())
     write_json(folder / _TABLES, {"datasets": plan.datasets, "shapes": [list(shape) for shape in plan.shapes]})
+
+
+def has_plan(folder: Path) -> bool:
+    """Whether `load_plan` finds one there."""
+    return (folder / _COLUMNS).is_file() and (folder / _TABLES).is_file()
 
 
 def load_plan(folder: Path) -> BucketPlan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +23,9 @@ from helpers.data.faces import find_faces
 from helpers.data.fill import Filled, FillOptions, gathered
 from helpers.data.fingerprint import DataFingerprint
 from helpers.data.latent_phase import LatentPhase
-from helpers.data.planning import columns_of, load_plan, restricted, rules_of, save_plan, without_a_face
+from helpers.data.planning import columns_of, has_plan, load_plan, plan_inputs, restricted, rules_of, save_plan, without_a_face
 from helpers.data.progress import bar, late_bar
+from helpers.data.remembered import Remembered, inputs_digest
 from helpers.data.report import REPORT, Memory, Survey, caption_report, dataset_report, lost_line, mix_summary, summary
 from helpers.data.scan import ScanResult, scan
 from helpers.data.settings import DataSettings
@@ -61,7 +63,9 @@ def prepare_data(
 
 def survey_data(datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter) -> None:
     """Scan, plan and report as `prepare_data` does, and encode nothing. Raises the same errors."""
-    _Preparation(datasets, settings, family, workers, report).scan_and_plan()
+    preparation = _Preparation(datasets, settings, family, workers, report)
+    preparation.is_survey = True
+    preparation.scan_and_plan()
 
 
 class _Preparation:
@@ -79,6 +83,8 @@ class _Preparation:
         self.scanned: list[ScanResult] = []  # in the first process
         self.faceless: dict[str, NDArray[np.int64]] = {}  # there too
         self.told: dict[int, str] = {}  # failures that stand in the report
+        self.is_survey = False  # then the report is what was asked for
+        self.remembered = Remembered(settings.cache_dir / "remembered")
         self.unread = 0  # images whose bytes were not known when the data was last surveyed; in the first process
 
     # -- scan and plan --------------------------------------------------------------------------------------------------
@@ -93,9 +99,7 @@ class _Preparation:
                 self.scanned = [self._scan(index) for index in range(len(self.datasets))]
                 for index in range(len(self.datasets)):
                     self._find_faces(index)
-                columns = self._columns(0)
-                self.faceless = without_a_face(columns)
-                save_plan(plan(columns), plan_folder)
+                self._make_plan(plan_folder)
         if not self.workers.is_first:
             self.catalogue = Catalogue(catalogue_file)
         self.plan = load_plan(plan_folder)
@@ -103,13 +107,37 @@ class _Preparation:
         self.images = LatentPhase(*parts, self.settings, self.family, self.workers, self.report)
         with self.workers.phase():
             if self.workers.is_first:
-                self._survey({})
+                if self.is_survey or not self._is_surveyed():
+                    self._survey({})
                 for index, result in enumerate(self.scanned):
                     shapes = np.unique(self.plan.columns["shape"][self.plan.columns["dataset"] == index])
                     self.report.chapter("dataset", summary(result, len(shapes)))
                     if faceless := len(self.faceless.get(result.dataset, ())):
                         told = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
                         self.report.chapter("faces", f"{result.dataset}: {told}")
+
+    def _make_plan(self, folder: Path) -> None:
+        """Lay the plan into a folder, unless the one that lies there was made from just the same."""
+        has_faces = any(dataset.crop and dataset.crop_style == "face" for dataset in self.datasets)
+        inputs = self._inputs()
+        if not has_faces and self.remembered.value("plan", inputs) is not None and has_plan(folder):
+            return
+        columns = self._columns(0)
+        self.faceless = without_a_face(columns)
+        save_plan(plan(columns), folder)
+        self.remembered.keep("plan", inputs, str(folder))
+
+    def _inputs(self) -> str:
+        return plan_inputs(self.datasets, self.catalogue, self.settings.seed)
+
+    def _is_surveyed(self) -> bool:
+        """Whether the report of an earlier start is there and still tells what there is to tell."""
+        report = self.settings.output_dir / REPORT
+        known = self.remembered.value("survey", inputs_digest(self._inputs(), report))
+        if known is None or self.faceless or not (report.is_file() and report.with_suffix(".html").is_file()):
+            return False
+        self.unread = known["unread"]
+        return True
 
     def _survey(self, failed: Mapping[int, str]) -> None:
         """Write and tell what is known of the data: once when it is planned, and again when encoding has told more.
@@ -123,10 +151,13 @@ class _Preparation:
             entry["captions"] = caption_report(entry["id"], self.catalogue, lengths, tokens)
         tokens.save()
         self.told, self.unread = dict(failed), self._count_unread()
-        write_json(self.settings.output_dir / REPORT, told)
+        report = self.settings.output_dir / REPORT
+        write_json(report, told)
         trained = restricted(self.plan, np.flatnonzero(~np.isin(self.plan.columns["row"], list(failed)))) if failed else self.plan
         pictures = Memory(folder / "thumbnails.json")
         self.report.surveyed(Survey(told, lambda: thumbnails(trained, self.sources, self.catalogue, pictures, self.settings.threads)))
+        if not failed:
+            self.remembered.keep("survey", inputs_digest(self._inputs(), report), {"unread": self.unread})
 
     def _count_unread(self) -> int:
         return sum(self.catalogue.unread(dataset.id) for dataset in self.datasets)
@@ -142,6 +173,7 @@ class _Preparation:
                 on_progress=told,
                 should_stop=self.workers.should_stop,
                 undecodable=None if left_out is None else left_out.get(rules.dataset, ()),
+                trust_listing=self.datasets[index].trusts_listing,
             )
 
     def _find_faces(self, index: int) -> None:
@@ -169,11 +201,15 @@ class _Preparation:
         places = [texts_place(dataset, self.settings.cache_dir) for dataset in self.datasets]
         places.append(self._place_of_extra_captions())
         options = self.settings.fill_options(self.settings.text_batch_size, self.workers)
-        wanted = [list(self.catalogue.captions(dataset.id)) for dataset in self.datasets]
-        wanted.append(sorted({"", *self.settings.extra_captions}))
+        self.extra_captions = sorted({"", *self.settings.extra_captions})
         with self.family.text_encoders(self.settings.device) as encoders:
             with self.workers.phase():
                 self.text_caches = open_caches(places, lambda note: self.report.chapter("cache", note))
+                marks = [cache.mark() for cache in self.text_caches]
+                inputs = inputs_digest(self._inputs(), encoders.fingerprint, options.cache_dtype, marks)
+                cached = self.remembered.value("captions", inputs)  # how many of the data there are, all of them cached
+                wanted = [list(self.catalogue.captions(dataset.id)) if cached is None else [] for dataset in self.datasets]
+                wanted.append(self.extra_captions)
                 filled = [
                     self._fill_captions(TextFiller(cache, encoders), captions, options)
                     for cache, captions in zip(self.text_caches, wanted, strict=True)
@@ -181,8 +217,11 @@ class _Preparation:
                 self._fill_unconditional(encoders, options)
             self.text_fingerprint = encoders.fingerprint
             cut_off = sum(map(int, self.workers.gather(str(encoders.truncated))))
-        self.extra_captions = wanted[-1]
-        needed = sum(map(len, wanted))
+        if cached is None:
+            cached = sum(map(len, wanted[:-1]))
+            if self.workers.is_first:
+                self.remembered.keep("captions", inputs, cached)
+        needed = cached + len(self.extra_captions)
         self.report.chapter("text", gathered(filled, self.workers).describe(needed, "the text encoders"))
         if cut_off:
             self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and were cut off")
@@ -268,7 +307,8 @@ class _Preparation:
             "image_codec": f"{self.images.codec.fingerprint} {self.settings.cache_dtype}",
             "text_encoders": f"{self.text_fingerprint} {self.settings.cache_dtype}",
         }
-        return DataFingerprint(self.plan, self.datasets, self.sources, self.catalogue, fixed)
+        remembered = self.remembered if self.workers.is_first else None
+        return DataFingerprint(self.plan, self.datasets, self.sources, self.catalogue, fixed, self._inputs, remembered)
 
 
 def _part_in_the_mix(dataset: DatasetConfig) -> str:

@@ -96,7 +96,8 @@ def test_copies_are_told_once_their_bytes_are_known_and_never_guessed(tmp_path: 
         catalogue.set_content(zip(rows, ["same", "other", "same"], strict=False))
         told = entry(catalogue, result)
         assert (told["copies"], told["unread"]) == ([["a.png", "c.png"]], 1)
-        catalogue.set_undecodable(rows[2], "unreadable: half of it is missing")
+        catalogue.add_failure(0, rows[2], "unreadable: half of it is missing", undecodable=True)
+        catalogue.leave_out_undecodable()
         assert entry(catalogue, result)["copies"] == []
 
 

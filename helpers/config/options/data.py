@@ -58,6 +58,10 @@ class DataOptions:
         "The original size SDXL is told: the file's after EXIF rotation, or the resized image's (intermediary).",
         choices=("file", "intermediary"),
     )
+    preserve_data_backend_cache: bool = option(
+        False, "Take data sets that were listed before to be as they were, and list none again: new and changed files are not noticed."
+    )
+    skip_file_discovery: str = option("", "The same, whatever it says; older settings name stages here.")
     record_samples: bool = option(False, "Write one line for every trained sample to OUTPUT_DIR/samples.jsonl.")
     accept_changed_data: bool = option(
         False, "Resume although the data changed since the checkpoint; the next epoch is ordered over the new data."

@@ -8,7 +8,6 @@ from helpers.config.declare import option
 
 _KEEPS_DATA = "source images are never deleted"
 _COMPUTED_ORDER = "order and randomness are computed from the seed, and never depend on the process"
-_INCREMENTAL = "a start without changes opens no file, and one with changes does only what it must"
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,6 @@ class IgnoredOptions:
     )
     keep_vae_loaded: bool = option(False, "Kept the VAE in memory.", does_nothing="the VAE is loaded when something needs it")
     write_batch_size: int = option(64, "Latents a write.", at_least=1, does_nothing="latents are written in sealed shards")
-    skip_file_discovery: str = option("", "Skipped stages.", does_nothing=_INCREMENTAL)
-    preserve_data_backend_cache: bool = option(False, "Kept file lists.", does_nothing=_INCREMENTAL)
     aspect_bucket_worker_count: int = option(12, "Bucketing workers.", at_least=1, does_nothing="workers follow the machine's cores")
     enable_multiprocessing: bool = option(False, "Processes for bucketing.", does_nothing="workers follow the machine's cores")
     metadata_update_interval: int = option(3600, "Seconds between saves.", at_least=1, does_nothing="progress is saved as it is made")

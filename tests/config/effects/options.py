@@ -21,6 +21,7 @@ from tests.config.effects.sights import (
     encodes_behind_training,
     event_files,
     exported_spacing,
+    finds_a_new_picture,
     full_weights_dtype,
     goes_on_with_other_data,
     handed_over,
@@ -147,6 +148,8 @@ CACHE = {
     "cache_dtype": Effect(cached_dtypes, {"fp16": {torch.float16}, "bf16": {torch.bfloat16}, "fp32": {torch.float32}}),
     "latent_sampling": Effect(losses, ["mean", "sample"]),
     "vae_batch_size": Effect(calls("Encoder", of=lambda arguments: len(arguments[0])), {"1": {1: 6}, "2": {2: 3}}),
+    "preserve_data_backend_cache": Effect(finds_a_new_picture, {"false": True, "true": False}, ("--max_train_steps=1",)),
+    "skip_file_discovery": Effect(finds_a_new_picture, {"": True, "vae metadata": False}, ("--max_train_steps=1",)),
     "aspect_bucket_disable_rebuild": Effect(
         same_shapes_in_two_epochs,
         {"false": False, "true": True},

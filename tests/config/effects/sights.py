@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import types
 from collections import Counter
@@ -28,7 +29,7 @@ from helpers.training.ema import Average
 from helpers.training.optimizers import create_optimizer
 from helpers.training.runtime import Runtime
 from helpers.training.schedules import Schedule
-from tests.config.effects.lab import Flags, Lab, refusal
+from tests.config.effects.lab import Flags, Lab, Ran, refusal
 
 Sight = Callable[[Lab, Flags], Any]
 LORA = "pytorch_lora_weights.safetensors"
@@ -154,6 +155,18 @@ def buckets(lab: Lab, flags: Flags) -> object:
 
 def images_used(lab: Lab, flags: Flags) -> object:
     return _report(lab, flags)["used"]
+
+
+def finds_a_new_picture(lab: Lab, flags: Flags) -> object:
+    """In the folder of a run that is started once more."""
+    flags = (f"--cache_dir=own/{next(lab.numbers)}", *flags)
+    new = lab.folder / "images" / "new.png"
+    lab.run(flags)
+    shutil.copy(lab.folder / "other_images" / "picture_0.png", new)
+    try:
+        return _report_of(lab.run_again(flags, lab.new_folder()))["used"] == 7
+    finally:
+        new.unlink()
 
 
 def target_of_an_image(lab: Lab, flags: Flags) -> object:
@@ -331,7 +344,11 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _report(lab: Lab, flags: Flags) -> dict[str, Any]:
-    [entry] = json.loads((lab.run((*flags, "--max_train_steps=1")).folder / "dataset_report.json").read_text())["datasets"]
+    return _report_of(lab.run((*flags, "--max_train_steps=1")))
+
+
+def _report_of(ran: Ran) -> dict[str, Any]:
+    [entry] = json.loads((ran.folder / "dataset_report.json").read_text())["datasets"]
     return entry
 
 
