@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,7 +126,9 @@ def without_a_face(columns: Sequence[DatasetColumns]) -> dict[str, NDArray[np.in
 
 def plan_inputs(datasets: Sequence[DatasetConfig], catalogue: Catalogue, seed: int) -> str:
     """A digest of everything that the plan depends on: the images in use, and what the data sets say of them."""
-    return inputs_digest([(dataclasses.asdict(dataset), catalogue.mark(dataset.id)) for dataset in datasets], seed)
+    listed: dict[str, Any] = {"preserve_data_backend_cache": False, "skip_file_discovery": ""}  # how they were found is not what they are
+    said = [dataclasses.asdict(dataclasses.replace(dataset, **listed)) for dataset in datasets]
+    return inputs_digest(said, [catalogue.mark(dataset.id) for dataset in datasets], seed)
 
 
 def save_plan(plan: BucketPlan, folder: Path) -> None:

@@ -110,8 +110,8 @@ class _Preparation:
                 if self.is_survey or not self._is_surveyed():
                     self._survey({})
                 for index, result in enumerate(self.scanned):
-                    shapes = np.unique(self.plan.columns["shape"][self.plan.columns["dataset"] == index])
-                    self.report.chapter("dataset", summary(result, len(shapes)))
+                    shapes = np.bincount(self.plan.columns["shape"][self.plan.columns["dataset"] == index])
+                    self.report.chapter("dataset", summary(result, int(np.count_nonzero(shapes))))
                     if faceless := len(self.faceless.get(result.dataset, ())):
                         told = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
                         self.report.chapter("faces", f"{result.dataset}: {told}")

@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     cache_shards,
     caption_table,
+    data_at_scale,
     dataset_report,
     header_scan,
     latent_caching,
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.slow
 PROGRAMS = (
     cache_shards,
     caption_table,
+    data_at_scale,
     dataset_report,
     header_scan,
     latent_caching,
@@ -173,3 +175,10 @@ def test_a_warm_start_spends_its_time_importing_libraries(tmp_path: Path) -> Non
 def test_help_and_mistakes_are_answered_at_once() -> None:
     assert min(start_up.answer("--help", code=0) for _ in range(2)) < 2
     assert min(start_up.answer("--learning_rte=1", code=2) for _ in range(2)) < 2
+
+
+def test_a_warm_start_looks_nothing_up_and_its_index_stays_small(tmp_path: Path) -> None:
+    data_at_scale.started(tmp_path, 2_000)
+    warm = [data_at_scale.started(tmp_path, 2_000, trust=True) for _ in range(3)]
+    assert min(start["seconds"] for start in warm) < 1
+    assert min(start["index"] for start in warm) < 20e6
