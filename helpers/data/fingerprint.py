@@ -47,7 +47,7 @@ class DataFingerprint:
     def __call__(self, like: Mapping[str, str] | None = None) -> dict[str, str]:
         """Values by name. With `like`, an earlier fingerprint, of the same images as that one."""
         unread = _unpacked(like.get(UNREAD, ""), len(self._plan)) if like is not None else None
-        if unread is None and self._complete is not None:
+        if like is None and self._complete is not None:
             return dict(self._complete)
         contents = [content for dataset in self._datasets for content in self._catalogue.contents(dataset.id)]
         if unread is None:
@@ -83,9 +83,9 @@ def _packed(rows: NDArray[np.bool_]) -> str:
     return base64.b64encode(zlib.compress(np.packbits(rows).tobytes(), 9)).decode()
 
 
-def _unpacked(text: str, count: int) -> NDArray[np.bool_]:
-    """Of another number of rows nothing is left aside: the plans differ, and that is said."""
+def _unpacked(text: str, count: int) -> NDArray[np.bool_] | None:
+    """None where it is about another number of rows: the plans differ, and that is said."""
     if not text:
         return np.zeros(count, dtype=bool)
     bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8))
-    return bits[:count].astype(bool) if count <= len(bits) < count + 8 else np.zeros(count, dtype=bool)
+    return bits[:count].astype(bool) if count <= len(bits) < count + 8 else None
