@@ -215,6 +215,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         if (checkpoints.due(state.step) and update.taken) or update.stop_asked or state.step == total:
             save()
         if update.stop_asked and state.step < total:
+            data.close()
             raise Interrupted(f"step {state.step:,} of {total:,} is done and saved; start again to go on.")
         validate()
         if config.run.accelerator_cache_clear_interval and state.step % config.run.accelerator_cache_clear_interval == 0:

@@ -44,9 +44,8 @@ class LatentsAhead:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._horizon = 0
-        # Encoded by this process and not sealed: (pass, row of the plan) => writer and key. `_shards`: those sealed by each writer.
-        self._open: dict[tuple[int, int], tuple[Writer, bytes]] = {}
-        self._shards: dict[int, int] = {}
+        # Encoded by this process and not sealed: (pass, row of the plan) => writer, key, and the shards the writer had sealed before.
+        self._open: dict[tuple[int, int], tuple[Writer, bytes, int]] = {}
 
     def start(self, micro_batches: Callable[[], Iterator[MicroBatch]]) -> None:
         """Begin to encode what these micro-batches need, those of all processes in the order of training."""
@@ -130,12 +129,10 @@ class LatentsAhead:
 
     def _stored(self, filler: LatentFiller, members: Sequence[Member], writer: Writer) -> None:
         """In the writer's thread: a unit has just been given to its writer."""
-        if writer.sealed != self._shards.get(id(writer), 0):
-            self._shards[id(writer)] = writer.sealed
-            self._open = {place: opened for place, opened in self._open.items() if opened[0] is not writer}
+        self._open = {place: opened for place, opened in self._open.items() if _is_open(*opened)}
         for member in members:
             if member.missing and not member.problem:
-                self._open[filler.number, member.planned] = (writer, member.record_key)
+                self._open[filler.number, member.planned] = (writer, member.record_key, writer.sealed)
         with self._changed:
             self._changed.notify_all()
 
@@ -147,3 +144,8 @@ class LatentsAhead:
         failed = self._catalogue.failures()
         for filler in every.fillers.values():
             refuse_without_images(filler, failed)
+
+
+def _is_open(writer: Writer, key: bytes, sealed_before: int) -> bool:
+    """Whether a record may still be in its writer's open shard, and be needed."""
+    return writer.sealed == sealed_before and not writer.cache.given_up

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from helpers.data.cache import SEAL_AFTER_SECONDS
 from helpers.data.workers import Workers
 
 WRITES_AHEAD = 4  # batches that may wait for the writer: bounds memory
@@ -43,7 +44,7 @@ class FillOptions:
     threads: int = 2  # that read, decode and resize
     rank: int = 0
     world_size: int = 1
-    seal_after: float = 30.0  # seconds after which what has been encoded becomes durable, and visible to other processes
+    seal_after: float = SEAL_AFTER_SECONDS  # seconds after which what has been encoded becomes durable, and visible to other processes
     should_stop: Callable[[], bool] = lambda: False
     progress: Callable[[int], None] = lambda done: None  # told how many more are done, of those in the batches given
 

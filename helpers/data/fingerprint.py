@@ -112,9 +112,9 @@ def _packed(rows: NDArray[np.bool_]) -> str:
     return base64.b64encode(zlib.compress(np.packbits(rows).tobytes(), 9)).decode()
 
 
-def _unpacked(text: str, count: int) -> NDArray[np.bool_]:
-    """Of another number of rows nothing is left aside: the plans differ, and that is said."""
+def _unpacked(text: str, count: int) -> NDArray[np.bool_] | None:
+    """None where it is about another number of rows: the plans differ, and that is said."""
     if not text:
         return np.zeros(count, dtype=bool)
     bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8))
-    return bits[:count].astype(bool) if count <= len(bits) < count + 8 else np.zeros(count, dtype=bool)
+    return bits[:count].astype(bool) if count <= len(bits) < count + 8 else None

@@ -184,7 +184,7 @@ class Passes:
             return found
         with self._lock:
             if number not in self._kept:
-                self._kept = self._kept | {number: self._made(number)}
+                self._kept[number] = self._made(number)
             return self._kept[number]
 
     def take(self, micro: MicroBatch) -> list[Unit]:
@@ -199,8 +199,9 @@ class Passes:
 
     def put_back(self) -> None:
         """As if no unit had been taken."""
-        for kept in self._kept.values():
-            kept.put_back()
+        with self._lock:
+            for kept in self._kept.values():
+                kept.put_back()
 
     @property
     def all_taken(self) -> bool:
@@ -217,7 +218,10 @@ class Passes:
             for number in over:
                 for filler in self._kept[number].fillers.values():
                     filler.cache.give_up()
-            self._kept = {number: kept for number, kept in self._kept.items() if number not in over or number >= self._walked}
+            for number in over:
+                if number < self._walked:
+                    for filler in self._kept.pop(number).fillers.values():
+                        filler.cache.close()
 
     def _made(self, number: int) -> Pass:
         plan = self.plan if number in (EVERY_EPOCH, 0) else self._plan_of(number)

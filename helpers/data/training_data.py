@@ -278,10 +278,8 @@ class TrainingData:
         try:
             yield from self._followed(batches)
         finally:
-            if ahead is not None:
-                ahead.close()  # first: the thread that makes batches may wait for latents
+            self.close()  # first: the thread that makes batches may wait for latents
             batches.close()
-            self._tell_of_failures()
 
     def _followed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """Steps as they come; passes of single epochs that are over are forgotten, and a step later removed.
@@ -291,6 +289,7 @@ class TrainingData:
         ahead = self._records.ahead
         told = False
         epochs: deque[int] = deque(maxlen=2)  # that this process's last two steps began in
+        told = False
         for step in batches:
             if ahead is not None:
                 ahead.check()
@@ -303,6 +302,12 @@ class TrainingData:
                 self._records.passes.forget(epochs[-1])
             epochs.append(step[0].epoch)
             yield step
+
+    def close(self) -> None:
+        """Stop encoding behind training; what has been encoded is kept."""
+        if self._records.ahead is not None:
+            self._records.ahead.close()
+        self._tell_of_failures()
 
     def fingerprint(self, like: Mapping[str, str] | None = None) -> dict[str, str]:
         """What must be the same for a run to go on as it would have: values by name, to be kept in checkpoints.

@@ -346,6 +346,7 @@ def read_by(held: dict[str, str], place: Place) -> set[str]:
     from helpers.data.fingerprint import _unpacked
 
     unread = _unpacked(held["images_unread"], 20)
+    assert unread is not None
     return {f"picture_{number:02}.png" for number in range(20) if not unread[number]}
 
 

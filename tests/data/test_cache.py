@@ -32,8 +32,8 @@ def key(number: int) -> bytes:
     return record_key("test", str(number))
 
 
-def fill(folder: Path, numbers: range, rank: int = 0) -> None:
-    with Writer(Cache(folder), rank) as writer:
+def fill(folder: Path, numbers: range, rank: int = 0, seal_after: float = 30.0) -> None:
+    with Writer(Cache(folder), rank, seal_after) as writer:
         for number in numbers:
             writer.add(key(number), record(number), f"subject {number}", {"image": str(number)})
 
@@ -94,8 +94,7 @@ def test_shards_are_sealed_when_full_and_when_old(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 2048)  # a record has 512 bytes
     fill(tmp_path, range(10))
     assert len(shards(tmp_path)) == 3
-    monkeypatch.setattr(cache_module, "SEAL_AFTER_SECONDS", -1.0)
-    fill(tmp_path, range(10, 13))
+    fill(tmp_path, range(10, 13), seal_after=-1.0)
     assert len(shards(tmp_path)) == 6
     assert_holds(tmp_path, range(13))
 
@@ -278,3 +277,17 @@ def test_an_index_that_cannot_be_used_is_a_storage_error(tmp_path: Path) -> None
         other.execute("DROP TABLE records")
     with pytest.raises(StorageError, match=INDEX):
         cache.find([key(0)])
+
+
+def test_an_open_shard_can_be_read_from_and_one_that_nobody_needs_is_dropped(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    with Writer(cache) as writer:
+        writer.add(key(1), record(1))
+        held = writer.get(key(1))
+        assert held is not None and all(torch.equal(held[name], tensor) for name, tensor in record(1).items())
+        assert writer.get(key(2)) is None and cache.get(key(1)) is None
+        writer.seal()
+        assert writer.get(key(1)) is None and cache.get(key(1)) is not None
+        writer.add(key(2), record(2))
+        cache.give_up()
+    assert len(shards(tmp_path)) == 1

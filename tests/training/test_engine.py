@@ -55,6 +55,32 @@ def undivided(clip: float) -> tuple[float, float, list[torch.Tensor]]:
     return loss.item(), norm.item(), [parameter.detach() for parameter in model.parameters()]
 
 
+def test_planned_samples_that_are_not_there_do_not_count() -> None:
+    """Seven places, of which two are empty and one micro-batch is a stand-in of weight 0: the step of the five that are there."""
+    expected_loss, expected_norm, expected = undivided(0.05)
+    model = network()
+    steps = engine(model, max_grad_norm=0.05)
+    steps.backward(losses(steps.denoiser, slice(0, 3)), WEIGHTS[:3], 7, last=False, samples=3)
+    steps.backward(losses(steps.denoiser, slice(0, 1)), torch.zeros(1), 7, last=False, samples=0)
+    steps.backward(losses(steps.denoiser, slice(3, 5)), WEIGHTS[3:], 7, last=True, samples=2)
+    update = steps.step(seed=1, step=0, updates=0, global_samples=7)
+    assert (update.taken, update.samples) == (True, 5)
+    assert update.loss == pytest.approx(expected_loss, rel=1e-6)
+    assert update.grad_norm == pytest.approx(expected_norm, rel=1e-5)
+    for ours, theirs in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_without_a_single_sample_moves_nothing() -> None:
+    model = network()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    steps = engine(model)
+    steps.backward(losses(steps.denoiser, slice(0, 1)), torch.zeros(1), 2, last=True, samples=0)
+    update = steps.step(seed=1, step=0, updates=0, global_samples=2)
+    assert (update.taken, update.samples, update.loss) == (False, 0, 0.0)
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("cuts", [[(0, 5)], [(0, 3), (3, 5)], [(0, 4), (4, 5)], [(0, 1), (1, 2), (2, 5)]])
 def test_short_micro_batches_weigh_what_they_hold(cuts: list[tuple[int, int]]) -> None:
     expected_loss, expected_norm, expected = undivided(0.05)

@@ -44,3 +44,10 @@ def test_steps_without_a_finite_gradient_are_counted_and_then_end_the_run() -> N
     state = TrainState.from_json(TrainState(seed=1, step=3, updates=1, skipped_in_a_row=2).to_json())
     state.advance(True, 2, SAMPLES)
     assert (state.updates, state.skipped_in_a_row) == (2, 0)
+
+
+def test_a_step_without_samples_is_a_step_and_no_fault() -> None:
+    state = TrainState(seed=1)
+    for _ in range(10):
+        state.advance(False, 3, [], empty=True)
+    assert (state.step, state.updates, state.skipped_in_a_row) == (10, 0, 0)
