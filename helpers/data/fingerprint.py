@@ -41,7 +41,8 @@ class DataFingerprint:
         for dataset in datasets:
             for caption in catalogue.captions_by_image(dataset.id):
                 captions.update(f"{caption}\0".encode())
-        self._fixed = {"plan": plan.fingerprint(), "captions": captions.hexdigest(), **fixed}
+        self._plan_hash = plan.fingerprint()
+        self._fixed = {"captions": captions.hexdigest(), **fixed}
         self._complete: dict[str, str] | None = None
 
     def __call__(self, like: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -58,7 +59,7 @@ class DataFingerprint:
         keys = (key for dataset in self._datasets for key in self._catalogue.keys(dataset.id))
         for key, content, left_aside in zip(keys, contents, unread.tolist(), strict=True):
             images.update(f"{key}\0{'' if left_aside else content}\0".encode())
-        told = {**self._fixed, "images": images.hexdigest()}
+        told = {"plan": self._plan_hash, "images": images.hexdigest(), **self._fixed}
         if unread.any():
             told[UNREAD] = _packed(unread)
         elif like is None:

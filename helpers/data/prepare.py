@@ -178,6 +178,7 @@ class _Preparation:
             self.catalogue,
             recall,
             unconditional=recall.text(self.text_caches[-1], None, lambda: []),
+            from_the_start=images.from_the_start,
             ahead=images.ahead(),
         )
         left_out = settings.undecodable
