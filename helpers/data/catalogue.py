@@ -139,6 +139,11 @@ class Catalogue:
             raise KeyError(row)
         return found[0]
 
+    def with_content_of(self, row: int) -> set[int]:
+        """Rows of the data set's images that hold the same bytes, as far as they are known; the row itself among them."""
+        query = "SELECT o.id FROM files f JOIN files o ON o.dataset = f.dataset AND o.content = f.content WHERE f.id = ?"
+        return {int(row)} | {other for (other,) in self._select(query, int(row))}
+
     def set_content(self, digests: Iterable[tuple[int, str]]) -> None:
         """Remember the SHA-256 (hex) of images' bytes, as (row, digest) pairs, in one transaction."""
         with self.transaction() as database:

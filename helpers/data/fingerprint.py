@@ -61,7 +61,7 @@ class DataFingerprint:
             unread = np.array([content is None for content in contents])
         else:
             self._read_again(contents, unread)
-        told = {**self._fixed, "images": self._images(contents, unread.tolist())}
+        told = self._told(self._images(contents, unread.tolist()))
         if unread.any():
             told[UNREAD] = _packed(unread)
         return told
@@ -73,7 +73,14 @@ class DataFingerprint:
         for dataset in self._datasets:
             for caption in self._catalogue.captions_by_image(dataset.id):
                 captions.update(f"{caption}\0".encode())
-        return {"plan": self._plan.fingerprint(), "captions": captions.hexdigest(), **self._settings}
+        return {"captions": captions.hexdigest(), **self._settings}
+
+    @cached_property
+    def _plan_hash(self) -> str:
+        return self._plan.fingerprint()
+
+    def _told(self, images: str) -> dict[str, str]:
+        return {"plan": self._plan_hash, "images": images, **self._fixed}
 
     def _of_all_images(self) -> dict[str, str]:
         if self._complete is None:
@@ -81,7 +88,7 @@ class DataFingerprint:
             self._complete = self._remembered.value("fingerprint", inputs) if self._remembered is not None else None
             if self._complete is None:
                 contents = (content for dataset in self._datasets for content in self._catalogue.contents(dataset.id))
-                self._complete = {**self._fixed, "images": self._images(contents, itertools.repeat(False))}
+                self._complete = self._told(self._images(contents, itertools.repeat(False)))
                 if self._remembered is not None:
                     self._remembered.keep("fingerprint", inputs, self._complete)
         return self._complete

@@ -14,7 +14,7 @@ from helpers.data.cache import LOCATION, Locations, record_key
 from helpers.data.catalogue import Catalogue
 from helpers.data.fill import Filled, gathered
 from helpers.data.latents import EVERY_EPOCH, LatentFiller, Unit, encode_units, refuse_without_images
-from helpers.data.order import EpochOrder, Share
+from helpers.data.order import EpochOrder, MicroBatch, Share
 from helpers.data.passes import HeldCodec, Pass, Passes
 from helpers.data.planning import plan_inputs
 from helpers.data.progress import bar
@@ -128,6 +128,10 @@ class LatentPhase:
         options = self.settings.fill_options(self.settings.vae_batch_size, self.workers)
         return LatentsAhead(self.passes, self.codec, self.catalogue, options)
 
+    def from_the_start(self) -> Iterator[MicroBatch]:
+        """The micro-batches of all processes from the beginning of the order."""
+        return self.new_steps().all(self.settings.order.step, self.settings.order)
+
     def new_steps(self) -> Steps:
         """The order of the whole plan: images that turn out not to be encodable leave their places empty."""
         shares = [Share(dataset.repeats, dataset.probability, dataset.ignore_epochs) for dataset in self.datasets]
@@ -157,8 +161,13 @@ class LatentPhase:
                 yield unit
 
     def _units(self) -> Iterator[Unit]:
+        # Of the same image under several names, the first one that is encoded is kept: so always from the start.
+        for micro in self.from_the_start():
+            if micro.epoch > self.settings.order.epoch or self.passes.all_taken:
+                break
+            yield from self.passes.take(micro, EVERY_EPOCH)
         for micro in self.steps.all(self.settings.step, self.settings.order):
-            if micro.epoch > self.first_epoch or self.passes.all_taken:
+            if micro.epoch > self.first_epoch or not any(self.passes.redrawn):
                 break
             yield from self.passes.take(micro)
         for passed in self.present_passes:

@@ -111,6 +111,13 @@ class LatentFiller:
         content = self.catalogue.content(int(self.plan.columns["row"][row]))
         return self.cache.find([self._key(cuts(self.plan, [row])[0], content, cache_dtype)])[0]
 
+    def twins(self, row: int) -> list[int]:
+        """Rows of the plan that have the record of a row: the same image under other names, with the same cut. Itself among them."""
+        images = list(self.catalogue.with_content_of(int(self.plan.columns["row"][row])))
+        rows = self.rows[np.isin(self.plan.columns["row"][self.rows], images)]
+        (cut,) = cuts(self.plan, [row])
+        return [int(other) for other, other_cut in zip(rows, cuts(self.plan, rows), strict=True) if other_cut == cut]
+
     def encode_again(self, row: int, options: FillOptions) -> np.void:
         """Replace the latents of one row of the plan. => their new place, field "shard" 0 where the image cannot be had as it was."""
         content = self.catalogue.content(int(self.plan.columns["row"][row]))

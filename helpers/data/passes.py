@@ -119,11 +119,15 @@ class Pass:
     def incomplete(self) -> bool:
         return any(self.lacks(filler.rows) for filler in self.fillers.values())
 
+    def unit_of(self, row: int) -> int:
+        """The number of a row's unit; -1 where the row is of another pass."""
+        return int(self._unit_of[row])
+
     # -- who takes which unit ---------------------------------------------------------------------------------------------
 
     def take(self, row: int) -> Unit | None:
         """The unit of a row when it is asked for the first time, else None."""
-        number = int(self._unit_of[row])
+        number = self.unit_of(row)
         if self._taken[number]:
             return None
         self._taken[number] = True
@@ -175,7 +179,11 @@ class Passes:
 
     def of(self, row: int, epoch: int) -> Pass:
         """The pass that a row's latents in an epoch are of."""
-        return self.at(epoch if self.redrawn[int(self._dataset[row])] else EVERY_EPOCH)
+        return self.at(self.number(row, epoch))
+
+    def number(self, row: int, epoch: int) -> int:
+        """The number of that pass."""
+        return epoch if self.redrawn[int(self._dataset[row])] else EVERY_EPOCH
 
     def at(self, number: int) -> Pass:
         """A pass by its number, with what is cached of it located."""
@@ -187,10 +195,13 @@ class Passes:
                 self._kept[number] = self._made(number)
             return self._kept[number]
 
-    def take(self, micro: MicroBatch) -> list[Unit]:
-        """The units that a micro-batch needs and no earlier one did. Micro-batches are walked through in order."""
+    def take(self, micro: MicroBatch, only: int | None = None) -> list[Unit]:
+        """The units that a micro-batch needs and no earlier one did. Micro-batches are walked through in order.
+
+        `only` is the number of the one pass to take from.
+        """
         self._walked = micro.epoch
-        rows = micro.samples.tolist()
+        rows = [row for row in micro.samples.tolist() if only is None or self.number(row, micro.epoch) == only]
         return [unit for row in rows if (unit := self.of(row, micro.epoch).take(row)) is not None]
 
     def lacks(self, unit: Unit) -> bool:

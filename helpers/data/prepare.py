@@ -277,6 +277,7 @@ class _Preparation:
             self.catalogue,
             recall,
             unconditional=recall.text(self.text_caches[-1], None, lambda: []),
+            from_the_start=images.from_the_start,
             ahead=images.ahead(),
             are_remote=images.are_remote or any(cache.remote for cache in self.text_caches),
         )

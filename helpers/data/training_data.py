@@ -119,7 +119,11 @@ class Steps:
 
 
 class CachedRecords:
-    """The rows of the plan, read from the caches. `ahead` has the latents that are encoded while training runs."""
+    """The rows of the plan, read from the caches.
+
+    `from_the_start` gives the micro-batches of all processes from the beginning of the order. `ahead` has the latents that are encoded
+    while training runs.
+    """
 
     def __init__(
         self,
@@ -128,9 +132,11 @@ class CachedRecords:
         catalogue: Catalogue,
         recall: Recall,
         unconditional: Mapping[str, Tensor],
+        from_the_start: Callable[[], Iterator[MicroBatch]],
         ahead: LatentsAhead | None = None,
         are_remote: bool = False,
     ) -> None:
+        self.from_the_start = from_the_start
         self.passes = passes
         self.plan = passes.plan
         self.datasets = datasets
@@ -158,12 +164,21 @@ class CachedRecords:
             sample = self.sample(row)
             log.warning("%s, that of %s/%s; it is encoded again.", error, sample.dataset, sample.key)
         with self._repairing:
-            latents = self.recall.latents_again(wanted, row)
+            latents = self.recall.latents_again(wanted, self._first_of_twins(wanted, row))
         if latents is None:
             raise DataError(
                 f"The cached latents of {sample.dataset}/{sample.key} are damaged and its file no longer holds the same image; start again."
             )
         return latents
+
+    def _first_of_twins(self, wanted: Pass, row: int) -> int:
+        """Of the rows that share the record of a row, the one of the unit that training needs first: as that one it was encoded."""
+        twins = wanted.fillers[self._column("dataset", row)].twins(row)
+        if len(twins) == 1:
+            return row
+        by_unit = {wanted.unit_of(twin): twin for twin in reversed(twins)}
+        needed = (wanted.unit_of(row) for micro in self.from_the_start() if micro.epoch >= wanted.number for row in micro.samples)
+        return next(by_unit[unit] for unit in needed if unit in by_unit)
 
     def _latents(self, wanted: Pass, row: int, epoch: int) -> dict[str, Tensor] | None:
         cache = wanted.fillers[self._column("dataset", row)].cache

@@ -19,7 +19,7 @@ from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError, StorageError
 from helpers.storage.local import LocalSource
-from tests.data.test_prepare import Gathering, Place, together
+from tests.data.test_prepare import Gathering, Place, damage, together
 from tests.data.toys import ConvCodec, Story, ToyFamily, picture, pictures, tree_hash
 
 CROPPED = {"crop": True, "crop_style": "random", "crop_aspect": "square", "flip": True, "resolution": 48}
@@ -377,3 +377,21 @@ def test_the_meeting_point_of_threads_is_not_needed_by_the_encoding(place: Place
     before = len(calls)
     list(data.steps(0, 11))
     assert len(calls) == before
+
+
+# -- the same image under several names -----------------------------------------------------------------------------------------
+
+
+def test_copies_of_an_image_give_the_same_batches_in_both_ways_and_after_damage(place: Place, other: Place) -> None:
+    """Only one record is kept for them; beside which batch-mates it was encoded must not depend on the way."""
+    for number in range(0, 18, 3):
+        for copy in ("a_first", "z_last"):
+            (place.data / f"{copy}_{number}.png").write_bytes((place.data / f"picture_{number:02}.png").read_bytes())
+            (place.data / f"{copy}_{number}.txt").write_text(f"caption of {copy} {number}")
+    cached = seen(place.prepare().steps(0, 30))
+    assert seen(other.prepare(ToyFamily(Slow(0.005)), behind=True).steps(0, 30)) == cached
+    damage(place.output, "latents")
+    assert seen(place.prepare(step=0).steps(0, 30)) == cached
+    damage(other.output, "latents")
+    resumed = seen(other.prepare(step=9).steps(9, 30))
+    assert resumed == [batch for batch in cached if batch[3].step >= 9]  # type: ignore[index]
