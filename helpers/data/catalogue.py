@@ -125,12 +125,12 @@ class Catalogue:
             yield captions
 
     def sample(self, row: int) -> Sample:
-        """One image by its row id. KeyError when there is none."""
+        """One image by its row id, without captions where it is left out. KeyError when there is none."""
         found = next(self._select("SELECT dataset, key, width, height, captions FROM files WHERE id = ?", int(row)), None)
         if found is None:
             raise KeyError(row)
         dataset, key, width, height, captions = found
-        return Sample(dataset, key, Size(width, height), tuple(json.loads(captions)))
+        return Sample(dataset, key, Size(width, height), tuple(json.loads(captions or "[]")))
 
     def content(self, row: int) -> str | None:
         """SHA-256 of one image's bytes in hex, or None when it is not known. KeyError when there is no such row."""
@@ -227,7 +227,7 @@ class Catalogue:
     def caption_counts(self, dataset: str) -> Iterator[tuple[str, int]]:
         """Each distinct caption in use and the number of its images, sorted by caption."""
         yield from self._select(
-            "SELECT each.value, count(*) FROM used, json_each(used.captions) each WHERE dataset = ? AND undecodable IS NULL"
+            "SELECT each.value, count(*) FROM used, json_each(used.captions) each WHERE dataset = ?"
             " GROUP BY each.value ORDER BY each.value",
             dataset,
         )

@@ -83,7 +83,7 @@ def without_index(model: Path) -> str:
 
 def of_another_class(model: Path) -> str:
     (model / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    return f"The model in {model} is a FluxPipeline, not SDXL (StableDiffusionXLPipeline)."
+    return f"The model in {model} is a FluxPipeline, which cannot be trained here; choose a base model that is SDXL."
 
 
 def without_a_component(model: Path) -> str:

@@ -97,7 +97,9 @@ def test_only_the_prefix_is_listed_and_every_page_of_it(s3: S3Server, bucket: st
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: s3.put(bucket, {f"data/{number:04}": b"x"}), range(count)))
     assert [entry.key for entry in through.list()] == [f"{number:04}" for number in range(count)]
-    assert [request.query["prefix"] for request in proxy.asked] == [["data/"]] * pages
+    assert all(request.query["prefix"] == ["data/"] for request in proxy.asked)
+    tokens = [tuple(request.query.get("continuation-token", ())) for request in proxy.asked]
+    assert len(set(tokens)) == pages  # a busy machine may be asked for one twice
 
 
 def test_a_source_has_no_way_to_write_and_its_client_refuses_to(s3: S3Server, bucket: str) -> None:
