@@ -4,11 +4,12 @@
 
 The miniature is trained for many short epochs, once with everything cached beforehand, once with latents encoded behind training, and
 once with cuts drawn anew each epoch. The slope is that of a line through the resident memory after the first third of the steps,
-when the allocators' pools are filled; the cost of an epoch's first steps is that of asking for their batches, beside other steps.
+each time after the C library has given back what it only keeps in reserve, which comes and goes by megabytes; the cost of an epoch's first steps is that of asking for their batches, beside other steps.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import statistics
@@ -41,12 +42,14 @@ from train import data_settings, workers
 MOST_SLOPE = 0.25  # KiB a step; a step that kept one latent of the miniature would be above it
 MOST_BOUNDARY = 1.5  # what the first step of an epoch takes, beside other steps
 PICTURES, BATCH = 48, 2
+EVERY = 10  # steps between two looks at the memory
+C_LIBRARY = ctypes.CDLL(None)
 WAYS = {"cached": (True, False), "behind": (False, False), "redrawn": (True, True)}  # encoded before training, drawn anew
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What was seen of a run: of each step the resident memory after it (bytes), its seconds and the epoch it began in."""
+    """What was seen of a run: of each step the resident memory after it or a little before (bytes), its seconds and the epoch it began in."""
 
     resident: Sequence[int]
     seconds: Sequence[float]
@@ -96,13 +99,16 @@ def watched(config: Config, steps: int) -> Watched:
         for batches, waited, began in timed(data.steps(0, steps)):
             run.step(batches, waited, began)
             seconds.append(time.perf_counter() - began)
-            resident.append(resident_bytes())
+            resident.append(resident_bytes() if len(seconds) % EVERY == 1 else resident[-1])
             epochs.append(batches[0].epoch)
         run.records.close()
     return Watched(resident, seconds, epochs)
 
 
 def resident_bytes() -> int:
+    """What is in use: where glibc is the C library, without what it keeps in reserve."""
+    if sys.platform == "linux" and hasattr(C_LIBRARY, "malloc_trim"):
+        C_LIBRARY.malloc_trim(0)
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
