@@ -31,7 +31,7 @@ def read_lora_file(path: Path) -> LoraFile:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length)) if length <= _LARGEST_HEADER else {}
+            header: dict[str, Any] = json.loads(file.read(min(length, _LARGEST_HEADER)))
             metadata = header.pop("__metadata__", {})
             stored_alphas = set(_alphas(file, length, header))
     except OSError as error:

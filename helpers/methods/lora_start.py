@@ -82,7 +82,8 @@ def read_start(path: Path, family: ModelFamily) -> dict[str, Tensor]:
         scales = {name: tensor for name, tensor in load_file(path).items() if name.endswith(".dora_scale")}
     except Exception as error:  # whatever diffusers meets in a file that it cannot convert
         raise ConfigError(f"--init_lora: {path} is not a LoRA of {family.facts.title} that can be read: {error}") from error
-    renamed = {family.kohya_name(module): module for module in {split_name(name)[0] for name in matrices}}
+    modules = {split_name(name)[0] for name in matrices} if scales else set()
+    renamed = {family.kohya_name(module): module for module in modules}
     for name, tensor in scales.items():  # diffusers leaves them out
         module = renamed.get(name.removesuffix(".dora_scale"))
         if module is None:
