@@ -70,6 +70,7 @@ class Lycoris:
         layers = _layers(denoiser, targets)
         if not layers:
             raise ConfigError(f"--lora_targets={','.join(targets)} fits no linear layer or convolution of this model; name others.")
+        _quiet_and_repeatable()
         for name, layer in layers.items():
             adapter = self._adapter(name, layer)
             adapter.apply_to()  # the layer's forward is the adapter's from here on
@@ -113,7 +114,6 @@ class Lycoris:
 
     def _adapter(self, name: str, layer: nn.Module) -> Any:
         options, kind = self.options, self._kind()
-        logging.getLogger("LyCORIS").setLevel(logging.ERROR)  # it would say for every width that a matrix is kept whole
         try:
             # In bypass mode the change is added to the layer's output. Added to the weight it would be rounded away in half precision.
             return kind(
@@ -161,6 +161,17 @@ class Lycoris:
         if not same or kinds != {self._kind()}:
             raise RuntimeError(f"{path} does not read back as it was trained.")
         return path
+
+
+def _quiet_and_repeatable() -> None:
+    """The library says for every width that a matrix is kept whole; and on a GPU it compiles kernels by the shapes that it happens to meet
+    first, so a run that was resumed would differ in its last bits from one that was not. PyTorch's own operations are the same always.
+    """
+    from lycoris.kernels.dispatch import FUSED, demote
+
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    for backend in (*FUSED, "compile"):
+        demote(backend)
 
 
 def _layers(denoiser: nn.Module, targets: list[str]) -> dict[str, nn.Module]:

@@ -156,6 +156,14 @@ def test_targets_of_every_kind_can_be_an_expression_and_must_fit(algorithm: str,
         attached(family, lora_algorithm=algorithm, lora_targets=("to_nothing",))
 
 
+def test_lycoris_computes_by_pytorch_itself_on_a_gpu_too(family: SDXL) -> None:
+    """What it would compile there depends on the shapes that a process meets first, and so on where a run was resumed."""
+    from lycoris.kernels.dispatch import resolve_backend
+
+    attached(family, lora_algorithm="lokr")
+    assert resolve_backend(device=torch.device("cuda:0")) == "torch"
+
+
 # -- how it is kept ---------------------------------------------------------------------------------------------------------
 
 
