@@ -262,6 +262,8 @@ def look_at_data(
         report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
     survey_data(config.datasets, data_settings(config, runtime, found, state, accumulation, ()), family, workers(runtime), report)
     report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
+
+
 def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Config:
     """The settings for the family that the base model is of: the wrapper of SDXL trains its refiner too."""
     from helpers.families.recognise import recognise
@@ -363,7 +365,7 @@ def workers(runtime: Runtime) -> Workers:
 
 def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:
     """What must stay as it is from one life of a run to the next, beside the data: JSON values by the options' names."""
-    adapter = dataclasses.asdict(config.adapter) if config.method_name == "lora" else {}
+    adapter = dataclasses.asdict(config.adapter) if config.model.model_type == "lora" else {}
     loss = dataclasses.asdict(config.objective)
     sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
     effective = {name: objective.scheduler_config[name] for name in ("prediction_type", "rescale_betas_zero_snr")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -85,11 +85,14 @@ class Trainable:
     parameters: dict[str, nn.Parameter]  # the weights that move, by the name they keep in checkpoints
     description: str  # "LoRA rank 16, 23.2 M of 2,567.5 M parameters"
     role: str  # the denoiser's name in a diffusers folder: "unet" or "transformer"
+    fixed: dict[str, Tensor] = field(default_factory=dict)  # stand still, and are kept in checkpoints: what moves is measured from them
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the weights that move, in place and in their own precision."""
+        """Replace the weights that move, and of those that stand still what is given, in place and in their own precision."""
         for name, parameter in self.parameters.items():
             parameter.data.copy_(weights[name])
+        for name in self.fixed.keys() & weights.keys():
+            self.fixed[name].data.copy_(weights[name])
 
 
 class ModelFamily(Protocol):
@@ -196,7 +199,7 @@ class TrainingMethod(Protocol):
         ...
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
-        """Exactly the weights that `save` wrote, by parameter name, on the CPU."""
+        """Exactly the weights that `save` wrote, by parameter name, on the CPU; with them those that stand still, where there are some."""
         ...
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:

@@ -58,7 +58,7 @@ class Config:
     datasets: tuple[DatasetConfig, ...]
     text_caches: tuple[TextCacheConfig, ...]
     family_name: str  # key of the families registry: "sdxl"
-    method_name: str  # key of the methods registry: "full" or "lora"
+    method_name: str  # key of the methods registry: "full", "bitfit", "lora" or "lycoris"
     objective_name: str  # key of the objectives registry: "diffusion"
     given: frozenset[str]  # options that somebody set: a flag, a variable, a preset, or the family, method or objective
     origins: Mapping[str, str]  # option -> "--seed", "TRAINING_SEED (sdxl-env.sh:12)", "demo/lora.json", "family sdxl", "default" ...

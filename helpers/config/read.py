@@ -16,7 +16,7 @@ from helpers.config.env_file import EnvFile, read_env_file
 from helpers.config.facts import Facts
 from helpers.config.options import OPTIONS, SECTIONS, VARIABLES, WITHOUT_EFFECT
 from helpers.config.rules import impossible
-from helpers.config.settle import Chosen, settle, without_effect
+from helpers.config.settle import Chosen, chosen_method, settle, without_effect
 from helpers.config.sources import REPOSITORY, Rank, from_extra_args, from_flags, from_preset, from_variables, strongest
 from helpers.errors import ConfigError
 
@@ -48,7 +48,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
     chosen = _chosen(argv, environ, env_file, problems)
     names = {
         "family": str(chosen["model_family"].value),
-        "method": str(chosen["model_type"].value),
+        "method": chosen_method(chosen),
         "objective": "diffusion",
     }
     choices = _facts_of(names, facts)

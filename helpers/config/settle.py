@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from helpers.config.declare import options_of, show
 from helpers.config.facts import Facts
-from helpers.config.options import OPTIONS
+from helpers.config.lora_file import LoraFile, read_lora_file
+from helpers.config.options import OPTIONS, AdapterOptions
 from helpers.config.sources import Rank, Setting
 
 Chosen = dict[str, Setting]
 DEFAULT_SNR_GAMMA = 5.0  # Hang et al. (2023), section 4
 
+ADAPTER_OPTIONS = tuple(item.name for item in options_of(AdapterOptions))
+WITHOUT_DROPOUT = {"lora_algorithm": ("lokr", "loha"), "lora_init_type": ("pissa", "olora")}  # where its default is 0
+
 # What has an effect only beside another setting: (options, the other, the values of it that they need).
 DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
-    (("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_init_type"), "model_type", ("lora",)),
+    (ADAPTER_OPTIONS, "model_type", ("lora",)),
+    (("lokr_factor",), "lora_algorithm", ("lokr",)),
     (("training_scheduler_timestep_spacing",), "model_type", ("full",)),  # it stands in the scheduler of an exported pipeline
     (("noise_offset", "noise_offset_probability"), "offset_noise", (True,)),
     (("ema_decay", "ema_device", "ema_cpu_only", "ema_update_interval"), "use_ema", (True,)),
@@ -27,12 +34,23 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
 )
 
 
+def chosen_method(chosen: Chosen) -> str:
+    """The key of the methods registry that several options choose together."""
+    kind = str(chosen["model_type"].value)
+    if kind == "lora" and chosen["lora_algorithm"].value in ("lokr", "loha"):
+        return "lycoris"
+    if kind == "full" and (chosen["use_bitfit"].value or chosen["freeze_unet_strategy"].value == "bitfit"):
+        return "bitfit"
+    return kind
+
+
 def settle(chosen: Chosen, facts: Sequence[tuple[str, Facts]]) -> list[str]:
     """Settle `chosen` in place and return what contradicts itself. `facts` are the run's choices, each with its axis."""
     problems: list[str] = []
     for axis, choice in facts:
         _take_defaults(chosen, axis, choice)
     _switches(chosen, problems)
+    _adapter(chosen, problems)
     _min_snr(chosen, problems)
     _length(chosen, problems)
     _resume(chosen)
@@ -63,6 +81,27 @@ def _imply(chosen: Chosen, target: str, value: Any, by: Setting, problems: list[
         problems.append(f"{by.origin} means {target}={value}, but {there.origin} says {there.value}; remove one.")
     elif by.rank > there.rank:
         chosen[target] = Setting(value, by.origin, by.rank)
+
+
+def _adapter(chosen: Chosen, problems: list[str]) -> None:
+    """Dropout is off by itself where it cannot be; what an existing LoRA settles is taken from its file, or compared."""
+    for name, values in WITHOUT_DROPOUT.items():
+        if chosen[name].value in values and chosen["lora_dropout"].rank == Rank.DECLARED:
+            chosen["lora_dropout"] = Setting(0.0, f"from {name}", Rank.DECLARED)
+    start = chosen["init_lora"]
+    if start.value is None or chosen["model_type"].value != "lora":
+        return
+    try:
+        found = read_lora_file(start.value)
+    except ValueError as error:
+        problems.append(f"{start.origin}: {error}")
+        return
+    for name in (item.name for item in dataclasses.fields(LoraFile)):
+        value, said = getattr(found, name), chosen[name]
+        if said.rank <= Rank.FAMILY:
+            chosen[name] = Setting(value, f"from {start.value.name}", Rank.FAMILY)
+        elif said.value != value:
+            problems.append(f"{said.origin} is {show(said.value)}, but {start.value} has {show(value)}; leave it out, or set it to that.")
 
 
 def _min_snr(chosen: Chosen, problems: list[str]) -> None:

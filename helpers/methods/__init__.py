@@ -6,5 +6,7 @@ from helpers.registry import Registry
 
 METHODS: Registry = {
     "full": "helpers.methods.full:FullFineTune",
+    "bitfit": "helpers.methods.bitfit:BitFit",
     "lora": "helpers.methods.lora:Lora",
+    "lycoris": "helpers.methods.lycoris:Lycoris",
 }

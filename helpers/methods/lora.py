@@ -1,14 +1,23 @@
-"""Low-rank adaptation (Hu et al., 2021): small matrices beside the frozen layers move, by peft."""
+"""Low-rank adaptation by peft: LoRA (Hu et al., 2021), the same on convolutions (LoCon), and DoRA (Liu et al., 2024).
+
+Small matrices A and B beside the frozen layers move: W x + factor B A x. Where they start from the base model's weights (PiSSA, OLoRA),
+a second pair that stands still takes away what the first begins with, and the base model stays as it is. What is handed over is one LoRA of
+both pairs, of twice the rank.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.facts import Facts
+from helpers.config.facts import Facts, Settings
 from helpers.errors import ConfigError
+from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
+from helpers.methods.lora_start import FROM_WEIGHTS, STARTS, first_matrices, read_start, require_same_layers
 from helpers.protocols import Parts, Trainable
 from helpers.storage.atomic import scratch_folder, write_file
 from helpers.storage.tensors import save_tensors
@@ -21,48 +30,69 @@ if TYPE_CHECKING:
     from helpers.protocols import ModelFamily
 
 ADAPTER = "default"
+ORIGIN = "origin"  # the pair that stands still
 WEIGHTS_NAME = "pytorch_lora_weights"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+LEARNING_RATE = 1e-4  # the declared default is for whole networks
+
+
+def refusals(settings: Settings) -> Iterator[str]:
+    """What LoRA and DoRA cannot do together, or with other settings."""
+    kind, rank = settings["lora_init_type"], settings["lora_rank"]
+    yield from refused_by_adapters(settings)
+    if kind in FROM_WEIGHTS and settings["use_dora"]:
+        yield f"--lora_init_type={kind} moves the weights that DoRA takes the magnitude of; leave out one of it and --use_dora."
+    if kind in FROM_WEIGHTS and settings["lora_dropout"]:
+        yield f"--lora_init_type={kind} begins with a large B A, which --lora_dropout would turn into noise; set --lora_dropout=0."
+    if kind == "orthogonal" and isinstance(rank, int) and rank % 2:
+        yield f"--lora_init_type=orthogonal splits the rank in two halves; --lora_rank={rank} is odd."
+    if kind != "default" and settings["init_lora"]:
+        yield f"--init_lora and --lora_init_type={kind} both say what the matrices start from; leave out one of them."
+
+
+def refused_by_adapters(settings: Settings) -> Iterator[str]:
+    """What no kind of adapter can do."""
+    if settings["freeze_unet_strategy"] == "bitfit":
+        yield "--freeze_unet_strategy=bitfit trains biases of the network, and an adapter none; use --model_type=full, or leave it out."
 
 
 class Lora:
     """Trains float32 adapter matrices beside frozen weights, and writes them in the layouts other tools load."""
 
-    facts = Facts(name="lora", title="LoRA", defaults={"learning_rate": 1e-4})  # the declared default is for whole networks
+    facts = Facts(name="lora", title="LoRA", defaults={"learning_rate": LEARNING_RATE}, judge=refusals)
 
     def __init__(self, options: AdapterOptions, family: ModelFamily) -> None:
         self.options = options
         self.family = family
-        self.targets = options.lora_targets or family.lora_targets
+        self.start = read_start(options.init_lora, family) if options.init_lora else None
 
     def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
-        import torch
-
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+        return frozen_dtype(mixed_precision)
 
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw"  # the adapter's weights are float32 in every precision
 
     def attach(self, parts: Parts) -> Trainable:
-        import torch
-
         denoiser = parts.denoiser
         denoiser.requires_grad_(False)
         total = sum(parameter.numel() for parameter in denoiser.parameters())
-        try:
-            denoiser.add_adapter(self._config(), ADAPTER)
-        except ValueError as error:
-            raise ConfigError(f"--lora_targets={','.join(self.targets)} fits no layer of this model: {error}") from error
+        targets = self._targets(denoiser)
+        self._inject(denoiser, ADAPTER, targets, self.options.lora_dropout)
+        if self.options.lora_init_type in FROM_WEIGHTS:
+            self._inject(denoiser, ORIGIN, targets, dropout=0.0)
+            denoiser.set_adapter([ADAPTER, ORIGIN])
         denoiser.train()
-        parameters: dict[str, nn.Parameter] = {}
-        for name, parameter in denoiser.named_parameters():
-            if parameter.requires_grad:
-                # The adapter's masters stay float32: updates of 1e-6 to weights of 1e-2 are lost in half precision.
-                parameter.data = parameter.data.to(torch.float32)
-                parameters[name] = parameter
+        parameters, fixed = self._adapter_parameters(denoiser)
+        if self.options.lora_init_type in STARTS:
+            self._start_from_weights(denoiser)
+        if self.start is not None and self.options.init_lora is not None:
+            named = {_public_name(name): parameter for name, parameter in parameters.items()}
+            require_same_layers(self.options.init_lora, self.start, named)
+            for name, parameter in named.items():
+                parameter.data.copy_(self.start[name].reshape(parameter.shape))
         count = sum(parameter.numel() for parameter in parameters.values())
-        description = f"LoRA rank {self.options.lora_rank}, {count / 1e6:,.2f} M of {total / 1e6:,.1f} M parameters"
-        return Trainable(denoiser, parameters, description, parts.denoiser_folder)
+        description = f"{self._title()} rank {self.options.lora_rank}, {count / 1e6:,.2f} M of {total / 1e6:,.1f} M parameters"
+        return Trainable(denoiser, parameters, description, parts.denoiser_folder, fixed)
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
         """Write the diffusers layout, and the kohya layout beside it where the family has one; both are opened again and compared."""
@@ -72,20 +102,28 @@ class Lora:
         path = folder / f"{WEIGHTS_NAME}{label}.safetensors"
         header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
         save_tensors({f"{trainable.role}.{name}": tensor for name, tensor in tensors.items()}, path, header)
-        written = [path]
-        if kohya := self._kohya(tensors):
-            path = folder / f"{WEIGHTS_NAME}{label}.kohya.safetensors"
-            save_tensors(kohya, path, self._kohya_metadata())
-            written.append(path)
-        for path in written:
-            self._check(path, tensors)
-        return written
+        self._check(path, tensors)
+        if kohya := to_kohya(tensors, self.factor, self.family.kohya_name):
+            copy = folder / f"{WEIGHTS_NAME}{label}.kohya.safetensors"
+            save_tensors(kohya, copy, self._kohya_metadata())
+            self._check_kohya(copy, tensors, kohya)
+            return [path, copy]
+        return [path]
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
+        """What moves, and what stands still beside it."""
         from safetensors.torch import load_file
 
         stored = load_file(folder / f"{WEIGHTS_NAME}{label}.safetensors")
-        return {name: stored[f"{trainable.role}.{_public_name(name)}"] for name in trainable.parameters}
+        rank = self.options.lora_rank
+        weights: dict[str, Tensor] = {}
+        for name in [*trainable.parameters, *trainable.fixed]:
+            both = stored[f"{trainable.role}.{_public_name(name)}"]
+            if trainable.fixed:
+                along = 0 if ".lora_A." in name else 1
+                both = both.narrow(along, 0 if f".{ADAPTER}." in name else rank, rank).contiguous()
+            weights[name] = both
+        return weights
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
         """Write the LoRA files, of the average if there is one, with the live weights beside them as `..._live`."""
@@ -97,71 +135,168 @@ class Lora:
                 write_file(folder / file.name, file.read_bytes())
         return [folder / file.name for file in files]
 
-    def _config(self):  # type: ignore[no-untyped-def]  # peft is imported late
+    @property
+    def factor(self) -> float:
+        """What B A is multiplied by: alpha / r, or alpha / sqrt(r) when it is rank-stabilised (Kalajdzievski, 2023)."""
+        rank = self.options.lora_rank
+        return self.options.lora_alpha / (math.sqrt(rank) if self.options.use_rslora else rank)
+
+    def _title(self) -> str:
+        kind = "LoCon" if self.options.lora_algorithm == "locon" else "LoRA"
+        return f"DoRA ({kind})" if self.options.use_dora else kind
+
+    def _targets(self, denoiser: nn.Module) -> list[str]:
+        """Endings of module names, or one regular expression: the user's, else those of the LoRA to start from, else the method's."""
+        if self.options.lora_targets:
+            return list(self.options.lora_targets)
+        if self.start is None:
+            return default_targets(self.options.lora_algorithm, self.family, denoiser)
+        modules = sorted({split_name(name)[0] for name in self.start})
+        if absent := [module for module in modules if module not in dict(denoiser.named_modules())]:
+            raise ConfigError(
+                f"--init_lora: {self.options.init_lora} has {len(absent)} layers that {self.family.facts.title} has not, "
+                f"such as {absent[0]}; it is a LoRA of another kind of model."
+            )
+        return modules
+
+    def _inject(self, denoiser: Any, name: str, targets: list[str], dropout: float) -> None:
         from peft import LoraConfig
 
-        targets: str | list[str] = list(self.targets)
-        if len(self.targets) == 1 and any(mark in self.targets[0] for mark in "*+?[(|^$\\"):
-            targets = self.targets[0]  # peft reads a string as a regular expression over the whole module name
-        return LoraConfig(
+        config = LoraConfig(
             r=self.options.lora_rank,
             lora_alpha=self.options.lora_alpha,
-            lora_dropout=self.options.lora_dropout,
+            lora_dropout=dropout,
             init_lora_weights="gaussian" if self.options.lora_init_type == "gaussian" else True,
-            target_modules=targets,
+            target_modules=targets[0] if is_expression(targets) else targets,  # peft reads a string as one over the whole module name
+            use_rslora=self.options.use_rslora,
+            use_dora=self.options.use_dora,
         )
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is meant
+                denoiser.add_adapter(config, name)
+        except ValueError as error:
+            raise ConfigError(f"--lora_targets={','.join(targets)} fits no layer of this model: {error}") from error
+
+    def _adapter_parameters(self, denoiser: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        """What moves and what stands still, both in float32: updates of 1e-6 to weights of 1e-2 are lost in half precision."""
+        import torch
+
+        parameters: dict[str, nn.Parameter] = {}
+        fixed: dict[str, Tensor] = {}
+        for name, parameter in denoiser.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            parameter.data = parameter.data.to(torch.float32)
+            if f".{ORIGIN}." in name:
+                fixed[name] = parameter.requires_grad_(False)
+            else:
+                parameters[name] = parameter
+        return parameters, fixed
+
+    def _start_from_weights(self, denoiser: nn.Module) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        for name, layer in denoiser.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            weight = layer.get_base_layer().weight
+            a, b = first_matrices(self.options.lora_init_type, name, weight, self.options.lora_rank, self.factor)
+            signs = {ADAPTER: 1, ORIGIN: -1} if self.options.lora_init_type in FROM_WEIGHTS else {ADAPTER: 1}
+            for adapter, sign in signs.items():
+                layer.lora_A[adapter].weight.data.copy_(a)
+                layer.lora_B[adapter].weight.data.copy_(sign * b)
 
     def _adapter_tensors(self, trainable: Trainable, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {_public_name(name): weights[name].detach().float() for name in trainable.parameters}
+        """By peft's names in files; the pair that stands still stands behind the one that moves."""
+        import torch
+
+        tensors = {_public_name(name): weights[name].detach().float() for name in trainable.parameters}
+        for name, still in trainable.fixed.items():
+            public = _public_name(name)
+            tensors[public] = torch.cat((tensors[public], still.detach().to(tensors[public].device)), 0 if ".lora_A." in name else 1)
+        return tensors
 
     def _metadata(self, trainable: Trainable) -> dict[str, object]:
         """Rank, alpha and targets as peft describes them: without these a loader takes alpha to be the rank.
 
-        Dropout is for training. diffusers would switch it on again for whoever loads the file, in networks left in training mode.
+        Dropout is for training: diffusers would switch it on again for whoever loads the file, in networks left in training mode. So is
+        how the matrices began: peft would begin again.
         """
-        config = {**trainable.denoiser.peft_config[ADAPTER].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items() if _plain(value)}
+        described = trainable.denoiser.peft_config[ADAPTER].to_dict()
+        described |= {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}
+        if trainable.fixed:
+            rank = 2 * self.options.lora_rank
+            described |= {"r": rank, "lora_alpha": self.factor * rank, "use_rslora": False}
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in described.items() if _plain(value)}
 
     def _check(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Raises RuntimeError unless diffusers reads from the file just the matrices that were trained, scaled as they were."""
+        """Raises RuntimeError unless diffusers reads from the diffusers layout just what was trained, scaled as it was."""
+        alpha = 2 * self.options.lora_rank * self.factor if self.options.lora_init_type in FROM_WEIGHTS else self.options.lora_alpha
+        self._compare(path, tensors, alpha)
+
+    def _check_kohya(self, path: Path, tensors: Mapping[str, Tensor], kohya: Mapping[str, Tensor]) -> None:
+        """The same for the kohya layout. diffusers leaves DoRA's magnitudes out, so there the file itself is compared."""
+        import torch
+        from safetensors.torch import load_file
+
+        if self.options.use_dora:
+            stored = load_file(path)
+            if stored.keys() != kohya.keys() or not all(torch.equal(stored[name], kohya[name].cpu()) for name in kohya):
+                raise RuntimeError(f"{path} does not read back as it was trained.")
+            return
+        rank = self.options.lora_rank * (2 if self.options.lora_init_type in FROM_WEIGHTS else 1)
+        self._compare(path, tensors, self.factor * rank)
+
+    def _compare(self, path: Path, tensors: Mapping[str, Tensor], alpha: float) -> None:
         import torch
 
         found, alphas = self.family.read_lora(path)
         wrong = [
-            name for name in {**found, **tensors} if name not in found or name not in tensors or not torch.equal(found[name], tensors[name])
+            name
+            for name in {**found, **tensors}
+            if name not in found or name not in tensors or not torch.equal(found[name], tensors[name].cpu())
         ]
-        if wrong or set(alphas) != {float(self.options.lora_alpha)}:
+        if wrong or not all(math.isclose(value, alpha, rel_tol=1e-6) for value in alphas):
             raise RuntimeError(
                 f"{path} does not read back as it was trained: {len(wrong)} of {len(tensors)} matrices differ "
-                f"({', '.join(sorted(wrong)[:3])}), alpha is {sorted(set(alphas))} for {self.options.lora_alpha}."
+                f"({', '.join(sorted(wrong)[:3])}), alpha is {sorted(set(alphas))} for {alpha:g}."
             )
 
-    def _kohya(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        import torch
-
-        kohya: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            module, side = name.rsplit(".lora_", 1)
-            renamed = self.family.kohya_name(module)
-            if renamed is None:
-                return {}
-            kohya[f"{renamed}.{'lora_down' if side.startswith('A') else 'lora_up'}.weight"] = tensor
-            kohya[f"{renamed}.alpha"] = torch.tensor(float(self.options.lora_alpha))
-        return kohya
-
     def _kohya_metadata(self) -> dict[str, str]:
-        return {
-            "format": "pt",
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(self.options.lora_rank),
-            "ss_network_alpha": str(self.options.lora_alpha),
-            **self.family.modelspec("lora"),
-        }
+        rank = self.options.lora_rank * (2 if self.options.lora_init_type in FROM_WEIGHTS else 1)
+        return {**kohya_metadata(rank, self.factor * rank, self.options.lora_algorithm), **self.family.modelspec("lora")}
+
+
+def frozen_dtype(mixed_precision: str) -> torch.dtype:
+    """The precision of a base model whose weights stay as they are."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+
+
+def default_targets(algorithm: str, family: ModelFamily, denoiser: nn.Module) -> list[str]:
+    """The family's attention projections; for LoCon every linear layer and convolution of the network."""
+    from torch import nn
+
+    if algorithm != "locon":
+        return list(family.lora_targets)
+    return [name for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+
+
+def is_expression(targets: list[str]) -> bool:
+    """Whether the targets are one regular expression rather than endings of names."""
+    return len(targets) == 1 and any(mark in targets[0] for mark in "*+?[(|^$\\")
 
 
 def _public_name(parameter: str) -> str:
-    """peft's name of an adapter weight without the adapter's own name: `to_q.lora_A.default.weight` => `to_q.lora_A.weight`."""
-    return parameter.replace(f".{ADAPTER}.weight", ".weight")
+    """peft's name of an adapter weight without the adapter's own name: `to_q.lora_A.default.weight` => `to_q.lora_A.weight`.
+
+    The vector of magnitudes has no ending in files: `to_q.lora_magnitude_vector`.
+    """
+    module, ending = split_name(parameter)
+    kind = ending.partition(".")[0]
+    return f"{module}.{kind}" if kind == "lora_magnitude_vector" else f"{module}.{kind}.weight"
 
 
 def _plain(value: object) -> bool:

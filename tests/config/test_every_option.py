@@ -25,6 +25,7 @@ SAMPLES = {
     "resume_from_checkpoint": "checkpoint-20",
     "user_prompt_library": "data.json",
     "write_batch_size": "8",
+    "init_lora": "data.json",  # read only where a LoRA is trained
     "freeze_encoder_strategy": "before",
 }
 # Other settings that a value needs beside it.

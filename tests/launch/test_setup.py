@@ -74,7 +74,7 @@ def test_an_old_python_is_refused_in_a_sentence(fresh: Path, tools: Path) -> Non
 
 
 def test_a_python_without_the_venv_module_is_refused_with_the_remedy(fresh: Path, tools: Path) -> None:
-    command(tools, "python3", '[[ $2 != *ensurepip* ]] || exit 1')
+    command(tools, "python3", "[[ $2 != *ensurepip* ]] || exit 1")
     done = set_up(fresh, PYTHON=str(tools / "python3"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "apt-get install python3-venv" in done.stderr

@@ -63,9 +63,7 @@ MOMENTS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_moment_it_ends_in_the_same_bytes(
-    moment: str, trainer: Trainer, finished: Ended, same_weights: SameWeights
-) -> None:
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(moment: str, trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
     process = trainer.start()
     wait_for(lambda: MOMENTS[moment](trainer.folder / "out"), process)
     process.send_signal(signal.SIGKILL)
@@ -77,9 +75,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_at_random_it_ends_in_the_same_bytes(
-    trainer: Trainer, finished: Ended, same_weights: SameWeights
-) -> None:
+def test_killed_again_and_again_at_random_it_ends_in_the_same_bytes(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
     """SIMPLETUNER_TEST_LONG=1 kills 40 times instead of 4."""
     kills = 40 if os.environ.get("SIMPLETUNER_TEST_LONG") else 4
     chance = random.Random(0)
@@ -177,9 +173,7 @@ def test_accelerate_launch_by_hand_does_the_same(trainer: Trainer, finished: End
 
 
 @pytest.mark.slow
-def test_two_killed_processes_go_on_as_two_and_stopped_ones_as_one(
-    trainer: Trainer, finished: Ended, same_weights: SameWeights
-) -> None:
+def test_two_killed_processes_go_on_as_two_and_stopped_ones_as_one(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
     process = trainer.start(environ=TWO, gradient_accumulation_steps=1)
     wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 3, process)
     process.kill()

@@ -32,7 +32,7 @@ class ModelOptions:
     )
     model_type: str = option(
         "full",
-        "Train all weights of the network (full) or a LoRA beside them (lora).",
+        "Train all weights of the network (full) or an adapter beside them (lora; see --lora_algorithm).",
         choices=("full", "lora", "deepfloyd-full", "deepfloyd-lora", "deepfloyd-stage2", "deepfloyd-stage2-lora"),
         later=("deepfloyd-full", "deepfloyd-lora", "deepfloyd-stage2", "deepfloyd-stage2-lora"),
     )
@@ -50,7 +50,7 @@ class ModelOptions:
     controlnet: bool = option(False, "Train a ControlNet beside a frozen network.", not_yet=True)
     controlnet_model_name_or_path: str | None = option(None, "ControlNet to start from.", not_yet=True)
     freeze_unet_strategy: str = option(
-        "none", "bitfit trains only the parameters whose name contains 'bias'.", choices=("none", "bitfit"), later=("bitfit",)
+        "none", "bitfit trains only the parameters whose name contains 'bias'; it needs --model_type=full.", choices=("none", "bitfit")
     )
     use_bitfit: bool = option(False, "Same as --freeze_unet_strategy=bitfit.", means=("freeze_unet_strategy", "bitfit"))
     tokenizer_max_length: int | None = option(
@@ -72,20 +72,44 @@ class ModelOptions:
 class AdapterOptions:
     """LoRA: the small matrices that are trained beside the network."""
 
+    lora_algorithm: str = option(
+        "lora",
+        "How the change of a layer is put together: B A (lora), the same on every linear layer and convolution (locon), "
+        "a Kronecker product (lokr), a product of two B A by elements (loha).",
+        choices=("lora", "locon", "lokr", "loha"),
+    )
     lora_rank: int = option(16, "Rank of the LoRA matrices; more learns more and weighs more.", at_least=1)
     lora_alpha: float = option(16.0, "The adapter is scaled by lora_alpha / lora_rank.", above=0)
-    lora_dropout: float = option(0.1, "Share of the adapter's inputs dropped while training.", at_least=0, at_most=0.99)
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_rank), which keeps large ranks learning (rank-stabilised LoRA).")
+    lora_dropout: float = option(
+        0.1,
+        "Share of the adapter's inputs dropped while training.",
+        at_least=0,
+        at_most=0.99,
+        default_text="0.1; 0 for lokr, loha, pissa and olora",
+    )
     lora_init_type: str = option(
         "default",
-        "How the first matrix starts: kaiming uniform (default) or gaussian; the second starts at zero.",
-        choices=("default", "gaussian", "loftq"),
+        "What the matrices start from: kaiming uniform (default) or gaussian, with B zero; orthogonal, with B A zero; the largest "
+        "directions of the base model's weights (pissa), or the first of its QR decomposition (olora). loftq needs a quantised base model.",
+        choices=("default", "gaussian", "orthogonal", "pissa", "olora", "loftq"),
         later=("loftq",),
     )
     lora_targets: tuple[str, ...] = option(
-        (), "Modules that get an adapter: name endings, or one regular expression.", default_text="the family's attention projections"
+        (),
+        "Modules that get an adapter: name endings, or one regular expression.",
+        default_text="the family's attention projections; every linear layer and convolution for locon",
     )
-    init_lora: Path | None = option(None, "Start the new run from this LoRA file.", not_yet=True)
-    use_dora: bool = option(False, "DoRA: train the magnitude of the weights beside the LoRA.", not_yet=True)
+    init_lora: Path | None = option(
+        None, "Start the new run from this LoRA file, in diffusers' or kohya's layout; rank and alpha are the file's unless they are set."
+    )
+    use_dora: bool = option(False, "DoRA: train the magnitude of the weights beside the LoRA.")
+    lokr_factor: int | None = option(
+        None,
+        "LoKr: the smaller side of each layer's split, where it divides the layer's width; larger makes smaller files.",
+        at_least=1,
+        default_text="the split nearest to a square",
+    )
 
 
 @dataclass(frozen=True)

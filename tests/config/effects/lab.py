@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 import train
 from helpers.choices import known_facts
@@ -132,7 +133,7 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other`, `varied`, `refiner` and `sd1`, the last as a file too; pictures, tables, and files that flags name.
+    """Models `model`, `other`, `varied`, `refiner` and `sd1`, the last as a file too; pictures, tables, LoRAs, and files that flags name.
 
     The pictures are in `images`, `other_images` and `tagged`, the tables in `tables`.
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
@@ -145,6 +146,7 @@ def build_lab(folder: Path) -> Lab:
     tiny_sd.write_sdxl_refiner(folder / "refiner")
     write_single_file(tiny_sd.write_sd1(folder / "sd1"), folder / "sd1.safetensors")
     _with_variant(folder)
+    _write_loras(folder)
     for name, first in (("images", 0), ("other_images", 100)):
         for index in range(6):
             picture(folder / name / f"picture_{index}.png", first + index, SIZES[index % 3], f"caption number {index}")
@@ -203,6 +205,20 @@ def _write_tables(folder: Path) -> None:
         pq.write_table(pa.table({name: [row[name] for row in rows] for name in columns}), folder / f"{side}.parquet")
         (folder / f"{side}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         (folder / f"{side}.csv").write_text("\n".join(",".join(line) for line in (columns, *(row.values() for row in rows))))
+
+
+def _write_loras(folder: Path) -> None:
+    """`lora_0` and `lora_1`: of rank 2, on the layers that usual runs train, with different weights."""
+    base = load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, weight in base.items():
+            if name.endswith(".to_q.weight"):
+                module = f"unet.{name.removesuffix('.weight')}"
+                tensors[f"{module}.lora_A.weight"] = torch.randn(2, weight.shape[1], generator=generator)
+                tensors[f"{module}.lora_B.weight"] = torch.randn(weight.shape[0], 2, generator=generator)
+        save_file(tensors, folder / f"lora_{seed}.safetensors", {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 16.0})})
 
 
 def _with_variant(folder: Path) -> None:

@@ -74,15 +74,22 @@ MODEL = {
     "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
     "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
+    "freeze_unet_strategy": Effect(losses, ["none", "bitfit"], ("--model_type=full",)),
+    "use_bitfit": Effect(losses, ["false", "true"], ("--model_type=full",)),
     "data_aesthetic_score": Effect(losses, ["7", "2.5"], (REFINER,)),
 }
 
 ADAPTER = {
+    "lora_algorithm": Effect(losses, ["lora", "locon", "lokr", "loha"], ("--lora_targets=",)),
     "lora_rank": Effect(lora_ranks, {"1": {1}, "3": {3}}),
     "lora_alpha": Effect(losses, ["1", "16"]),
+    "use_rslora": Effect(losses, ["false", "true"]),
     "lora_dropout": Effect(losses, ["0", "0.5"]),
-    "lora_init_type": Effect(losses, ["default", "gaussian"]),
+    "lora_init_type": Effect(losses, ["default", "gaussian", "orthogonal", "pissa", "olora"]),
     "lora_targets": Effect(lora_modules, {"to_q": {"to_q"}, "to_k,to_out.0": {"to_k", "to_out"}}),
+    "init_lora": Effect(losses, ["none", "lora_0.safetensors", "lora_1.safetensors"]),
+    "use_dora": Effect(losses, ["false", "true"]),
+    "lokr_factor": Effect(losses, ["2", "4"], ("--lora_algorithm=lokr",)),
 }
 
 OBJECTIVE = {

@@ -135,6 +135,8 @@ def same_shapes_in_two_epochs(lab: Lab, flags: Flags) -> object:
     shared = epochs[0].keys() & epochs[1].keys()
     assert len(shared) > 3
     return all(epochs[0][key] == epochs[1][key] for key in shared)
+
+
 def timesteps_below(border: int) -> Sight:
     """Whether every timestep that was trained is below this."""
     return lambda lab, flags: all(row["timestep"] < border for row in lab.run(flags).rows("samples.jsonl"))

@@ -1,0 +1,74 @@
+"""What the header of a LoRA file tells of its shape, read without torch: rank, scale, and whether it is a DoRA."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_DOWN = re.compile(r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$")  # peft's, kohya's and diffusers' older name of the first matrix
+_OF_TEXT = ("lora_te", "text_encoder", "te1.", "te2.")
+_ALPHA = {"F64": "d", "F32": "f", "F16": "e"}  # as struct knows them; bfloat16 is the upper half of a float32
+_LARGEST_HEADER = 100_000_000  # bytes: safetensors' own limit
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """The options that a LoRA file settles, by their names."""
+
+    lora_rank: int
+    lora_alpha: float
+    use_dora: bool
+    use_rslora: bool
+
+
+def read_lora_file(path: Path) -> LoraFile:
+    """ValueError, a sentence with the path, where it is no LoRA of one rank and one alpha that training can go on with."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(min(length, _LARGEST_HEADER)))
+            metadata = header.pop("__metadata__", {})
+            stored_alphas = set(_alphas(file, length, header))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; check the path.") from error
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a .safetensors file; convert it, or name another.") from error
+    if any(mark in name for name in header for mark in (".lokr_", ".hada_", ".lora_mid")):
+        raise ValueError(f"{path} is a LyCORIS file, from which a run cannot start; name a LoRA.")
+    if any(name.startswith(_OF_TEXT) for name in header):
+        raise ValueError(f"{path} is a LoRA of the text encoders too, which are not trained; remove their layers from it.")
+    ranks = {tensor["shape"][0] for name, tensor in header.items() if _DOWN.search(name)}
+    if not ranks:
+        raise ValueError(f"{path} holds no LoRA; name a file in diffusers' or kohya's layout.")
+    told = _settings(metadata)
+    alphas = stored_alphas or ({float(told["lora_alpha"])} if "lora_alpha" in told else {float(rank) for rank in ranks})
+    if len(ranks) > 1 or len(alphas) > 1 or told.get("alpha_pattern"):
+        many = f"ranks {sorted(ranks)}" if len(ranks) > 1 else f"alphas {sorted(alphas)}"
+        raise ValueError(f"{path} has layers of different {many}, which cannot be trained together; name another.")
+    dora = any(name.endswith((".dora_scale", ".lora_magnitude_vector")) for name in header)
+    return LoraFile(ranks.pop(), alphas.pop(), dora, bool(told.get("use_rslora")) and not stored_alphas)
+
+
+def _alphas(file: Any, length: int, header: Mapping[str, Any]) -> Iterator[float]:
+    """Of kohya's layout: a number beside each layer."""
+    for name, tensor in header.items():
+        if not name.endswith(".alpha"):
+            continue
+        begin, end = tensor["data_offsets"]
+        file.seek(8 + length + begin)
+        data = file.read(end - begin)
+        if tensor["dtype"] == "BF16":
+            yield struct.unpack("<f", b"\0\0" + data)[0]
+        else:
+            yield struct.unpack(f"<{_ALPHA[tensor['dtype']]}", data)[0]
+
+
+def _settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's settings of the network's adapter, as diffusers writes them: `unet.r`, `unet.lora_alpha` ..."""
+    told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    return {name.rpartition(".")[2]: value for name, value in told.items() if not name.startswith("text_encoder")}

@@ -1,0 +1,108 @@
+"""What a LoRA starts from: matrices made of the base model's weights, or an existing LoRA file.
+
+A layer's weight W is seen as a matrix (out, in), a convolution's (out, in x height x width). `factor` is what B A is scaled by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.errors import ConfigError
+from helpers.methods.lora_layouts import split_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from helpers.protocols import ModelFamily
+
+Start = Callable[["Tensor", int, float], tuple["Tensor", "Tensor"]]  # (W, rank, factor) => A (rank, in), B (out, rank), float32
+
+OVERSAMPLED = 8  # directions beyond the rank in the randomised SVD, and how often it is refined (Halko et al., 2011)
+REFINED = 4
+
+
+def principal(weight: Tensor, rank: int, factor: float) -> tuple[Tensor, Tensor]:
+    """PiSSA (Meng et al., 2024): factor B A is the best approximation of W of this rank, by its largest singular values."""
+    import torch
+
+    u, s, v = torch.svd_lowrank(weight, q=min(rank + OVERSAMPLED, *weight.shape), niter=REFINED)
+    root = (s[:rank] / factor).sqrt()
+    return (v[:, :rank] * root).T, u[:, :rank] * root
+
+
+def orthonormal(weight: Tensor, rank: int, factor: float) -> tuple[Tensor, Tensor]:
+    """OLoRA (Buyukakyuz, 2024): B and A are the first columns of Q and rows of R in W = Q R."""
+    import torch
+
+    q, _ = torch.linalg.qr(weight[:, :rank])
+    return q.T @ weight, q
+
+
+def orthogonal(weight: Tensor, rank: int, factor: float) -> tuple[Tensor, Tensor]:
+    """A and B are random and not zero, and B A is: their rows and columns come from halves of one orthogonal matrix.
+
+    Raises ConfigError where the rank is odd.
+    """
+    import torch
+
+    if rank % 2:
+        raise ConfigError(f"--lora_init_type=orthogonal splits the rank in two halves; --lora_rank={rank} is odd.")
+    q, _ = torch.linalg.qr(torch.randn(rank, rank))
+    out, inside = weight.shape
+    return (0.1 * torch.randn(inside, rank // 2) @ q[0::2]).T, 0.1 * torch.randn(out, rank // 2) @ q[1::2]
+
+
+STARTS: Mapping[str, Start] = {"pissa": principal, "olora": orthonormal, "orthogonal": orthogonal}
+FROM_WEIGHTS = ("pissa", "olora")  # where B A is not zero, and the same is taken away again by matrices that stand still
+
+
+def first_matrices(kind: str, layer: str, weight: Tensor, rank: int, factor: float) -> tuple[Tensor, Tensor]:
+    """A and B, float32, in the shapes of peft: (rank, in) and (out, rank), or (rank, in, h, w) and (out, rank, 1, 1).
+
+    ConfigError where the layer is smaller than the rank.
+    """
+    matrix = weight.detach().float().flatten(1)
+    if kind in FROM_WEIGHTS and rank > min(matrix.shape):
+        raise ConfigError(
+            f"--lora_init_type={kind} takes {rank} directions of each layer, and {layer} has {min(matrix.shape)}; lower --lora_rank."
+        )
+    a, b = STARTS[kind](matrix, rank, factor)
+    ones = [1] * (weight.ndim - 2)
+    return a.reshape(rank, *weight.shape[1:]).contiguous(), b.reshape(-1, rank, *ones).contiguous()
+
+
+def read_start(path: Path, family: ModelFamily) -> dict[str, Tensor]:
+    """The weights of a LoRA file in any layout that diffusers reads, float32, by peft's names. ConfigError says what is wrong with it."""
+    from safetensors.torch import load_file
+
+    try:
+        matrices, _ = family.read_lora(path)
+        scales = {name: tensor for name, tensor in load_file(path).items() if name.endswith(".dora_scale")}
+    except Exception as error:  # whatever diffusers meets in a file that it cannot convert
+        raise ConfigError(f"--init_lora: {path} is not a LoRA of {family.facts.title} that can be read: {error}") from error
+    modules = {split_name(name)[0] for name in matrices} if scales else set()
+    renamed = {family.kohya_name(module): module for module in modules}
+    for name, tensor in scales.items():  # diffusers leaves them out
+        module = renamed.get(name.removesuffix(".dora_scale"))
+        if module is None:
+            raise ConfigError(f"--init_lora: {path} has a dora_scale for {name.partition('.')[0]}, and no LoRA there.")
+        matrices[f"{module}.lora_magnitude_vector"] = tensor
+    return {name: tensor.float() for name, tensor in matrices.items()}
+
+
+def require_same_layers(path: Path, found: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """ConfigError unless the file holds a tensor of the right size for every weight that is to move, and no other."""
+    missing, other = sorted(parameters.keys() - found.keys()), sorted(found.keys() - parameters.keys())
+    if missing:
+        raise ConfigError(
+            f"--init_lora: {path} has no {missing[0]} ({len(missing)} such in all), which --lora_targets or --use_dora ask for; "
+            "leave them out to train what the file holds."
+        )
+    if other:
+        raise ConfigError(f"--init_lora: {path} has {other[0]} ({len(other)} such in all), which is not trained with these --lora_targets.")
+    for name, parameter in parameters.items():
+        if found[name].numel() != parameter.numel():
+            shapes = f"{tuple(found[name].shape)}, and here it is {tuple(parameter.shape)}"
+            raise ConfigError(f"--init_lora: {name} in {path} is {shapes}; --lora_rank and the base model must be those of the file.")

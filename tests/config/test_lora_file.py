@@ -1,0 +1,97 @@
+"""What a LoRA's header tells is taken where nobody said otherwise, and compared where somebody did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers.config.config import Config
+from helpers.config.lora_file import LoraFile, read_lora_file
+
+Read = Callable[..., Config]
+Refuse = Callable[..., str]
+LORA = "--model_type=lora"
+
+
+def diffusers(path: Path, rank: int = 4, **settings: Any) -> Path:
+    tensors = {"unet.a.to_q.lora_A.weight": torch.zeros(rank, 8), "unet.a.to_q.lora_B.weight": torch.zeros(8, rank)}
+    told = {f"unet.{name}": value for name, value in settings.items()}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(told)} if told else None)
+    return path
+
+
+def kohya(path: Path, alpha: torch.Tensor, **more: torch.Tensor) -> Path:
+    tensors = {"lora_unet_a_to_q.lora_down.weight": torch.zeros(4, 8), "lora_unet_a_to_q.lora_up.weight": torch.zeros(8, 4)}
+    save_file({**tensors, "lora_unet_a_to_q.alpha": alpha, **more}, path)
+    return path
+
+
+def test_both_layouts_tell_rank_and_scale(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    assert read_lora_file(diffusers(path)) == LoraFile(4, 4.0, False, False)  # without an alpha it is the rank
+    assert read_lora_file(diffusers(path, lora_alpha=1.5, use_rslora=True)) == LoraFile(4, 1.5, False, True)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        assert read_lora_file(kohya(path, torch.tensor(1.5, dtype=dtype))) == LoraFile(4, 1.5, False, False)
+    dora = {"lora_unet_a_to_q.dora_scale": torch.zeros(8, 1)}
+    assert read_lora_file(kohya(path, torch.tensor(2.0), **dora)).use_dora
+
+
+def test_the_files_rank_and_alpha_are_taken_or_compared(tmp_path: Path, read: Read, refuse: Refuse) -> None:
+    start = f"--init_lora={diffusers(tmp_path / 'first.safetensors', rank=3, lora_alpha=1.5)}"
+    config = read(LORA, start)
+    assert (config.adapter.lora_rank, config.adapter.lora_alpha) == (3, 1.5)
+    assert config.origins["lora_rank"] == "from first.safetensors"
+    assert read(LORA, start, "--lora_rank=3").adapter.lora_rank == 3
+    assert "--lora_rank is 16, but " in refuse(LORA, start, "--lora_rank=16")
+    assert "LORA_ALPHA is 3, but " in refuse(LORA, start, LORA_ALPHA="3")
+    assert "has false; leave it out" in refuse(LORA, start, "--use_dora")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"lora_unet_b.lora_down.weight": torch.zeros(8, 8)}, "layers of different ranks [4, 8]"),
+        ({"lora_unet_b.alpha": torch.tensor(1.0)}, "layers of different alphas [1.0, 2.0]"),
+        ({"lora_te1_b.alpha": torch.tensor(2.0)}, "of the text encoders too"),
+        ({"lora_unet_b.lokr_w1": torch.zeros(2, 2)}, "is a LyCORIS file"),
+    ],
+)
+def test_a_lora_that_cannot_be_gone_on_with_is_refused_by_name(
+    tensors: dict[str, torch.Tensor], said: str, tmp_path: Path, refuse: Refuse
+) -> None:
+    path = kohya(tmp_path / "lora.safetensors", torch.tensor(2.0), **tensors)
+    told = refuse(LORA, f"--init_lora={path}")
+    assert told.startswith(f"--init_lora: {path}")
+    assert said in told
+
+
+def test_what_is_no_lora_is_refused_by_name(tmp_path: Path, refuse: Refuse) -> None:
+    path = tmp_path / "x.safetensors"
+    assert f"{path}: No such file or directory; check the path" in refuse(LORA, f"--init_lora={path}")
+    for content in (b"", b"PK\3\4 a zip file of another library", b"\2\0\0\0\0\0\0\0[]", b"\xff" * 40):
+        path.write_bytes(content)
+        assert "is not a .safetensors file" in refuse(LORA, f"--init_lora={path}")
+    save_file({"weights": torch.zeros(2)}, path)
+    assert "holds no LoRA" in refuse(LORA, f"--init_lora={path}")
+
+
+def test_several_options_choose_the_method_together(read: Read) -> None:
+    def chosen(*flags: str) -> str:
+        return read(*flags).method_name
+
+    assert chosen() == "full"
+    assert chosen("--use_bitfit") == chosen("--freeze_unet_strategy=bitfit") == "bitfit"
+    assert chosen(LORA) == chosen(LORA, "--lora_algorithm=locon") == "lora"
+    assert chosen(LORA, "--lora_algorithm=lokr") == chosen(LORA, "--lora_algorithm=loha") == "lycoris"
+
+
+def test_dropout_is_off_by_itself_where_it_cannot_be(read: Read) -> None:
+    for flag in ("--lora_algorithm=lokr", "--lora_algorithm=loha", "--lora_init_type=pissa", "--lora_init_type=olora"):
+        assert read(LORA, flag).adapter.lora_dropout == 0
+    assert read(LORA, "--lora_algorithm=locon").adapter.lora_dropout == 0.1
