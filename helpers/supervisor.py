@@ -70,9 +70,7 @@ def supervise(command: Sequence[str], environ: Mapping[str, str]) -> int:
         ranks = Ranks(Path(folder))
         environment = {**environ, FOLDER_VARIABLE: folder, LAUNCHER_VARIABLE: str(os.getpid())}
         # A session of its own keeps the terminal's Ctrl-C from reaching it beside ours; it dies with us even under kill -9.
-        child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
-        )
+        child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent)
         _watch(child, ranks, asked)
         return verdict(ranks.codes(), set(ranks.pids()), child.returncode, asked)
 
