@@ -28,8 +28,8 @@ OPTIMIZERS = (
 # The others that pytorch-optimizer 4.1 has; its adamw, adafactor, lion and prodigy are named above.
 _MORE = """
     a2grad accsgd adabelief adabound adadelta adagc adai adalite adam adamax adamc adamg adamod adamp adams adamwsn adan adanorm adapnm
-    adasmooth adatam ademamix adopt aggmo aida alice amos ano apollo apollodqn avagrad bcos came dadaptadagrad dadaptadam dadaptadan
-    dadaptlion dadaptsgd dash diffgrad dualadam emofact emolynx emonavi exadam fadam fira flashadamw focus fromage ftrl galore grams
+    adasmooth adatam ademamix adopt aggmo aida alice amos ano apollodqn avagrad bcos came dadaptadagrad dadaptadam dadaptadan
+    dadaptlion dadaptsgd dash diffgrad dualadam emofact emolynx emonavi exadam fadam flashadamw focus fromage ftrl grams
     gravity grokfastadamw kate lamb laprop lars madgrad mars msvag nadam nero novograd padam pid pnm qhadam qhm racs radam
     ranger rmsprop rose sara schedulefreeadamw schedulefreeradam schedulefreesgd scion scionlight sgd sgdp sgdsai sgdw shampoo signsgd
     simplifiedademamix sm3 soap spam splus srmm stableadamw swats tam tiger vsgd yogi
@@ -51,6 +51,7 @@ REFUSED = {
     **dict.fromkeys(("adashift", "conda", "scalableshampoo"), _OBJECTS),
     **dict.fromkeys(("magma", "stablespam"), _HIDDEN_STATE),
     **dict.fromkeys(("asgd", "ranger21"), _OWN_RATE),
+    **dict.fromkeys(("apollo", "fira", "galore"), "it has to be told group by group which weights have how low a rank, and else is Adam"),
     "adammini": "it has to be told the blocks of a language model",
     "demo": "it exchanges compressed gradients itself, and here processes have shared them already",
     "kron": "it draws from a random generator that the seed of a run does not reach",

@@ -71,11 +71,11 @@ class AdamWBF16(Optimizer):
         deviation = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         weights = _end_to_end(parameters).mul_(1 - group["lr"] * group["weight_decay"])
         weights.addcdiv_(mean, deviation, value=-group["lr"] / (1 - beta1**step))
-        exact = (weights, mean, square)
+        results = [weights, mean, square]
         if parameters[0].dtype == torch.bfloat16:
             noises = _noises([parameter.numel() for parameter in parameters], weights.device)
-            exact = tuple(rounded_stochastically(values, noise) for values, noise in zip(exact, noises, strict=True))
-        for values, targets in zip(exact, (parameters, means, squares), strict=True):
+            results = [rounded_stochastically(exact, noise) for exact, noise in zip(results, noises, strict=True)]
+        for values, targets in zip(results, (parameters, means, squares), strict=True):
             torch._foreach_copy_(list(targets), _cut(values, targets))
 
 

@@ -59,7 +59,7 @@ def put_state(
     for entry, written in values["group"].items():
         optimizer.param_groups[0][entry] = reading.value(written, first.device)
     for key, written in values["other"].items():
-        optimizer.state[key] = reading.value(written, first.device)  # type: ignore[index]  # a few libraries keep counters by name
+        optimizer.state[key] = reading.value(written, first.device)  # a few libraries keep counters by name
     for full_name, tensor in tensors.items():
         name, entry = full_name.rsplit("/", 1)
         if name in parameters:  # others are part of a value that is back already

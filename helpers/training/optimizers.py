@@ -31,7 +31,7 @@ BITSANDBYTES = {
     "paged_lion8bit": "PagedLion8bit",
 }
 # Arguments that are ours to give.
-GIVEN = ("params", "lr", "defaults", "closure")
+GIVEN = ("params", "lr")
 
 
 class NamedOptimizer:
@@ -127,7 +127,7 @@ def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Para
     """
     name, weights = options.optimizer, list(parameters.values())
     make = _class_of(name)
-    known = [argument for argument in inspect.signature(make).parameters if argument not in GIVEN]
+    known = [argument for argument, kind in inspect.signature(make).parameters.items() if _can_be_given(argument, kind)]
     arguments = _chosen_arguments(options, make)
     if name == "adamw":
         # One kernel over all weights, without a temporary copy of them; on the CPU the loop that is bit-equal on any build.
@@ -148,6 +148,10 @@ def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Para
             return make(weights, **given, **(arguments | told))
     except Exception as error:  # the library's own, of any kind
         raise ConfigError(f"--optimizer={name} refuses its settings{_with(options)}: {error}") from error
+
+
+def _can_be_given(argument: str, kind: inspect.Parameter) -> bool:
+    return argument not in GIVEN and kind.kind is not inspect.Parameter.VAR_KEYWORD
 
 
 def _with(options: OptimizerOptions) -> str:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from helpers.config.optimizers import ADAM_DEFAULTS
 from helpers.config.options import OptimizerOptions
 from helpers.protocols import Trainable
 from helpers.training.engine import Engine
@@ -38,7 +39,7 @@ def network() -> nn.Module:
 def engine(model: nn.Module, **options: object) -> Engine:
     runtime = Runtime(Accelerator(mixed_precision="no"), StopRequest(), "no", [], [])
     trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
-    return Engine(runtime, trainable, dataclasses.replace(OptimizerOptions(), optimizer="adamw", **options), CONSTANT)
+    return Engine(runtime, trainable, dataclasses.replace(OptimizerOptions(), **{"optimizer": "adamw", **options}), CONSTANT)
 
 
 def losses(model: nn.Module, rows: slice) -> torch.Tensor:
@@ -95,9 +96,7 @@ def test_the_optimiser_is_put_back_bit_for_bit(optimizer: str) -> None:
     def build() -> tuple[nn.Module, Engine]:
         model = network().to(torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32)
         model.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(next(module.parameters()).dtype),))
-        made = engine(model)
-        made.optimizer = type(made.optimizer)(model.parameters(), lr=1e-2) if optimizer == "adamw" else made.optimizer
-        return model, made
+        return model, engine(model, optimizer=optimizer, **(ADAM_DEFAULTS if optimizer == "adamw_bf16" else {}))
 
     undisturbed, whole = build()
     steps(whole, 0, 3)

@@ -134,6 +134,8 @@ def same_shapes_in_two_epochs(lab: Lab, flags: Flags) -> object:
     shared = epochs[0].keys() & epochs[1].keys()
     assert len(shared) > 3
     return all(epochs[0][key] == epochs[1][key] for key in shared)
+
+
 def timesteps_below(border: int) -> Sight:
     """Whether every timestep that was trained is below this."""
     return lambda lab, flags: all(row["timestep"] < border for row in lab.run(flags).rows("samples.jsonl"))
@@ -231,7 +233,18 @@ def optimizer_or_refusal(lab: Lab, flags: Flags) -> object:
     if said := refusal(lab, (*flags, "--max_train_steps=1")):
         return said
     config = lab.config(flags)
-    return type(create_optimizer(config.optimizer, {"w": nn.Parameter(torch.zeros(1))})).__name__
+    return type(create_optimizer(config.optimizer, {"w": nn.Parameter(torch.zeros(1))}, 1.0)).__name__
+
+
+def prodigys(setting: str) -> Sight:
+    """What Prodigy is made with."""
+
+    def see(lab: Lab, flags: Flags) -> object:
+        options = lab.config(flags).optimizer
+        pytest.importorskip("prodigyopt")
+        return create_optimizer(options, {"w": nn.Parameter(torch.zeros(1))}, 1.0).param_groups[0][setting]
+
+    return see
 
 
 def rates(lab: Lab, flags: Flags) -> object:
