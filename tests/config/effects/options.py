@@ -183,7 +183,7 @@ OPTIMIZER = {
         full_weights_dtype, {"adamw": {torch.float32}, "adamw_bf16": {torch.bfloat16}}, ("--model_type=full", "--mixed_precision=bf16")
     ),
     "adam_bfloat16": Effect(optimizer_or_refusal, {"false": "AdamW", "true": "AdamWBF16"}, ("--model_type=full",)),
-    "optimizer_args": Effect(losses, ["none", "betas=0.5,0.9"]),
+    "optimizer_args": Effect(losses, ["", "betas=0.5,0.9"]),
     "use_8bit_adam": Effect(optimizer_or_refusal, ["false", "true"]),
     "use_adafactor_optimizer": Effect(optimizer_or_refusal, {"false": "AdamW", "true": "Adafactor"}, ("--model_type=full",)),
     "use_prodigy_optimizer": Effect(optimizer_or_refusal, ["false", "true"], ("--learning_rate=1",)),

@@ -232,8 +232,10 @@ def optimizer_or_refusal(lab: Lab, flags: Flags) -> object:
     """The optimiser's class, or that its library is not installed."""
     if said := refusal(lab, (*flags, "--max_train_steps=1")):
         return said
-    config = lab.config(flags)
-    return type(create_optimizer(config.optimizer, {"w": nn.Parameter(torch.zeros(1))}, 1.0)).__name__
+    options = lab.config(flags).optimizer
+    if options.optimizer == "auto":
+        return "AdamW"
+    return type(create_optimizer(options, {"w": nn.Parameter(torch.zeros(1))}, 1.0)).__name__
 
 
 def prodigys(setting: str) -> Sight:
