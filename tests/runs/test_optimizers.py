@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.runs.conftest import Ended, Trainer
 from tests.runs.evidence import refusal
 
 LORA = "pytorch_lora_weights.safetensors"
+LONG = bool(os.environ.get("SIMPLETUNER_TEST_LONG"))
 TWO = {"TRAINING_NUM_PROCESSES": "2"}
 SETTINGS = {
     "schedulefree": {"learning_rate": 1e-2, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
@@ -32,18 +34,14 @@ def usual(name: str) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
-def test_stopped_and_on_two_processes_it_ends_in_the_same_bytes(name: str, trainer: Trainer) -> None:
+@pytest.mark.parametrize("name", SETTINGS if LONG else ["schedulefree", "prodigy"])
+def test_begun_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_bytes(name: str, trainer: Trainer) -> None:
     undisturbed = trainer.finish("undisturbed", **usual(name))
     trainer.wrapper = "train_sdxl.sh"
-    trainer.finish("stopped", **usual(name) | {"max_train_steps": 2})
-    pair = trainer.finish("stopped", environ=TWO, **usual(name) | {"gradient_accumulation_steps": 1})
+    pair = trainer.finish("stopped", environ=TWO, **usual(name) | {"max_train_steps": 2, "gradient_accumulation_steps": 1})
     assert bytes_of(pair.folder / "checkpoint-2") == bytes_of(undisturbed.folder / "checkpoint-2")
-    trainer.finish("resumed", **usual(name) | {"max_train_steps": 2})
-    resumed = trainer.finish("resumed", **usual(name))
-    assert resumed.losses == undisturbed.losses
+    resumed = trainer.finish("stopped", **usual(name) | {"gradient_accumulation_steps": 1})
     assert bytes_of(resumed.folder / "checkpoint-4") == bytes_of(undisturbed.folder / "checkpoint-4")
-    assert pair.losses == pytest.approx(undisturbed.losses, rel=1e-5)
 
 
 @pytest.fixture

@@ -129,6 +129,8 @@ def on_processes(count: int) -> list[dict[str, Any]]:
 def test_two_processes_with_uneven_shares_take_the_step_of_one_and_agree_on_what_is_not_finite() -> None:
     """3 samples here and 1 there: a plain mean over processes would be 15 % off. A NaN on one rank is a skipped step on both."""
     [alone], pair = on_processes(1), on_processes(2)
+    assert pair[0]["states"] == pair[1]["states"]  # of every optimiser, to the bit
+    assert pair[0]["states"].keys() == alone["states"].keys()
     for rank in pair:
         assert rank["first"]["loss"] == pytest.approx(alone["first"]["loss"], rel=1e-6)
         assert rank["first"]["grad_norm"] == pytest.approx(alone["first"]["grad_norm"], rel=1e-6)
