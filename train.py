@@ -116,6 +116,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.ema import Average
     from helpers.training.engine import Engine
     from helpers.training.learner import Learner
+    from helpers.training.optimizers import try_optimizer
     from helpers.training.schedules import Schedule
     from helpers.training.steps import in_order, sample_rows, step_result, timed
     from helpers.training.validation import read_prompts
@@ -137,6 +138,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if config.run.dataset_report:
         return look_at_data(config, runtime, found, state, accumulation, family, report)
     config = settled(config, runtime, method, state, accumulation)
+    try_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
 
     identity = run_identity(config, family, objective)
     if found:
@@ -381,6 +383,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "latent_sampling": config.cache.latent_sampling,
         "mixed_precision": config.run.mixed_precision,
         "optimizer": config.optimizer.optimizer,
+        "optimizer_args": config.optimizer.optimizer_args,
         "use_ema": config.ema.use_ema,
         **adapter,
         **{name: value for name, value in {**loss, **effective}.items() if name not in sampling_only},

@@ -29,6 +29,8 @@ class Declared:
     help: str
     env: tuple[str, ...] | None  # None: the field's name in capitals; (): a flag only
     choices: tuple[str, ...]
+    also: tuple[str, ...]  # further choices, too many to list beside the usual ones
+    refused: Mapping[str, str]  # names that might be tried -> why they cannot be a choice
     spelt: Mapping[str, str]  # other spellings of choices -> the choice
     at_least: float | None
     above: float | None
@@ -53,6 +55,8 @@ def option(
     *,
     env: str | tuple[str, ...] | None = None,
     choices: tuple[str, ...] = (),
+    also: tuple[str, ...] = (),
+    refused: Mapping[str, str] | None = None,
     spelt: Mapping[str, str] | None = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -81,6 +85,8 @@ def option(
         help=help,
         env=names,
         choices=choices,
+        also=also,
+        refused=refused or {},
         spelt=spelt or {},
         at_least=at_least,
         above=above,
@@ -146,9 +152,13 @@ class Option(Declared):
 
     def check(self, value: Any) -> None:
         """ValueError unless the value is one of the choices and within the declared range."""
+        known = (*self.choices, *self.also)
         for item in value if isinstance(value, tuple) else (value,):
-            if self.choices and item is not None and item not in self.choices:
-                raise ValueError(f"{item!r} is not one of {', '.join(self.choices)}{did_you_mean(str(item), self.choices)}")
+            if item in self.refused:
+                raise ValueError(f"{item} cannot be used here: {self.refused[item]}")
+            if known and item is not None and item not in known:
+                more = f" or {len(self.also)} more" if self.also else ""
+                raise ValueError(f"{item!r} is not one of {', '.join(self.choices)}{more}{did_you_mean(str(item), known)}")
         if not isinstance(value, int | float) or isinstance(value, bool):
             return
         if isinstance(value, float) and not math.isfinite(value):

@@ -13,6 +13,7 @@ from typing import Any
 from helpers.config.aspects import LARGEST_MEGAPIXELS
 from helpers.config.buckets import caches_inside_images
 from helpers.config.datasets import DataConfig
+from helpers.config.optimizer_rules import missing_library, optimizer_problems
 from helpers.config.sizes import ALIGNMENTS, IN_THE_UNIT, size_problems
 from helpers.config.sources import Rank, Setting
 
@@ -23,7 +24,6 @@ _LIBRARIES = {  # choice -> module, package
     "tensorboard": ("tensorboard", "tensorboard"),
     "wandb": ("wandb", "wandb"),
     "comet": ("comet_ml", "comet-ml"),
-    "adamw8bit": ("bitsandbytes", "bitsandbytes"),
 }
 
 Chosen = Mapping[str, Setting]
@@ -34,7 +34,7 @@ def impossible(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     yield from _required(chosen)
     yield from _sizes(chosen, data)
     yield from _schedule(chosen)
-    yield from _precision(chosen)
+    yield from optimizer_problems(chosen)
     yield from _captions(data)
     yield from _files(chosen)
     yield from _folders(chosen, data)
@@ -87,12 +87,6 @@ def _schedule(chosen: Chosen) -> Iterator[str]:
         yield f"--lr_end {end:g} is above --learning_rate {peak:g}; lower it."
     if kind in ("linear", "cosine", "cosine_with_restarts", "polynomial") and steps and warmup >= steps:
         yield f"--lr_warmup_steps {warmup} leaves no step of --max_train_steps {steps} for --lr_scheduler={kind}; lower it."
-
-
-def _precision(chosen: Chosen) -> Iterator[str]:
-    precision, optimizer = chosen["mixed_precision"].value, chosen["optimizer"].value
-    if optimizer == "adamw_bf16" and precision == "fp16":
-        yield "--optimizer=adamw_bf16 trains bf16 weights; it needs --mixed_precision=bf16, or choose --optimizer=adamw."
 
 
 def _captions(data: DataConfig) -> Iterator[str]:
@@ -179,11 +173,11 @@ def _launch(chosen: Chosen) -> Iterator[str]:
 
 def _libraries(chosen: Chosen) -> Iterator[str]:
     """What is asked for and not installed, said before hours of caching rather than after."""
-    wanted = [("report_to", tracker) for tracker in chosen["report_to"].value] + [("optimizer", chosen["optimizer"].value)]
-    for option, name in wanted:
+    for name in chosen["report_to"].value:
         module, package = _LIBRARIES.get(name, ("", ""))
         if module and importlib.util.find_spec(module) is None:
-            yield f"{_origin(chosen, option)}: {name} needs the library {package}; .venv/bin/pip install {package}, or choose another."
+            yield f"{_origin(chosen, 'report_to')}: {name} needs the library {package}; .venv/bin/pip install {package}, or choose another."
+    yield from missing_library(chosen)
 
 
 def _origin(chosen: Chosen, name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from helpers.config.declare import options_of, show
 from helpers.config.facts import Facts
 from helpers.config.lora_file import LoraFile, read_lora_file
+from helpers.config.optimizer_rules import optimizer_notes, settle_optimizer
 from helpers.config.options import OPTIONS, AdapterOptions
 from helpers.config.sources import Rank, Setting
 
@@ -26,6 +27,9 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("training_scheduler_timestep_spacing",), "model_type", ("full",)),  # it stands in the scheduler of an exported pipeline
     (("noise_offset", "noise_offset_probability"), "offset_noise", (True,)),
     (("ema_decay", "ema_device", "ema_cpu_only", "ema_update_interval"), "use_ema", (True,)),
+    (("adafactor_relative_step",), "optimizer", ("adafactor",)),
+    (tuple(name for name in OPTIONS if name.startswith("prodigy_")), "optimizer", ("prodigy",)),
+    (("dadaptation_learning_rate",), "optimizer", ("dadaptation",)),
     (("lr_power",), "lr_scheduler", ("polynomial",)),
     (("lr_num_cycles",), "lr_scheduler", ("cosine_with_restarts",)),
     (("lr_end",), "lr_scheduler", ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial")),
@@ -51,6 +55,7 @@ def settle(chosen: Chosen, facts: Sequence[tuple[str, Facts]]) -> list[str]:
         _take_defaults(chosen, axis, choice)
     _switches(chosen, problems)
     _adapter(chosen, problems)
+    settle_optimizer(chosen)
     _min_snr(chosen, problems)
     _length(chosen, problems)
     _resume(chosen)
@@ -166,6 +171,7 @@ def without_effect(chosen: Mapping[str, Setting]) -> Iterator[str]:
         for setting in (chosen[name] for name in names):
             if setting.rank > Rank.PRESET and setting.value not in (False, None):
                 yield f"{setting.origin} does nothing while {other} is {_word(chosen[other].value)}."
+    yield from optimizer_notes(chosen)
 
 
 def _word(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.protocols import Trainable
-from helpers.training.optimizers import create_optimizer, optimizer_state, restore_optimizer
+from helpers.training.optimizers import NamedOptimizer
 from helpers.training.runtime import Runtime
 from helpers.training.schedules import Schedule
 
@@ -26,7 +26,7 @@ class Update:
     loss: float  # sum over the samples of the global step / their number; 0 where it has none
     samples: int  # that were there
     grad_norm: float  # of the whole gradient, before clipping
-    learning_rate: float
+    learning_rate: float  # that the optimiser used: the schedule's, times the estimate where the optimiser makes one
     taken: bool  # False: the gradient was not finite, or there was no sample, and the weights stay as they were
     finite_loss: bool
     stop_asked: bool  # by any process, so that all of them stop at the same step
@@ -47,7 +47,7 @@ class Engine:
         self.parameters: Mapping[str, nn.Parameter] = trainable.parameters
         self.accelerator = runtime.accelerator
         trainable.denoiser.to(runtime.device)
-        self.optimizer = create_optimizer(options, trainable.parameters)
+        self.optimizer = NamedOptimizer(options, trainable.parameters, schedule.rate)
         self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser)
         self._samples = 0
         self._loss = torch.zeros((), dtype=torch.float64, device="cpu" if runtime.device.type == "mps" else runtime.device)
@@ -72,7 +72,7 @@ class Engine:
         """
         scaler = self.accelerator.scaler
         if scaler is not None:
-            scaler.unscale_(self.optimizer)
+            scaler.unscale_(self.optimizer.torch_optimizer)
         grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
         finite = bool(torch.isfinite(grad_norm))
@@ -83,28 +83,26 @@ class Engine:
             grad_norm = grad_norm * (global_samples / samples)
         limit = self.options.max_grad_norm
         nn.utils.clip_grads_with_norm_(self.parameters.values(), limit if limit > 0 else float("inf"), grad_norm)
-        learning_rate = self.schedule(updates)
+        learning_rate = self.optimizer.effective(self.schedule(updates))
         finite_loss = bool(torch.isfinite(torch.tensor(loss_sum)))
         taken = not bad and finite_loss and samples > 0
         if taken:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
             self.runtime.seed("rounding", seed, step)  # the same on every process: each updates its own copy of the weights
-            self.optimizer.step()
+            self.optimizer.step(self.schedule(updates))
         if scaler is not None:
             scaler.update()  # halves the scale where `unscale_` met an overflow
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.torch_optimizer.zero_grad(set_to_none=True)
         self._loss.zero_()
         self._samples = 0
         return Update(loss_sum / max(samples, 1), int(samples), float(grad_norm), learning_rate, taken, finite_loss, bool(stop))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Optimiser tensors by name, and the numbers beside them, for a checkpoint."""
-        tensors, numbers = optimizer_state(self.optimizer, self.parameters)
+        tensors, numbers = self.optimizer.state()
         scaler = self.accelerator.scaler
         return tensors, {"optimizer": numbers, "scaler": scaler.state_dict() if scaler is not None else None}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        restore_optimizer(self.optimizer, self.parameters, tensors, numbers["optimizer"])
+        self.optimizer.restore(tensors, numbers["optimizer"])
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,8 +30,9 @@ class Learner:
     average: Average | None
 
     def write_weights(self, folder: Path) -> None:
-        """The live weights, and the average beside them, in the files that other tools load."""
-        self.method.save(self.trainable, folder)
+        """The live weights, or the average that the optimiser means, and the EMA beside them, in the files that other tools load."""
+        with self.engine.optimizer.averaged():
+            self.method.save(self.trainable, folder)
         if self.average is not None:
             self.method.save(self.trainable, folder, self.average.shadow, EMA_LABEL)
 
@@ -44,10 +44,11 @@ class Learner:
             self.average.restore(self.method.read(self.trainable, found.folder, EMA_LABEL))
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the network runs on the average, where there is one."""
-        return self.average.swapped_in() if self.average is not None else contextlib.nullcontext()
+        """Inside, the network runs on the average, where there is one: the EMA's or the optimiser's."""
+        return self.average.swapped_in() if self.average is not None else self.engine.optimizer.averaged()
 
     def export(self, folder: Path, schedule: Mapping[str, Any]) -> list[Path]:
         """Write what the user came for: the average where there is one, with the live weights beside it."""
         shadow: Mapping[str, Tensor] | None = self.average.shadow if self.average is not None else None
-        return self.method.export(self.trainable, folder, schedule, shadow)
+        with self.engine.optimizer.averaged():
+            return self.method.export(self.trainable, folder, schedule, shadow)

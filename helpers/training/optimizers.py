@@ -2,77 +2,238 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import importlib
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from helpers.config.optimizers import AVERAGING, LIBRARIES, PYTORCH_OPTIMIZER, parse_optimizer_args
+from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
 from helpers.training.adamw_bf16 import AdamWBF16
+from helpers.training.optimizer_state import collect_state, put_state, varying_entries
 
 if TYPE_CHECKING:
     from helpers.config.options import OptimizerOptions
 
+BITSANDBYTES = {
+    "adamw8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW",
+    "paged_adamw8bit": "PagedAdamW8bit",
+    "lion8bit": "Lion8bit",
+    "paged_lion8bit": "PagedLion8bit",
+}
+# Arguments that are ours to give.
+GIVEN = ("params", "lr")
 
-def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-    """The optimiser that the options name ("auto" has been settled), with Adam's settings.
 
-    Its learning rate is set anew before each step.
+class NamedOptimizer:
+    """A torch optimiser over parameters with names: one step at a given learning rate, its whole state, the weights it means.
+
+    `rate` is the peak of the schedule, for optimisers that compare later rates with the first.
     """
-    arguments: dict[str, Any] = {
-        "lr": 0.0,
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "eps": options.adam_epsilon,
-        "weight_decay": options.adam_weight_decay,
-    }
-    weights = list(parameters.values())
-    if options.optimizer == "adamw_bf16":
-        return AdamWBF16(weights, **arguments)
-    if options.optimizer == "adamw8bit":
-        return _adamw_8bit()(weights, **arguments)
-    # One kernel over all weights, without a temporary copy of them; on the CPU the loop that is bit-equal on any build.
-    on_cuda = all(weight.device.type == "cuda" for weight in weights)
-    return torch.optim.AdamW(weights, **arguments, fused=True) if on_cuda else torch.optim.AdamW(weights, **arguments, foreach=False)
+
+    def __init__(self, options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float) -> None:
+        self.name = options.optimizer
+        self.parameters = parameters
+        self.averages = options.optimizer in AVERAGING
+        self.torch_optimizer = create_optimizer(options, parameters, rate)
+        if self.averages:
+            self._mode("train")
+        self._as_made = varying_entries(self.torch_optimizer)
+
+    def step(self, rate: float) -> None:
+        """Update the weights by their gradients at the schedule's learning rate."""
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = rate
+        self.torch_optimizer.step()
+
+    def effective(self, rate: float) -> float:
+        """What the next step makes of a learning rate: times the estimate where the optimiser estimates it.
+
+        Adafactor's relative step is told as it is before the size of each weight multiplies it.
+        """
+        [group] = self.torch_optimizer.param_groups
+        if group.get("relative_step"):
+            step = 1 + next((state["step"] for state in self.torch_optimizer.state.values()), 0)
+            return min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+        return rate * float(group.get("d", 1.0))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are the average that a schedule-free optimiser means; afterwards those it trains, bit for bit.
+
+        The optimiser's own way back rounds, so it is not relied on.
+        """
+        if not self.averages or not self.torch_optimizer.state:
+            yield
+            return
+        trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._mode("eval")
+        try:
+            yield
+        finally:
+            self._mode("train")
+            self._put(trained)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on beside weights and settings: tensors by name, and JSON values."""
+        tensors, values = collect_state(self.torch_optimizer, self.parameters, self._as_made)
+        if self.averages:  # a checkpoint's weights are the average
+            tensors |= {f"/trained/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        return tensors, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Put back exactly what `state` gave: torch's own loader would cast moments to the weights' precision."""
+        trained = {name.removeprefix("/trained/"): tensor for name, tensor in tensors.items() if name.startswith("/trained/")}
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("/trained/")}
+        put_state(self.torch_optimizer, self.parameters, rest, values)
+        self._put(trained)
+
+    def _mode(self, name: str) -> None:
+        getattr(self.torch_optimizer, name)()
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, tensor in weights.items():
+            self.parameters[name].copy_(tensor)
 
 
-def _adamw_8bit() -> Any:
+def try_optimizer(options: OptimizerOptions, rate: float, device: torch.device) -> None:
+    """Take a step with a few weights, so that what the optimiser refuses is known before hours of caching. Raises ConfigError."""
+    shapes = {"matrix": (8, 4), "kernel": (4, 4, 3, 3), "bias": (8,)}
+    parameters = {name: nn.Parameter(torch.full(shape, 0.5, device=device)) for name, shape in shapes.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, 0.1)
+    optimizer = NamedOptimizer(options, parameters, rate)
     try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
+        optimizer.step(rate)
+        optimizer.state()
+    except Exception as error:  # the library's own, of any kind
+        raise ConfigError(f"--optimizer={options.optimizer} cannot train here{_with(options)}: {error}") from error
+
+
+def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float) -> Optimizer:
+    """The optimiser that the options name ("auto" has been settled). Its learning rate is set anew before each step.
+
+    Raises ConfigError for arguments that it does not have or does not take.
+    """
+    name, weights = options.optimizer, list(parameters.values())
+    make = _class_of(name)
+    known = [argument for argument, kind in inspect.signature(make).parameters.items() if _can_be_given(argument, kind)]
+    arguments = _chosen_arguments(options, make)
+    if name == "adamw":
+        # One kernel over all weights, without a temporary copy of them; on the CPU the loop that is bit-equal on any build.
+        on_cuda = all(weight.device.type == "cuda" for weight in weights)
+        arguments |= {"fused": True} if on_cuda else {"foreach": False}
+    told = parse_optimizer_args(options.optimizer_args)
+    for argument in told:
+        if argument not in known:
+            raise ConfigError(
+                f"--optimizer_args: {name} has no argument {argument}{did_you_mean(argument, known)}; it has {', '.join(known)}."
+            )
+    if name == "adafactor" and (arguments | told).get("relative_step"):
+        given: dict[str, Any] = {"lr": None}
+    else:
+        given = {"lr": rate}
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # prodigyopt prints how it decays
+            return make(weights, **given, **(arguments | told))
+    except Exception as error:  # the library's own, of any kind
+        raise ConfigError(f"--optimizer={name} refuses its settings{_with(options)}: {error}") from error
+
+
+def _can_be_given(argument: str, kind: inspect.Parameter) -> bool:
+    return argument not in GIVEN and kind.kind is not inspect.Parameter.VAR_KEYWORD
+
+
+def _with(options: OptimizerOptions) -> str:
+    return f" with --optimizer_args={options.optimizer_args!r}" if options.optimizer_args else ""
+
+
+def _class_of(name: str) -> Callable[..., Optimizer]:
+    """Raises ConfigError naming the package where it cannot be imported."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    if name == "adamw_bf16":
+        return AdamWBF16
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor
+    module_name, package, extra = LIBRARIES[name]
+    try:
+        module = importlib.import_module("bitsandbytes.optim" if name in BITSANDBYTES else module_name)
+        if name in BITSANDBYTES:
+            return getattr(module, BITSANDBYTES[name])
+        if name == "prodigy":
+            return module.Prodigy
+        if name == "schedulefree":
+            return module.AdamWScheduleFree
+        return module.load_optimizer("dadaptadam" if name == "dadaptation" else name)
+    except (ImportError, AttributeError, NotImplementedError) as error:
         raise ConfigError(
-            f"--optimizer=adamw8bit needs the bitsandbytes package, which cannot be imported here ({error}): "
-            "install it with `pip install bitsandbytes`, or choose adamw or adamw_bf16."
+            f"--optimizer={name} needs the library {package}, which cannot give it here ({error}): "
+            f"install it with `.venv/bin/pip install '.[{extra}]'`, or choose adamw or adamw_bf16."
         ) from error
-    return AdamW8bit
 
 
-def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state as tensors named `<parameter>/<entry>`, and the entries that are numbers, for JSON."""
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        for entry, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}/{entry}"] = value
-            else:
-                numbers[f"{name}/{entry}"] = value
-    return tensors, numbers
+def _chosen_arguments(options: OptimizerOptions, make: Callable[..., Optimizer]) -> dict[str, Any]:
+    """The arguments that the options stand for. Options that are None are left to the optimiser.
+
+    Raises ConfigError for an option that means something the optimiser does not have.
+    """
+    name = options.optimizer
+    if name == "prodigy":
+        return {
+            "betas": (options.adam_beta1, options.adam_beta2),
+            "beta3": options.prodigy_beta3,
+            "eps": options.prodigy_epsilon,
+            "weight_decay": options.prodigy_weight_decay,
+            "decouple": options.prodigy_decouple,
+            "use_bias_correction": options.prodigy_use_bias_correction,
+            "safeguard_warmup": options.prodigy_safeguard_warmup,
+            "d_coef": options.prodigy_learning_rate,
+        }
+    arguments = _adam_arguments(options, make)
+    if name == "dadaptation":
+        arguments["weight_decouple"] = True
+    if name == "adafactor":
+        relative = options.adafactor_relative_step
+        arguments |= {"relative_step": relative, "scale_parameter": relative}
+    return arguments
 
 
-def restore_optimizer(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-) -> None:
-    """Put back exactly what `optimizer_state` gave: torch's own loader would cast moments to the weights' precision."""
-    for full_name, value in [*tensors.items(), *numbers.items()]:
-        name, entry = full_name.rsplit("/", 1)
-        parameter = parameters[name]
-        if isinstance(value, Tensor):
-            value = value.to(_state_device(optimizer, value, parameter))
-        optimizer.state[parameter][entry] = value
+def _adam_arguments(options: OptimizerOptions, make: Callable[..., Optimizer]) -> dict[str, Any]:
+    known = inspect.signature(make).parameters
+    arguments: dict[str, Any] = {}
+    for flag, argument, value in (
+        ("adam_weight_decay", "weight_decay", options.adam_weight_decay),
+        ("adam_epsilon", "eps", options.adam_epsilon),
+    ):
+        if value is None:
+            continue
+        if argument not in known or isinstance(known[argument].default, tuple):
+            raise ConfigError(f"--{flag} {value:g}: {options.optimizer} has no such number; leave it out.")
+        arguments[argument] = value
+    betas = (options.adam_beta1, options.adam_beta2)
+    if betas == (None, None):
+        return arguments
+    usual = known["betas"].default if "betas" in known else None
+    if not isinstance(usual, tuple) or len(usual) != 2:
+        why = f"has {len(usual)} betas; give them by --optimizer_args 'betas=...'" if usual else "has no betas; leave it out"
+        raise ConfigError(f"--adam_beta{1 if betas[0] is not None else 2}: {options.optimizer} {why}.")
+    arguments["betas"] = tuple(mine if mine is not None else its for mine, its in zip(betas, usual, strict=True))
+    return arguments
 
 
-def _state_device(optimizer: Optimizer, value: Tensor, parameter: nn.Parameter) -> torch.device:
-    counts_on_cpu = value.ndim == 0 and not optimizer.param_groups[0].get("fused")
-    return torch.device("cpu") if counts_on_cpu else parameter.device
+def names() -> tuple[str, ...]:
+    """Every optimiser that can be trained with, by name."""
+    return ("adamw", "adamw_bf16", "adafactor", *dict.fromkeys((*LIBRARIES, *PYTORCH_OPTIMIZER)))

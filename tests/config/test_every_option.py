@@ -12,6 +12,7 @@ import pytest
 from helpers.config.config import Config
 from helpers.config.datasets import TableConfig
 from helpers.config.declare import Option
+from helpers.config.optimizers import LIBRARIES as OPTIMIZER_LIBRARIES
 from helpers.config.options import OPTIONS
 from helpers.config.options.data import TABLES
 from helpers.errors import ConfigError
@@ -21,6 +22,7 @@ SAMPLES = {
     "resolution": "0.5",
     "aspect_bucket_alignment": "8",
     "lr_end": "1e-7",
+    "optimizer_args": "weight_decay=0.1",
     "validation_resolution": "512,1024x768",
     "resume_from_checkpoint": "checkpoint-20",
     "user_prompt_library": "data.json",
@@ -41,7 +43,9 @@ COMPANIONS = {
     ("training_num_machines", "2"): ("--training_num_processes=2",),
     ("num_train_epochs", "0"): ("--max_train_steps=5",),
 }
-LIBRARIES = {"adamw8bit": "bitsandbytes", "use_8bit_adam": "bitsandbytes", "wandb": "wandb", "comet": "comet_ml"}
+SWITCHES = {"use_8bit_adam": "adamw8bit", "use_prodigy_optimizer": "prodigy", "use_dadapt_optimizer": "dadaptation"}
+OF_OPTIMIZERS = {name: module for name, (module, _, _) in OPTIMIZER_LIBRARIES.items()}
+LIBRARIES = {**OF_OPTIMIZERS, **{switch: OF_OPTIMIZERS[name] for switch, name in SWITCHES.items()}, "wandb": "wandb", "comet": "comet_ml"}
 
 
 def values_to_try(item: Option) -> Iterator[str]:

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.training.adamw_bf16 import AdamWBF16, round_stochastically
+from helpers.training import adamw_bf16
+from helpers.training.adamw_bf16 import AdamWBF16, rounded_stochastically
+
+
+def rounded(exact: torch.Tensor) -> torch.Tensor:
+    return rounded_stochastically(exact, torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32)).bfloat16()
 
 
 def test_small_updates_arrive_on_average() -> None:
@@ -14,20 +19,20 @@ def test_small_updates_arrive_on_average() -> None:
     torch.manual_seed(0)
     weights = torch.ones(2000, dtype=torch.bfloat16)
     for _ in range(1000):
-        round_stochastically(weights.float() - 0.001, weights)
+        weights = rounded(weights.float() - 0.001)
     assert weights.float().mean().item() == pytest.approx(0.0, abs=0.01)
 
 
 def test_rounding_is_unbiased_and_keeps_what_bf16_can_hold() -> None:
     torch.manual_seed(0)
     exact = torch.full((100_000,), 1.0 + 1 / 512)  # a quarter of the way to the next bfloat16, 1 + 1/128
-    target = torch.empty_like(exact, dtype=torch.bfloat16)
-    round_stochastically(exact, target)
+    target = rounded(exact)
     assert set(target.unique().tolist()) == {1.0, 1.0 + 1 / 128}
     assert target.float().mean().item() == pytest.approx(1.0 + 1 / 512, abs=1e-4)
     for value in (-2.5, 0.0, float("inf"), float("-inf")):
-        round_stochastically(torch.tensor([value]), target[:1])
-        assert target[0].item() == value
+        assert rounded(torch.tensor([value])).item() == value
+    every_bit_set = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # the NaN that CUDA computes
+    assert rounded(every_bit_set).isnan()
 
 
 def test_float32_weights_follow_torchs_adamw() -> None:
@@ -63,3 +68,52 @@ def test_weight_decay_is_not_lost_in_bf16() -> None:
     for _ in range(10_000):
         optimizer.step()
     assert weights.float().mean().item() == pytest.approx(0.9048, abs=0.01)
+
+
+SHAPES = [(32, 16, 3, 3), (32,), (64, 32), (7,), (1,), (5, 3)]
+
+
+def by_hand(parameters: list[torch.Tensor], moments: list[list[torch.Tensor]], gradients: list[torch.Tensor], step: int) -> None:
+    """Algorithm 2 of Loshchilov and Hutter, tensor by tensor, each of its three results rounded in turn."""
+    rate, decay, beta1, beta2, epsilon = 1e-2, 0.1, 0.9, 0.999, 1e-8
+    for weights, (mean, square), gradient in zip(parameters, moments, gradients, strict=True):
+        first = mean.float().lerp(gradient.float(), 1 - beta1)
+        second = square.float().mul(beta2).addcmul(gradient.float(), gradient.float(), value=1 - beta2)
+        deviation = (second / (1 - beta2**step)).sqrt().add(epsilon)
+        exact = weights.float() * (1 - rate * decay)
+        exact.addcdiv_(first, deviation, value=-rate / (1 - beta1**step))
+        for target, values in ((weights, exact), (mean, first), (square, second)):
+            target.copy_(rounded(values))
+
+
+@pytest.mark.parametrize("chunk", [1, 3000, 1 << 22])
+def test_weights_updated_together_are_those_updated_one_by_one(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, in chunks of any size: rounding bits belong to a place among the weights."""
+    monkeypatch.setitem(adamw_bf16.CHUNK, "cpu", chunk)
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in SHAPES]
+    expected = [parameter.detach().clone() for parameter in weights]
+    moments = [[torch.zeros_like(tensor), torch.zeros_like(tensor)] for tensor in expected]
+    optimizer = AdamWBF16(weights, lr=1e-2, weight_decay=0.1)
+    for step in range(1, 6):
+        gradients = [torch.randn(shape).bfloat16() for shape in SHAPES]
+        for parameter, gradient in zip(weights, gradients, strict=True):
+            parameter.grad = gradient
+        torch.manual_seed(step)
+        optimizer.step()
+        torch.manual_seed(step)
+        by_hand(expected, moments, gradients, step)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights, expected, strict=True))
+    assert all(torch.equal(optimizer.state[ours]["exp_avg_sq"], theirs[1]) for ours, theirs in zip(weights, moments, strict=True))
+
+
+def test_a_weight_without_a_gradient_stays_and_counts_its_own_steps() -> None:
+    moving, resting = nn.Parameter(torch.ones(4).bfloat16()), nn.Parameter(torch.ones(4).bfloat16())
+    optimizer = AdamWBF16([moving, resting], lr=1e-1)
+    for _ in range(3):
+        moving.grad = torch.ones_like(moving)
+        optimizer.step()
+    assert torch.equal(resting, torch.ones_like(resting)) and not torch.equal(moving, torch.ones_like(moving))
+    resting.grad = torch.ones_like(resting)
+    optimizer.step()
+    assert [optimizer.state[parameter]["step"].item() for parameter in (moving, resting)] == [4, 1]

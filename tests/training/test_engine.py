@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from helpers.config.optimizers import ADAM_DEFAULTS
 from helpers.config.options import OptimizerOptions
 from helpers.protocols import Trainable
 from helpers.training.engine import Engine
@@ -38,7 +39,7 @@ def network() -> nn.Module:
 def engine(model: nn.Module, **options: object) -> Engine:
     runtime = Runtime(Accelerator(mixed_precision="no"), StopRequest(), "no", [], [])
     trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
-    return Engine(runtime, trainable, dataclasses.replace(OptimizerOptions(), optimizer="adamw", **options), CONSTANT)
+    return Engine(runtime, trainable, dataclasses.replace(OptimizerOptions(), **{"optimizer": "adamw", **options}), CONSTANT)
 
 
 def losses(model: nn.Module, rows: slice) -> torch.Tensor:
@@ -121,9 +122,7 @@ def test_the_optimiser_is_put_back_bit_for_bit(optimizer: str) -> None:
     def build() -> tuple[nn.Module, Engine]:
         model = network().to(torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32)
         model.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(next(module.parameters()).dtype),))
-        made = engine(model)
-        made.optimizer = type(made.optimizer)(model.parameters(), lr=1e-2) if optimizer == "adamw" else made.optimizer
-        return model, made
+        return model, engine(model, optimizer=optimizer, **(ADAM_DEFAULTS if optimizer == "adamw_bf16" else {}))
 
     undisturbed, whole = build()
     steps(whole, 0, 3)
@@ -156,6 +155,8 @@ def on_processes(count: int) -> list[dict[str, Any]]:
 def test_two_processes_with_uneven_shares_take_the_step_of_one_and_agree_on_what_is_not_finite() -> None:
     """3 samples here and 1 there: a plain mean over processes would be 15 % off. A NaN on one rank is a skipped step on both."""
     [alone], pair = on_processes(1), on_processes(2)
+    assert pair[0]["states"] == pair[1]["states"]  # of every optimiser, to the bit
+    assert pair[0]["states"].keys() == alone["states"].keys()
     for rank in pair:
         assert rank["first"]["loss"] == pytest.approx(alone["first"]["loss"], rel=1e-6)
         assert rank["first"]["grad_norm"] == pytest.approx(alone["first"]["grad_norm"], rel=1e-6)

@@ -1,18 +1,22 @@
 """What one rank of a pair does for test_engine: a step whose samples are shared unevenly, then one whose loss is not finite on one rank.
 
-Prints gradient norm, loss and weights of the first step, and whether the second moved anything.
+Prints gradient norm, loss and weights of the first step, and whether the second moved anything; then, for every optimiser, a hash of
+the weights and the state that it has after three steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save
 from torch import nn
 
+from helpers.config.optimizers import ADAM_DEFAULTS, ADAM_FORMS, ADAPTIVE_RATE, OPTIMIZERS
 from helpers.config.options import OptimizerOptions
 from helpers.protocols import Trainable
 from helpers.training.engine import Engine
@@ -23,6 +27,24 @@ from helpers.training.stopping import StopRequest
 INPUTS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randn(4, generator=torch.Generator().manual_seed(1))
 ROWS = [slice(0, 3), slice(3, 4)]  # of each rank
+
+
+def state_after_steps(name: str, runtime: Runtime, mine: slice) -> str:
+    torch.manual_seed(3)
+    dtype = torch.bfloat16 if name == "adamw_bf16" else torch.float32
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+    trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
+    defaults = ADAM_DEFAULTS if name in ADAM_FORMS else {}
+    options = dataclasses.replace(OptimizerOptions(), **{"optimizer": name, **defaults})
+    engine = Engine(runtime, trainable, options, Schedule("constant", 1.0 if name in ADAPTIVE_RATE else 1e-2, 0.0, 0, 100))
+    for step in range(3):
+        losses = (engine.denoiser(INPUTS[mine].to(dtype)).squeeze(-1).float() - TARGETS[mine]) ** 2
+        engine.backward(losses, torch.ones(len(losses)), 4, last=True)
+        engine.step(seed=1, step=step, updates=step, global_samples=4)
+    tensors, values = engine.state()
+    weights = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
+    content = save({"tensors/" + name: tensor.contiguous() for name, tensor in {**tensors, **weights}.items()})
+    return hashlib.sha256(content + json.dumps(values).encode()).hexdigest()
 
 
 def main() -> None:
@@ -44,7 +66,8 @@ def main() -> None:
 
     first = step(0, 1.0)
     second = step(1, float("nan") if runtime.rank == runtime.world_size - 1 else 1.0)
-    print(json.dumps({"first": first, "second": {**second, "loss": None, "grad_norm": None}}))
+    states = {name: state_after_steps(name, runtime, mine) for name in OPTIMIZERS if name != "auto"}
+    print(json.dumps({"first": first, "second": {**second, "loss": None, "grad_norm": None}, "states": states}))
     runtime.wait_for_everyone()
     runtime.accelerator.end_training()
 

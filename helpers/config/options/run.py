@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.config.declare import option
+from helpers.config.optimizers import ADAM_DEFAULTS, OPTIMIZERS, PYTORCH_OPTIMIZER, REFUSED
 
-OPTIMIZERS = ("auto", "adamw", "adamw_bf16", "adamw8bit", "adafactor", "dadaptation", "prodigy")
-LATER_OPTIMIZERS = ("adafactor", "dadaptation", "prodigy")
 LARGEST_SEED = 2**32 - 1
 SCHEDULES = ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -52,46 +51,73 @@ class RunOptions:
     dataset_report: bool = option(False, "Scan and plan the data, write OUTPUT_DIR/dataset_report.html and .json, and stop.", env=())
 
 
+def _in_adamw(name: str) -> str:
+    return f"{ADAM_DEFAULTS[name]:g} in forms of AdamW, else the optimiser's own"
+
+
 @dataclass(frozen=True)
 class OptimizerOptions:
     """Optimiser: how a gradient becomes a step."""
 
     optimizer: str = option(
         "auto",
-        "adamw_bf16 keeps weights in bf16 with stochastic rounding; adamw8bit keeps 8-bit moments (bitsandbytes).",
+        "How the gradient becomes a step; any of pytorch-optimizer's is accepted by its name too: see documentation/OPTIMIZERS.md.",
         choices=OPTIMIZERS,
+        also=PYTORCH_OPTIMIZER,
+        refused=REFUSED,
         spelt={"adamw_stochastic": "adamw_bf16"},
-        later=LATER_OPTIMIZERS,
         default_text="adamw_bf16 where bf16 weights are trained, else adamw",
     )
-    optimizer_args: str | None = option(None, "More arguments of the optimiser: 'key=value ...'.", not_yet=True)
+    optimizer_args: str | None = option(
+        None, "More arguments of the optimiser, as its library names them: 'betas=0.9,0.99 weight_decay=0.1'.", default_text="its own"
+    )
     adam_bfloat16: bool = option(False, "Same as --optimizer=adamw_bf16.", means=("optimizer", "adamw_bf16"))
     use_8bit_adam: bool = option(False, "Same as --optimizer=adamw8bit.", means=("optimizer", "adamw8bit"))
     use_adafactor_optimizer: bool = option(False, "Same as --optimizer=adafactor.", means=("optimizer", "adafactor"))
     use_prodigy_optimizer: bool = option(False, "Same as --optimizer=prodigy.", means=("optimizer", "prodigy"))
     use_dadapt_optimizer: bool = option(False, "Same as --optimizer=dadaptation.", means=("optimizer", "dadaptation"))
-    adam_beta1: float = option(0.9, "Decay of the first moment.", at_least=0, at_most=0.99999)
-    adam_beta2: float = option(0.999, "Decay of the second moment.", at_least=0, at_most=0.9999999)
-    adam_weight_decay: float = option(1e-2, "Weight decay, decoupled from the gradient.", at_least=0)
-    adam_epsilon: float = option(1e-8, "Added to the root of the second moment.", above=0)
-    max_grad_norm: float = option(2.0, "Clip the norm of the whole gradient to this; 0 turns clipping off.", at_least=0)
-    adafactor_relative_step: bool = option(False, "Adafactor chooses its own learning rate.", not_yet=True)
-    prodigy_beta3: float | None = option(None, "Prodigy's beta3.", at_least=0, not_yet=True)
-    prodigy_decouple: bool = option(True, "Decoupled weight decay.", not_yet=True)
-    prodigy_use_bias_correction: bool = option(True, "Adam's bias correction.", not_yet=True)
-    prodigy_safeguard_warmup: bool = option(True, "Leave warm-up out of the step size estimate.", not_yet=True)
-    prodigy_learning_rate: float = option(0.5, "Prodigy's d_coef.", above=0, not_yet=True)
-    prodigy_weight_decay: float = option(1e-2, "Prodigy's weight decay.", at_least=0, not_yet=True)
-    prodigy_epsilon: float = option(1e-8, "Prodigy's epsilon.", above=0, not_yet=True)
-    dadaptation_learning_rate: float = option(1.0, "Learning rate under D-Adaptation.", above=0, not_yet=True)
+    adam_beta1: float | None = option(None, "Decay of the first moment.", at_least=0, at_most=0.99999, default_text=_in_adamw("adam_beta1"))
+    adam_beta2: float | None = option(
+        None, "Decay of the second moment.", at_least=0, at_most=0.9999999, default_text=_in_adamw("adam_beta2")
+    )
+    adam_weight_decay: float | None = option(
+        None, "Weight decay, decoupled from the gradient.", at_least=0, default_text=_in_adamw("adam_weight_decay")
+    )
+    adam_epsilon: float | None = option(None, "Added to the root of the second moment.", above=0, default_text=_in_adamw("adam_epsilon"))
+    max_grad_norm: float = option(
+        2.0, "Clip the norm of the whole gradient to this; 0 turns clipping off.", at_least=0, default_text="2; 0 under adafactor"
+    )
+    adafactor_relative_step: bool = option(False, "Adafactor's learning rate comes from the step and the size of the weights.")
+    prodigy_beta3: float | None = option(
+        None,
+        "Decay of the averages that Prodigy's step size is estimated from.",
+        at_least=0,
+        at_most=0.9999999,
+        default_text="the square root of adam_beta2",
+    )
+    prodigy_decouple: bool = option(True, "Prodigy's weight decay is decoupled from the gradient, as AdamW's.")
+    prodigy_use_bias_correction: bool = option(True, "Adam's bias correction under Prodigy.")
+    prodigy_safeguard_warmup: bool = option(True, "Leave the learning rate of warm-up out of Prodigy's estimate.")
+    prodigy_learning_rate: float = option(0.5, "Prodigy's d_coef, a factor to the step size it estimates.", above=0)
+    prodigy_weight_decay: float = option(1e-2, "Prodigy's weight decay.", at_least=0)
+    prodigy_epsilon: float = option(1e-8, "Added to the root of Prodigy's second moment.", above=0)
+    dadaptation_learning_rate: float = option(1.0, "Takes the place of learning_rate under dadaptation.", above=0)
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
     """Learning rate: its peak, and how it changes over the run."""
 
-    learning_rate: float = option(4e-7, "Peak learning rate.", above=0)
-    lr_scheduler: str = option("sine", "Shape of the learning rate over the run.", env="LR_SCHEDULE", choices=SCHEDULES)
+    learning_rate: float = option(
+        4e-7, "Peak learning rate.", above=0, default_text="4e-07; 1 where the optimiser estimates it (prodigy, dadaptation)"
+    )
+    lr_scheduler: str = option(
+        "sine",
+        "Shape of the learning rate over the run.",
+        env="LR_SCHEDULE",
+        choices=SCHEDULES,
+        default_text="sine; constant where the optimiser estimates the rate, constant_with_warmup where it averages (schedulefree)",
+    )
     lr_warmup_steps: int = option(500, "Optimiser steps of warm-up; under sine, half a wave.", at_least=0)
     lr_num_cycles: int = option(1, "Restarts of cosine_with_restarts.", at_least=1)
     lr_power: float = option(0.8, "Power of the polynomial.", above=0)

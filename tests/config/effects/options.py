@@ -38,6 +38,7 @@ from tests.config.effects.sights import (
     picture_bytes,
     picture_names,
     picture_steps,
+    prodigys,
     project_of_wandb,
     rates,
     rates_of_a_run,
@@ -185,17 +186,34 @@ RUN = {
     "dataset_report": Effect(shown_and_trained, {"false": (True, True), "true": (True, False)}),
 }
 
+PRODIGY = ("--optimizer=prodigy", "--learning_rate=1")
+
 OPTIMIZER = {
     "optimizer": Effect(
         full_weights_dtype, {"adamw": {torch.float32}, "adamw_bf16": {torch.bfloat16}}, ("--model_type=full", "--mixed_precision=bf16")
     ),
     "adam_bfloat16": Effect(optimizer_or_refusal, {"false": "AdamW", "true": "AdamWBF16"}, ("--model_type=full",)),
+    "optimizer_args": Effect(losses, ["", "betas=0.5,0.9"]),
     "use_8bit_adam": Effect(optimizer_or_refusal, ["false", "true"]),
+    "use_adafactor_optimizer": Effect(optimizer_or_refusal, {"false": "AdamW", "true": "Adafactor"}, ("--model_type=full",)),
+    "use_prodigy_optimizer": Effect(optimizer_or_refusal, ["false", "true"], ("--learning_rate=1",)),
+    "use_dadapt_optimizer": Effect(optimizer_or_refusal, ["false", "true"]),
     "adam_beta1": Effect(losses, ["0.9", "0.5"]),
     "adam_beta2": Effect(losses, ["0.999", "0.9"]),
     "adam_weight_decay": Effect(losses, ["0", "10"]),
     "adam_epsilon": Effect(losses, ["1e-8", "0.1"]),
     "max_grad_norm": Effect(losses, ["0", "0.001"]),
+    "adafactor_relative_step": Effect(
+        rates_of_a_run, {"false": [1e-3] * 3, "true": [1e-2] * 3}, ("--optimizer=adafactor", "--learning_rate=1e-3")
+    ),
+    "prodigy_beta3": Effect(prodigys("beta3"), {"none": None, "0.9": 0.9}, PRODIGY),
+    "prodigy_decouple": Effect(prodigys("decouple"), {"false": False, "true": True}, PRODIGY),
+    "prodigy_use_bias_correction": Effect(prodigys("use_bias_correction"), {"false": False, "true": True}, PRODIGY),
+    "prodigy_safeguard_warmup": Effect(prodigys("safeguard_warmup"), {"false": False, "true": True}, PRODIGY),
+    "prodigy_learning_rate": Effect(prodigys("d_coef"), {"0.5": 0.5, "2": 2.0}, PRODIGY),
+    "prodigy_weight_decay": Effect(prodigys("weight_decay"), {"0": 0.0, "0.1": 0.1}, PRODIGY),
+    "prodigy_epsilon": Effect(prodigys("eps"), {"1e-8": 1e-8, "1e-6": 1e-6}, PRODIGY),
+    "dadaptation_learning_rate": Effect(rates, {"1": [1.0] * 20, "0.5": [0.5] * 20}, ("--optimizer=dadaptation",)),
 }
 
 SCHEDULE = {

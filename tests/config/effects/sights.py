@@ -245,8 +245,21 @@ def optimizer_or_refusal(lab: Lab, flags: Flags) -> object:
     """The optimiser's class, or that its library is not installed."""
     if said := refusal(lab, (*flags, "--max_train_steps=1")):
         return said
-    config = lab.config(flags)
-    return type(create_optimizer(config.optimizer, {"w": nn.Parameter(torch.zeros(1))})).__name__
+    options = lab.config(flags).optimizer
+    if options.optimizer == "auto":
+        return "AdamW"
+    return type(create_optimizer(options, {"w": nn.Parameter(torch.zeros(1))}, 1.0)).__name__
+
+
+def prodigys(setting: str) -> Sight:
+    """What Prodigy is made with."""
+
+    def see(lab: Lab, flags: Flags) -> object:
+        options = lab.config(flags).optimizer
+        pytest.importorskip("prodigyopt")
+        return create_optimizer(options, {"w": nn.Parameter(torch.zeros(1))}, 1.0).param_groups[0][setting]
+
+    return see
 
 
 def rates(lab: Lab, flags: Flags) -> object:

@@ -1,0 +1,127 @@
+"""What follows from the choice of an optimiser, what contradicts it, and what is worth a word."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+
+from helpers.config.optimizers import (
+    ADAM_DEFAULTS,
+    ADAM_FORMS,
+    ADAPTIVE_RATE,
+    AVERAGING,
+    LIBRARIES,
+    parse_optimizer_args,
+)
+from helpers.config.sources import Rank, Setting
+
+CONSTANT = ("constant", "constant_with_warmup")
+SMALLEST_FACTOR, LARGEST_FACTOR = 0.01, 100.0  # beyond them a learning rate cannot have been meant as a factor to an estimated one
+LARGE_RATE = 0.1  # of an optimiser that does not estimate it
+# The flags of the June 2024 release that set what --optimizer_args can set too.
+ARGUMENT_OF = {
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_weight_decay": "weight_decay",
+    "adam_epsilon": "eps",
+    "prodigy_beta3": "beta3",
+    "prodigy_decouple": "decouple",
+    "prodigy_use_bias_correction": "use_bias_correction",
+    "prodigy_safeguard_warmup": "safeguard_warmup",
+    "prodigy_learning_rate": "d_coef",
+    "prodigy_weight_decay": "weight_decay",
+    "prodigy_epsilon": "eps",
+    "adafactor_relative_step": "relative_step",
+}
+
+
+def settle_optimizer(chosen: dict[str, Setting]) -> None:
+    """Fill in what depends on the optimiser, where nobody has said it."""
+    name = chosen["optimizer"].value
+    if name in ADAM_FORMS:
+        for option, value in ADAM_DEFAULTS.items():
+            if chosen[option].value is None:
+                chosen[option] = Setting(value, f"optimizer {name}", Rank.DECLARED)
+    if name == "adafactor":
+        _prefer(chosen, "max_grad_norm", 0.0)  # it clips its own updates
+    if name in ADAPTIVE_RATE:
+        _prefer(chosen, "learning_rate", 1.0)
+        _prefer(chosen, "lr_scheduler", "constant")
+    if name in AVERAGING:
+        _prefer(chosen, "lr_scheduler", "constant_with_warmup")
+    if name == "dadaptation":
+        told, replaced = chosen["dadaptation_learning_rate"], chosen["learning_rate"]
+        instead = f", instead of {replaced.origin}" if replaced.rank > Rank.PRESET else ""
+        chosen["learning_rate"] = Setting(told.value, f"dadaptation_learning_rate{instead}", replaced.rank)
+
+
+def _prefer(chosen: dict[str, Setting], option: str, value: object) -> None:
+    """Set what no user has."""
+    if chosen[option].rank <= Rank.PRESET:
+        chosen[option] = Setting(value, f"optimizer {chosen['optimizer'].value}", Rank.FAMILY)
+
+
+def optimizer_problems(chosen: Mapping[str, Setting]) -> Iterator[str]:
+    """One sentence for everything about the optimiser that cannot be used, naming options and remedy."""
+    yield from _arguments(chosen)
+    yield from _rate(chosen)
+    name = chosen["optimizer"].value
+    if name == "adamw_bf16" and chosen["mixed_precision"].value == "fp16":
+        yield "--optimizer=adamw_bf16 trains bf16 weights; it needs --mixed_precision=bf16, or choose --optimizer=adamw."
+    if name in AVERAGING and chosen["use_ema"].value:
+        yield f"{_said(chosen, 'use_ema')}: --optimizer={name} averages the weights itself; leave one of them out."
+
+
+def _arguments(chosen: Mapping[str, Setting]) -> Iterator[str]:
+    setting, name = chosen["optimizer_args"], chosen["optimizer"].value
+    try:
+        arguments = parse_optimizer_args(setting.value)
+    except ValueError as error:
+        yield f"{setting.origin}: {error}; write it like 'betas=0.9,0.99 weight_decay=0.1'."
+        return
+    if "lr" in arguments:
+        yield f"{setting.origin}: the learning rate is --learning_rate, not lr=; move it there."
+    for option, argument in ARGUMENT_OF.items():
+        of_another = option.startswith(("prodigy_", "adafactor_")) and not option.startswith(name)
+        if argument in arguments and chosen[option].rank > Rank.PRESET and not of_another:
+            yield f"{setting.origin} sets {argument}, and so does {chosen[option].origin}; remove one."
+
+
+def _rate(chosen: Mapping[str, Setting]) -> Iterator[str]:
+    name, rate = chosen["optimizer"].value, chosen["learning_rate"].value
+    if name in ADAPTIVE_RATE and not SMALLEST_FACTOR <= rate <= LARGEST_FACTOR:
+        finer = {"prodigy": " and tune it by --prodigy_learning_rate", "dadaptation": " as --dadaptation_learning_rate"}.get(name, "")
+        yield (
+            f"{_said(chosen, 'learning_rate')}: {rate:g} is a factor to the learning rate that {name} finds by itself; say 1{finer}, "
+            "or choose another --optimizer."
+        )
+
+
+def optimizer_notes(chosen: Mapping[str, Setting]) -> Iterator[str]:
+    """What can be meant, and probably is not."""
+    name, rate, shape = chosen["optimizer"].value, chosen["learning_rate"], chosen["lr_scheduler"]
+    if name in ADAPTIVE_RATE and not 0.1 < rate.value <= 10:
+        yield f"{rate.origin}: {name} finds its learning rate by itself, and {rate.value:g} of it is far from the usual 1."
+    if (name in ADAM_FORMS - ADAPTIVE_RATE - AVERAGING or "lion" in name) and name not in ADAPTIVE_RATE and rate.value >= LARGE_RATE:
+        yield f"{rate.origin}: {rate.value:g} is a very high learning rate for {name}, which hardly ever learns above 0.01."
+    if name in AVERAGING and shape.value not in CONSTANT:
+        yield f"{shape.origin}: {name} averages instead of lowering its learning rate; constant_with_warmup is usual, not {shape.value}."
+    if name == "prodigy":
+        for setting in (chosen[option] for option in ("adam_weight_decay", "adam_epsilon") if chosen[option].rank > Rank.PRESET):
+            yield f"{setting.origin} does nothing while optimizer is prodigy, which has a --prodigy_ option for it."
+    if name == "adafactor" and chosen["adafactor_relative_step"].value:
+        for setting in (chosen[option] for option in ("learning_rate", "lr_scheduler") if chosen[option].rank > Rank.PRESET):
+            yield f"{setting.origin} does nothing while adafactor_relative_step is on."
+
+
+def missing_library(chosen: Mapping[str, Setting]) -> Iterator[str]:
+    name = chosen["optimizer"].value
+    module, package, extra = LIBRARIES.get(name, ("", "", ""))
+    if module and importlib.util.find_spec(module) is None:
+        remedy = f".venv/bin/pip install '.[{extra}]'"
+        yield f"{_said(chosen, 'optimizer')}: {name} needs the library {package}; {remedy}, or choose another."
+
+
+def _said(chosen: Mapping[str, Setting], option: str) -> str:
+    """Who set an option; its flag where nobody did."""
+    return chosen[option].origin if chosen[option].rank > Rank.DECLARED else f"--{option}"

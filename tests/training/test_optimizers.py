@@ -1,0 +1,224 @@
+"""Every optimiser by its name: it learns, and what a checkpoint holds of it is all that the next step needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from helpers.config.optimizers import ADAM_DEFAULTS, ADAM_FORMS, ADAPTIVE_RATE, AVERAGING, OPTIMIZERS, PYTORCH_OPTIMIZER, REFUSED
+from helpers.config.options import OptimizerOptions
+from helpers.errors import ConfigError
+from helpers.training.optimizers import NamedOptimizer, try_optimizer
+
+LONG = bool(os.environ.get("SIMPLETUNER_TEST_LONG"))
+NAMED = tuple(name for name in OPTIMIZERS if name != "auto")
+# A few of the others with unusual states: lists and dicts of tensors, counters outside of any parameter, an average, a tensor d.
+UNUSUAL = ("soap", "aggmo", "emonavi", "schedulefreeadamw", "splus", "dadaptadan")
+CPU = torch.device("cpu")
+INPUTS = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)) / 2
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about their own code
+
+
+def options(name: str, **more: Any) -> OptimizerOptions:
+    """As the settings have them when nobody says anything else."""
+    return dataclasses.replace(OptimizerOptions(), **{"optimizer": name, **(ADAM_DEFAULTS if name in ADAM_FORMS else {}), **more})
+
+
+def usual_rate(name: str) -> float:
+    return 1.0 if name in ADAPTIVE_RATE else 1e-3
+
+
+class Training:
+    """A network with convolutions, norms and matrices, some large enough for 8-bit states, and its optimiser."""
+
+    def __init__(self, chosen: OptimizerOptions, rate: float) -> None:
+        torch.manual_seed(3)
+        narrow, wide = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(64, 80)
+        layers = (narrow, nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), wide, nn.Tanh(), nn.Linear(80, 4))
+        self.dtype = torch.bfloat16 if chosen.optimizer == "adamw_bf16" else torch.float32
+        self.model = nn.Sequential(*layers).to(self.dtype)
+        self.rate = rate
+        self.optimizer = NamedOptimizer(chosen, dict(self.model.named_parameters()), rate)
+
+    def loss(self) -> torch.Tensor:
+        return ((self.model(INPUTS.to(self.dtype)).float() - TARGETS) ** 2).mean()
+
+    def steps(self, start: int, end: int) -> None:
+        for step in range(start, end):
+            self.model.zero_grad()
+            self.loss().backward()
+            torch.manual_seed(step)  # as the engine does, for what optimisers draw
+            self.optimizer.step(self.rate)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    def file(self) -> tuple[bytes, str]:
+        """The state as a checkpoint keeps it."""
+        tensors, values = self.optimizer.state()
+        return save({name: tensor.contiguous() for name, tensor in tensors.items()}), json.dumps(values)
+
+
+def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", (*NAMED, *UNUSUAL) if not LONG else (*NAMED, *PYTORCH_OPTIMIZER))
+def test_it_goes_on_from_tensors_and_json_bit_for_bit(name: str) -> None:
+    chosen, rate = options(name), usual_rate(name)
+    try_optimizer(chosen, rate, CPU)
+    whole = Training(chosen, rate)
+    whole.steps(0, 5)
+    stopped = Training(chosen, rate)
+    stopped.steps(0, 3)
+    tensors, values = stopped.file()
+    with stopped.optimizer.averaged():  # what a checkpoint and validation see, on the way
+        shown = stopped.model.state_dict()
+        resumed = Training(chosen, rate)
+        resumed.model.load_state_dict(shown)
+    resumed.optimizer.restore(load(tensors), json.loads(values))
+    assert resumed.file() == (tensors, values)
+    for training in (stopped, resumed):
+        training.steps(3, 5)
+        assert equal(training.weights(), whole.weights())
+    assert not equal(whole.weights(), Training(chosen, rate).weights())
+
+
+@pytest.mark.parametrize("name", (*NAMED, *UNUSUAL) if not LONG else (*NAMED, *PYTORCH_OPTIMIZER))
+def test_it_lowers_the_loss(name: str) -> None:
+    def after(rate: float) -> float:
+        training = Training(options(name), rate)
+        training.steps(0, 20)
+        with training.optimizer.averaged():
+            return training.loss().item()
+
+    before = Training(options(name), 1.0).loss().item()
+    rates = (1.0, 0.1) if name in ADAPTIVE_RATE else (1e-3, 1e-2, 1e-4, 1.0)  # some are made for others than Adam's
+    assert any(after(rate) < before * 0.999 for rate in rates)
+
+
+def test_every_optimiser_of_the_library_is_offered_or_refused_with_a_reason() -> None:
+    library = pytest.importorskip("pytorch_optimizer")
+    ours = {"adamw", "adafactor", "lion", "prodigy"}  # the names that stand among the usual ones
+    assert {*PYTORCH_OPTIMIZER, *REFUSED, *ours} == set(library.get_supported_optimizers())
+
+
+# -- averages ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["schedulefree", "schedulefreeadamw", "splus"])
+def test_an_optimiser_that_averages_shows_its_average_and_goes_on_from_what_it_trains(name: str) -> None:
+    assert name in AVERAGING
+    training = Training(options(name), 1e-2)
+    before = training.weights()
+    with training.optimizer.averaged():
+        assert equal(training.weights(), before)  # there is no average yet
+    training.steps(0, 20)
+    trained = training.weights()
+    with pytest.raises(InterruptedError), training.optimizer.averaged():
+        assert not equal(training.weights(), trained)
+        raise InterruptedError
+    assert equal(training.weights(), trained)
+
+
+def test_schedule_free_shows_the_mean_of_its_iterates() -> None:
+    """x = (1 - 1/(k+1)) x + z/(k+1) at a constant rate (Defazio et al., 2024, equation 4), so x is the mean of z."""
+    weights = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = NamedOptimizer(options("schedulefree", adam_weight_decay=0.0), {"w": weights}, 0.1)
+    iterates = []
+    for step in range(6):
+        weights.grad = torch.tensor([0.3, -0.1, 0.2]) * (step + 1)
+        optimizer.step(0.1)
+        iterates.append(optimizer.torch_optimizer.state[weights]["z"].clone())
+    with optimizer.averaged():
+        assert torch.allclose(weights, torch.stack(iterates).mean(0), atol=1e-6)
+
+
+# -- learning rates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prodigy", "dadaptation", "dadaptadan"])
+def test_the_learning_rate_told_is_the_estimate_times_the_factor(name: str) -> None:
+    training = Training(options(name), 1.0)
+    training.steps(0, 60)
+    [group] = training.optimizer.torch_optimizer.param_groups
+    assert training.optimizer.effective(0.5) == 0.5 * float(group["d"]) > 0
+    assert training.optimizer.effective(0.5) != 0.5e-6  # it has moved from its first guess
+
+
+def test_prodigy_moves_by_the_learning_rate_told() -> None:
+    """Its first step is Adam's: d x lr x sign(gradient) with bias correction."""
+    weights = nn.Parameter(torch.zeros(3))
+    optimizer = NamedOptimizer(options("prodigy", prodigy_weight_decay=0.0, prodigy_epsilon=1e-30), {"w": weights}, 1.0)
+    weights.grad = torch.tensor([0.5, -1.0, 2.0])
+    told = optimizer.effective(1.0)
+    optimizer.step(1.0)
+    assert torch.allclose(weights, -told * torch.tensor([1.0, -1.0, 1.0]), rtol=1e-4)
+
+
+def test_the_relative_step_of_adafactor_is_told_instead_of_a_rate_that_it_does_not_use() -> None:
+    training = Training(options("adafactor", adafactor_relative_step=True), 1e-3)
+    other = Training(options("adafactor", adafactor_relative_step=True), 7.0)
+    training.steps(0, 3)
+    other.steps(0, 3)
+    assert equal(training.weights(), other.weights())
+    assert training.optimizer.effective(1e-3) == 1e-2  # min(1e-2, 1/sqrt(t)), Shazeer and Stern (2018), section 8
+    warmed = Training(options("adafactor", adafactor_relative_step=True, optimizer_args="warmup_init=true"), 1e-3)
+    warmed.steps(0, 3)
+    assert warmed.optimizer.effective(1e-3) == pytest.approx(4e-6)
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------------
+
+
+def settings(chosen: OptimizerOptions) -> dict[str, Any]:
+    return Training(chosen, usual_rate(chosen.optimizer)).optimizer.torch_optimizer.param_groups[0]
+
+
+def test_options_and_arguments_reach_the_optimiser() -> None:
+    assert settings(options("adamw", adam_beta1=0.5, adam_epsilon=1e-4))["betas"] == (0.5, 0.999)
+    assert settings(options("adamw", optimizer_args="betas=0.8,0.95 amsgrad=true"))["amsgrad"] is True
+    assert settings(options("lion"))["betas"] == (0.9, 0.99)  # its own
+    assert settings(options("lion", adam_beta2=0.95, adam_weight_decay=0.3))["betas"] == (0.9, 0.95)
+    assert settings(options("dadaptation", adam_weight_decay=0.3))["weight_decay"] == 0.3
+    assert settings(options("prodigy", prodigy_learning_rate=2.0, prodigy_decouple=False))["d_coef"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (options("lion", optimizer_args="weight_decy=1"), r"lion has no argument weight_decy \(did you mean weight_decay\?\)"),
+        (options("lion", adam_epsilon=1e-6), "adam_epsilon 1e-06: lion has no such number"),
+        (options("adafactor", adam_epsilon=1e-6), "adafactor has no such number"),  # it has a pair
+        (options("adafactor", adam_beta1=0.5), "--adam_beta1: adafactor has no betas"),
+        (options("adan", adam_beta1=0.5), "--adam_beta1: adan has 3 betas; give them by --optimizer_args"),
+        (options("adamw", optimizer_args="betas=0.9"), "--optimizer=adamw refuses its settings with --optimizer_args='betas=0.9'"),
+    ],
+)
+def test_what_an_optimiser_does_not_have_or_take_is_refused_at_the_start(chosen: OptimizerOptions, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        try_optimizer(chosen, 1e-3, CPU)
+
+
+def test_tables_that_weights_share_are_kept_once_and_shared_again() -> None:
+    """The 8-bit states of all weights are read by the same table of 256 values."""
+    parameters = {name: nn.Parameter(torch.ones(80, 64)) for name in ("first", "second")}
+    optimizer = NamedOptimizer(options("adamw8bit"), parameters, 1e-3)
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1e-3)
+    tensors, values = optimizer.state()
+    assert sum(name.endswith("qmap1") for name in tensors) == 1
+    again = NamedOptimizer(options("adamw8bit"), optimizer.parameters, 1e-3)
+    again.restore(tensors, values)
+    first, second = (again.torch_optimizer.state[parameter] for parameter in again.parameters.values())
+    assert first["qmap1"] is second["qmap1"] and torch.equal(first["qmap1"], tensors["first/qmap1"])
