@@ -133,7 +133,7 @@ def test_the_wrapper_chooses_the_family(read: Read, refuse: Refuse) -> None:
 
 def test_a_switch_names_another_family_than_the_wrapper(read: Read, refuse: Refuse) -> None:
     """As `STABLE_DIFFUSION_3='true'` in the env file of ./train_sdxl.sh; a family that the user names too is a contradiction."""
-    config = read(SIMPLETUNER_FAMILY="sdxl", STABLE_DIFFUSION_3="true")
+    config = read(SIMPLETUNER_FAMILY="sdxl", STABLE_DIFFUSION_3="true", facts=known_facts())
     assert (config.family_name, config.objective_name) == ("sd3", "flow")
     assert config.origins["model_family"] == "STABLE_DIFFUSION_3"
     assert read(SIMPLETUNER_FAMILY="sd3", STABLE_DIFFUSION_3="true").family_name == "sd3"
@@ -143,7 +143,7 @@ def test_a_switch_names_another_family_than_the_wrapper(read: Read, refuse: Refu
 def test_the_method_and_objective_are_named(read: Read) -> None:
     config = read("--model_type=lora")
     assert (config.method_name, config.objective_name) == ("lora", "diffusion")
-    assert read("--model_family=sd3").objective_name == "flow"
+    assert read("--model_family=sd3", facts=known_facts()).objective_name == "flow"
 
 
 def test_every_choice_may_refuse_settings(refuse: Refuse) -> None:

@@ -132,7 +132,7 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other`, `varied`, `refiner`, `sd3`, and `sd1`, which is there as a file too; pictures, tables, and files that flags name.
+    """Models `model`, `other`, `varied`, `refiner`, `sd3` and `sd1`, the last as a file too; pictures, tables, files that flags name.
 
     The pictures are in `images`, `other_images` and `tagged`, the tables in `tables`.
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
