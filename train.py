@@ -370,7 +370,6 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
     adapter = dataclasses.asdict(config.adapter) if config.model.model_type == "lora" else {}
     loss = dataclasses.asdict(config.objective)
     sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
-    effective = {name: objective.scheduler_config[name] for name in ("prediction_type", "rescale_betas_zero_snr")}
     identity = {
         "model": family.identity,
         "model_family": config.family_name,
@@ -380,13 +379,14 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "caption_dropout_probability": config.data.caption_dropout_probability,
         "sdxl_original_size": config.data.sdxl_original_size,
         "data_aesthetic_score": config.model.data_aesthetic_score,
+        "tokenizer_max_length": config.model.tokenizer_max_length,
         "latent_sampling": config.cache.latent_sampling,
         "mixed_precision": config.run.mixed_precision,
         "optimizer": config.optimizer.optimizer,
         "optimizer_args": config.optimizer.optimizer_args,
         "use_ema": config.ema.use_ema,
         **adapter,
-        **{name: value for name, value in {**loss, **effective}.items() if name not in sampling_only},
+        **{name: value for name, value in {**loss, **objective.identity}.items() if name not in sampling_only},
     }
     return json.loads(json.dumps(identity, default=str))  # as it will be read back: tuples become lists
 
@@ -411,7 +411,7 @@ def make_validator(
     from helpers.training.validation import Validator, first_pictures, parse_sizes
 
     starts = first_pictures(data.steps(0, PICTURES_REFINED), PICTURES_REFINED) if family.refines else {}
-    sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.downsampling)
+    sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.alignment)
     spacing = config.objective.inference_scheduler_timestep_spacing
 
     def text(caption: str | None) -> TextTensors:
@@ -435,14 +435,14 @@ def make_validator(
 
 def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Path]:
     """Write what the user came for, and list everything worth looking at."""
-    from helpers.families.samplers import SAMPLERS
     from helpers.reporting.contact_sheet import SHEET
     from helpers.reporting.html_report import PAGE
     from helpers.reporting.loss_curve import write_loss_curve
     from helpers.training import validation
 
     folder = config.run.output_dir
-    sampler = SAMPLERS[config.validation.validation_noise_scheduler]  # exported with the weights, so that pictures come out as here
+    # Exported with the weights, so that pictures come out as here.
+    sampler = objective.samplers[config.validation.validation_noise_scheduler]
     weights = learner.export(folder, {**objective.scheduler_config, "_class_name": sampler})
     worth_a_look = (write_loss_curve(folder), folder / validation.FOLDER / SHEET, folder / PAGE)
     return [*weights, *(path for path in worth_a_look if path and path.exists())]

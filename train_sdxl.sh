@@ -2,5 +2,4 @@
 # Trains SDXL with the settings in sdxl-env.sh (ENV_FILE=other.sh chooses another); flags win over it. ./train_sdxl.sh --help lists them.
 simpletuner_family=sdxl
 simpletuner_env_files=(sdxl-env.sh)
-simpletuner_not_yet=''
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/helpers/launch.sh"

@@ -4,7 +4,8 @@
 
 The miniature is trained for many short epochs, once with everything cached beforehand, once with latents encoded behind training, and
 once with cuts drawn anew each epoch. The slope is that of a line through the resident memory after the first third of the steps,
-each time after the C library has given back what it only keeps in reserve, which comes and goes by megabytes; the cost of an epoch's first steps is that of asking for their batches, beside other steps.
+each time after the C library has given back what it only keeps in reserve, which comes and goes by megabytes; the cost of an epoch's
+first steps is that of asking for their batches, beside other steps.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ WAYS = {"cached": (True, False), "behind": (False, False), "redrawn": (True, Tru
 
 @dataclass(frozen=True)
 class Watched:
-    """What was seen of a run: of each step the resident memory after it or a little before (bytes), its seconds and the epoch it began in."""
+    """What was seen of each step: the resident memory after it or a little before (bytes), its seconds, the epoch it began in."""
 
     resident: Sequence[int]
     seconds: Sequence[float]
@@ -95,7 +96,9 @@ def watched(config: Config, steps: int) -> Watched:
             config.datasets, data_settings(config, runtime, None, TrainState(seed=1), 1, ()), family, workers(runtime), Reporter()
         )
         run = Ours(config, runtime, family, data)
-        resident, seconds, epochs = [], [], []
+        resident: list[int] = []
+        seconds: list[float] = []
+        epochs: list[int] = []
         for batches, waited, began in timed(data.steps(0, steps)):
             run.step(batches, waited, began)
             seconds.append(time.perf_counter() - began)

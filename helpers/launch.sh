@@ -3,7 +3,6 @@
 # What the wrappers share: set up if needed, source the env file, become the launcher. A wrapper sets, before it sources this:
 #   simpletuner_family      which network: sdxl, sd2x or sd3
 #   simpletuner_env_files   names of its env file, today's first, then those it had once
-#   simpletuner_not_yet     why it cannot train yet, or nothing
 #
 # Nothing here looks at a setting or builds an argument list: the env file's variables are exported as they are and the wrapper's own
 # arguments are passed on untouched, so a prompt arrives byte for byte. Python judges them, because Python can explain.
@@ -46,8 +45,6 @@ simpletuner_missing_env_file() {
     simpletuner_refuse "there is no $name here or in $simpletuner_root; make one and fill it in:" \
         "cp '$simpletuner_root/$name.example' '$simpletuner_root/$name' (or see a run first: ./train_sdxl.sh --demo)"
 }
-
-[[ -z $simpletuner_not_yet ]] || simpletuner_refuse "$simpletuner_not_yet; SDXL can: ./train_sdxl.sh"
 
 # The demo brings its own settings, and help needs none.
 simpletuner_env_file=''

@@ -31,6 +31,12 @@ class LatentSpec:
 
     channels: int
     downsampling: int
+    patch: int = 1  # the network reads squares of this edge, so the edges of latents are multiples of it
+
+    @property
+    def alignment(self) -> int:
+        """The edges of pictures are multiples of this, in pixels."""
+        return self.downsampling * self.patch
 
 
 class ImageCodec(Protocol):
@@ -51,7 +57,11 @@ class TextEncoders(Protocol):
     """Captions to conditioning tensors, the same function for the cache and for live training."""
 
     fingerprint: str
-    truncated: int  # captions so far that were longer than the encoders read
+
+    @property
+    def truncated(self) -> int:
+        """Captions so far that were longer than the encoders read."""
+        ...
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """B captions => tensors by name, each (B, ...)."""
@@ -168,6 +178,8 @@ class Objective(Protocol):
 
     facts: Facts
     scheduler_config: Mapping[str, Any]  # for a sampler that agrees with the training schedule
+    samplers: Mapping[str, str]  # diffusers' class for each of --validation_noise_scheduler that can sample what is learnt
+    identity: Mapping[str, Any]  # what the model and the options agreed on, by the options' names: a resumed run must agree too
 
     def corrupt(self, latents: Tensor, draws: StepDraws) -> Corrupted: ...
 

@@ -59,7 +59,7 @@ class Config:
     text_caches: tuple[TextCacheConfig, ...]
     family_name: str  # key of the families registry: "sdxl"
     method_name: str  # key of the methods registry: "full", "bitfit", "lora" or "lycoris"
-    objective_name: str  # key of the objectives registry: "diffusion"
+    objective_name: str  # key of the objectives registry: "diffusion" or "flow"
     given: frozenset[str]  # options that somebody set: a flag, a variable, a preset, or the family, method or objective
     origins: Mapping[str, str]  # option -> "--seed", "TRAINING_SEED (sdxl-env.sh:12)", "demo/lora.json", "family sdxl", "default" ...
     notes: tuple[str, ...]  # sentences to say aloud at the start

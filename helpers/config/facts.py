@@ -18,11 +18,12 @@ class Facts:
 
     `defaults` replace declared defaults of options the user did not set; `judge` yields one sentence for every setting that
     this choice refuses, naming the option and the remedy. `options` mean something to this choice, and nothing to those that do not
-    name them too.
+    name them too. `objective` is what a family's networks are asked, by its name in the registry.
     """
 
     name: str
     title: str
     defaults: Settings = field(default_factory=dict)
     options: frozenset[str] = frozenset()
+    objective: str = "diffusion"
     judge: Callable[[Settings], Iterable[str]] = no_objection

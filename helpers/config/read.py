@@ -16,7 +16,7 @@ from helpers.config.env_file import EnvFile, read_env_file
 from helpers.config.facts import Facts
 from helpers.config.options import OPTIONS, SECTIONS, VARIABLES, WITHOUT_EFFECT
 from helpers.config.rules import impossible
-from helpers.config.settle import Chosen, chosen_method, settle, without_effect
+from helpers.config.settle import Chosen, chosen_method, settle, take_switches, without_effect
 from helpers.config.sources import REPOSITORY, Rank, from_extra_args, from_flags, from_preset, from_variables, strongest
 from helpers.errors import ConfigError
 
@@ -46,11 +46,8 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
     problems: list[str] = []
     env_file = _env_file(environ, problems)
     chosen = _chosen(argv, environ, env_file, problems)
-    names = {
-        "family": str(chosen["model_family"].value),
-        "method": chosen_method(chosen),
-        "objective": "diffusion",
-    }
+    problems += take_switches(chosen)  # one of them may name the family
+    names = _names(chosen, facts)
     choices = _facts_of(names, facts)
     problems += settle(chosen, choices)
     problems += _unavailable(chosen)
@@ -108,6 +105,13 @@ def _unavailable(chosen: Chosen) -> Iterator[str]:
         if refusal:
             origin = chosen[item.name].origin
             yield f"{item.flag} {refusal}." if origin == item.flag else f"{origin}: {item.flag} {refusal}."
+
+
+def _names(chosen: Chosen, facts: FactsByAxis) -> dict[str, str]:
+    """The run's choice on each axis; the family says which objective its networks have."""
+    family = str(chosen["model_family"].value)
+    objective = facts.families[family].objective if family in facts.families else "diffusion"
+    return {"family": family, "method": chosen_method(chosen), "objective": objective}
 
 
 def _facts_of(names: Mapping[str, str], facts: FactsByAxis) -> list[tuple[str, Facts]]:

@@ -25,6 +25,8 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (ADAPTER_OPTIONS, "model_type", ("lora",)),
     (("lokr_factor",), "lora_algorithm", ("lokr",)),
     (("training_scheduler_timestep_spacing",), "model_type", ("full",)),  # it stands in the scheduler of an exported pipeline
+    (("logit_mean", "logit_std"), "weighting_scheme", ("logit_normal",)),
+    (("mode_scale",), "weighting_scheme", ("mode",)),
     (("noise_offset", "noise_offset_probability"), "offset_noise", (True,)),
     (("ema_decay", "ema_device", "ema_cpu_only", "ema_update_interval"), "use_ema", (True,)),
     (("adafactor_relative_step",), "optimizer", ("adafactor",)),
@@ -49,11 +51,13 @@ def chosen_method(chosen: Chosen) -> str:
 
 
 def settle(chosen: Chosen, facts: Sequence[tuple[str, Facts]]) -> list[str]:
-    """Settle `chosen` in place and return what contradicts itself. `facts` are the run's choices, each with its axis."""
+    """Settle `chosen` in place and return what contradicts itself; switches have been taken before.
+
+    `facts` are the run's choices, each with its axis.
+    """
     problems: list[str] = []
     for axis, choice in facts:
         _take_defaults(chosen, axis, choice)
-    _switches(chosen, problems)
     _adapter(chosen, problems)
     settle_optimizer(chosen)
     _min_snr(chosen, problems)
@@ -69,12 +73,14 @@ def _take_defaults(chosen: Chosen, axis: str, choice: Facts) -> None:
             chosen[name] = Setting(value, f"{axis} {choice.name}", Rank.FAMILY)
 
 
-def _switches(chosen: Chosen, problems: list[str]) -> None:
-    """`--use_8bit_adam` and its like set the option they stand for."""
+def take_switches(chosen: Chosen) -> list[str]:
+    """`--use_8bit_adam` and its like set the option they stand for, in place. Returns what contradicts itself."""
+    problems: list[str] = []
     for item in OPTIONS.values():
         if item.means and chosen[item.name].value:
             target, value = item.means
             _imply(chosen, target, value, chosen[item.name], problems)
+    return problems
 
 
 def _imply(chosen: Chosen, target: str, value: Any, by: Setting, problems: list[str]) -> None:

@@ -6,6 +6,7 @@ from helpers.registry import Registry
 
 FAMILIES: Registry = {
     "sd2x": "helpers.families.sd:StableDiffusion",
+    "sd3": "helpers.families.sd3:StableDiffusion3",
     "sdxl": "helpers.families.sdxl:SDXL",
     "sdxl_refiner": "helpers.families.sdxl_refiner:SDXLRefiner",
 }

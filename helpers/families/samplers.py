@@ -1,22 +1,17 @@
-"""Samplers for validation, by the names users know."""
+"""Samplers for validation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-SAMPLERS = {
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 
+def sampler(kind: str, schedule: Mapping[str, Any], spacing: str) -> Any:
+    """A diffusers scheduler of this class that follows the schedule the network was trained on.
 
-def sampler(name: str, schedule: Mapping[str, Any], spacing: str) -> Any:
-    """A diffusers scheduler that follows the noise schedule the network was trained on."""
+    `spacing` is that of its steps, where the schedule has such a thing: flow schedules have none.
+    """
     import diffusers
 
-    kind = getattr(diffusers, SAMPLERS[name])
-    return kind.from_config({**schedule, "timestep_spacing": spacing})
+    own = {"timestep_spacing": spacing} if "timestep_spacing" in schedule else {}
+    return getattr(diffusers, kind).from_config({**schedule, **own})

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MINIATURES: registry.Registry = {  # each writes a model into a folder: (folder, seed=) => the folder
     "sd1": "helpers.families.tiny_sd:write_sd1",
     "sd2": "helpers.families.tiny_sd:write_sd2",
+    "sd3": "helpers.families.tiny_sd3:write_sd3",
+    "sd35": "helpers.families.tiny_sd3:write_sd35",
     "sdxl": "helpers.families.tiny:write_sdxl",
     "sdxl_refiner": "helpers.families.tiny_sd:write_sdxl_refiner",
 }
@@ -239,8 +241,8 @@ def _unet(sizes: SdxlSizes) -> UNet2DConditionModel:
     )
 
 
-def small_vae(channels: Sequence[int] = (8, 16, 16, 16), groups: int = 4, layers: int = 1, *, scale: float) -> AutoencoderKL:
-    """A VAE of as many levels as `channels`; each level but the last halves the edges."""
+def small_vae(channels: Sequence[int] = (8, 16, 16, 16), groups: int = 4, layers: int = 1, *, scale: float, **more: Any) -> AutoencoderKL:
+    """A VAE of as many levels as `channels`; each level but the last halves the edges. `more` are settings of AutoencoderKL."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -249,9 +251,9 @@ def small_vae(channels: Sequence[int] = (8, 16, 16, 16), groups: int = 4, layers
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=layers,
         norm_num_groups=groups,
-        latent_channels=4,
         sample_size=64,
         scaling_factor=scale,
+        **{"latent_channels": 4, **more},
     )
 
 

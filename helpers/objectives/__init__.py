@@ -6,4 +6,5 @@ from helpers.registry import Registry
 
 OBJECTIVES: Registry = {
     "diffusion": "helpers.objectives.diffusion:Diffusion",
+    "flow": "helpers.objectives.flow:FlowMatching",
 }

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from helpers.data.draws import StepDraws
 
 
+SAMPLERS: Mapping[str, str] = {
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
 def _judge(settings: Settings) -> Iterable[str]:
     zero_snr = settings["rescale_betas_zero_snr"]
     if zero_snr and settings["prediction_type"] == "epsilon":
@@ -44,6 +53,7 @@ class Diffusion:
     """
 
     facts = Facts(name="diffusion", title="diffusion", judge=_judge)
+    samplers = SAMPLERS
 
     def __init__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any]) -> None:
         from diffusers import DDPMScheduler
@@ -51,6 +61,7 @@ class Diffusion:
         self.options = options
         self.scheduler_config = _effective_schedule(options, scheduler_config)
         self.prediction_type: str = self.scheduler_config["prediction_type"]
+        self.identity = {name: self.scheduler_config[name] for name in ("prediction_type", "rescale_betas_zero_snr")}
         self.alphas_cumprod: Tensor = DDPMScheduler.from_config(dict(self.scheduler_config)).alphas_cumprod.float()
         self.timesteps = trained_timesteps(options, len(self.alphas_cumprod))
 

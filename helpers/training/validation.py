@@ -182,7 +182,8 @@ class Validator:
 
     def _latents(self, trainable: Trainable, prompt: Prompt, size: Size, index: int) -> torch.Tensor:
         options = self.options
-        schedule = sampler(options.validation_noise_scheduler, self.objective.scheduler_config, self.timestep_spacing)
+        kind = self.objective.samplers[options.validation_noise_scheduler]
+        schedule = sampler(kind, self.objective.scheduler_config, self.timestep_spacing)
         pipeline = self.family.pipeline(trainable.denoiser, schedule)
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
@@ -204,7 +205,7 @@ class Validator:
             **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in tensors.items()},
             **shape,
             guidance_scale=options.validation_guidance,
-            guidance_rescale=options.validation_guidance_rescale,
+            **({"guidance_rescale": options.validation_guidance_rescale} if options.validation_guidance_rescale else {}),
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
         ).images

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.document import options_page
 from helpers.config.env_file import read_env_file
 from helpers.config.options import OPTIONS
-from helpers.config.read import KNOWN_VARIABLES, FactsByAxis, read_config
+from helpers.config.read import KNOWN_VARIABLES, read_config
 
-EXAMPLES = ["sdxl-env.sh.example", "sd21-env.sh.example"]
+EXAMPLES = ["sdxl-env.sh.example", "sd21-env.sh.example", "sd3-env.sh.example"]
 
 
 def test_options_md_is_what_the_code_declares(repository: Path) -> None:
@@ -51,7 +52,7 @@ def test_an_example_follows_the_order_of_options_md(name: str, repository: Path)
     assert merged == [title for title in page if title in merged]
 
 
-def settings_of(example: Path, folder: Path) -> Config:
+def settings_of(example: Path, folder: Path, family: str = "sdxl") -> Config:
     """The Config of a user who copied an example and changed only its folder."""
     (folder / "images").mkdir()
     (folder / "data.json").write_text('[{"id": "a", "instance_data_dir": "images"}]')
@@ -60,8 +61,8 @@ def settings_of(example: Path, folder: Path) -> Config:
     shell = f"set -a; . {copy}; env -0"
     sourced = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, check=True).stdout
     environ = dict(entry.split("=", 1) for entry in sourced.split("\0") if entry)
-    environ |= {"SIMPLETUNER_ENV_FILE": str(copy), "DATALOADER_CONFIG": "data.json"}
-    return read_config([], environ, FactsByAxis())
+    environ |= {"SIMPLETUNER_ENV_FILE": str(copy), "DATALOADER_CONFIG": "data.json", "SIMPLETUNER_FAMILY": family}
+    return read_config([], environ, known_facts())
 
 
 def test_the_sdxl_example_needs_only_its_paths_changed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +78,13 @@ def test_the_sd2_example_needs_only_its_paths_changed(repository: Path, tmp_path
     config = settings_of(repository / "sd21-env.sh.example", tmp_path)
     assert config.notes == ()
     assert (config.method_name, config.run.max_train_steps, config.data.resolution) == ("lora", 3000, 768)
+
+
+def test_the_sd3_example_needs_only_its_paths_changed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = settings_of(repository / "sd3-env.sh.example", tmp_path, family="sd3")
+    assert config.notes == ()
+    assert (config.family_name, config.objective_name, config.data.resolution) == ("sd3", "flow", 1.0)
 
 
 def test_the_migration_page_names_every_option_that_does_nothing(repository: Path) -> None:

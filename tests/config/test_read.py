@@ -118,7 +118,7 @@ def test_two_variables_of_one_option_must_agree(read: Read, refuse: Refuse) -> N
     assert refuse(TRAINING_SEED="5", SEED="6") == "TRAINING_SEED and SEED are the same setting and differ; remove one."
 
 
-@pytest.mark.parametrize("variable", ["STABLE_DIFFUSION_3", "PIXART_SIGMA", "PIXART_ALPHA", "HUNYUAN_DIT", "CONTROLNET"])
+@pytest.mark.parametrize("variable", ["PIXART_SIGMA", "PIXART_ALPHA", "HUNYUAN_DIT", "CONTROLNET"])
 def test_another_network_is_refused_by_name_until_it_is_built(variable: str, read: Read, refuse: Refuse) -> None:
     assert refuse(**{variable: "true"}).startswith(f"{variable}: --")
     assert read(**{variable: "false"}).family_name == "sdxl"
@@ -127,12 +127,23 @@ def test_another_network_is_refused_by_name_until_it_is_built(variable: str, rea
 def test_the_wrapper_chooses_the_family(read: Read, refuse: Refuse) -> None:
     assert read(SIMPLETUNER_FAMILY="sdxl").family_name == "sdxl"
     assert read(SIMPLETUNER_FAMILY="sd2x").family_name == "sd2x"
-    assert "'sd3' is not available yet" in refuse(SIMPLETUNER_FAMILY="sd3")
+    assert read(SIMPLETUNER_FAMILY="sd3").family_name == "sd3"
+    assert "'hunyuan_dit' is not available yet" in refuse(SIMPLETUNER_FAMILY="hunyuan_dit")
+
+
+def test_a_switch_names_another_family_than_the_wrapper(read: Read, refuse: Refuse) -> None:
+    """As `STABLE_DIFFUSION_3='true'` in the env file of ./train_sdxl.sh; a family that the user names too is a contradiction."""
+    config = read(SIMPLETUNER_FAMILY="sdxl", STABLE_DIFFUSION_3="true", facts=known_facts())
+    assert (config.family_name, config.objective_name) == ("sd3", "flow")
+    assert config.origins["model_family"] == "STABLE_DIFFUSION_3"
+    assert read(SIMPLETUNER_FAMILY="sd3", STABLE_DIFFUSION_3="true").family_name == "sd3"
+    assert "means model_family=sd3, but MODEL_FAMILY says sd2x" in refuse(MODEL_FAMILY="sd2x", STABLE_DIFFUSION_3="true")
 
 
 def test_the_method_and_objective_are_named(read: Read) -> None:
     config = read("--model_type=lora")
     assert (config.method_name, config.objective_name) == ("lora", "diffusion")
+    assert read("--model_family=sd3", facts=known_facts()).objective_name == "flow"
 
 
 def test_every_choice_may_refuse_settings(refuse: Refuse) -> None:

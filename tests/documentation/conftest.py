@@ -20,6 +20,7 @@ from tests.documentation.pages import ROOT, Page
 PHOTOGRAPHS = ("coffee.jpg", "cat.webp", "camera.png")
 SDXL_ON_THE_HUB = "stabilityai/stable-diffusion-xl-base-1.0"
 REFINER_ON_THE_HUB = "stabilityai/stable-diffusion-xl-refiner-1.0"
+SD3_ON_THE_HUB = "stabilityai/stable-diffusion-3.5-medium"
 SD2_ON_THE_HUB = "stabilityai/stable-diffusion-2-1"
 # What makes the run of a page last seconds.
 SMALL = (
@@ -69,7 +70,7 @@ class Reader:
 def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings: str = "sdxl-env.sh") -> Reader:
     clone, home = folder / "clone", folder / "home"
     clone.mkdir(parents=True)
-    for name in ("train_sdxl.sh", "train_sd2x.sh", "sdxl-env.sh.example", "sd21-env.sh.example"):
+    for name in ("train_sdxl.sh", "train_sd2x.sh", "train_sd3.sh", "sdxl-env.sh.example", "sd21-env.sh.example", "sd3-env.sh.example"):
         (clone / name).symlink_to(ROOT / name)
     (home / pictures).mkdir(parents=True)
     for name in PHOTOGRAPHS:
@@ -81,12 +82,13 @@ def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Miniatures in place of the models that the pages name."""
-    from helpers.families import tiny, tiny_sd
+    from helpers.families import tiny, tiny_sd, tiny_sd3
 
     folder = tmp_path_factory.mktemp("models")
     return {
         SDXL_ON_THE_HUB: tiny.write_sdxl(folder / "sdxl"),
         REFINER_ON_THE_HUB: tiny_sd.write_sdxl_refiner(folder / "refiner"),
+        SD3_ON_THE_HUB: tiny_sd3.write_sd3(folder / "sd3"),
         SD2_ON_THE_HUB: tiny_sd.write_sd2(folder / "sd2"),
     }
 

@@ -19,6 +19,7 @@ GUIDES = [
     "CHANGELOG.md",
     "documentation/QUICKSTART.md",
     "documentation/QUICKSTART_SD2.md",
+    "documentation/QUICKSTART_SD3.md",
     "documentation/REFINER.md",
     "documentation/LORA.md",
     "documentation/DATALOADER.md",

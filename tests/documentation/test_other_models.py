@@ -1,4 +1,4 @@
-"""The quick start for Stable Diffusion 1 and 2 and the page on the refiner work as written."""
+"""The quick starts for Stable Diffusion 1, 2 and 3 and the page on the refiner work as written."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from tests.documentation.conftest import Followed, new_reader
 from tests.documentation.pages import Page
 
+SD3 = Page.named("documentation/QUICKSTART_SD3.md")
 SD2 = Page.named("documentation/QUICKSTART_SD2.md")
 REFINER = Page.named("documentation/REFINER.md")
 
@@ -35,6 +36,28 @@ def test_the_quick_start_for_stable_diffusion_2_trains_a_lora_that_its_sample_lo
     assert (tmp_path / "rex.png").stat().st_size > 0
     exec(SD2.section("Whole pictures").block("python"), names)
     assert names["pipeline"].scheduler.config.rescale_betas_zero_snr
+
+
+@pytest.mark.slow
+def test_the_quick_start_for_stable_diffusion_3_trains_a_lora_that_its_sample_loads(
+    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = new_reader(tmp_path, models, "training/pictures", settings="sd3-env.sh")
+    datasets = reader.home / "training" / "multidatabackend_sd3.json"
+    assert f"`/home/user/training/{datasets.name}`" in SD3.text
+    datasets.write_text(reader.own(SD3.section("1. ").block("json")), encoding="utf-8")
+    copy, settings = (block.text for block in SD3.section("2. ").blocks("bash"))
+    reader.type(copy)
+    reader.edit(settings)
+    assert "finished   2 steps" in reader.type(SD3.section("3. ").block("bash"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    use = reader.own(SD3.section("4. ").block("python")).replace("guidance_scale", "num_inference_steps=2, guidance_scale")
+    exec(use, names)
+    assert names["pipeline"].transformer.peft_config, "no adapter was loaded"
+    assert (tmp_path / "rex.png").stat().st_size > 0
+    exec(SD3.section("Without T5").block("python"), names)
+    assert names["pipeline"].text_encoder_3 is None
 
 
 @pytest.mark.slow

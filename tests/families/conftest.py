@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from helpers import registry
-from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+from helpers.config.options import CacheOptions, DataOptions, ModelOptions, ObjectiveOptions
 from helpers.data.batches import Batch
 from helpers.data.draws import StepDraws
 from helpers.data.sample import Geometry, Size
 from helpers.families import FAMILIES
 from helpers.families.tiny import MINIATURES
-from helpers.protocols import ModelFamily
+from helpers.objectives import OBJECTIVES
+from helpers.protocols import ModelFamily, Objective
 
 CPU = torch.device("cpu")
+CLIP_ALONE = ("sd1", "sd2", "sdxl", "sdxl_refiner")  # miniatures that ask the noise or the velocity of diffusion, and read CLIP
 CAPTIONS = ("a red circle", "a photo of a cat on the sea", "", "blue square")
 GEOMETRY = Geometry(Size(1920, 1157), Size(1394, 840), top=36, left=25, target=Size(1344, 768))
 
@@ -32,6 +34,11 @@ class Tried:
     miniature: str
     folder: Path
     family: ModelFamily
+
+    def objective(self, **options: Any) -> Objective:
+        """What the family's networks are asked."""
+        chosen = dataclasses.replace(ObjectiveOptions(), **options)
+        return registry.load(OBJECTIVES, self.family.facts.objective)(chosen, self.family.scheduler_config)  # type: ignore[no-any-return]
 
     def batch(self, captions: Sequence[str] = CAPTIONS, step: int = 3) -> Batch:
         """Fixed latents of 8 x 8 under the captions, all with GEOMETRY."""
@@ -76,7 +83,7 @@ def open_family(name: str, model: Path, cache: Path, **options: Any) -> ModelFam
 
 def family_name(miniature: str) -> str:
     """The registry's name of a miniature's family."""
-    return {"sd1": "sd2x", "sd2": "sd2x"}.get(miniature, miniature)
+    return {"sd1": "sd2x", "sd2": "sd2x", "sd35": "sd3"}.get(miniature, miniature)
 
 
 @pytest.fixture(params=MINIATURES)

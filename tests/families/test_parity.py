@@ -13,7 +13,7 @@ import train
 from helpers.config.options import ObjectiveOptions
 from helpers.families import clip
 from helpers.objectives.diffusion import Diffusion
-from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
+from tests.families.conftest import CAPTIONS, CLIP_ALONE, CPU, Tried, open_family
 
 # What the geometry of the batches means to each family: (height, width) of the file, (top, left), and the target size or the score.
 NUMBERS = {"sdxl": [1157.0, 1920, 36, 25, 768, 1344], "sdxl_refiner": [1157.0, 1920, 36, 25, 7]}
@@ -37,6 +37,7 @@ def answer(pipeline: Any, miniature: str, noisy: Tensor, timesteps: Tensor, capt
         return pipeline.unet(noisy, timesteps, text["prompt_embeds"], **more).sample  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", None])
 def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, prediction: str | None) -> None:
     objective = Diffusion(ObjectiveOptions(prediction_type=prediction), tried.family.scheduler_config)
@@ -57,6 +58,7 @@ def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, predict
     assert torch.allclose(losses, ((predicted - target) ** 2).mean(dim=(1, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
 def test_captions_are_encoded_as_the_pipeline_encodes_them(tried: Tried) -> None:
     captions = [*CAPTIONS, LONG]
     with tried.family.text_encoders(CPU) as encoders:
@@ -67,6 +69,7 @@ def test_captions_are_encoded_as_the_pipeline_encodes_them(tried: Tried) -> None
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
 
 
+@pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
 def test_token_ids_are_those_of_the_pipeline(tried: Tried) -> None:
     pipeline: Any = DiffusionPipeline.from_pretrained(tried.folder)
     pads = {"tokenizer": {"sd1": "<|endoftext|>", "sd2": "!", "sdxl": "<|endoftext|>"}.get(tried.miniature), "tokenizer_2": "!"}
@@ -78,6 +81,7 @@ def test_token_ids_are_those_of_the_pipeline(tried: Tried) -> None:
             assert tokenizer.convert_ids_to_tokens(ours[0, -1].item()) == pad
 
 
+@pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
 def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_negative_prompt(tried: Tried) -> None:
     pipeline: Any = DiffusionPipeline.from_pretrained(tried.folder)
     with torch.no_grad():
@@ -91,14 +95,15 @@ def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_negative_prompt(tri
 def test_latents_are_scaled_means_and_decode_to_what_was_encoded(tried: Tried) -> None:
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     vae: Any = AutoencoderKL.from_pretrained(tried.folder, subfolder="vae")
-    scale = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025, "sdxl_refiner": 0.13025}[tried.miniature]
+    scales = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025, "sdxl_refiner": 0.13025}
+    scale, shift = (1.5305, 0.0609) if tried.miniature in ("sd3", "sd35") else (scales[tried.miniature], 0)
     with tried.family.image_codec(CPU) as codec:
         latents = codec.encode(pixels)["mean"]
         decoded = codec.decode(latents)
     with torch.no_grad():
         mean = vae.encode(pixels).latent_dist.mean
         expected = vae.decode(mean).sample.clamp(-1, 1)
-    assert torch.allclose(latents, mean * scale, atol=1e-5)
+    assert torch.allclose(latents, (mean - shift) * scale, atol=1e-5)
     assert torch.allclose(decoded, expected, atol=1e-5)
 
 

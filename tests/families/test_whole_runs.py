@@ -22,6 +22,8 @@ SHORT = {
     "gradient_accumulation_steps": 1,
     "use_ema": False,
     "learning_rate": 1e-3,
+    "gradient_checkpointing": True,
+    "validation_resolution": "64",
 }
 
 
@@ -37,6 +39,8 @@ def pictures(tmp_path: Path) -> Path:
         pytest.param("sd1", "train_sd2x.sh", "lora", LORA, marks=LONG),
         ("sd2", "train_sd2x.sh", "full", {"pipeline"}),
         ("sdxl_refiner", "train_sdxl.sh", "lora", LORA),
+        ("sd3", "train_sd3.sh", "full", {"pipeline"}),
+        ("sd35", "train_sd3.sh", "lora", {"pytorch_lora_weights.safetensors"}),
     ],
 )
 def test_a_run_through_the_wrapper_trains_resumes_and_hands_over(

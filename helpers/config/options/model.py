@@ -14,10 +14,11 @@ class ModelOptions:
 
     model_family: str = option(
         "sdxl",
-        "Kind of network: SDXL and its refiner, told apart by themselves (sdxl), Stable Diffusion 1 and 2 (sd2x). The wrappers set it.",
+        "Kind of network: SDXL and its refiner, told apart by themselves (sdxl), Stable Diffusion 1 and 2 (sd2x), Stable Diffusion 3 (sd3)."
+        " The wrappers set it.",
         env="SIMPLETUNER_FAMILY",
         choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
-        later=("sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
+        later=("pixart_sigma", "pixart_alpha", "hunyuan_dit"),
     )
     pretrained_model_name_or_path: str = option(
         "",
@@ -42,7 +43,7 @@ class ModelOptions:
         None, "Another VAE, for example madebyollin/sdxl-vae-fp16-fix.", default_text="the base model's own"
     )
     pretrained_t5_model_name_or_path: str | None = option(None, "Another source for the T5 tokenizer and encoder (PixArt).", not_yet=True)
-    sd3: bool = option(False, "Train Stable Diffusion 3.", env="STABLE_DIFFUSION_3", not_yet=True)
+    sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", means=("model_family", "sd3"))
     sd3_uses_diffusion: bool = option(False, "Train SD3 with v-prediction instead of flow matching.", not_yet=True)
     pixart_sigma: bool = option(False, "Train PixArt Sigma.", not_yet=True)
     pixart_alpha: bool = option(False, "Train PixArt Alpha.", not_yet=True)
@@ -54,7 +55,7 @@ class ModelOptions:
     )
     use_bitfit: bool = option(False, "Same as --freeze_unet_strategy=bitfit.", means=("freeze_unet_strategy", "bitfit"))
     tokenizer_max_length: int | None = option(
-        None, "Tokens of a T5 caption.", at_least=1, not_yet=True, default_text="what the family's diffusers pipeline uses"
+        None, "Tokens that T5 reads of a caption.", at_least=1, default_text="what the family's diffusers pipeline uses: 256 (sd3)"
     )
     long_captions: str = option(
         "truncate",

@@ -68,13 +68,19 @@ class ObjectiveOptions:
     sdxl_refiner_uses_full_range: bool = option(False, "Train an SDXL refiner on the whole schedule.")
     weighting_scheme: str = option(
         "logit_normal",
-        "Flow matching: how timesteps are drawn and weighted.",
-        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap"),
-        not_yet=True,
+        "Flow matching: which timesteps are drawn more often (Esser et al., 2024). sigma_sqrt weighs the error of the picture by 1/sigma^2,"
+        " which is the error of the velocity as it is: uniform.",
+        choices=("logit_normal", "mode", "cosmap", "uniform"),
+        spelt={"sigma_sqrt": "uniform", "none": "uniform"},
     )
-    logit_mean: float = option(0.0, "Mean of the logit-normal distribution.", not_yet=True)
-    logit_std: float = option(1.0, "Standard deviation of the logit-normal distribution.", above=0, not_yet=True)
-    mode_scale: float = option(1.29, "Scale of mode sampling.", not_yet=True)
+    logit_mean: float = option(
+        0.0, "With logit_normal: timesteps are sigmoid(logit_mean + logit_std z), z standard normal; above 0 is noisier."
+    )
+    logit_std: float = option(1.0, "With logit_normal: smaller keeps closer to the middle.", above=0)
+    mode_scale: float = option(1.29, "With mode, from -1 to 1.752: above 0 prefers the middle of the schedule, below 0 its ends.")
     flow_shift: float | None = option(
-        None, "Shift of the flow schedule towards noise.", above=0, not_yet=True, default_text="the model's own"
+        None,
+        "Flow matching: timesteps t become a t / (1 + (a - 1) t), towards noise above 1. The exported scheduler has it too.",
+        above=0,
+        default_text="what the base model's scheduler says, 3 for Stable Diffusion 3",
     )

@@ -62,9 +62,13 @@ TABLE = ("--data_backend_config=table.json",)
 
 REFINER = "--pretrained_model_name_or_path=refiner"
 EXPERT = "--refiner_training"
+SD3_MODEL = "--pretrained_model_name_or_path=sd3"
+SD3 = ("--model_family=sd3", SD3_MODEL)
+MODE = "--weighting_scheme=mode"
 
 MODEL = {
-    "model_family": Effect(refusal, ["sdxl", "sd2x"]),
+    "model_family": Effect(refusal, ["sdxl", "sd2x", "sd3"]),
+    "sd3": Effect(lambda lab, flags: refusal(lab, flags) == "", {"false": False, "true": True}, (SD3_MODEL,)),
     "pretrained_model_name_or_path": Effect(losses, ["model", "other"]),
     "single_file_config": Effect(
         refusal,
@@ -77,6 +81,7 @@ MODEL = {
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
     "freeze_unet_strategy": Effect(losses, ["none", "bitfit"], ("--model_type=full",)),
     "use_bitfit": Effect(losses, ["false", "true"], ("--model_type=full",)),
+    "tokenizer_max_length": Effect(losses, ["16", "64"], SD3),
     "data_aesthetic_score": Effect(losses, ["7", "2.5"], (REFINER,)),
 }
 
@@ -109,6 +114,11 @@ OBJECTIVE = {
     "refiner_training_strength": Effect(timesteps_below(350), {"0.35": True, "0.9": False}, (EXPERT,)),
     "refiner_training_invert_schedule": Effect(timesteps_below(200), {"false": True, "true": False}, (EXPERT,)),
     "sdxl_refiner_uses_full_range": Effect(timesteps_below(200), {"false": True, "true": False}, (REFINER,)),
+    "weighting_scheme": Effect(losses, ["logit_normal", "mode", "cosmap", "uniform"], SD3),
+    "logit_mean": Effect(losses, ["0", "1"], SD3),
+    "logit_std": Effect(losses, ["1", "0.5"], SD3),
+    "mode_scale": Effect(losses, ["1.29", "0.5"], (*SD3, MODE)),
+    "flow_shift": Effect(losses, ["1", "2"], SD3),
 }
 
 DATA = {

@@ -1,0 +1,154 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al., 2024)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.config.facts import Facts, Settings
+from helpers.errors import ModelError
+from helpers.families import transformer_lora
+from helpers.families.checkpoint import Checkpoint
+from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.data.batches import Batch
+
+CLIPS = ("", "_2")  # suffixes of their folders
+T5 = "_3"
+CLIP_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+T5_FOLDERS = ("text_encoder_3", "tokenizer_3")
+T5_LENGTH = 256  # tokens, as the pipeline of diffusers
+LONGEST_T5 = 512  # that the pipeline takes
+
+
+def _judge(settings: Settings) -> Iterable[str]:
+    if settings["aspect_bucket_alignment"] == 8:
+        yield "--aspect_bucket_alignment=8 cuts through the patches of Stable Diffusion 3, which are 16 pixels wide; use 64."
+    if settings["validation_guidance_rescale"]:
+        yield "--validation_guidance_rescale is not for Stable Diffusion 3: its pipeline cannot rescale. Remove it."
+    length = settings["tokenizer_max_length"]
+    if length is not None and length > LONGEST_T5:  # type: ignore[operator]  # a number
+        yield f"--tokenizer_max_length={length} is more than the {LONGEST_T5} tokens that pipelines of Stable Diffusion 3 take; lower it."
+
+
+class StableDiffusion3:
+    """Two CLIP encoders and T5, which may be left out; a transformer on latents of 16 channels at an eighth of the pixels.
+
+    3.5 differs in what the transformer's own config says: norms of queries and keys, and a second attention in some layers.
+    """
+
+    facts = Facts(
+        name="sd3",
+        title="Stable Diffusion 3",
+        defaults={"aspect_bucket_alignment": 64},
+        options=frozenset({"tokenizer_max_length", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift"}),
+        objective="flow",
+        judge=_judge,
+    )
+    refines = False
+    lora_targets = transformer_lora.JOINT_ATTENTION
+
+    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        """Raises ModelError for a VAE that is not this transformer's."""
+        from helpers.families.vae import Vae
+
+        self.base = Checkpoint.open("sd3", ("transformer", "vae", *CLIP_FOLDERS, "scheduler"), options, cache)
+        self.vae = Vae.open(self.base, options, cache)
+        self.transformer = self.base.config("transformer")
+        if self.vae.latents.channels != self.transformer["in_channels"]:
+            raise ModelError(
+                f"The VAE in {self.vae.folder} has latents of {self.vae.latents.channels} channels, and the transformer reads "
+                f"{self.transformer['in_channels']}: use the VAE of a Stable Diffusion 3, or remove --pretrained_vae_model_name_or_path."
+            )
+        self.name, self.identity = self.base.name, self.base.hash_of("transformer")
+        self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])
+        self.scheduler_config = self.base.config("scheduler")
+        self.t5_length = options.tokenizer_max_length or T5_LENGTH
+
+    @property
+    def has_t5(self) -> bool:
+        """Whether the base model brings T5: it names the encoder, and the folder is there."""
+        named = all((self.base.index.get(part) or [None])[0] is not None for part in T5_FOLDERS)
+        return named and all((self.base.folder / part).is_dir() for part in T5_FOLDERS)
+
+    def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
+        return self.vae.codec(device)
+
+    def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
+        from helpers.families.sd3_text import text_encoders
+
+        return text_encoders(self.base, self.t5_length if self.has_t5 else None, device)
+
+    def caption_lengths(self) -> CaptionLengths:
+        """By T5's tokens where it is there: it reads on where CLIP stops."""
+        from helpers.families.clip import clip_caption_lengths
+        from helpers.families.t5 import T5CaptionLengths
+
+        return T5CaptionLengths(self.base, T5, self.t5_length) if self.has_t5 else clip_caption_lengths(self.base, CLIPS)
+
+    def unconditional(self, encoders: TextEncoders) -> TextTensors:
+        """Zeros of all encoders together, as the base model was trained with; there each was dropped by itself too."""
+        from helpers.families.sd3_text import zeros
+
+        return zeros(self.base, self.t5_length if self.has_t5 else None)
+
+    def load(self, dtype: torch.dtype) -> Parts:
+        from diffusers import SD3Transformer2DModel
+
+        return Parts(self.base.load(SD3Transformer2DModel, "transformer", dtype), "transformer")
+
+    def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        return self._joined({name: tensor.to(device) for name, tensor in batch.text.items()})
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        return denoiser(
+            noisy,
+            timestep=timesteps,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            pooled_projections=conditioning["pooled"],
+        ).sample
+
+    def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        from diffusers import StableDiffusion3Pipeline
+
+        absent: Any = None  # from embeddings to latents: the caller encodes and decodes
+        return StableDiffusion3Pipeline(
+            **dict.fromkeys(("vae", *CLIP_FOLDERS, *T5_FOLDERS), absent), transformer=denoiser, scheduler=sampler
+        )
+
+    def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
+        arguments = {}
+        for prefix, tensors in (("", text), ("negative_", negative)):
+            joined = self._joined({name: tensor.unsqueeze(0) for name, tensor in tensors.items()})
+            arguments[f"{prefix}prompt_embeds"] = joined["prompt_embeds"]
+            arguments[f"{prefix}pooled_prompt_embeds"] = joined["pooled"]
+        return arguments
+
+    def kohya_name(self, module: str) -> str | None:
+        return None  # that layout has one matrix for queries, keys and values, and diffusers reads none of it
+
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+        from diffusers import StableDiffusion3Pipeline
+
+        return transformer_lora.read_lora(StableDiffusion3Pipeline, path)
+
+    def modelspec(self, kind: str) -> dict[str, str]:
+        edge = trained_edge(self.base, "transformer", self.latents.downsampling)
+        return modelspec(self.base, f"stable-diffusion-3/{kind}", "https://github.com/Stability-AI/sd3-ref", "sd3", edge)
+
+    def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
+        write_pipeline(self.base, {"transformer": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)
+
+    def _joined(self, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from helpers.families.sd3_text import joined
+
+        return joined(text, self.transformer["joint_attention_dim"], self.t5_length)

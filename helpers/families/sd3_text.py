@@ -1,0 +1,89 @@
+"""What Stable Diffusion 3 is told of a caption: by two CLIP encoders, and by T5 where the base model brings it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from helpers.families import folder
+from helpers.families.checkpoint import Checkpoint
+from helpers.families.clip import ClipAnswer, ClipEncoders
+from helpers.families.t5 import T5Encoder
+from helpers.families.vae import released
+
+CLIPS = ("", "_2")  # suffixes of their folders
+T5 = "_3"
+
+
+def both_pooled(answers: Sequence[ClipAnswer]) -> dict[str, Tensor]:
+    """{"clip": (B, 77, sum of D), "pooled": (B, sum of P)}: the states and the pooled outputs of all encoders side by side."""
+    return {
+        "clip": torch.cat([answer.states for answer in answers], dim=-1),
+        "pooled": torch.cat([answer.pooled for answer in answers], dim=-1),
+    }
+
+
+class Sd3TextEncoders:
+    """Captions to parts: {"clip": (B, 77, 2048), "pooled": (B, 2048)} and, with T5, {"t5": (B, length, 4096)}.
+
+    They are cached as parts, since the padding that `joined` puts between them is a third of the whole, and all of T5's part where there
+    is no T5. `truncated` counts captions that are longer than the encoder that reads most: T5 where it is there.
+    """
+
+    def __init__(self, clip: ClipEncoders, t5: T5Encoder | None) -> None:
+        self.clip = clip
+        self.t5 = t5
+        self.fingerprint = folder.fingerprint({"clip": clip.fingerprint, "t5": t5.fingerprint if t5 else None})
+        self._too_long_for_t5 = 0
+
+    @property
+    def truncated(self) -> int:
+        return self._too_long_for_t5 if self.t5 else self.clip.truncated
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """B captions => tensors by name, each (B, ...), float32 on the CPU."""
+        parts = self.clip.encode(captions)
+        if self.t5:
+            answer = self.t5.answer(captions)
+            parts["t5"] = answer.states.float().cpu()
+            self._too_long_for_t5 += answer.too_long
+        return parts
+
+    def unload(self) -> None:
+        self.clip.unload()
+        if self.t5:
+            self.t5.unload()
+
+
+@contextmanager
+def text_encoders(base: Checkpoint, t5_length: int | None, device: torch.device) -> Iterator[Sd3TextEncoders]:
+    """The encoders of a base model, which let their weights go at the end; without T5 where its length is None."""
+    clip = ClipEncoders(base, CLIPS, "penultimate", both_pooled, device)
+    t5 = T5Encoder(base, T5, t5_length, masked=False, device=device) if t5_length else None
+    encoders = Sd3TextEncoders(clip, t5)
+    with released(encoders, device):
+        yield encoders
+
+
+def zeros(base: Checkpoint, t5_length: int | None) -> dict[str, Tensor]:
+    """What the encoders give for a caption, without a batch dimension, of zeros; no encoder is loaded for it."""
+    clips = [base.config(f"text_encoder{suffix}") for suffix in CLIPS]
+    parts = {
+        "clip": torch.zeros(clips[0]["max_position_embeddings"], sum(config["hidden_size"] for config in clips)),
+        "pooled": torch.zeros(sum(config["projection_dim"] for config in clips)),
+    }
+    return {**parts, "t5": torch.zeros(t5_length, base.config(f"text_encoder{T5}")["d_model"])} if t5_length else parts
+
+
+def joined(parts: Mapping[str, Tensor], width: int, t5_length: int) -> dict[str, Tensor]:
+    """Parts, each (B, ...) => {"prompt_embeds": (B, 77 + t5_length, width), "pooled": (B, P)}, float32.
+
+    CLIP's states, padded with zeros to the width, stand before T5's. Without T5 its place holds zeros, as in the pipeline.
+    """
+    clip, pooled = parts["clip"].float(), parts["pooled"].float()
+    t5 = parts["t5"].float() if "t5" in parts else clip.new_zeros(len(clip), t5_length, width)
+    padded = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
+    return {"prompt_embeds": torch.cat([padded, t5], dim=1), "pooled": pooled}

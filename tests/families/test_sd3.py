@@ -1,0 +1,154 @@
+"""Stable Diffusion 3 and 3.5, with T5 and without: what a step sees and learns, against diffusers and formulas written here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+import train
+from helpers.config.options import OPTIONS
+from helpers.errors import ModelError
+from helpers.families.sd3 import StableDiffusion3
+from helpers.families.t5 import load_tokenizer, tokenize
+from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
+
+BOTH = ("sd3", "sd35")
+LONG = "a photo of a cat " * 90  # 360 words
+
+
+def pipeline_of(tried: Tried) -> Any:
+    """diffusers insists on hearing that T5 is not there."""
+    without: dict[str, Any] = {} if tried.miniature == "sd3" else {"text_encoder_3": None, "tokenizer_3": None}
+    return StableDiffusion3Pipeline.from_pretrained(tried.folder, **without)
+
+
+def encoded(pipeline: Any, captions: list[str], **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pipeline's embeddings (B, 77 + T5's, D) and pooled outputs (B, P)."""
+    with torch.no_grad():
+        states, _, pooled, _ = pipeline.encode_prompt(captions, None, None, device=CPU, do_classifier_free_guidance=False, **more)
+    return states, pooled
+
+
+@pytest.mark.parametrize("tried", BOTH, indirect=True)
+def test_captions_are_told_as_the_pipeline_tells_them(tried: Tried) -> None:
+    """77 of CLIP, padded with zeros, and 256 of T5, or of zeros where there is none."""
+    captions = [*CAPTIONS, LONG]
+    ours = tried.family.conditioning(tried.batch(captions), CPU)
+    states, pooled = encoded(pipeline_of(tried), captions)
+    assert states.shape == (5, 77 + 256, 64) and pooled.shape == (5, 24 + 32)
+    assert torch.allclose(ours["prompt_embeds"], states, atol=1e-5)
+    assert torch.allclose(ours["pooled"], pooled, atol=1e-5)
+    assert not ours["prompt_embeds"][:, :77, 24 + 32 :].any()
+    assert ours["prompt_embeds"][:, 77:].any() == (tried.miniature == "sd3")
+
+
+@pytest.mark.parametrize("tried", BOTH, indirect=True)
+def test_prediction_target_and_loss_are_those_of_flow_matching(tried: Tried) -> None:
+    """The expected side: x_s = (1 - s) x_0 + s e, the network of diffusers told 1000 s, and (answer - (e - x_0))^2 with weight 1."""
+    batch = tried.batch()
+    with torch.no_grad():
+        losses, corrupted = train.train_step(tried.family, tried.objective(), tried.family.load(torch.float32).denoiser, batch, CPU)
+        pipeline = pipeline_of(tried)
+        states, pooled = encoded(pipeline, list(CAPTIONS))
+        noise = batch.draws.normal("noise", *batch.latents.shape[1:])
+        share = (corrupted.timesteps / 1000).view(-1, 1, 1, 1)
+        noisy = (1 - share) * batch.latents + share * noise
+        answer = pipeline.transformer(noisy, states, pooled, corrupted.timesteps, return_dict=False)[0]
+    assert torch.allclose(corrupted.noisy, noisy, atol=1e-5)
+    assert torch.allclose(losses, ((answer - (noise - batch.latents)) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4)
+
+
+def test_t5_reads_as_many_tokens_as_it_is_told(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    family = open_family("sd3", miniature("sd3"), tmp_path, tokenizer_max_length=100)
+    tried = Tried("sd3", miniature("sd3"), family)
+    ours = family.conditioning(tried.batch([LONG, "a cat"]), CPU)["prompt_embeds"]
+    assert torch.allclose(ours, encoded(pipeline_of(tried), [LONG, "a cat"], max_sequence_length=100)[0], atol=1e-5)
+    assert family.caption_lengths().limit == 100
+
+
+@pytest.mark.parametrize(("name", "limit", "cut"), [("sd3", 256, [False, False, True]), ("sd35", 77, [False, True, True])])
+def test_a_caption_is_cut_off_where_the_encoder_that_reads_most_stops(
+    name: str, limit: int, cut: list[bool], miniature: Callable[[str], Path], tmp_path: Path
+) -> None:
+    family, captions = open_family("sd3", miniature(name), tmp_path), ["a cat", "cat " * 100, LONG]
+    lengths = family.caption_lengths()
+    assert lengths.limit == limit
+    assert [length > limit for length in lengths.of(captions)] == cut
+    with family.text_encoders(CPU) as encoders:
+        encoders.encode(captions)
+        assert encoders.truncated == sum(cut)
+
+
+def test_token_ids_of_t5_end_with_its_end_of_text_and_are_those_of_the_pipeline(miniature: Callable[[str], Path]) -> None:
+    tokenizer = load_tokenizer(miniature("sd3") / "tokenizer_3")
+    ids, mask, too_long = tokenize(tokenizer, ["a cat", LONG], 256)
+    theirs = tokenizer(["a cat", LONG], padding="max_length", max_length=256, truncation=True, return_tensors="pt")
+    assert torch.equal(ids, theirs.input_ids) and torch.equal(mask, theirs.attention_mask)
+    assert (ids[0, 3:] == tokenizer.pad_token_id).all() or ids[0, mask[0].sum() - 1] == tokenizer.eos_token_id
+    assert ids[1, -1] == tokenizer.eos_token_id and too_long == 1
+
+
+@pytest.mark.parametrize("tried", BOTH, indirect=True)
+def test_a_dropped_caption_is_zeros_for_all_encoders(tried: Tried) -> None:
+    with tried.family.text_encoders(CPU) as encoders:
+        dropped = tried.family.unconditional(encoders)
+        assert dropped.keys() == encoders.encode(["a cat"]).keys()
+    assert not any(tensor.any() for tensor in dropped.values())
+
+
+def test_t5_may_be_left_out_by_removing_its_folder_and_is_not_exported_then(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = tmp_path / "without"
+    shutil.copytree(miniature("sd3"), copy)
+    shutil.rmtree(copy / "text_encoder_3")
+    family = open_family("sd3", copy, tmp_path / "cache")
+    with family.text_encoders(CPU) as encoders:
+        assert encoders.encode(["a cat"]).keys() == {"clip", "pooled"}
+    family.export_pipeline(
+        copy / "transformer", {**family.scheduler_config, "_class_name": "FlowMatchEulerDiscreteScheduler"}, tmp_path / "out"
+    )
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["text_encoder_3"] == [None, None]
+
+
+def test_a_vae_of_another_family_is_refused_before_anything_is_encoded(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="4 channels, and the transformer reads 16"):
+        open_family("sd3", miniature("sd3"), tmp_path, pretrained_vae_model_name_or_path=str(miniature("sdxl")))
+
+
+def test_pictures_are_cut_in_whole_patches(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    assert open_family("sd3", miniature("sd3"), tmp_path).latents.alignment == 16
+    assert "use 64" in judged(aspect_bucket_alignment=8)
+
+
+def judged(**settings: object) -> str:
+    known = {**{name: item.default for name, item in OPTIONS.items()}, **StableDiffusion3.facts.defaults}
+    return "\n".join(StableDiffusion3.facts.judge({**known, **settings}))
+
+
+def test_what_its_pipeline_cannot_do_is_refused() -> None:
+    assert judged() == ""
+    assert "cannot rescale" in judged(validation_guidance_rescale=0.7)
+    assert "512 tokens" in judged(tokenizer_max_length=600)
+    assert judged(tokenizer_max_length=512) == ""
+
+
+@pytest.mark.parametrize("tried", BOTH, indirect=True)
+def test_validation_samples_as_the_pipeline_does_from_the_words(tried: Tried) -> None:
+    """From our embeddings and theirs, with guidance, the same latents."""
+    whole = pipeline_of(tried)
+    whole.set_progress_bar_config(disable=True)
+    with tried.family.text_encoders(CPU) as encoders:
+        text, negative = ({name: tensor[0] for name, tensor in encoders.encode([caption]).items()} for caption in ("a cat", "blurry"))
+    ours = tried.family.pipeline(whole.transformer, whole.scheduler)
+    ours.set_progress_bar_config(disable=True)
+    usual: dict[str, Any] = {"width": 64, "height": 96, "num_inference_steps": 3, "output_type": "latent"}
+    found = ours(**tried.family.prompt_arguments(text, negative), generator=torch.Generator().manual_seed(1), **usual).images
+    expected = whole("a cat", negative_prompt="blurry", generator=torch.Generator().manual_seed(1), **usual).images
+    assert found.shape == (1, 16, 12, 8)
+    assert torch.allclose(found, expected, atol=1e-4)
