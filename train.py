@@ -261,6 +261,8 @@ def look_at_data(
         report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
     survey_data(config.datasets, data_settings(config, runtime, found, state, accumulation, ()), family, workers(runtime), report)
     report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
+
+
 def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Config:
     """The settings for the family that the base model is of: the wrapper of SDXL trains its refiner too."""
     from helpers.families.recognise import recognise
@@ -375,6 +377,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "caption_dropout_probability": config.data.caption_dropout_probability,
         "sdxl_original_size": config.data.sdxl_original_size,
         "data_aesthetic_score": config.model.data_aesthetic_score,
+        "tokenizer_max_length": config.model.tokenizer_max_length,
         "latent_sampling": config.cache.latent_sampling,
         "mixed_precision": config.run.mixed_precision,
         "optimizer": config.optimizer.optimizer,
@@ -405,7 +408,7 @@ def make_validator(
     from helpers.training.validation import Validator, first_pictures, parse_sizes
 
     starts = first_pictures(data.steps(0, PICTURES_REFINED), PICTURES_REFINED) if family.refines else {}
-    sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.downsampling)
+    sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.alignment)
     spacing = config.objective.inference_scheduler_timestep_spacing
 
     def text(caption: str | None) -> TextTensors:

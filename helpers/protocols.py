@@ -31,6 +31,12 @@ class LatentSpec:
 
     channels: int
     downsampling: int
+    patch: int = 1  # the network reads squares of this edge, so the edges of latents are multiples of it
+
+    @property
+    def alignment(self) -> int:
+        """The edges of pictures are multiples of this, in pixels."""
+        return self.downsampling * self.patch
 
 
 class ImageCodec(Protocol):

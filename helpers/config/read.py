@@ -16,7 +16,7 @@ from helpers.config.env_file import EnvFile, read_env_file
 from helpers.config.facts import Facts
 from helpers.config.options import OPTIONS, SECTIONS, VARIABLES, WITHOUT_EFFECT
 from helpers.config.rules import impossible
-from helpers.config.settle import Chosen, settle, without_effect
+from helpers.config.settle import Chosen, settle, take_switches, without_effect
 from helpers.config.sources import REPOSITORY, Rank, from_extra_args, from_flags, from_preset, from_variables, strongest
 from helpers.errors import ConfigError
 
@@ -46,6 +46,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
     problems: list[str] = []
     env_file = _env_file(environ, problems)
     chosen = _chosen(argv, environ, env_file, problems)
+    problems += take_switches(chosen)  # one of them may name the family
     names = {
         "family": str(chosen["model_family"].value),
         "method": str(chosen["model_type"].value),

@@ -28,11 +28,13 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
 
 
 def settle(chosen: Chosen, facts: Sequence[tuple[str, Facts]]) -> list[str]:
-    """Settle `chosen` in place and return what contradicts itself. `facts` are the run's choices, each with its axis."""
+    """Settle `chosen` in place and return what contradicts itself; switches have been taken before.
+
+    `facts` are the run's choices, each with its axis.
+    """
     problems: list[str] = []
     for axis, choice in facts:
         _take_defaults(chosen, axis, choice)
-    _switches(chosen, problems)
     _min_snr(chosen, problems)
     _length(chosen, problems)
     _resume(chosen)
@@ -46,12 +48,14 @@ def _take_defaults(chosen: Chosen, axis: str, choice: Facts) -> None:
             chosen[name] = Setting(value, f"{axis} {choice.name}", Rank.FAMILY)
 
 
-def _switches(chosen: Chosen, problems: list[str]) -> None:
-    """`--use_8bit_adam` and its like set the option they stand for."""
+def take_switches(chosen: Chosen) -> list[str]:
+    """`--use_8bit_adam` and its like set the option they stand for, in place. Returns what contradicts itself."""
+    problems: list[str] = []
     for item in OPTIONS.values():
         if item.means and chosen[item.name].value:
             target, value = item.means
             _imply(chosen, target, value, chosen[item.name], problems)
+    return problems
 
 
 def _imply(chosen: Chosen, target: str, value: Any, by: Setting, problems: list[str]) -> None:

@@ -19,6 +19,7 @@ from helpers.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXTRA_ARGS = ("DEBUG_EXTRA_ARGS", "TRAINER_EXTRA_ARGS")  # a later one wins
+WRAPPERS_FAMILY = "SIMPLETUNER_FAMILY"  # the variable that wrappers say their family with
 DEFAULT = "default"  # the origin of a declared default
 ABBREVIATIONS = {"train_batch": "train_batch_size"}  # the one that wrappers of the June 2024 release relied on
 
@@ -29,9 +30,10 @@ class Rank(IntEnum):
     DECLARED = 0
     FAMILY = 1
     PRESET = 2
-    VARIABLE = 3
-    EXTRA_ARGS = 4
-    FLAG = 5
+    WRAPPER = 3  # the family that a wrapper is for, which a setting of the user may change
+    VARIABLE = 4
+    EXTRA_ARGS = 5
+    FLAG = 6
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def from_variables(environ: Mapping[str, str], env_file: EnvFile) -> Source:
             both = " and ".join(env_file.origin(name) for name in given)
             source.problems.append(f"{both} are the same setting and differ; remove one.")
         if given:
-            source.take(item, environ[given[0]], env_file.origin(given[0]), Rank.VARIABLE)
+            rank = Rank.WRAPPER if given[0] == WRAPPERS_FAMILY else Rank.VARIABLE
+            source.take(item, environ[given[0]], env_file.origin(given[0]), rank)
     return source
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from helpers.registry import Registry
 
 FAMILIES: Registry = {
+    "pixart_alpha": "helpers.families.pixart:PixArtAlpha",
+    "pixart_sigma": "helpers.families.pixart:PixArtSigma",
     "sd2x": "helpers.families.sd:StableDiffusion",
     "sdxl": "helpers.families.sdxl:SDXL",
     "sdxl_refiner": "helpers.families.sdxl_refiner:SDXLRefiner",

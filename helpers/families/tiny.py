@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
 MINIATURES: registry.Registry = {  # each writes a model into a folder: (folder, seed=) => the folder
+    "pixart_alpha": "helpers.families.tiny_pixart:write_pixart_alpha",
+    "pixart_sigma": "helpers.families.tiny_pixart:write_pixart_sigma",
     "sd1": "helpers.families.tiny_sd:write_sd1",
     "sd2": "helpers.families.tiny_sd:write_sd2",
     "sdxl": "helpers.families.tiny:write_sdxl",

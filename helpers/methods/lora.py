@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
 from helpers.errors import ConfigError
+from helpers.methods.peft_layout import write_adapter
 from helpers.protocols import Parts, Trainable
-from helpers.storage.atomic import scratch_folder, write_file
+from helpers.storage.atomic import atomic_folder, scratch_folder, write_file
 from helpers.storage.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -45,12 +47,13 @@ class Lora:
 
     def attach(self, parts: Parts) -> Trainable:
         import torch
+        from peft import inject_adapter_in_model
 
         denoiser = parts.denoiser
         denoiser.requires_grad_(False)
         total = sum(parameter.numel() for parameter in denoiser.parameters())
         try:
-            denoiser.add_adapter(self._config(), ADAPTER)
+            inject_adapter_in_model(self._config(), denoiser, ADAPTER)  # not every network of diffusers has its `add_adapter`
         except ValueError as error:
             raise ConfigError(f"--lora_targets={','.join(self.targets)} fits no layer of this model: {error}") from error
         denoiser.train()
@@ -65,7 +68,8 @@ class Lora:
         return Trainable(denoiser, parameters, description, parts.denoiser_folder)
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write the diffusers layout, and the kohya layout beside it where the family has one; both are opened again and compared."""
+        """Write the diffusers layout, and beside it the kohya layout or, for a family that has none, peft's; all are read back and compared.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._adapter_tensors(trainable, weights or trainable.parameters)
         metadata = {f"{trainable.role}.{key}": value for key, value in self._metadata(trainable).items()}
@@ -79,6 +83,8 @@ class Lora:
             written.append(path)
         for path in written:
             self._check(path, tensors)
+        if not kohya:
+            written.append(write_adapter(folder / f"{WEIGHTS_NAME}{label}.peft", tensors, self._metadata(trainable)))
         return written
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
@@ -94,7 +100,7 @@ class Lora:
             if average is not None:
                 files += self.save(trainable, aside, label="_live")
             for file in files:
-                write_file(folder / file.name, file.read_bytes())
+                _publish(file, folder / file.name)
         return [folder / file.name for file in files]
 
     def _config(self):  # type: ignore[no-untyped-def]  # peft is imported late
@@ -162,6 +168,14 @@ class Lora:
 def _public_name(parameter: str) -> str:
     """peft's name of an adapter weight without the adapter's own name: `to_q.lora_A.default.weight` => `to_q.lora_A.weight`."""
     return parameter.replace(f".{ADAPTER}.weight", ".weight")
+
+
+def _publish(made: Path, target: Path) -> None:
+    """Copy a file or a folder of files to where the user looks, whole or not at all."""
+    if made.is_file():
+        return write_file(target, made.read_bytes())
+    with atomic_folder(target) as aside:
+        shutil.copytree(made, aside, dirs_exist_ok=True)
 
 
 def _plain(value: object) -> bool:

@@ -204,7 +204,7 @@ class Validator:
             **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in tensors.items()},
             **shape,
             guidance_scale=options.validation_guidance,
-            guidance_rescale=options.validation_guidance_rescale,
+            **({"guidance_rescale": options.validation_guidance_rescale} if options.validation_guidance_rescale else {}),
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
         ).images

@@ -14,10 +14,11 @@ class ModelOptions:
 
     model_family: str = option(
         "sdxl",
-        "Kind of network: SDXL and its refiner, told apart by themselves (sdxl), Stable Diffusion 1 and 2 (sd2x). The wrappers set it.",
+        "Kind of network: SDXL and its refiner, told apart by themselves (sdxl), Stable Diffusion 1 and 2 (sd2x), PixArt Sigma and Alpha"
+        " (pixart_sigma, pixart_alpha). The wrappers set it.",
         env="SIMPLETUNER_FAMILY",
         choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
-        later=("sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
+        later=("sd3", "hunyuan_dit"),
     )
     pretrained_model_name_or_path: str = option(
         "",
@@ -44,8 +45,8 @@ class ModelOptions:
     pretrained_t5_model_name_or_path: str | None = option(None, "Another source for the T5 tokenizer and encoder (PixArt).", not_yet=True)
     sd3: bool = option(False, "Train Stable Diffusion 3.", env="STABLE_DIFFUSION_3", not_yet=True)
     sd3_uses_diffusion: bool = option(False, "Train SD3 with v-prediction instead of flow matching.", not_yet=True)
-    pixart_sigma: bool = option(False, "Train PixArt Sigma.", not_yet=True)
-    pixart_alpha: bool = option(False, "Train PixArt Alpha.", not_yet=True)
+    pixart_sigma: bool = option(False, "Same as --model_family=pixart_sigma.", means=("model_family", "pixart_sigma"))
+    pixart_alpha: bool = option(False, "Same as --model_family=pixart_alpha.", means=("model_family", "pixart_alpha"))
     hunyuan_dit: bool = option(False, "Train Hunyuan-DiT.", not_yet=True)
     controlnet: bool = option(False, "Train a ControlNet beside a frozen network.", not_yet=True)
     controlnet_model_name_or_path: str | None = option(None, "ControlNet to start from.", not_yet=True)
@@ -54,7 +55,10 @@ class ModelOptions:
     )
     use_bitfit: bool = option(False, "Same as --freeze_unet_strategy=bitfit.", means=("freeze_unet_strategy", "bitfit"))
     tokenizer_max_length: int | None = option(
-        None, "Tokens of a T5 caption.", at_least=1, not_yet=True, default_text="what the family's diffusers pipeline uses"
+        None,
+        "Tokens that T5 reads of a caption.",
+        at_least=1,
+        default_text="what the family's diffusers pipeline uses: 300 (pixart_sigma), 120 (pixart_alpha)",
     )
     long_captions: str = option(
         "truncate",
