@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +12,7 @@ from helpers.config.facts import Facts, Settings
 from helpers.families import peft_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
+from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
     import torch

@@ -69,7 +69,16 @@ def _transformer(sample_size: int, told_sizes: bool) -> PixArtTransformer2DModel
 
 def t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
     """A unigram tokenizer as T5's, in which each of `words` is one token; other text falls apart into characters."""
-    pieces = ["<pad>", "</s>", "<unk>", *(SPACE + word for word in words), SPACE, *string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *(SPACE + word for word in words),
+        SPACE,
+        *string.ascii_lowercase,
+        *string.digits,
+        *string.punctuation,
+    ]
     return T5Tokenizer(vocab=[(piece, -float(number > 2 + len(words))) for number, piece in enumerate(pieces)], extra_ids=0)
 
 

@@ -20,6 +20,7 @@ GUIDES = [
     "documentation/QUICKSTART.md",
     "documentation/QUICKSTART_SD2.md",
     "documentation/REFINER.md",
+    "documentation/SIGMA.md",
     "documentation/DATALOADER.md",
     "documentation/ARCHITECTURE.md",
 ]

@@ -1,4 +1,4 @@
-"""The quick start for Stable Diffusion 1 and 2 and the page on the refiner work as written."""
+"""The quick starts for other models than SDXL, and the page on the refiner, work as written."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.documentation.pages import Page
 
 SD2 = Page.named("documentation/QUICKSTART_SD2.md")
 REFINER = Page.named("documentation/REFINER.md")
+SIGMA = Page.named("documentation/SIGMA.md")
 
 
 @pytest.mark.slow
@@ -35,6 +36,26 @@ def test_the_quick_start_for_stable_diffusion_2_trains_a_lora_that_its_sample_lo
     assert (tmp_path / "rex.png").stat().st_size > 0
     exec(SD2.section("Whole pictures").block("python"), names)
     assert names["pipeline"].scheduler.config.rescale_betas_zero_snr
+
+
+@pytest.mark.slow
+def test_the_quick_start_for_pixart_sigma_trains_a_lora_that_its_sample_loads(
+    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = new_reader(tmp_path, models, "training/pictures")
+    datasets = reader.home / "training" / "multidatabackend_sigma.json"
+    assert f"`/home/user/training/{datasets.name}`" in SIGMA.text
+    datasets.write_text(reader.own(SIGMA.section("1. ").block("json")), encoding="utf-8")
+    copy, settings = (block.text for block in SIGMA.section("2. ").blocks("bash"))
+    reader.type(copy)
+    reader.edit(settings)
+    said = reader.type(SIGMA.section("3. ").block("bash"))
+    assert "finished   2 steps" in said and "max_grad_norm 0.01 (family pixart_sigma)" in " ".join(said.split())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(reader.own(SIGMA.section("4. ").block("python")), names)
+    assert any("lora_A" in name for name, _ in names["pipeline"].transformer.named_parameters()), "no adapter was loaded"
+    assert (tmp_path / "rex.png").stat().st_size > 0
 
 
 @pytest.mark.slow

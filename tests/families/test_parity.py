@@ -11,24 +11,36 @@ from torch import Tensor
 
 import train
 from helpers.config.options import ObjectiveOptions
-from helpers.families import clip
+from helpers.families import clip, t5
 from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
 
 # What the geometry of the batches means to each family: (height, width) of the file, (top, left), and the target size or the score.
 NUMBERS = {"sdxl": [1157.0, 1920, 36, 25, 768, 1344], "sdxl_refiner": [1157.0, 1920, 36, 25, 7]}
-LONG = "a photo of a cat " * 30
+# Of the target to a network that is told it: (height, width), and the first by the second.
+SIZES = {
+    "pixart_alpha": {"resolution": [768.0, 1344], "aspect_ratio": [768 / 1344]},
+    "pixart_sigma": {"resolution": None, "aspect_ratio": None},
+}
+LONG = "a photo of a cat " * 80
 
 
 def embeddings(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
     """What a pipeline of diffusers makes of captions, by our names."""
     with torch.no_grad():
         given = pipeline.encode_prompt(captions, device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    if "PixArt" in type(pipeline).__name__:
+        return {"prompt_embeds": given[0], "prompt_embeds_mask": given[1].bool()}
     return {"prompt_embeds": given[0], "pooled": given[2]} if len(given) == 4 else {"prompt_embeds": given[0]}
 
 
 def answer(pipeline: Any, miniature: str, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
     text = embeddings(pipeline, captions)
+    if miniature in SIZES:
+        sizes = {name: row and torch.tensor([row] * len(captions)) for name, row in SIZES[miniature].items()}
+        with torch.no_grad():
+            given = pipeline.transformer(noisy, text["prompt_embeds"], timesteps, sizes, encoder_attention_mask=text["prompt_embeds_mask"])
+        return given.sample.chunk(2, dim=1)[0]  # type: ignore[no-any-return]
     more = {}
     if miniature in NUMBERS:
         numbers = torch.tensor([NUMBERS[miniature]] * len(captions))
@@ -69,6 +81,11 @@ def test_captions_are_encoded_as_the_pipeline_encodes_them(tried: Tried) -> None
 
 def test_token_ids_are_those_of_the_pipeline(tried: Tried) -> None:
     pipeline: Any = DiffusionPipeline.from_pretrained(tried.folder)
+    if tried.miniature in SIZES:
+        ids = pipeline.tokenizer([*CAPTIONS, LONG], padding="max_length", max_length=8, truncation=True, return_tensors="pt")
+        ours, mask, too_long = t5.tokenize(pipeline.tokenizer, [*CAPTIONS, LONG], 8)
+        assert torch.equal(ours, ids.input_ids) and torch.equal(mask, ids.attention_mask) and too_long == 2
+        return
     pads = {"tokenizer": {"sd1": "<|endoftext|>", "sd2": "!", "sdxl": "<|endoftext|>"}.get(tried.miniature), "tokenizer_2": "!"}
     for name, pad in pads.items():
         if (tokenizer := getattr(pipeline, name, None)) is not None:
@@ -83,6 +100,8 @@ def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_negative_prompt(tri
     with torch.no_grad():
         given = pipeline.encode_prompt(["a cat"], device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=True)
     expected = {"prompt_embeds": given[1], **({"pooled": given[3]} if len(given) == 4 else {})}
+    if tried.miniature in SIZES:
+        expected = {"prompt_embeds": given[2], "prompt_embeds_mask": given[3].bool()}
     with tried.family.text_encoders(CPU) as encoders:
         dropped = tried.family.unconditional(encoders)
     assert all(torch.allclose(dropped[name], expected[name][0], atol=1e-5) for name in expected)
@@ -91,7 +110,7 @@ def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_negative_prompt(tri
 def test_latents_are_scaled_means_and_decode_to_what_was_encoded(tried: Tried) -> None:
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     vae: Any = AutoencoderKL.from_pretrained(tried.folder, subfolder="vae")
-    scale = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025, "sdxl_refiner": 0.13025}[tried.miniature]
+    scale = {"sd1": 0.18215, "sd2": 0.18215, "pixart_alpha": 0.18215}.get(tried.miniature, 0.13025)
     with tried.family.image_codec(CPU) as codec:
         latents = codec.encode(pixels)["mean"]
         decoded = codec.decode(latents)

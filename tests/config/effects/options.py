@@ -59,6 +59,7 @@ TABLE_COLUMNS = {"description": "left", "other": "other"}
 TABLE = ("--data_backend_config=table.json",)
 
 REFINER = "--pretrained_model_name_or_path=refiner"
+ALPHA = "--pretrained_model_name_or_path=alpha"
 EXPERT = "--refiner_training"
 
 MODEL = {
@@ -73,6 +74,9 @@ MODEL = {
     "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
     "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
+    "pixart_sigma": Effect(refusal, ["false", "true"]),
+    "pixart_alpha": Effect(refusal, ["false", "true"]),
+    "tokenizer_max_length": Effect(losses, ["2", "20"], (ALPHA, "--pixart_alpha")),
     "data_aesthetic_score": Effect(losses, ["7", "2.5"], (REFINER,)),
 }
 
