@@ -69,17 +69,9 @@ def _transformer(sample_size: int, told_sizes: bool) -> PixArtTransformer2DModel
 
 def t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
     """A unigram tokenizer as T5's, in which each of `words` is one token; other text falls apart into characters."""
-    pieces = [
-        "<pad>",
-        "</s>",
-        "<unk>",
-        *(SPACE + word for word in words),
-        SPACE,
-        *string.ascii_lowercase,
-        *string.digits,
-        *string.punctuation,
-    ]
-    return T5Tokenizer(vocab=[(piece, -float(number > 2 + len(words))) for number, piece in enumerate(pieces)], extra_ids=0)
+    whole = ["<pad>", "</s>", "<unk>", *(SPACE + word for word in words)]
+    characters = [SPACE, *string.ascii_lowercase, *string.digits, *string.punctuation]
+    return T5Tokenizer(vocab=[*((piece, 0.0) for piece in whole), *((piece, -1.0) for piece in characters)], extra_ids=0)
 
 
 def t5_config(tokens: int, width: int) -> T5Config:

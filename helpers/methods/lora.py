@@ -68,7 +68,7 @@ class Lora:
         return Trainable(denoiser, parameters, description, parts.denoiser_folder)
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write the diffusers layout, and beside it the kohya layout or, for a family that has none, peft's; all are read back and compared."""
+        """Write the diffusers layout, and beside it the kohya layout or, for a family that has none, peft's. All are read back."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._adapter_tensors(trainable, weights or trainable.parameters)
         metadata = {f"{trainable.role}.{key}": value for key, value in self._metadata(trainable).items()}

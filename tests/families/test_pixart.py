@@ -162,10 +162,8 @@ def test_a_lora_is_also_a_folder_in_the_layout_of_peft(pixart: Tried, tmp_path: 
     config = json.loads((written[1] / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["lora_dropout"]) == ("LORA", 4, 8.0, 0.0)
     stored = load_file(written[1] / "adapter_model.safetensors")
-    assert torch.equal(
-        stored["base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight"],
-        live["transformer_blocks.0.attn1.to_q.lora_A.default.weight"],
-    )
+    layer = "transformer_blocks.0.attn1.to_q.lora_A"
+    assert torch.equal(stored[f"base_model.model.{layer}.weight"], live[f"{layer}.default.weight"])
 
 
 def test_a_file_of_the_family_describes_itself(pixart: Tried) -> None:
@@ -186,8 +184,11 @@ def test_what_the_network_or_its_pipeline_cannot_do_is_refused_before_anything_i
         read_config(["--pixart_sigma", "--pretrained_model_name_or_path=someone/model", flag], {}, known_facts())
 
 
-def test_the_gradient_is_clipped_as_the_authors_do_unless_another_norm_is_set() -> None:
-    flags = ["--pixart_sigma", "--pretrained_model_name_or_path=someone/model"]
+def test_the_gradient_is_clipped_as_the_authors_do_unless_another_norm_is_set(tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "pictures", "instance_data_dir": str(tmp_path / "pictures")}]))
+    (tmp_path / "pictures").mkdir()
+    flags = ["--pixart_sigma", "--pretrained_model_name_or_path=someone/model", f"--data_backend_config={data}"]
     usual, own = (read_config([*flags, *more], {}, known_facts()) for more in ([], ["--max_grad_norm=1"]))
     assert (usual.optimizer.max_grad_norm, own.optimizer.max_grad_norm) == (0.01, 1)
     assert usual.data.aspect_bucket_alignment == 64
