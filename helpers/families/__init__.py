@@ -5,6 +5,7 @@ from __future__ import annotations
 from helpers.registry import Registry
 
 FAMILIES: Registry = {
+    "hunyuan_dit": "helpers.families.hunyuan_dit:HunyuanDiT",
     "pixart_alpha": "helpers.families.pixart:PixArtAlpha",
     "pixart_sigma": "helpers.families.pixart:PixArtSigma",
     "sd2x": "helpers.families.sd:StableDiffusion",

@@ -21,6 +21,7 @@ PHOTOGRAPHS = ("coffee.jpg", "cat.webp", "camera.png")
 SDXL_ON_THE_HUB = "stabilityai/stable-diffusion-xl-base-1.0"
 REFINER_ON_THE_HUB = "stabilityai/stable-diffusion-xl-refiner-1.0"
 SD2_ON_THE_HUB = "stabilityai/stable-diffusion-2-1"
+HUNYUAN_ON_THE_HUB = "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"
 SIGMA_ON_THE_HUB = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
 # What makes the run of a page last seconds.
 SMALL = (
@@ -82,13 +83,14 @@ def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Miniatures in place of the models that the pages name."""
-    from helpers.families import tiny, tiny_pixart, tiny_sd
+    from helpers.families import tiny, tiny_hunyuan, tiny_pixart, tiny_sd
 
     folder = tmp_path_factory.mktemp("models")
     return {
         SDXL_ON_THE_HUB: tiny.write_sdxl(folder / "sdxl"),
         REFINER_ON_THE_HUB: tiny_sd.write_sdxl_refiner(folder / "refiner"),
         SD2_ON_THE_HUB: tiny_sd.write_sd2(folder / "sd2"),
+        HUNYUAN_ON_THE_HUB: tiny_hunyuan.write_hunyuan_dit(folder / "hunyuan"),
         SIGMA_ON_THE_HUB: tiny_pixart.write_pixart_sigma(folder / "sigma"),
     }
 

@@ -21,6 +21,7 @@ GUIDES = [
     "documentation/QUICKSTART_SD2.md",
     "documentation/REFINER.md",
     "documentation/SIGMA.md",
+    "documentation/HUNYUAN_DIT.md",
     "documentation/DATALOADER.md",
     "documentation/ARCHITECTURE.md",
 ]

@@ -15,6 +15,7 @@ from tests.documentation.pages import Page
 SD2 = Page.named("documentation/QUICKSTART_SD2.md")
 REFINER = Page.named("documentation/REFINER.md")
 SIGMA = Page.named("documentation/SIGMA.md")
+HUNYUAN = Page.named("documentation/HUNYUAN_DIT.md")
 
 
 @pytest.mark.slow
@@ -39,21 +40,24 @@ def test_the_quick_start_for_stable_diffusion_2_trains_a_lora_that_its_sample_lo
 
 
 @pytest.mark.slow
-def test_the_quick_start_for_pixart_sigma_trains_a_lora_that_its_sample_loads(
-    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("page", "datasets", "said"), [(SIGMA, "sigma", "max_grad_norm 0.01 (family pixart_sigma)"), (HUNYUAN, "hunyuan", "Hunyuan-DiT")]
+)
+def test_the_quick_starts_for_transformers_train_a_lora_that_their_samples_load(
+    page: Page, datasets: str, said: str, models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = new_reader(tmp_path, models, "training/pictures")
-    datasets = reader.home / "training" / "multidatabackend_sigma.json"
-    assert f"`/home/user/training/{datasets.name}`" in SIGMA.text
-    datasets.write_text(reader.own(SIGMA.section("1. ").block("json")), encoding="utf-8")
-    copy, settings = (block.text for block in SIGMA.section("2. ").blocks("bash"))
+    described = reader.home / "training" / f"multidatabackend_{datasets}.json"
+    assert f"`/home/user/training/{described.name}`" in page.text
+    described.write_text(reader.own(page.section("1. ").block("json")), encoding="utf-8")
+    copy, settings = (block.text for block in page.section("2. ").blocks("bash"))
     reader.type(copy)
     reader.edit(settings)
-    said = reader.type(SIGMA.section("3. ").block("bash"))
-    assert "finished   2 steps" in said and "max_grad_norm 0.01 (family pixart_sigma)" in " ".join(said.split())
+    story = " ".join(reader.type(page.section("3. ").block("bash")).split())
+    assert "finished 2 steps" in story and said in story
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(reader.own(SIGMA.section("4. ").block("python")), names)
+    exec(reader.own(page.section("4. ").block("python")), names)
     assert any("lora_A" in name for name, _ in names["pipeline"].transformer.named_parameters()), "no adapter was loaded"
     assert (tmp_path / "rex.png").stat().st_size > 0
 

@@ -76,7 +76,7 @@ def open_family(name: str, model: Path, cache: Path, **options: Any) -> ModelFam
 
 def family_name(miniature: str) -> str:
     """The registry's name of a miniature's family."""
-    return {"sd1": "sd2x", "sd2": "sd2x"}.get(miniature, miniature)
+    return {"sd1": "sd2x", "sd2": "sd2x", "hunyuan_dit_11": "hunyuan_dit"}.get(miniature, miniature)
 
 
 @pytest.fixture(params=MINIATURES)

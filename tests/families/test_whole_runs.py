@@ -15,7 +15,7 @@ LORA = {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetens
 LONG = pytest.mark.skipif(
     not os.environ.get("SIMPLETUNER_TEST_LONG"), reason="SIMPLETUNER_TEST_LONG=1 runs it; version 2 takes the same path"
 )
-SWITCHES = ("pixart_sigma", "pixart_alpha")  # of train_sdxl.sh; SDXL's family is the one it trains without
+SWITCHES = ("pixart_sigma", "pixart_alpha", "hunyuan_dit")  # of train_sdxl.sh; SDXL's family is the one it trains without
 SHORT = {
     "max_train_steps": 2,
     "checkpointing_steps": 1,
@@ -39,6 +39,7 @@ def pictures(tmp_path: Path) -> Path:
         ("sd2", "train_sd2x.sh", "full", {"pipeline"}),
         ("sdxl_refiner", "train_sdxl.sh", "lora", LORA),
         ("pixart_sigma", "train_sdxl.sh", "lora", {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.peft"}),
+        pytest.param("hunyuan_dit", "train_sdxl.sh", "lora", {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.peft"}, marks=LONG),
         pytest.param("pixart_alpha", "train_sdxl.sh", "full", {"pipeline"}, marks=LONG),
     ],
 )

@@ -15,10 +15,10 @@ class ModelOptions:
     model_family: str = option(
         "sdxl",
         "Kind of network: SDXL and its refiner, told apart by themselves (sdxl), Stable Diffusion 1 and 2 (sd2x), PixArt Sigma and Alpha"
-        " (pixart_sigma, pixart_alpha). The wrappers set it.",
+        " (pixart_sigma, pixart_alpha), Hunyuan-DiT (hunyuan_dit). The wrappers set it.",
         env="SIMPLETUNER_FAMILY",
         choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
-        later=("sd3", "hunyuan_dit"),
+        later=("sd3",),
     )
     pretrained_model_name_or_path: str = option(
         "",
@@ -47,7 +47,7 @@ class ModelOptions:
     sd3_uses_diffusion: bool = option(False, "Train SD3 with v-prediction instead of flow matching.", not_yet=True)
     pixart_sigma: bool = option(False, "Same as --model_family=pixart_sigma.", means=("model_family", "pixart_sigma"))
     pixart_alpha: bool = option(False, "Same as --model_family=pixart_alpha.", means=("model_family", "pixart_alpha"))
-    hunyuan_dit: bool = option(False, "Train Hunyuan-DiT.", not_yet=True)
+    hunyuan_dit: bool = option(False, "Same as --model_family=hunyuan_dit.", means=("model_family", "hunyuan_dit"))
     controlnet: bool = option(False, "Train a ControlNet beside a frozen network.", not_yet=True)
     controlnet_model_name_or_path: str | None = option(None, "ControlNet to start from.", not_yet=True)
     freeze_unet_strategy: str = option(

@@ -76,6 +76,7 @@ MODEL = {
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
     "pixart_sigma": Effect(refusal, ["false", "true"]),
     "pixart_alpha": Effect(refusal, ["false", "true"]),
+    "hunyuan_dit": Effect(refusal, ["false", "true"]),
     "tokenizer_max_length": Effect(losses, ["2", "20"], (ALPHA, "--pixart_alpha")),
     "data_aesthetic_score": Effect(losses, ["7", "2.5"], (REFINER,)),
 }
