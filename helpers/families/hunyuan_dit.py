@@ -113,6 +113,7 @@ class HunyuanDiT:
         return conditioning
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        height, width = noisy.shape[2:]
         answer: Tensor = denoiser(
             noisy,
             timesteps.to(noisy.dtype),  # whose precision the network takes for that of its embeddings
@@ -122,7 +123,7 @@ class HunyuanDiT:
             text_embedding_mask_t5=conditioning["prompt_attention_mask_2"],
             image_meta_size=conditioning.get("image_meta_size"),
             style=conditioning.get("style"),
-            image_rotary_emb=self._positions(*noisy.shape[2:], noisy.device),
+            image_rotary_emb=self._positions(height, width, noisy.device),
         ).sample
         return answer[:, : noisy.shape[1]]
 
