@@ -17,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers.config.options import AdapterOptions
-from helpers.families.tiny import MINIATURES
+from helpers.families import tiny
 from helpers.methods.full import FullFineTune
 from helpers.methods.lora import Lora
 from helpers.protocols import Trainable
-from tests.families.conftest import CPU, Tried, family_name, open_family
+from tests.families.conftest import CPU, PEFT_ALONE, Tried, family_name, open_family
 
 LAYOUTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetensors")
-PEFT = "pytorch_lora_weights.peft"  # a folder, for the networks whose pipelines have no loader
+MINIATURES = [name for name in tiny.MINIATURES if name not in PEFT_ALONE]
 TIMESTEPS = torch.tensor([0, 150, 600, 999])
 # What plain diffusers makes of a folder for each miniature: the pipeline itself, the pipeline with each LoRA file, without one.
 ELSEWHERE = """
@@ -35,23 +35,6 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 def difference(pipeline, question, answer):
-    if "Hunyuan" in type(pipeline).__name__:
-        from diffusers.models.embeddings import get_2d_rotary_pos_embed
-
-        told = {name: question[name] for name in ("image_meta_size", "style") if name in question}
-        positions = get_2d_rotary_pos_embed(16, ((0, 0), (32, 32)), (4, 4), output_type="pt")
-        with torch.no_grad():
-            given = pipeline.transformer(
-                question["noisy"], question["timesteps"].float(), question["prompt_embeds"], question["prompt_embeds_mask"],
-                question["prompt_embeds_2"], question["prompt_attention_mask_2"], image_rotary_emb=positions, **told,
-            ).sample
-        return (given.chunk(2, dim=1)[0] - question[answer]).abs().max().item()
-    if hasattr(pipeline, "transformer"):
-        sizes = {name: question.get(name) for name in ("resolution", "aspect_ratio")}
-        text, mask = question["prompt_embeds"], question["prompt_embeds_mask"]
-        with torch.no_grad():
-            given = pipeline.transformer(question["noisy"], text, question["timesteps"], sizes, encoder_attention_mask=mask).sample
-        return (given.chunk(2, dim=1)[0] - question[answer]).abs().max().item()
     more = {}
     if "pooled" in question:
         more = {"added_cond_kwargs": {"text_embeds": question["pooled"], "time_ids": question["time_ids"]}}
@@ -66,19 +49,10 @@ for place in map(pathlib.Path, sys.argv[1:]):
     seen = {"pipeline": difference(pipeline, question, "answer of full"), "spacing": pipeline.scheduler.config.timestep_spacing}
     pipeline.set_progress_bar_config(disable=True)
     more = {"image": torch.zeros(1, 3, 64, 64), "strength": 1.0} if "Img2Img" in type(pipeline).__name__ else {"width": 64, "height": 64}
-    if hasattr(pipeline, "transformer"):
-        more["use_resolution_binning"] = False
     images = pipeline("a red circle", num_inference_steps=2, output_type="pt", **more).images
     seen["image"] = [list(images.shape), images.isfinite().all().item()]
     pipeline = DiffusionPipeline.from_pretrained((place / "model").read_text())
     seen["none"] = difference(pipeline, question, "answer of lora")
-    if not hasattr(pipeline, "load_lora_weights"):
-        from peft import PeftModel
-
-        PeftModel.from_pretrained(pipeline.transformer, place / "lora" / "pytorch_lora_weights.peft")
-        seen["pytorch_lora_weights.peft"] = difference(pipeline, question, "answer of lora")
-        found[place.name] = seen
-        continue
     for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetensors"):
         pipeline.load_lora_weights(place / "lora", weight_name=name)
         seen[name] = difference(pipeline, question, "answer of lora")
@@ -157,11 +131,10 @@ def test_a_pipeline_opens_elsewhere_with_the_weights_and_makes_a_picture(name: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MINIATURES)
-def test_the_layouts_of_a_lora_open_elsewhere_and_predict_the_same(name: str, elsewhere: dict[str, dict[str, Any]]) -> None:
+def test_both_layouts_of_a_lora_open_elsewhere_and_predict_the_same(name: str, elsewhere: dict[str, dict[str, Any]]) -> None:
     """A LoRA that does nothing fails the same comparison."""
     seen = elsewhere[name]
-    layouts = LAYOUTS if name in KOHYA_NAMES else (PEFT,)
-    assert all(seen[layout] < 1e-5 for layout in layouts), seen
+    assert all(seen[layout] < 1e-5 for layout in LAYOUTS), seen
     assert seen["none"] > 0.01
 
 
@@ -179,7 +152,7 @@ DESCRIBED = {
 }
 
 
-@pytest.mark.parametrize("name", KOHYA_NAMES)
+@pytest.mark.parametrize("name", MINIATURES)
 def test_the_kohya_layout_has_the_names_that_its_readers_know_and_says_what_it_is_for(name: str, handed_over: Path) -> None:
     path = handed_over / name / "lora" / LAYOUTS[1]
     tensors = load_file(path)

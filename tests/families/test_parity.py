@@ -7,71 +7,28 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor
 
 import train
 from helpers.config.options import ObjectiveOptions
-from helpers.families import clip, t5
+from helpers.families import clip
 from helpers.objectives.diffusion import Diffusion
-from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
+from tests.families.conftest import CAPTIONS, CLIP_ALONE, CPU, Tried, open_family
 
 # What the geometry of the batches means to each family: (height, width) of the file, (top, left), and the target size or the score.
 NUMBERS = {"sdxl": [1157.0, 1920, 36, 25, 768, 1344], "sdxl_refiner": [1157.0, 1920, 36, 25, 7]}
-VELOCITY = dict.fromkeys(("sd2", "hunyuan_dit", "hunyuan_dit_11"), "v_prediction")
-# Of the target to a network that is told it: (height, width), and the first by the second.
-SIZES = {
-    "pixart_alpha": {"resolution": [768.0, 1344], "aspect_ratio": [768 / 1344]},
-    "pixart_sigma": {"resolution": None, "aspect_ratio": None},
-}
-# Version 1.1 of Hunyuan-DiT: (width, height) of the file and of the target, (left, top).
-META_SIZE = [1920.0, 1157, 1344, 768, 25, 36]
-LONG = "a photo of a cat " * 80
-
-
-def hunyuan_embeddings(pipeline: Any, captions: list[str], negative: bool = False) -> dict[str, Tensor]:
-    given = {}
-    for index, (states, mask) in enumerate([("prompt_embeds", "prompt_embeds_mask"), ("prompt_embeds_2", "prompt_attention_mask_2")]):
-        with torch.no_grad():
-            answer = pipeline.encode_prompt(captions, device=CPU, do_classifier_free_guidance=negative, text_encoder_index=index)
-        given[states], given[mask] = answer[negative], answer[2 + negative].bool()
-    return given
+LONG = "a photo of a cat " * 30
 
 
 def embeddings(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
     """What a pipeline of diffusers makes of captions, by our names."""
-    if "Hunyuan" in type(pipeline).__name__:
-        return hunyuan_embeddings(pipeline, captions)
     with torch.no_grad():
         given = pipeline.encode_prompt(captions, device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False)
-    if "PixArt" in type(pipeline).__name__:
-        return {"prompt_embeds": given[0], "prompt_embeds_mask": given[1].bool()}
     return {"prompt_embeds": given[0], "pooled": given[2]} if len(given) == 4 else {"prompt_embeds": given[0]}
 
 
 def answer(pipeline: Any, miniature: str, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
     text = embeddings(pipeline, captions)
-    if "hunyuan" in miniature:
-        told = miniature == "hunyuan_dit_11"
-        base = 512 // 8 // 2  # patches on the edge of the square that positions are laid over
-        with torch.no_grad():
-            given = pipeline.transformer(
-                noisy,
-                timesteps.float(),
-                encoder_hidden_states=text["prompt_embeds"],
-                text_embedding_mask=text["prompt_embeds_mask"],
-                encoder_hidden_states_t5=text["prompt_embeds_2"],
-                text_embedding_mask_t5=text["prompt_attention_mask_2"],
-                image_meta_size=torch.tensor([META_SIZE] * len(captions)) if told else None,
-                style=torch.zeros(len(captions), dtype=torch.long) if told else None,
-                image_rotary_emb=get_2d_rotary_pos_embed(16, ((0, 0), (base, base)), (4, 4), output_type="pt"),
-            )
-        return given.sample.chunk(2, dim=1)[0]  # type: ignore[no-any-return]
-    if miniature in SIZES:
-        sizes = {name: row and torch.tensor([row] * len(captions)) for name, row in SIZES[miniature].items()}
-        with torch.no_grad():
-            given = pipeline.transformer(noisy, text["prompt_embeds"], timesteps, sizes, encoder_attention_mask=text["prompt_embeds_mask"])
-        return given.sample.chunk(2, dim=1)[0]  # type: ignore[no-any-return]
     more = {}
     if miniature in NUMBERS:
         numbers = torch.tensor([NUMBERS[miniature]] * len(captions))
@@ -80,6 +37,7 @@ def answer(pipeline: Any, miniature: str, noisy: Tensor, timesteps: Tensor, capt
         return pipeline.unet(noisy, timesteps, text["prompt_embeds"], **more).sample  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", None])
 def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, prediction: str | None) -> None:
     objective = Diffusion(ObjectiveOptions(prediction_type=prediction), tried.family.scheduler_config)
@@ -91,7 +49,7 @@ def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, predict
     scheduler: Any = DDPMScheduler.from_pretrained(tried.folder, subfolder="scheduler")
     noise, timesteps = batch.draws.normal("noise", *batch.latents.shape[1:]), corrupted.timesteps
     noisy = scheduler.add_noise(batch.latents, noise, timesteps)
-    velocity = (prediction or VELOCITY.get(tried.miniature, "epsilon")) == "v_prediction"
+    velocity = (prediction or {"sd2": "v_prediction"}.get(tried.miniature, "epsilon")) == "v_prediction"
     target = scheduler.get_velocity(batch.latents, noise, timesteps) if velocity else noise
     pipeline: Any = DiffusionPipeline.from_pretrained(tried.folder)
     predicted = answer(pipeline, tried.miniature, noisy, timesteps, list(CAPTIONS))
@@ -100,6 +58,7 @@ def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, predict
     assert torch.allclose(losses, ((predicted - target) ** 2).mean(dim=(1, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
 def test_captions_are_encoded_as_the_pipeline_encodes_them(tried: Tried) -> None:
     captions = [*CAPTIONS, LONG]
     with tried.family.text_encoders(CPU) as encoders:
@@ -110,15 +69,9 @@ def test_captions_are_encoded_as_the_pipeline_encodes_them(tried: Tried) -> None
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
 
 
+@pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
 def test_token_ids_are_those_of_the_pipeline(tried: Tried) -> None:
     pipeline: Any = DiffusionPipeline.from_pretrained(tried.folder)
-    if "hunyuan" in tried.miniature:
-        return  # its tokens are compared with their states, in the test above
-    if tried.miniature in SIZES:
-        ids = pipeline.tokenizer([*CAPTIONS, LONG], padding="max_length", max_length=8, truncation=True, return_tensors="pt")
-        ours, mask, too_long = t5.tokenize(pipeline.tokenizer, [*CAPTIONS, LONG], 8)
-        assert torch.equal(ours, ids.input_ids) and torch.equal(mask, ids.attention_mask) and too_long == 2
-        return
     pads = {"tokenizer": {"sd1": "<|endoftext|>", "sd2": "!", "sdxl": "<|endoftext|>"}.get(tried.miniature), "tokenizer_2": "!"}
     for name, pad in pads.items():
         if (tokenizer := getattr(pipeline, name, None)) is not None:
@@ -128,16 +81,12 @@ def test_token_ids_are_those_of_the_pipeline(tried: Tried) -> None:
             assert tokenizer.convert_ids_to_tokens(ours[0, -1].item()) == pad
 
 
+@pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
 def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_negative_prompt(tried: Tried) -> None:
     pipeline: Any = DiffusionPipeline.from_pretrained(tried.folder)
-    if "hunyuan" in tried.miniature:
-        expected = hunyuan_embeddings(pipeline, ["a cat"], negative=True)
-    else:
-        with torch.no_grad():
-            given = pipeline.encode_prompt(["a cat"], device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=True)
-        expected = {"prompt_embeds": given[1], **({"pooled": given[3]} if len(given) == 4 else {})}
-        if tried.miniature in SIZES:
-            expected = {"prompt_embeds": given[2], "prompt_embeds_mask": given[3].bool()}
+    with torch.no_grad():
+        given = pipeline.encode_prompt(["a cat"], device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=True)
+    expected = {"prompt_embeds": given[1], **({"pooled": given[3]} if len(given) == 4 else {})}
     with tried.family.text_encoders(CPU) as encoders:
         dropped = tried.family.unconditional(encoders)
     assert all(torch.allclose(dropped[name], expected[name][0], atol=1e-5) for name in expected)
