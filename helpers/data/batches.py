@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers.data.draws import StepDraws, uniform
+from helpers.data.masked import stacked
 from helpers.data.order import MicroBatch
 from helpers.data.sample import Geometry, Sample
 
@@ -28,7 +29,7 @@ class Batch:
     """
 
     latents: Tensor  # (B, C, h, w) float32
-    text: dict[str, Tensor]  # what the family's text encoders gave, each (B, ...), in the dtype of the cache
+    text: dict[str, Tensor]  # what the family's text encoders gave, each (B, ...), in the dtype of the cache; see masked.py for masks
     captions: tuple[str, ...]  # trained under; "" where the caption was dropped and the text is the family's unconditional
     samples: tuple[Sample, ...]
     geometry: tuple[Geometry, ...]
@@ -115,7 +116,7 @@ class BatchMaker:
         draws = StepDraws(self.seed, step, tuple(micro.places[i] for i in there), micro.step_samples)
         return Batch(
             latents=_latents(latents, draws),
-            text=_stacked([self.records.text(row, caption) for row, caption in zip(rows, captions, strict=True)]),
+            text=stacked([self.records.text(row, caption) for row, caption in zip(rows, captions, strict=True)]),
             captions=tuple(caption or "" for caption in captions),
             samples=samples,
             geometry=tuple(self.records.geometry(row, micro.epoch) for row in rows),
@@ -134,15 +135,11 @@ class BatchMaker:
 
 def _latents(records: Sequence[Mapping[str, Tensor]], draws: StepDraws) -> Tensor:
     """(B, C, h, w) float32: the means, or a draw from the posterior where the codec kept its width."""
-    stacked = _stacked(records)
-    mean = stacked["mean"].float()
-    if "std" not in stacked:
+    latents = stacked(records)
+    mean = latents["mean"].float()
+    if "std" not in latents:
         return mean
-    return mean + stacked["std"].float() * draws.normal("posterior", *mean.shape[1:])
-
-
-def _stacked(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([record[name] for record in records]) for name in records[0]}
+    return mean + latents["std"].float() * draws.normal("posterior", *mean.shape[1:])
 
 
 def prefetched(produce: Callable[[], Iterator[Item]], ahead: int) -> Generator[Item, None, None]:

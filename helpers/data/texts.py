@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers.data.cache import Cache, Writer, record_key
 from helpers.data.fill import REASONS, WRITES_AHEAD, Filled, FillOptions, background, is_finite, stored
+from helpers.data.masked import without_padding
 from helpers.errors import DataError, Interrupted
 
 if TYPE_CHECKING:
@@ -87,4 +88,4 @@ class TextFiller:
             subject = text_subject(caption)
             filled.why[REASONS[self.cache.changed_fact(subject, facts)]] += 1
             filled.encoded += 1
-            writer.add(text_key(caption, self.encoders.fingerprint, options.cache_dtype), record, subject, facts)
+            writer.add(text_key(caption, self.encoders.fingerprint, options.cache_dtype), without_padding(record), subject, facts)

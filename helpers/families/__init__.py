@@ -5,6 +5,9 @@ from __future__ import annotations
 from helpers.registry import Registry
 
 FAMILIES: Registry = {
+    "hunyuan_dit": "helpers.families.hunyuan_dit:HunyuanDiT",
+    "pixart_alpha": "helpers.families.pixart:PixArtAlpha",
+    "pixart_sigma": "helpers.families.pixart:PixArtSigma",
     "sd2x": "helpers.families.sd:StableDiffusion",
     "sd3": "helpers.families.sd3:StableDiffusion3",
     "sdxl": "helpers.families.sdxl:SDXL",

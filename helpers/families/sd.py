@@ -33,6 +33,7 @@ class StableDiffusion:
 
     facts = Facts(name="sd2x", title="Stable Diffusion")
     refines = False
+    loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:

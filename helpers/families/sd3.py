@@ -55,6 +55,7 @@ class StableDiffusion3:
         judge=_judge,
     )
     refines = False
+    loads_lora = True
     lora_targets = transformer_lora.JOINT_ATTENTION
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:

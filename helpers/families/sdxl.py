@@ -30,6 +30,7 @@ class SDXL:
 
     facts = Facts(name="sdxl", title="SDXL", options=frozenset({"sdxl_original_size"}))
     refines = False
+    loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:

@@ -39,6 +39,7 @@ class SDXLRefiner:
         options=frozenset({"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range"}),
     )
     refines = True
+    loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,9 @@ from helpers.config.facts import Facts, Settings
 from helpers.errors import ConfigError
 from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
 from helpers.methods.lora_start import FROM_WEIGHTS, STARTS, first_matrices, read_start, require_same_layers
+from helpers.methods.peft_layout import write_adapter
 from helpers.protocols import Parts, Trainable
-from helpers.storage.atomic import scratch_folder, write_file
+from helpers.storage.atomic import atomic_folder, scratch_folder, write_file
 from helpers.storage.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class Lora:
         self._inject(denoiser, ADAPTER, targets, self.options.lora_dropout)
         if self.options.lora_init_type in FROM_WEIGHTS:
             self._inject(denoiser, ORIGIN, targets, dropout=0.0)
-            denoiser.set_adapter([ADAPTER, ORIGIN])
+            _use_both(denoiser)
         denoiser.train()
         parameters, fixed = self._adapter_parameters(denoiser)
         if self.options.lora_init_type in STARTS:
@@ -95,7 +97,7 @@ class Lora:
         return Trainable(denoiser, parameters, description, parts.denoiser_folder, fixed)
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write the diffusers layout, and the kohya layout beside it where the family has one; both are opened again and compared."""
+        """Write diffusers' layout, beside it kohya's where the family has one, peft's where no pipeline loads it. All are read back."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._adapter_tensors(trainable, weights or trainable.parameters)
         metadata = {f"{trainable.role}.{key}": value for key, value in self._metadata(trainable).items()}
@@ -108,6 +110,8 @@ class Lora:
             save_tensors(kohya, copy, self._kohya_metadata())
             self._check_kohya(copy, tensors, kohya)
             return [path, copy]
+        if not self.family.loads_lora:
+            return [path, write_adapter(folder / f"{WEIGHTS_NAME}{label}.peft", tensors, self._metadata(trainable))]
         return [path]
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
@@ -132,7 +136,7 @@ class Lora:
             if average is not None:
                 files += self.save(trainable, aside, label="_live")
             for file in files:
-                write_file(folder / file.name, file.read_bytes())
+                _publish(file, folder / file.name)
         return [folder / file.name for file in files]
 
     @property
@@ -160,7 +164,7 @@ class Lora:
         return modules
 
     def _inject(self, denoiser: Any, name: str, targets: list[str], dropout: float) -> None:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(
             r=self.options.lora_rank,
@@ -174,7 +178,7 @@ class Lora:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is meant
-                denoiser.add_adapter(config, name)
+                inject_adapter_in_model(config, denoiser, name)  # not every network of diffusers has its `add_adapter`
         except ValueError as error:
             raise ConfigError(f"--lora_targets={','.join(targets)} fits no layer of this model: {error}") from error
 
@@ -297,6 +301,23 @@ def _public_name(parameter: str) -> str:
     module, ending = split_name(parameter)
     kind = ending.partition(".")[0]
     return f"{module}.{kind}" if kind == "lora_magnitude_vector" else f"{module}.{kind}.weight"
+
+
+def _use_both(denoiser: nn.Module) -> None:
+    """Both pairs of every layer add to its output."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in denoiser.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter([ADAPTER, ORIGIN])
+
+
+def _publish(made: Path, target: Path) -> None:
+    """Copy a file or a folder of files to where the user looks, whole or not at all."""
+    if made.is_file():
+        return write_file(target, made.read_bytes())
+    with atomic_folder(target) as aside:
+        shutil.copytree(made, aside, dirs_exist_ok=True)
 
 
 def _plain(value: object) -> bool:

@@ -118,7 +118,7 @@ def test_two_variables_of_one_option_must_agree(read: Read, refuse: Refuse) -> N
     assert refuse(TRAINING_SEED="5", SEED="6") == "TRAINING_SEED and SEED are the same setting and differ; remove one."
 
 
-@pytest.mark.parametrize("variable", ["PIXART_SIGMA", "PIXART_ALPHA", "HUNYUAN_DIT", "CONTROLNET"])
+@pytest.mark.parametrize("variable", ["CONTROLNET"])
 def test_another_network_is_refused_by_name_until_it_is_built(variable: str, read: Read, refuse: Refuse) -> None:
     assert refuse(**{variable: "true"}).startswith(f"{variable}: --")
     assert read(**{variable: "false"}).family_name == "sdxl"
@@ -128,7 +128,6 @@ def test_the_wrapper_chooses_the_family(read: Read, refuse: Refuse) -> None:
     assert read(SIMPLETUNER_FAMILY="sdxl").family_name == "sdxl"
     assert read(SIMPLETUNER_FAMILY="sd2x").family_name == "sd2x"
     assert read(SIMPLETUNER_FAMILY="sd3").family_name == "sd3"
-    assert "'hunyuan_dit' is not available yet" in refuse(SIMPLETUNER_FAMILY="hunyuan_dit")
 
 
 def test_a_switch_names_another_family_than_the_wrapper(read: Read, refuse: Refuse) -> None:
@@ -138,6 +137,19 @@ def test_a_switch_names_another_family_than_the_wrapper(read: Read, refuse: Refu
     assert config.origins["model_family"] == "STABLE_DIFFUSION_3"
     assert read(SIMPLETUNER_FAMILY="sd3", STABLE_DIFFUSION_3="true").family_name == "sd3"
     assert "means model_family=sd3, but MODEL_FAMILY says sd2x" in refuse(MODEL_FAMILY="sd2x", STABLE_DIFFUSION_3="true")
+
+
+@pytest.mark.parametrize(("variable", "family"), [(name, name.lower()) for name in ("PIXART_SIGMA", "PIXART_ALPHA", "HUNYUAN_DIT")])
+def test_a_switch_chooses_another_family_than_the_wrappers(variable: str, family: str, read: Read, refuse: Refuse) -> None:
+    config = read(SIMPLETUNER_FAMILY="sdxl", **{variable: "true"})
+    assert config.family_name == config.model.model_family == family
+    assert config.origins["model_family"] == variable
+    assert read(SIMPLETUNER_FAMILY="sdxl", **{variable: "false"}).family_name == "sdxl"
+    assert "remove one" in refuse(MODEL_FAMILY="sd2x", **{variable: "true"})
+
+
+def test_two_switches_contradict_each_other(refuse: Refuse) -> None:
+    assert "remove one" in refuse(SIMPLETUNER_FAMILY="sdxl", PIXART_SIGMA="true", PIXART_ALPHA="true")
 
 
 def test_the_method_and_objective_are_named(read: Read) -> None:

@@ -22,6 +22,8 @@ SDXL_ON_THE_HUB = "stabilityai/stable-diffusion-xl-base-1.0"
 REFINER_ON_THE_HUB = "stabilityai/stable-diffusion-xl-refiner-1.0"
 SD3_ON_THE_HUB = "stabilityai/stable-diffusion-3.5-medium"
 SD2_ON_THE_HUB = "stabilityai/stable-diffusion-2-1"
+HUNYUAN_ON_THE_HUB = "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"
+SIGMA_ON_THE_HUB = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
 # What makes the run of a page last seconds.
 SMALL = (
     "--resolution_type=pixel --resolution=64 --max_train_steps=2 --gradient_accumulation_steps=1 --lr_warmup_steps=0"
@@ -82,7 +84,7 @@ def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Miniatures in place of the models that the pages name."""
-    from helpers.families import tiny, tiny_sd, tiny_sd3
+    from helpers.families import tiny, tiny_hunyuan, tiny_pixart, tiny_sd, tiny_sd3
 
     folder = tmp_path_factory.mktemp("models")
     return {
@@ -90,6 +92,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         REFINER_ON_THE_HUB: tiny_sd.write_sdxl_refiner(folder / "refiner"),
         SD3_ON_THE_HUB: tiny_sd3.write_sd3(folder / "sd3"),
         SD2_ON_THE_HUB: tiny_sd.write_sd2(folder / "sd2"),
+        HUNYUAN_ON_THE_HUB: tiny_hunyuan.write_hunyuan_dit(folder / "hunyuan"),
+        SIGMA_ON_THE_HUB: tiny_pixart.write_pixart_sigma(folder / "sigma"),
     }
 
 

@@ -22,6 +22,8 @@ GUIDES = [
     "documentation/QUICKSTART_SD3.md",
     "documentation/REFINER.md",
     "documentation/LORA.md",
+    "documentation/SIGMA.md",
+    "documentation/HUNYUAN_DIT.md",
     "documentation/DATALOADER.md",
     "documentation/ARCHITECTURE.md",
 ]

@@ -1,4 +1,4 @@
-"""The quick starts for Stable Diffusion 1, 2 and 3 and the page on the refiner work as written."""
+"""The quick starts for other models than SDXL, and the page on the refiner, work as written."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tests.documentation.pages import Page
 SD3 = Page.named("documentation/QUICKSTART_SD3.md")
 SD2 = Page.named("documentation/QUICKSTART_SD2.md")
 REFINER = Page.named("documentation/REFINER.md")
+SIGMA = Page.named("documentation/SIGMA.md")
+HUNYUAN = Page.named("documentation/HUNYUAN_DIT.md")
 
 
 @pytest.mark.slow
@@ -58,6 +60,29 @@ def test_the_quick_start_for_stable_diffusion_3_trains_a_lora_that_its_sample_lo
     assert (tmp_path / "rex.png").stat().st_size > 0
     exec(SD3.section("Without T5").block("python"), names)
     assert names["pipeline"].text_encoder_3 is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "datasets", "said"), [(SIGMA, "sigma", "max_grad_norm 0.01 (family pixart_sigma)"), (HUNYUAN, "hunyuan", "Hunyuan-DiT")]
+)
+def test_the_quick_starts_for_transformers_train_a_lora_that_their_samples_load(
+    page: Page, datasets: str, said: str, models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = new_reader(tmp_path, models, "training/pictures")
+    described = reader.home / "training" / f"multidatabackend_{datasets}.json"
+    assert f"`/home/user/training/{described.name}`" in page.text
+    described.write_text(reader.own(page.section("1. ").block("json")), encoding="utf-8")
+    copy, settings = (block.text for block in page.section("2. ").blocks("bash"))
+    reader.type(copy)
+    reader.edit(settings)
+    story = " ".join(reader.type(page.section("3. ").block("bash")).split())
+    assert "finished 2 steps" in story and said in story
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(reader.own(page.section("4. ").block("python")), names)
+    assert any("lora_A" in name for name, _ in names["pipeline"].transformer.named_parameters()), "no adapter was loaded"
+    assert (tmp_path / "rex.png").stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from helpers.protocols import ModelFamily, Objective
 
 CPU = torch.device("cpu")
 CLIP_ALONE = ("sd1", "sd2", "sdxl", "sdxl_refiner")  # miniatures that ask the noise or the velocity of diffusion, and read CLIP
+PEFT_ALONE = ("pixart_sigma", "pixart_alpha", "hunyuan_dit", "hunyuan_dit_11")  # those whose pipelines have no loader for LoRA files
 CAPTIONS = ("a red circle", "a photo of a cat on the sea", "", "blue square")
 GEOMETRY = Geometry(Size(1920, 1157), Size(1394, 840), top=36, left=25, target=Size(1344, 768))
 
@@ -83,7 +84,7 @@ def open_family(name: str, model: Path, cache: Path, **options: Any) -> ModelFam
 
 def family_name(miniature: str) -> str:
     """The registry's name of a miniature's family."""
-    return {"sd1": "sd2x", "sd2": "sd2x", "sd35": "sd3"}.get(miniature, miniature)
+    return {"sd1": "sd2x", "sd2": "sd2x", "sd35": "sd3", "hunyuan_dit_11": "hunyuan_dit"}.get(miniature, miniature)
 
 
 @pytest.fixture(params=MINIATURES)

@@ -17,15 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers.config.options import AdapterOptions
-from helpers.families.tiny import MINIATURES
+from helpers.families import tiny
 from helpers.methods.full import FullFineTune
 from helpers.methods.lora import Lora
 from helpers.protocols import Trainable
-from tests.families.conftest import CPU, Tried, family_name, open_family
+from tests.families.conftest import CPU, PEFT_ALONE, Tried, family_name, open_family
 
 LAYOUTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetensors")
 KOHYA = ("sd1", "sd2", "sdxl", "sdxl_refiner")  # miniatures whose LoRA is written in kohya's layout too
 SCHEDULED: dict[str, dict[str, object]] = {"diffusion": {"timestep_spacing": "trailing"}, "flow": {"shift": 2.0}}
+MINIATURES = [name for name in tiny.MINIATURES if name not in PEFT_ALONE]
 TIMESTEPS = torch.tensor([0, 150, 600, 999])
 # What plain diffusers makes of a folder for each miniature: the pipeline itself, the pipeline with each LoRA file, without one.
 ELSEWHERE = """

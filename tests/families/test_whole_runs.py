@@ -15,6 +15,7 @@ LORA = {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetens
 LONG = pytest.mark.skipif(
     not os.environ.get("SIMPLETUNER_TEST_LONG"), reason="SIMPLETUNER_TEST_LONG=1 runs it; version 2 takes the same path"
 )
+SWITCHES = ("pixart_sigma", "pixart_alpha", "hunyuan_dit")  # of train_sdxl.sh; SDXL's family is the one it trains without
 SHORT = {
     "max_train_steps": 2,
     "checkpointing_steps": 1,
@@ -41,12 +42,16 @@ def pictures(tmp_path: Path) -> Path:
         ("sdxl_refiner", "train_sdxl.sh", "lora", LORA),
         ("sd3", "train_sd3.sh", "full", {"pipeline"}),
         ("sd35", "train_sd3.sh", "lora", {"pytorch_lora_weights.safetensors"}),
+        ("pixart_sigma", "train_sdxl.sh", "lora", {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.peft"}),
+        pytest.param("hunyuan_dit", "train_sdxl.sh", "lora", {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.peft"}, marks=LONG),
+        pytest.param("pixart_alpha", "train_sdxl.sh", "full", {"pipeline"}, marks=LONG),
     ],
 )
 def test_a_run_through_the_wrapper_trains_resumes_and_hands_over(
     name: str, wrapper: str, method: str, made: set[str], miniature: Callable[[str], Path], pictures: Path, tmp_path: Path
 ) -> None:
-    trainer = Trainer(miniature(name), pictures, tmp_path, {**SHORT, "model_type": method}, wrapper)
+    switch = {name: True} if name in SWITCHES else {}
+    trainer = Trainer(miniature(name), pictures, tmp_path, {**SHORT, "model_type": method, **switch}, wrapper)
     trainer.finish(max_train_steps=1)
     ended = trainer.finish()
     assert "going on from checkpoint-1" in ended.said

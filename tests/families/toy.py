@@ -48,6 +48,7 @@ class Toy:
     latents = LatentSpec(channels=3, downsampling=8)
     refines = False
     name = identity = "toy"
+    loads_lora = True
     lora_targets = ("conv1",)
     scheduler_config: Mapping[str, Any] = {"num_train_timesteps": 50, "prediction_type": "epsilon"}
 

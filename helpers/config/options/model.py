@@ -18,7 +18,6 @@ class ModelOptions:
         " The wrappers set it.",
         env="SIMPLETUNER_FAMILY",
         choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
-        later=("pixart_sigma", "pixart_alpha", "hunyuan_dit"),
     )
     pretrained_model_name_or_path: str = option(
         "",
@@ -45,9 +44,9 @@ class ModelOptions:
     pretrained_t5_model_name_or_path: str | None = option(None, "Another source for the T5 tokenizer and encoder (PixArt).", not_yet=True)
     sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", means=("model_family", "sd3"))
     sd3_uses_diffusion: bool = option(False, "Train SD3 with v-prediction instead of flow matching.", not_yet=True)
-    pixart_sigma: bool = option(False, "Train PixArt Sigma.", not_yet=True)
-    pixart_alpha: bool = option(False, "Train PixArt Alpha.", not_yet=True)
-    hunyuan_dit: bool = option(False, "Train Hunyuan-DiT.", not_yet=True)
+    pixart_sigma: bool = option(False, "Same as --model_family=pixart_sigma.", means=("model_family", "pixart_sigma"))
+    pixart_alpha: bool = option(False, "Same as --model_family=pixart_alpha.", means=("model_family", "pixart_alpha"))
+    hunyuan_dit: bool = option(False, "Same as --model_family=hunyuan_dit.", means=("model_family", "hunyuan_dit"))
     controlnet: bool = option(False, "Train a ControlNet beside a frozen network.", not_yet=True)
     controlnet_model_name_or_path: str | None = option(None, "ControlNet to start from.", not_yet=True)
     freeze_unet_strategy: str = option(
@@ -55,7 +54,10 @@ class ModelOptions:
     )
     use_bitfit: bool = option(False, "Same as --freeze_unet_strategy=bitfit.", means=("freeze_unet_strategy", "bitfit"))
     tokenizer_max_length: int | None = option(
-        None, "Tokens that T5 reads of a caption.", at_least=1, default_text="what the family's diffusers pipeline uses: 256 (sd3)"
+        None,
+        "Tokens that T5 reads of a caption.",
+        at_least=1,
+        default_text="what the family's diffusers pipeline uses: 256 (sd3), 300 (pixart_sigma), 120 (pixart_alpha)",
     )
     long_captions: str = option(
         "truncate",

@@ -26,7 +26,7 @@ from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, UserError
-from helpers.families import tiny, tiny_sd, tiny_sd3
+from helpers.families import tiny, tiny_pixart, tiny_sd, tiny_sd3
 from helpers.reporting import Reporters
 from helpers.training.stopping import StopRequest
 from tests.data.toys import Story, picture
@@ -133,7 +133,7 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other`, `varied`, `refiner`, `sd3` and `sd1`, the last as a file too; pictures, tables, LoRAs, files for flags.
+    """Models `model`, `other`, `varied`, `refiner`, `sd3`, `alpha` and `sd1` (also as a file); pictures, tables, LoRAs, files for flags.
 
     The pictures are in `images`, `other_images` and `tagged`, the tables in `tables`.
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
@@ -145,6 +145,7 @@ def build_lab(folder: Path) -> Lab:
         tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
     tiny_sd.write_sdxl_refiner(folder / "refiner")
     tiny_sd3.write_sd3(folder / "sd3")
+    tiny_pixart.write_pixart_alpha(folder / "alpha")
     write_single_file(tiny_sd.write_sd1(folder / "sd1"), folder / "sd1.safetensors")
     _with_variant(folder)
     _write_loras(folder)

@@ -61,6 +61,7 @@ TABLE_COLUMNS = {"description": "left", "other": "other"}
 TABLE = ("--data_backend_config=table.json",)
 
 REFINER = "--pretrained_model_name_or_path=refiner"
+ALPHA = "--pretrained_model_name_or_path=alpha"
 EXPERT = "--refiner_training"
 SD3_MODEL = "--pretrained_model_name_or_path=sd3"
 SD3 = ("--model_family=sd3", SD3_MODEL)
@@ -82,6 +83,9 @@ MODEL = {
     "freeze_unet_strategy": Effect(losses, ["none", "bitfit"], ("--model_type=full",)),
     "use_bitfit": Effect(losses, ["false", "true"], ("--model_type=full",)),
     "tokenizer_max_length": Effect(losses, ["16", "64"], SD3),
+    "pixart_sigma": Effect(refusal, ["false", "true"]),
+    "pixart_alpha": Effect(refusal, ["false", "true"]),
+    "hunyuan_dit": Effect(refusal, ["false", "true"]),
     "data_aesthetic_score": Effect(losses, ["7", "2.5"], (REFINER,)),
 }
 

@@ -1,0 +1,201 @@
+"""Hunyuan-DiT (Li et al., 2024), versions 1.0, 1.1 and 1.2."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.config.facts import Facts, Settings
+from helpers.families import peft_lora, sdxl_inputs
+from helpers.families.checkpoint import Checkpoint
+from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.data.batches import Batch
+
+TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+BASE_EDGE = 512  # pixels: the edge of the square that positions are laid over, however large the picture
+TOKENIZERS_OF_OLD = {"MT5Tokenizer": "T5Tokenizer"}  # a class that transformers no longer has => the one that reads the same files
+
+
+def _judge(settings: Settings) -> Iterable[str]:
+    if settings["aspect_bucket_alignment"] == 8:
+        yield "--aspect_bucket_alignment=8 gives sides that Hunyuan-DiT's patches of 16 pixels do not divide; leave it at 64."
+
+
+class HunyuanDiT:
+    """BERT and mT5, and a transformer with long skips on latents of 4 channels at an eighth of the pixels.
+
+    Up to version 1.1 the network is also told sizes and a style; its own config says so. The schedule differs too, and is the
+    checkpoint's: it ends with beta 0.03 up to 1.1, and with 0.018 in 1.2. The answer has 8 channels: the velocity, and a variance that the
+    samplers in use have no need of and that is not trained.
+    """
+
+    facts = Facts(
+        name="hunyuan_dit",
+        title="Hunyuan-DiT",
+        defaults={"aspect_bucket_alignment": 64},
+        options=frozenset({"sdxl_original_size"}),
+        judge=_judge,
+    )
+    refines = False
+    loads_lora = False
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+
+    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        from helpers.families.vae import Vae
+
+        self.base = Checkpoint.open("hunyuan_dit", ("transformer", "vae", *TEXT, "scheduler"), options, cache)
+        self.vae = Vae.open(self.base, options, cache)
+        self.network = self.base.config("transformer")
+        self.name, self.identity = self.base.name, self.base.hash_of("transformer")
+        self.latents = dataclasses.replace(self.vae.latents, patch=self.network["patch_size"])
+        self.scheduler_config = self.base.config("scheduler")
+        self.told_sizes: bool = self.network.get("use_style_cond_and_image_meta_size", True)
+        self.original_size = data.sdxl_original_size
+
+    def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
+        return self.vae.codec(device)
+
+    @contextmanager
+    def text_encoders(self, device: torch.device) -> Iterator[TextEncoders]:
+        from helpers.families.hunyuan_text import HunyuanText
+        from helpers.families.vae import released
+
+        text = HunyuanText(self.base, self.network["text_len"], self.network["text_len_t5"], device)
+        with released(text, device) as encoders:
+            yield encoders
+
+    def caption_lengths(self) -> CaptionLengths:
+        """By mT5's tokens: it reads on where BERT stops."""
+        from helpers.families.t5 import T5CaptionLengths
+
+        return T5CaptionLengths(self.base, "_2", self.network["text_len_t5"])
+
+    def unconditional(self, encoders: TextEncoders) -> TextTensors:
+        """The empty caption, encoded like any other."""
+        return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
+
+    def load(self, dtype: torch.dtype) -> Parts:
+        from diffusers import HunyuanDiT2DModel
+
+        denoiser = self.base.load(HunyuanDiT2DModel, "transformer", dtype)
+        denoiser.enable_gradient_checkpointing = functools.partial(_recompute, denoiser.blocks)  # the class has none
+        return Parts(denoiser, "transformer")
+
+    def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """Text with its masks and, up to version 1.1, style 0 with (width, height) of the picture, those of its cut, (left, top).
+
+        The order is that of the authors' own training.
+        """
+        import torch
+
+        from helpers.families.hunyuan_text import at_full_length
+
+        text = {name: tensor.to(device) for name, tensor in batch.text.items()}
+        floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in text.items()}
+        conditioning = at_full_length(floats, self.network["text_len"])
+        if self.told_sizes:
+            numbers = []
+            for cut in batch.geometry:
+                height, width, top, left = sdxl_inputs.size_and_crop(cut, self.original_size)
+                numbers.append([width, height, cut.target.width, cut.target.height, left, top])
+            conditioning["image_meta_size"] = torch.tensor(numbers, dtype=torch.float32, device=device)
+            conditioning["style"] = torch.zeros(len(numbers), dtype=torch.long, device=device)
+        return conditioning
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        height, width = noisy.shape[2:]
+        answer: Tensor = denoiser(
+            noisy,
+            timesteps.to(noisy.dtype),  # whose precision the network takes for that of its embeddings
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            text_embedding_mask=conditioning["prompt_embeds_mask"],
+            encoder_hidden_states_t5=conditioning["prompt_embeds_2"],
+            text_embedding_mask_t5=conditioning["prompt_attention_mask_2"],
+            image_meta_size=conditioning.get("image_meta_size"),
+            style=conditioning.get("style"),
+            image_rotary_emb=self._positions(height, width, noisy.device),
+        ).sample
+        return answer[:, : noisy.shape[1]]
+
+    def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        from diffusers import HunyuanDiTPipeline
+
+        absent: Any = None  # from embeddings to latents: the caller encodes and decodes
+        others = dict.fromkeys(("vae", *TEXT, "safety_checker", "feature_extractor"), absent)
+        return FromEmbeddings(HunyuanDiTPipeline(**others, transformer=denoiser, scheduler=sampler, requires_safety_checker=False))
+
+    def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
+        from helpers.families.hunyuan_text import at_full_length
+
+        arguments = {}
+        for prefix, tensors in (("", text), ("negative_", negative)):
+            full = at_full_length({name: tensor.unsqueeze(0) for name, tensor in tensors.items()}, self.network["text_len"])
+            arguments[f"{prefix}prompt_embeds"] = full["prompt_embeds"]
+            arguments[f"{prefix}prompt_attention_mask"] = full["prompt_embeds_mask"]
+            arguments[f"{prefix}prompt_embeds_2"] = full["prompt_embeds_2"]
+            arguments[f"{prefix}prompt_attention_mask_2"] = full["prompt_attention_mask_2"]
+        return arguments
+
+    def kohya_name(self, module: str) -> str | None:
+        return None
+
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+        return peft_lora.read(path, "transformer")
+
+    def modelspec(self, kind: str) -> dict[str, str]:
+        edge = trained_edge(self.base, "transformer", self.latents.downsampling)
+        version = "1.1" if self.told_sizes else "1.2"  # 1.0 and 1.1 do not differ in what a file shows
+        implementation = "https://github.com/Tencent/HunyuanDiT"
+        return modelspec(self.base, f"hunyuan-dit-v{version}/{kind}", implementation, f"hunyuan_dit_{version}", edge)
+
+    def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
+        library, tokenizer = self.base.index["tokenizer_2"]
+        index = {**self.base.index, "tokenizer_2": [library, TOKENIZERS_OF_OLD.get(tokenizer, tokenizer)]}
+        base = dataclasses.replace(self.base, index=index)
+        write_pipeline(base, {"transformer": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)
+
+    def _positions(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary embedding for latents of this size, as the pipeline of diffusers makes them."""
+        from diffusers.models.embeddings import get_2d_rotary_pos_embed
+        from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+
+        patch = self.latents.patch
+        grid = (height // patch, width // patch)
+        region = get_resize_crop_region_for_grid(grid, BASE_EDGE // self.latents.downsampling // patch)
+        head = self.network["attention_head_dim"]
+        cosines, sines = get_2d_rotary_pos_embed(head, region, grid, device=device, output_type="pt")
+        return cosines, sines
+
+
+class FromEmbeddings:
+    """A pipeline of Hunyuan-DiT that makes pictures of just the size that is asked for, and tells the network sizes as it was trained."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        self.pipeline.set_progress_bar_config(**settings)
+
+    def __call__(self, *, width: int, height: int, **arguments: Any) -> Any:
+        # Left alone, the pipeline tells (height, width), and an original of 1024 x 1024.
+        sizes = {"original_size": (width, height), "target_size": (width, height)}
+        return self.pipeline(width=width, height=height, use_resolution_binning=False, **sizes, **arguments)
+
+
+def _recompute(blocks: Iterable[Any]) -> None:
+    """Gradient checkpointing: keep what enters each block, and run the block again for its gradient."""
+    from torch.utils.checkpoint import checkpoint
+
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,170 @@
+"""PixArt Alpha (Chen et al., 2023) and PixArt Sigma (Chen et al., 2024)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from helpers.config.facts import Facts, Settings
+from helpers.families import peft_lora
+from helpers.families.checkpoint import Checkpoint
+from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.data.batches import Batch
+
+NETWORK = "PixArtTransformer2DModel"
+PATCH = 2  # latent pixels on the edge of what is one token to the network
+SIZED = 128  # the sample_size of the networks that are told sizes, where their config does not say
+# The authors clip the gradient to this; the pictures all come from patches that are at least two latent pixels wide and high.
+DEFAULTS: Settings = {"max_grad_norm": 0.01, "aspect_bucket_alignment": 64}
+
+
+def _judge(settings: Settings) -> Iterable[str]:
+    if settings["aspect_bucket_alignment"] == 8:
+        yield "--aspect_bucket_alignment=8 gives sides that PixArt's patches of 16 pixels do not divide; leave it at 64."
+    if settings["validation_guidance_rescale"]:
+        yield "--validation_guidance_rescale is not known to PixArt's pipeline; leave it at 0."
+
+
+class PixArt:
+    """A T5 encoder, and a transformer on latents of 4 channels at an eighth of the pixels. The versions below say what differs.
+
+    The network answers with 8 channels: the noise, and a variance that the samplers in use have no need of and that is not trained.
+    """
+
+    facts: ClassVar[Facts]
+    pipeline_class: ClassVar[str]  # of diffusers
+    tokens: ClassVar[int]  # read of a caption unless --tokenizer_max_length says otherwise
+    code: ClassVar[str]  # where the authors' is
+
+    refines = False
+    loads_lora = False
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+
+    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        from helpers.families.vae import Vae
+
+        components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+        self.base = Checkpoint.open(self.facts.name, components, options, cache)
+        self.vae = Vae.open(self.base, options, cache)
+        self.name, self.identity = self.base.name, self.base.hash_of("transformer")
+        self.latents = dataclasses.replace(self.vae.latents, patch=PATCH)
+        self.scheduler_config = self.base.config("scheduler")
+        self.length = options.tokenizer_max_length or self.tokens
+        network = self.base.config("transformer")
+        told = network.get("use_additional_conditions")
+        self.told_sizes: bool = network["sample_size"] == SIZED if told is None else told
+
+    def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
+        return self.vae.codec(device)
+
+    @contextmanager
+    def text_encoders(self, device: torch.device) -> Iterator[TextEncoders]:
+        from helpers.families.pixart_text import PixArtText
+        from helpers.families.vae import released
+
+        with released(PixArtText(self.base, self.length, device), device) as encoders:
+            yield encoders
+
+    def caption_lengths(self) -> CaptionLengths:
+        from helpers.families.pixart_text import PixArtCaptionLengths
+
+        return PixArtCaptionLengths(self.base, "", self.length)
+
+    def unconditional(self, encoders: TextEncoders) -> TextTensors:
+        """The empty caption, encoded like any other."""
+        return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
+
+    def load(self, dtype: torch.dtype) -> Parts:
+        from diffusers import PixArtTransformer2DModel
+
+        return Parts(self.base.load(PixArtTransformer2DModel, "transformer", dtype), "transformer")
+
+    def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """Text with its mask and, to a network that is told sizes, those that its pipeline would tell for such a picture."""
+        import torch
+
+        conditioning = {
+            "prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32),
+            "prompt_embeds_mask": batch.text["prompt_embeds_mask"].to(device),
+        }
+        if self.told_sizes:
+            targets = [cut.target for cut in batch.geometry]
+            conditioning["resolution"] = torch.tensor([[target.height, target.width] for target in targets], dtype=torch.float32).to(device)
+            conditioning["aspect_ratio"] = torch.tensor([[target.height / target.width] for target in targets]).to(device)
+        return conditioning
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        sizes = {name: conditioning[name] for name in ("resolution", "aspect_ratio")} if self.told_sizes else None
+        answer: Tensor = denoiser(
+            noisy,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_attention_mask=conditioning["prompt_embeds_mask"],
+            timestep=timesteps,
+            added_cond_kwargs=sizes,
+        ).sample
+        return answer[:, : noisy.shape[1]]
+
+    def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        import diffusers
+
+        from helpers.families.pixart_text import FromEmbeddings
+
+        absent: Any = None  # from embeddings to latents: the caller encodes and decodes
+        encoders = dict.fromkeys(("vae", "text_encoder", "tokenizer"), absent)
+        return FromEmbeddings(getattr(diffusers, self.pipeline_class)(**encoders, transformer=denoiser, scheduler=sampler))
+
+    def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
+        """Both are filled up to the longer one: the pipeline joins them."""
+        from helpers.data.masked import stacked
+
+        both = stacked([text, negative])
+        embeds, mask = both["prompt_embeds"], both["prompt_embeds_mask"]
+        return {
+            "prompt_embeds": embeds[:1],
+            "prompt_attention_mask": mask[:1],
+            "negative_prompt_embeds": embeds[1:],
+            "negative_prompt_attention_mask": mask[1:],
+        }
+
+    def kohya_name(self, module: str) -> str | None:
+        return None
+
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+        return peft_lora.read(path, "transformer")
+
+    def modelspec(self, kind: str) -> dict[str, str]:
+        edge = trained_edge(self.base, "transformer", self.latents.downsampling)
+        return modelspec(self.base, f"{self.facts.name.replace('_', '-')}/{kind}", self.code, self.facts.name, edge)
+
+    def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
+        # Early copies of Alpha name the class that this one was split from.
+        base = dataclasses.replace(self.base, index={**self.base.index, "transformer": ["diffusers", NETWORK]})
+        write_pipeline(base, {"transformer": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)
+
+
+class PixArtAlpha(PixArt):
+    """The network for 1024 pixels is told height, width and aspect of the picture; those for less are not."""
+
+    facts = Facts("pixart_alpha", "PixArt Alpha", DEFAULTS, frozenset({"tokenizer_max_length"}), judge=_judge)
+    pipeline_class = "PixArtAlphaPipeline"
+    tokens = 120
+    code = "https://github.com/PixArt-alpha/PixArt-alpha"
+
+
+class PixArtSigma(PixArt):
+    """Reads longer captions, has SDXL's VAE, and is not told sizes."""
+
+    facts = Facts("pixart_sigma", "PixArt Sigma", DEFAULTS, frozenset({"tokenizer_max_length"}), judge=_judge)
+    pipeline_class = "PixArtSigmaPipeline"
+    tokens = 300
+    code = "https://github.com/PixArt-alpha/PixArt-sigma"
