@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ class Stepping:
             for block in range(blocks)
             for number, shape in enumerate(BLOCK)
         }
-        options = dataclasses.replace(OptimizerOptions(optimizer=name), **(ADAM_DEFAULTS if name in ADAM_FORMS else {}))
+        settings: dict[str, Any] = {"optimizer": name, **(ADAM_DEFAULTS if name in ADAM_FORMS else {})}
+        options = dataclasses.replace(OptimizerOptions(), **settings)
         self.optimizer = NamedOptimizer(options, self.parameters, self.rate)
         self.gradients = [torch.randn_like(parameter) / 100 for parameter in self.parameters.values()]
         self.step()  # which makes the state

@@ -21,6 +21,7 @@ GUIDES = [
     "documentation/QUICKSTART_SD2.md",
     "documentation/REFINER.md",
     "documentation/DATALOADER.md",
+    "documentation/OPTIMIZERS.md",
     "documentation/ARCHITECTURE.md",
 ]
 # Variables that are read before the env file is: by the wrappers and the set-up.
