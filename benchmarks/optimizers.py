@@ -110,7 +110,7 @@ def one_by_one(stepping: Stepping) -> Callable[[], float]:
 def main(argv: Sequence[str]) -> int:
     options = parser(__doc__)
     options.add_argument("names", nargs="*", help="optimisers; by default those with a name of their own")
-    options.add_argument("--blocks", type=int, default=16, help="of 1.5 M weights in 11 tensors each (default 16)")
+    options.add_argument("--blocks", type=int, default=16, help="of 1.4 M weights in 11 tensors each (default 16)")
     chosen = options.parse_args(argv)
     warnings.simplefilter("ignore")  # of libraries, about their own code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
