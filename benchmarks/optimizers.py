@@ -46,8 +46,8 @@ class Stepping:
             for block in range(blocks)
             for number, shape in enumerate(BLOCK)
         }
-        given: dict[str, Any] = dict(ADAM_DEFAULTS) if name in ADAM_FORMS else {}
-        options = dataclasses.replace(OptimizerOptions(optimizer=name), **given)
+        settings: dict[str, Any] = {"optimizer": name, **(ADAM_DEFAULTS if name in ADAM_FORMS else {})}
+        options = dataclasses.replace(OptimizerOptions(), **settings)
         self.optimizer = NamedOptimizer(options, self.parameters, self.rate)
         self.gradients = [torch.randn_like(parameter) / 100 for parameter in self.parameters.values()]
         self.step()  # which makes the state
@@ -110,7 +110,7 @@ def one_by_one(stepping: Stepping) -> Callable[[], float]:
 def main(argv: Sequence[str]) -> int:
     options = parser(__doc__)
     options.add_argument("names", nargs="*", help="optimisers; by default those with a name of their own")
-    options.add_argument("--blocks", type=int, default=16, help="of 1.5 M weights in 11 tensors each (default 16)")
+    options.add_argument("--blocks", type=int, default=16, help="of 1.4 M weights in 11 tensors each (default 16)")
     chosen = options.parse_args(argv)
     warnings.simplefilter("ignore")  # of libraries, about their own code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

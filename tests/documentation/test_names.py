@@ -25,6 +25,7 @@ GUIDES = [
     "documentation/SIGMA.md",
     "documentation/HUNYUAN_DIT.md",
     "documentation/DATALOADER.md",
+    "documentation/OPTIMIZERS.md",
     "documentation/ARCHITECTURE.md",
 ]
 # Variables that are read before the env file is: by the wrappers and the set-up.

@@ -52,3 +52,23 @@ def test_sine_starts_at_its_floor_and_peaks_every_two_warm_ups() -> None:
 
 def test_constant_knows_no_warm_up() -> None:
     assert schedule("constant")(0) == L
+
+
+FORMULAS = {  # of p, how far the run is from the end of the warm-up to its own
+    "linear": lambda p: L + (E - L) * p,
+    "cosine": lambda p: E + (L - E) * (1 + math.cos(math.pi * p)) / 2,
+    "cosine_with_restarts": lambda p: E + (L - E) * (1 + math.cos(math.pi * (3 * p % 1))) / 2,
+    "polynomial": lambda p: E + (L - E) * (1 - p) ** 2.5,
+    "constant_with_warmup": lambda p: L,
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_every_step_has_the_rate_of_the_formula(name: str) -> None:
+    rates = schedule(name, cycles=3, power=2.5)
+    assert [rates(step) for step in range(W, N)] == pytest.approx([FORMULAS[name]((step - W) / (N - W)) for step in range(W, N)])
+
+
+def test_every_step_of_the_sine_has_the_rate_of_the_formula() -> None:
+    rates = schedule("sine")
+    assert [rates(step) for step in range(N)] == pytest.approx([E + (L - E) * (1 - math.cos(math.pi * step / W)) / 2 for step in range(N)])
