@@ -37,11 +37,7 @@ class Sd3TextEncoders:
         self.clip = clip
         self.t5 = t5
         self.fingerprint = folder.fingerprint({"clip": clip.fingerprint, "t5": t5.fingerprint if t5 else None})
-        self._too_long_for_t5 = 0
-
-    @property
-    def truncated(self) -> int:
-        return self._too_long_for_t5 if self.t5 else self.clip.truncated
+        self.truncated = 0
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """B captions => tensors by name, each (B, ...), float32 on the CPU."""
@@ -49,7 +45,9 @@ class Sd3TextEncoders:
         if self.t5:
             answer = self.t5.answer(captions)
             parts["t5"] = answer.states.float().cpu()
-            self._too_long_for_t5 += answer.too_long
+            self.truncated += answer.too_long
+        else:
+            self.truncated = self.clip.truncated
         return parts
 
     def unload(self) -> None:

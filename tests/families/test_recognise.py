@@ -21,7 +21,9 @@ def recognised(asked: str, model: Path) -> str:
     return recognise(asked, dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model)), CacheOptions())
 
 
-@pytest.mark.parametrize(("name", "wrapper"), [("sd1", "sd2x"), ("sd2", "sd2x"), ("sdxl", "sdxl"), ("sdxl_refiner", "sdxl")])
+@pytest.mark.parametrize(
+    ("name", "wrapper"), [("sd1", "sd2x"), ("sd2", "sd2x"), ("sdxl", "sdxl"), ("sdxl_refiner", "sdxl"), ("sd3", "sd3"), ("sd35", "sd3")]
+)
 def test_a_base_model_is_of_the_family_of_its_wrapper_or_of_one_that_shares_it(
     name: str, wrapper: str, miniature: Callable[[str], Path]
 ) -> None:
@@ -35,6 +37,8 @@ def test_a_base_model_is_of_the_family_of_its_wrapper_or_of_one_that_shares_it(
         ("sdxl_refiner", "sd2x", "is the SDXL refiner (a StableDiffusionXLImg2ImgPipeline), not"),
         ("sd1", "sdxl", "is Stable Diffusion 1 or 2 (a StableDiffusionPipeline), not SDXL: it is trained by ./train_sd2x.sh."),
         ("sd2", "sdxl", "it is trained by ./train_sd2x.sh."),
+        ("sd3", "sdxl", "is Stable Diffusion 3 (a StableDiffusion3Pipeline), not SDXL: it is trained by ./train_sd3.sh."),
+        ("sdxl", "sd3", "is SDXL (a StableDiffusionXLPipeline), not Stable Diffusion 3: it is trained by ./train_sdxl.sh."),
     ],
 )
 def test_a_base_model_of_another_wrapper_is_refused_with_its_name(
@@ -55,7 +59,7 @@ def test_a_family_refuses_a_base_model_of_another(name: str, miniature: Callable
 @pytest.mark.parametrize("pipeline", FAMILY_OF_PIPELINE)
 def test_every_pipeline_that_is_known_is_told_from_the_others(pipeline: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "text_encoder": ["transformers", "CLIPTextModel"]}))
-    for asked in ("sd2x", "sdxl"):
+    for asked in ("sd2x", "sdxl", "sd3"):
         if KINDS[FAMILY_OF_PIPELINE[pipeline]].command == KINDS[asked].command:
             assert recognised(asked, tmp_path) == FAMILY_OF_PIPELINE[pipeline]
         else:

@@ -91,7 +91,8 @@ def test_token_ids_of_t5_end_with_its_end_of_text_and_are_those_of_the_pipeline(
     ids, mask, too_long = tokenize(tokenizer, ["a cat", LONG], 256)
     theirs = tokenizer(["a cat", LONG], padding="max_length", max_length=256, truncation=True, return_tensors="pt")
     assert torch.equal(ids, theirs.input_ids) and torch.equal(mask, theirs.attention_mask)
-    assert (ids[0, 3:] == tokenizer.pad_token_id).all() or ids[0, mask[0].sum() - 1] == tokenizer.eos_token_id
+    assert ids[0, mask[0].sum() - 1] == tokenizer.eos_token_id
+    assert (ids[0, mask[0].sum() :] == tokenizer.pad_token_id).all()
     assert ids[1, -1] == tokenizer.eos_token_id and too_long == 1
 
 
