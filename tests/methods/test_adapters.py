@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 
-from helpers.config.options import AdapterOptions, EmaOptions
+from helpers.config.options import AdapterOptions, EmaOptions, OptimizerOptions
 from helpers.errors import ConfigError
 from helpers.families.sdxl import SDXL
 from helpers.methods.lora import Lora
 from helpers.methods.lycoris import Lycoris
 from helpers.protocols import Trainable, TrainingMethod
 from helpers.training.ema import Average
-from helpers.training.optimizers import optimizer_state, restore_optimizer
+from helpers.training.optimizers import NamedOptimizer
 from tests.methods.conftest import QUESTION, ask
 
 Elsewhere = Callable[[str, torch.Tensor], str]
@@ -195,20 +195,22 @@ def trained_on(family: SDXL, kind: Options, folder: Path, first: int, last: int)
     torch.manual_seed(first)  # what an adapter begins with is drawn anew in every life, and must not matter
     method = method_of(family, **kind)
     trainable = method.attach(family.load(torch.float32))
-    optimizer = torch.optim.AdamW(trainable.parameters.values(), lr=1e-2, foreach=False)
+    optimizer = NamedOptimizer(OptimizerOptions(optimizer="adamw"), trainable.parameters, 1e-2)
     average = Average(trainable.parameters, EmaOptions())
     if first:
         trainable.put(method.read(trainable, folder))
         average.restore(method.read(trainable, folder, "_ema"))
-        restore_optimizer(optimizer, trainable.parameters, load_file(folder / "optimizer.safetensors"), {})
+        optimizer.restore(load_file(folder / "optimizer.safetensors"), json.loads((folder / "optimizer.json").read_bytes()))
     for step in range(first, last):
         loss(family, trainable, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(1e-2)
+        optimizer.torch_optimizer.zero_grad()
         average.update(step + 1)
     method.save(trainable, folder)
     method.save(trainable, folder, average.shadow, "_ema")
-    save_file(optimizer_state(optimizer, trainable.parameters)[0], folder / "optimizer.safetensors")
+    tensors, values = optimizer.state()
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / "optimizer.json").write_text(json.dumps(values))
     return trainable, average
 
 
