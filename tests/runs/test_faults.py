@@ -73,7 +73,6 @@ def test_a_disk_that_fills_up_while_caching_and_then_while_saving_costs_only_wha
     wait_for(output / "checkpoint-2", process)
     limit_files_of(process, 600_000)  # weights take 440 kB, the optimiser 890 kB
     said, _ = process.communicate(timeout=120)
-    assert "latents 14 needed, 14 cached" in unwrapped(said)
     assert process.returncode == 1, said
     assert "optimizer.safetensors could not be written" in unwrapped(said) and str(output / ".checkpoint-") in unwrapped(said)
     assert "Traceback" not in said
