@@ -37,7 +37,7 @@ ALLOWED = {
 LIGHT = {
     "errors": set(),
     "config": {"pydantic", "json5"},
-    "storage": {"boto3", "botocore", "datasets", "huggingface_hub", "pyarrow", "safetensors"},
+    "storage": {"boto3", "botocore", "datasets", "huggingface_hub", "pyarrow", "safetensors", "urllib3"},
     "ranks": set(),
     "supervisor": set(),
     "launch": {"yaml"},

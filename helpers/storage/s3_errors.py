@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
+from urllib3 import exceptions as urllib3
 
 from helpers.storage.s3_address import S3Address
 
@@ -33,7 +34,8 @@ _PASSING_CODES = (
     *("ServiceUnavailable", "BadDigest", "IncompleteBody", "OperationAborted"),
 )
 _PASSING_STATUS = (408, 425, 429)
-_PASSING_KINDS = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError)
+# urllib3's own come where botocore reads the body of an answer: it wraps them only while it waits for the head.
+_PASSING_KINDS = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError, urllib3.HTTPError)
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError)
 
 
@@ -97,7 +99,7 @@ def _without_an_answer(error: Exception) -> str:
         return f"no secure connection could be made ({_cause(error)}); check aws_endpoint_url and the machine's certificates"
     if isinstance(error, boto.ConnectTimeoutError):
         return "no connection within the time allowed; check aws_endpoint_url and the network"
-    if isinstance(error, boto.ReadTimeoutError):
+    if isinstance(error, (boto.ReadTimeoutError, urllib3.ReadTimeoutError)):
         return "the store fell silent"
     if isinstance(error, boto.EndpointConnectionError):
         cause = str(error)
@@ -106,7 +108,7 @@ def _without_an_answer(error: Exception) -> str:
         if "refused" in f"{cause} {_chain(error)}":
             return "the connection was refused; check aws_endpoint_url, and that the store is running"
         return "the store cannot be reached; check aws_endpoint_url and the network"
-    if isinstance(error, boto.HTTPClientError):
+    if isinstance(error, (boto.HTTPClientError, urllib3.HTTPError)):
         return "the connection broke off"
     return str(error)
 

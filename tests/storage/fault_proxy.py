@@ -36,7 +36,7 @@ class Request:
 class Rule:
     """`kind` of fault for the next `times` requests that `wants` fits."""
 
-    kind: str  # status, stall, short, corrupt, reset
+    kind: str  # status, hush (a status whose body never comes), stall, short, corrupt, reset
     wants: Callable[[Request], bool] = lambda request: True
     times: float = float("inf")
     status: int = 503
@@ -93,7 +93,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             rule = proxy.rule_for(request)
             if rule is None or rule.kind in ("short", "corrupt"):
                 status, headers, answer = self._ask_the_store(body)
-            elif rule.kind == "status":
+            elif rule.kind in ("status", "hush"):
                 status, headers, answer = rule.status, [("Content-Type", "application/xml")], rule.body
             elif rule.kind == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -106,7 +106,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 return
             if rule is not None and rule.kind == "corrupt" and answer:
                 answer = bytes([answer[0] ^ 0x55]) + answer[1:]
-            self._answer(status, headers, answer, short=rule is not None and rule.kind == "short")
+            self._answer(status, headers, answer, kind=rule.kind if rule is not None else "")
 
         def _ask_the_store(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
             store = http.client.HTTPConnection("127.0.0.1", proxy.upstream, timeout=60)
@@ -119,14 +119,17 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             finally:
                 store.close()
 
-        def _answer(self, status: int, headers: list[tuple[str, str]], answer: bytes, short: bool) -> None:
+        def _answer(self, status: int, headers: list[tuple[str, str]], answer: bytes, kind: str) -> None:
             self.send_response(status)
             if not any(name.lower() == "content-length" for name, _ in headers):
                 headers = [*headers, ("Content-Length", str(len(answer)))]
             for name, value in headers:
                 self.send_header(name, value)
             self.end_headers()
-            if short:
+            if kind == "hush":
+                proxy.leaving.wait(60)
+                self.close_connection = True
+            elif kind == "short":
                 self.wfile.write(answer[: len(answer) // 2])
                 self.close_connection = True
             elif self.command != "HEAD":

@@ -137,7 +137,7 @@ def test_a_header_costs_one_small_request_and_the_rest_comes_as_it_is_read(throu
 # -- what goes wrong and passes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["status", "stall", "short", "corrupt", "reset"])
+@pytest.mark.parametrize("kind", ["status", "hush", "stall", "short", "corrupt", "reset"])
 def test_a_fault_that_passes_costs_time_and_nothing_else(kind: str, through: S3Backend, proxy: FaultProxy) -> None:
     through.write("x", b"0123456789" * 1000)
     rule = proxy.fail(kind, wants=is_get, times=2)
