@@ -13,7 +13,9 @@ from benchmarks.material import write_photographs
 from helpers.families.tiny import SdxlSizes, write_sdxl
 
 STEPS = 240
-MOST_SLOPE = 8.0  # KiB a step: the pools of allocators are still filling
+# KiB a step: the pools of allocators are still filling. Encoding runs ahead of redrawn epochs by more on some steps than on others, some
+# MB to and fro; a run that kept the pictures of its steps would grow by 96.
+MOST_SLOPE = {"behind": 8.0, "redrawn": 40.0}
 
 
 def watch(folder: Path, model: Path, pictures: Path, way: str) -> flat_memory.Watched:
@@ -28,7 +30,7 @@ def test_memory_does_not_grow_with_steps_and_an_epoch_begins_as_any_step(way: st
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:  # what other tests left here would be measured too
         watched = alone.submit(watch, tmp_path / way, model, pictures, way).result()
     assert len(watched.epochs) == STEPS and watched.epochs[-1] >= 19
-    assert watched.slope < MOST_SLOPE
+    assert watched.slope < MOST_SLOPE[way]
     if way != "redrawn":
         assert watched.boundary < 3
 
