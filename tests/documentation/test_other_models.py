@@ -86,20 +86,18 @@ def test_the_quick_starts_for_transformers_train_a_lora_that_their_samples_load(
 
 
 @pytest.mark.slow
-def test_the_commands_and_samples_of_the_refiner_and_of_two_experts_work(
-    quick_start: Followed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reader = quick_start.reader
-    refiner, experts = REFINER.section("The refiner"), REFINER.section("Two experts")
-    output = tmp_path / "refined"
-    command = refiner.block("bash").rstrip() + f" --output_dir={output}\n"
+def test_the_command_and_the_samples_of_the_refiner_work(quick_start: Followed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, output = quick_start.reader, tmp_path / "refined"
+    command = REFINER.block("bash").rstrip() + f" --output_dir={output}\n"
     assert "SDXL refiner, by its model_index.json" in reader.type(command)
-    reader.type(experts.block("bash").replace("expert\n", "expert --cache_dir=experts\n"))
-    monkeypatch.chdir(reader.clone)
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     Image.new("RGB", (64, 64), "gray").save("rex.png")
-    strong = reader.own(refiner.block("python")).replace("strength=0.2", "strength=0.2, num_inference_steps=5")
-    exec(strong.replace(str(quick_start.output), str(output)), names)
+    alone, behind_a_base = (reader.own(block.text) for block in REFINER.blocks("python"))
+    strong = alone.replace("strength=0.2", "strength=0.2, num_inference_steps=5").replace(str(quick_start.output), str(output))
+    exec(strong, names)
     assert names["refiner"].unet.peft_config, "no adapter was loaded"
-    exec(experts.block("python").replace("prompt, ", "prompt, num_inference_steps=5, "), names)
     assert Path("refined.png").stat().st_size > 0
+    before = Path("rex.png").read_bytes()
+    exec(behind_a_base.replace("prompt, ", "prompt, num_inference_steps=5, "), names)
+    assert Path("rex.png").read_bytes() != before
