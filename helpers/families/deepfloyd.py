@@ -99,7 +99,7 @@ class DeepFloyd:
         return {"prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32)}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        answer: Tensor = denoiser(noisy, timesteps, encoder_hidden_states=conditioning["prompt_embeds"]).sample
+        answer: Tensor = denoiser(noisy, timesteps, encoder_hidden_states=_as_weights(conditioning["prompt_embeds"], denoiser)).sample
         return answer[:, : noisy.shape[1]]
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
@@ -198,7 +198,7 @@ class StageTwo(DeepFloyd):
         answer: Tensor = denoiser(
             torch.cat((noisy, conditioning["image"]), dim=1),
             timesteps,
-            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_hidden_states=_as_weights(conditioning["prompt_embeds"], denoiser),
             class_labels=conditioning["image_noise_level"],
         ).sample
         return answer[:, : noisy.shape[1]]
@@ -229,6 +229,11 @@ class FromEmbeddings:
 
     def __call__(self, *, output_type: str, **arguments: Any) -> Any:
         return self.pipeline(output_type="pt", **arguments)
+
+
+def _as_weights(text: Tensor, denoiser: nn.Module) -> Tensor:
+    """Text in the precision of the network's weights: it meets a layer norm first, for which autocast on a CPU does nothing."""
+    return text.to(next(denoiser.parameters()).dtype)
 
 
 def quarter(pixels: Tensor) -> Tensor:

@@ -86,9 +86,10 @@ def family_of(index: Mapping[str, Any]) -> str | None:
 
 def _other(found: Path, index: Mapping[str, Any], asked: str) -> ModelError:
     family = family_of(index)
-    what, wanted = index.get("_class_name"), KINDS[asked]
+    name, wanted = str(index.get("_class_name")), KINDS[asked]
+    what = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     if family is None:
-        return ModelError(f"The model in {found} is a {what}, which cannot be trained here; choose a base model that is {wanted.title}.")
+        return ModelError(f"The model in {found} is {what}, which cannot be trained here; choose a base model that is {wanted.title}.")
     kind = KINDS[family]
     if kind.command == wanted.command:
         remedy = "name another base model"
@@ -96,4 +97,4 @@ def _other(found: Path, index: Mapping[str, Any], asked: str) -> ModelError:
         remedy = f"it is trained by {kind.command} without {wanted.setting}"
     else:
         remedy = f"it is trained by {kind.command}"
-    return ModelError(f"The model in {found} is {kind.title} (a {what}), not {wanted.title}: {remedy}.")
+    return ModelError(f"The model in {found} is {kind.title} ({what}), not {wanted.title}: {remedy}.")

@@ -36,8 +36,9 @@ def write_deepfloyd_2(folder: str | Path, *, seed: int = 0) -> Path:
     more: dict[str, Any] = {"class_embed_type": "timestep", "resnet_skip_time_act": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        parts = _parts()  # first, so that both stages have the same T5
         unet = _unet(sample_size=64, in_channels=6, **more)
-        pipeline = IFSuperResolutionPipeline(**_parts(), unet=unet, image_noising_scheduler=DDPMScheduler(**COSINE))
+        pipeline = IFSuperResolutionPipeline(**parts, unet=unet, image_noising_scheduler=DDPMScheduler(**COSINE))
         pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)
 

@@ -24,6 +24,7 @@ GUIDES = [
     "documentation/LORA.md",
     "documentation/SIGMA.md",
     "documentation/HUNYUAN_DIT.md",
+    "documentation/DEEPFLOYD.md",
     "documentation/DATALOADER.md",
     "documentation/OPTIMIZERS.md",
     "documentation/ARCHITECTURE.md",

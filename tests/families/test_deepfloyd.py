@@ -158,6 +158,16 @@ def test_gradient_checkpointing_changes_no_gradient(deepfloyd: Tried) -> None:
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_mixed_precision_takes_weights_of_either_precision(deepfloyd: Tried, weights: torch.dtype) -> None:
+    losses = []
+    for dtype, mixed in ((torch.float32, False), (weights, True)):
+        denoiser = deepfloyd.family.load(dtype).denoiser
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            losses.append(train.train_step(deepfloyd.family, deepfloyd.objective(), denoiser, deepfloyd.batch(), CPU)[0])
+    assert torch.allclose(*losses, rtol=0.02) and not torch.equal(*losses)
+
+
 # -- stage II ----------------------------------------------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ def test_a_base_model_is_of_the_family_of_its_wrapper_or_of_one_that_shares_it(
         (
             "deepfloyd_1",
             "sd2x",
-            "is DeepFloyd IF, stage I (a IFPipeline), not Stable Diffusion 1 or 2: it is trained by ./train_sd2x.sh with",
+            "is DeepFloyd IF, stage I (an IFPipeline), not Stable Diffusion 1 or 2: it is trained by ./train_sd2x.sh with",
         ),
         ("deepfloyd_2", "deepfloyd_1", "./train_sd2x.sh with MODEL_TYPE='deepfloyd-stage2-lora' or 'deepfloyd-stage2'."),
         ("deepfloyd_1", "deepfloyd_2", "./train_sd2x.sh with MODEL_TYPE='deepfloyd-lora' or 'deepfloyd-full'."),
