@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -86,7 +87,7 @@ class SDXLRefiner:
     prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        """From latents and embeddings to latents, through `image` and `strength`."""
+        """From latents and embeddings to latents."""
         from diffusers import StableDiffusionXLImg2ImgPipeline
 
         from helpers.families.vae import VaeSettings
@@ -100,6 +101,10 @@ class SDXLRefiner:
             requires_aesthetics_score=True,
             add_watermarker=False,
         )
+
+    def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
+        """Of the steps of the whole schedule, the pipeline makes this share: at least one."""
+        return {"image": latents, "strength": strength, "num_inference_steps": max(steps, math.ceil(1 / strength))}
 
     def kohya_name(self, module: str) -> str | None:
         """By diffusers' names: diffusers misreads the original ones of a network of four levels (block 1 for block 10)."""

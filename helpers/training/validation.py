@@ -119,7 +119,7 @@ class Validator:
     """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
 
     A picture begins with noise, or with a picture of the data where `starts` has one for its prompt; then `strength` says how much of
-    the schedule it goes back to. Training is bit-identical whether pictures were made or not.
+    the schedule it goes back to, for families that can. Training is bit-identical whether pictures were made or not.
     """
 
     def __init__(
@@ -189,26 +189,23 @@ class Validator:
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
         start = self.starts.get(prompt)
         text = start.text if start else self.text(prompt.text)
-        tensors = self.family.prompt_arguments(text, negative)
-        shape: dict[str, object] = {
-            "width": size.width,
-            "height": size.height,
-            "num_inference_steps": options.validation_num_inference_steps,
-        }
+        arguments = self.family.prompt_arguments(text, negative)
+        steps = options.validation_num_inference_steps
         if start:
-            tensors["image"] = start.latents.unsqueeze(0)
-            # Of the steps of the whole schedule, this share is made: at least one.
-            steps = max(options.validation_num_inference_steps, math.ceil(1 / self.strength))
-            shape = {"strength": self.strength, "num_inference_steps": steps}
+            arguments |= self.family.begin_with(start.latents.unsqueeze(0), steps, self.strength)
+        else:
+            arguments |= {"width": size.width, "height": size.height, "num_inference_steps": steps}
         seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
         return pipeline(
-            **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in tensors.items()},
-            **shape,
+            **{name: self._on_device(value) for name, value in arguments.items()},
             guidance_scale=options.validation_guidance,
             **({"guidance_rescale": options.validation_guidance_rescale} if options.validation_guidance_rescale else {}),
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
         ).images
+
+    def _on_device(self, value: object) -> object:
+        return value.to(self.runtime.device, torch.float32) if isinstance(value, torch.Tensor) else value
 
     def _path(self, step: int, prompt: Prompt, size: Size, index: int) -> Path:
         number = f"_{index + 1}" if self.options.num_validation_images > 1 else ""

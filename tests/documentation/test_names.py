@@ -27,6 +27,7 @@ GUIDES = [
     "documentation/MIXTURE_OF_EXPERTS.md",
     "documentation/SIGMA.md",
     "documentation/HUNYUAN_DIT.md",
+    "documentation/DEEPFLOYD.md",
     "documentation/DATALOADER.md",
     "documentation/OPTIMIZERS.md",
     "documentation/ARCHITECTURE.md",

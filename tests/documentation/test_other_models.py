@@ -16,6 +16,7 @@ SD3 = Page.named("documentation/QUICKSTART_SD3.md")
 SD2 = Page.named("documentation/QUICKSTART_SD2.md")
 REFINER = Page.named("documentation/REFINER.md")
 SIGMA = Page.named("documentation/SIGMA.md")
+DEEPFLOYD = Page.named("documentation/DEEPFLOYD.md")
 HUNYUAN = Page.named("documentation/HUNYUAN_DIT.md")
 
 
@@ -83,6 +84,30 @@ def test_the_quick_starts_for_transformers_train_a_lora_that_their_samples_load(
     exec(reader.own(page.section("4. ").block("python")), names)
     assert any("lora_A" in name for name, _ in names["pipeline"].transformer.named_parameters()), "no adapter was loaded"
     assert (tmp_path / "rex.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_quick_start_for_deepfloyd_trains_both_stages_which_its_sample_uses_one_after_the_other(
+    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = new_reader(tmp_path, models, "training/pictures", settings="sd21-env.sh")
+    datasets = reader.home / "training" / "multidatabackend_deepfloyd.json"
+    assert f"`/home/user/training/{datasets.name}`" in DEEPFLOYD.text
+    datasets.write_text(reader.own(DEEPFLOYD.section("1. ").block("json")), encoding="utf-8")
+    copy, settings = (block.text for block in DEEPFLOYD.section("2. ").blocks("bash"))
+    reader.type(copy)
+    reader.edit(settings)
+    one, two = (" ".join(reader.type(DEEPFLOYD.section(part).block("bash")).split()) for part in ("3. ", "4. "))
+    assert "DeepFloyd IF stage I ·" in one and "finished 2 steps" in one
+    assert "DeepFloyd IF stage II ·" in two and "finished 2 steps" in two
+    assert "text 5 needed, 5 cached" in two
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    use = reader.own(DEEPFLOYD.section("5. ").block("python"))
+    exec(use.replace("negative_prompt_embeds=without", "negative_prompt_embeds=without, num_inference_steps=2"), names)
+    assert names["first"].unet.peft_config and names["second"].unet.peft_config, "no adapter was loaded"
+    assert names["small"].shape == (1, 3, 16, 16)
+    assert Image.open(tmp_path / "rex.png").size == (64, 64)
 
 
 @pytest.mark.slow
