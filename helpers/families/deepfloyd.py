@@ -167,6 +167,7 @@ class StageTwo(DeepFloyd):
         name="deepfloyd_2",
         title="DeepFloyd IF stage II",
         defaults={**OF_BOTH, "resolution": 256.0, "validation_guidance": 4.0, "validation_num_inference_steps": 50},
+        img2img=True,
         judge=_judge,
     )
     pipeline_class = "IFSuperResolutionPipeline"
