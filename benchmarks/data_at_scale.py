@@ -162,7 +162,7 @@ def start(folder: Path, images: int, trust: bool) -> dict[str, float]:
     next(steps)
     seconds = time.perf_counter() - began
     index = resident() - before
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     kept = json.dumps({"data": data.fingerprint(), "undecodable": data.undecodable, "order": dataclasses.asdict(settings.order)})
     return {"seconds": seconds, "index": index, "state": len(kept), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 

@@ -46,17 +46,19 @@ class Start:
     text: TextTensors
 
 
-def first_pictures(steps: Iterable[Sequence[Batch]], count: int) -> dict[Prompt, Start]:
-    """The first `count` samples of some steps, as prompts with the pictures to begin with; fewer where the data has no more.
+def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) -> dict[Prompt, Start]:
+    """The first samples of some steps, as prompts with the pictures to begin with: so many of each data set, by its id.
 
-    Each step is this process's batches.
+    Fewer where the steps have no more. Each step is this process's batches; no further one is asked for than is needed.
     """
     found: dict[Prompt, Start] = {}
-    seen = set()
-    for batch in itertools.chain.from_iterable(steps):
+    seen: dict[str, set[str]] = {dataset: set() for dataset in counts}
+    batches = itertools.chain.from_iterable(steps)
+    while any(len(seen[dataset]) < count for dataset, count in counts.items()) and (batch := next(batches, None)):
         for index, sample in enumerate(batch.samples):
-            if len(found) < count and (sample.dataset, sample.key) not in seen:
-                seen.add((sample.dataset, sample.key))
+            keys = seen.get(sample.dataset, set())
+            if not batch.stands_in and len(keys) < counts.get(sample.dataset, 0) and sample.key not in keys:
+                keys.add(sample.key)
                 text = {name: tensor[index] for name, tensor in batch.text.items()}
                 found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text)
     return found
@@ -73,10 +75,10 @@ def read_prompts(options: ValidationOptions) -> list[Prompt]:
     return blank + [Prompt(name, text) for name, text in named.items()]
 
 
-def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, refines: bool = False) -> list[str]:
-    """What the pictures of some prompts need of the text encoders; a family that `refines` makes them of captions of the data."""
+def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, from_pictures: bool = False) -> list[str]:
+    """What the pictures of some prompts need of the text encoders, and those that are made under captions of the data."""
     spoken = [prompt.text for prompt in prompts if prompt.text]
-    return [*spoken, options.validation_negative_prompt] if spoken or refines else []
+    return [*spoken, options.validation_negative_prompt] if spoken or from_pictures else []
 
 
 def _library(path: Path) -> dict[str, str]:
@@ -119,7 +121,7 @@ class Validator:
     """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
 
     A picture begins with noise, or with a picture of the data where `starts` has one for its prompt; then `strength` says how much of
-    the schedule it goes back to. Training is bit-identical whether pictures were made or not.
+    the schedule it goes back to, for families that can. Training is bit-identical whether pictures were made or not.
     """
 
     def __init__(
@@ -184,31 +186,29 @@ class Validator:
         options = self.options
         kind = self.objective.samplers[options.validation_noise_scheduler]
         schedule = sampler(kind, self.objective.scheduler_config, self.timestep_spacing)
-        pipeline = self.family.pipeline(trainable.denoiser, schedule)
+        start = self.starts.get(prompt)
+        make = self.family.img2img_pipeline if start and not self.family.refines else self.family.pipeline
+        pipeline = make(trainable.denoiser, schedule)
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
-        start = self.starts.get(prompt)
         text = start.text if start else self.text(prompt.text)
-        tensors = self.family.prompt_arguments(text, negative)
-        shape: dict[str, object] = {
-            "width": size.width,
-            "height": size.height,
-            "num_inference_steps": options.validation_num_inference_steps,
-        }
+        arguments = self.family.prompt_arguments(text, negative)
+        steps = options.validation_num_inference_steps
         if start:
-            tensors["image"] = start.latents.unsqueeze(0)
-            # Of the steps of the whole schedule, this share is made: at least one.
-            steps = max(options.validation_num_inference_steps, math.ceil(1 / self.strength))
-            shape = {"strength": self.strength, "num_inference_steps": steps}
+            arguments |= self.family.begin_with(start.latents.unsqueeze(0), steps, self.strength)
+        else:
+            arguments |= {"width": size.width, "height": size.height, "num_inference_steps": steps}
         seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
         return pipeline(
-            **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in tensors.items()},
-            **shape,
+            **{name: self._on_device(value) for name, value in arguments.items()},
             guidance_scale=options.validation_guidance,
             **({"guidance_rescale": options.validation_guidance_rescale} if options.validation_guidance_rescale else {}),
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
         ).images
+
+    def _on_device(self, value: object) -> object:
+        return value.to(self.runtime.device, torch.float32) if isinstance(value, torch.Tensor) else value
 
     def _path(self, step: int, prompt: Prompt, size: Size, index: int) -> Path:
         number = f"_{index + 1}" if self.options.num_validation_images > 1 else ""
