@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from tests.documentation.pages import ROOT, Page
 
 PAGE = Page.named("documentation/ADDING_A_MODEL.md")
-PIECES = re.findall(r"^`([\w./]+)`[^\n]*:\n\n```(python|diff)\n(.*?)^```$", PAGE.text, re.MULTILINE | re.DOTALL)
+PIECES = re.findall(r"^`([\w./]+)`([^\n]*):\n\n```(python|diff)\n(.*?)^```$", PAGE.text, re.MULTILINE | re.DOTALL)
 CHANGED = ("helpers", "tests")  # the folders that the page writes to
 SPARED = "tests/families/test_handed_over.py"  # it goes through all families: SIMPLETUNER_TEST_LONG=1 runs it here too
 
@@ -32,8 +33,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / path.name).symlink_to(path)
     (folder / "OPTIONS.md").unlink()
     (folder / "OPTIONS.md").touch()
-    for name, language, text in PIECES:
-        put_in(folder / name, language, text)
+    for name, where, language, text in PIECES:
+        put_in(folder / name, language, textwrap.indent(text, "    ") if "in the class" in where else text)
     return folder
 
 
