@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from helpers.training.validation import Prompt, Validator
 
 MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a finite gradient; fp16 first has to find its loss scale
-PICTURES_REFINED = 4  # of the data, for the validation of a model that refines pictures
+PICTURES_OF_THE_DATA = 4  # for the validation of a model that refines pictures, or follows others
 
 
 def main() -> int:
@@ -145,7 +145,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         found.require_same_run(identity)
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
-    settings = data_settings(config, runtime, found, state, accumulation, prompts, family.refines)
+    settings = data_settings(config, runtime, found, state, accumulation, prompts, family.refines or config.model.controlnet)
     data = prepare_data(config.datasets, settings, family, workers(runtime), report)
     if found and (changed := found.changed_data(data.fingerprint(like=found.content["data"]), config.data.accept_changed_data)):
         state.order = OrderStart(state.step, found.content["untouched_epoch"])
@@ -334,7 +334,7 @@ def data_settings(
     state: TrainState,
     accumulation: int,
     prompts: Sequence[Prompt],
-    refines: bool = False,
+    pictures_of_data: bool = False,
 ) -> DataSettings:
     from helpers.data.settings import DataSettings
     from helpers.training.validation import captions_to_encode
@@ -354,7 +354,7 @@ def data_settings(
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
-        extra_captions=captions_to_encode(prompts, config.validation, refines),
+        extra_captions=captions_to_encode(prompts, config.validation, pictures_of_data),
     )
 
 
@@ -368,6 +368,8 @@ def workers(runtime: Runtime) -> Workers:
 def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:
     """What must stay as it is from one life of a run to the next, beside the data: JSON values by the options' names."""
     adapter = dataclasses.asdict(config.adapter) if config.model.model_type == "lora" else {}
+    if config.model.controlnet:
+        adapter = {"controlnet_model_name_or_path": config.model.controlnet_model_name_or_path}
     loss = dataclasses.asdict(config.objective)
     sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
     identity = {
@@ -408,9 +410,13 @@ def make_validator(
     prompts: Sequence[Prompt],
     state: TrainState,
 ) -> Validator:
-    from helpers.training.validation import Validator, first_pictures, parse_sizes
+    from helpers.training.validation import Validator, after_the_first, first_pictures, parse_sizes
 
-    starts = first_pictures(data.steps(0, PICTURES_REFINED), PICTURES_REFINED) if family.refines else {}
+    starts = {}
+    if family.refines or config.model.controlnet:
+        starts = first_pictures(data.steps(0, PICTURES_OF_THE_DATA), PICTURES_OF_THE_DATA)
+    if config.model.controlnet:
+        starts, prompts = after_the_first(starts, prompts), []
     sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.alignment)
     spacing = config.objective.inference_scheduler_timestep_spacing
 

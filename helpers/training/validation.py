@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -18,7 +19,7 @@ from PIL import Image
 from helpers.data.sample import Size
 from helpers.errors import ConfigError
 from helpers.families.samplers import sampler
-from helpers.protocols import ModelFamily, Objective, TextTensors, Trainable, ValidationImage
+from helpers.protocols import ImageCodec, ModelFamily, Objective, TextTensors, Trainable, ValidationImage
 from helpers.storage.atomic import write_file
 from helpers.training.runtime import Runtime, undisturbed
 
@@ -40,14 +41,18 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Start:
-    """A picture of the data that a picture begins with: latents (C, h, w) and what its caption became."""
+    """A picture of the data that a picture is made from, or after whose condition, where it has one.
 
-    latents: torch.Tensor
-    text: TextTensors
+    `text` is what its caption became; None where the prompt's own words count.
+    """
+
+    latents: torch.Tensor  # (C, h, w)
+    text: TextTensors | None
+    condition: torch.Tensor | None = None  # (3, H, W) in [0, 1] or latents (C, h, w)
 
 
 def first_pictures(steps: Iterable[Sequence[Batch]], count: int) -> dict[Prompt, Start]:
-    """The first `count` samples of some steps, as prompts with the pictures to begin with; fewer where the data has no more.
+    """The first `count` samples of some steps, as prompts with the pictures to start from; fewer where the data has no more.
 
     Each step is this process's batches.
     """
@@ -58,8 +63,15 @@ def first_pictures(steps: Iterable[Sequence[Batch]], count: int) -> dict[Prompt,
             if len(found) < count and (sample.dataset, sample.key) not in seen:
                 seen.add((sample.dataset, sample.key))
                 text = {name: tensor[index] for name, tensor in batch.text.items()}
-                found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text)
+                condition = None if batch.condition is None else batch.condition[index]
+                found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text, condition)
     return found
+
+
+def after_the_first(starts: Mapping[Prompt, Start], prompts: Sequence[Prompt]) -> dict[Prompt, Start]:
+    """The same, and before them the user's prompts, each with the condition of the first of these pictures."""
+    first = next(iter(starts.values()))
+    return {**{prompt: dataclasses.replace(first, text=None) for prompt in prompts}, **starts}
 
 
 def read_prompts(options: ValidationOptions) -> list[Prompt]:
@@ -73,10 +85,10 @@ def read_prompts(options: ValidationOptions) -> list[Prompt]:
     return blank + [Prompt(name, text) for name, text in named.items()]
 
 
-def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, refines: bool = False) -> list[str]:
-    """What the pictures of some prompts need of the text encoders; a family that `refines` makes them of captions of the data."""
+def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, from_data: bool = False) -> list[str]:
+    """What the pictures of some prompts need of the text encoders; with `from_data`, some are made of captions of the data."""
     spoken = [prompt.text for prompt in prompts if prompt.text]
-    return [*spoken, options.validation_negative_prompt] if spoken or refines else []
+    return [*spoken, options.validation_negative_prompt] if spoken or from_data else []
 
 
 def _library(path: Path) -> dict[str, str]:
@@ -119,7 +131,8 @@ class Validator:
     """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
 
     A picture begins with noise, or with a picture of the data where `starts` has one for its prompt; then `strength` says how much of
-    the schedule it goes back to. Training is bit-identical whether pictures were made or not.
+    the schedule it goes back to. Where that picture has a condition, it begins with noise and follows the condition, which the file shows
+    to the left of it. Training is bit-identical whether pictures were made or not.
     """
 
     def __init__(
@@ -166,7 +179,8 @@ class Validator:
                 if self.runtime.stop.asked:
                     break
                 path = self._path(step, prompt, size, index)
-                _write_picture(codec.decode(self._latents(trainable, prompt, size, index)), path)
+                picture = codec.decode(self._latents(trainable, prompt, size, index))
+                _write_picture(torch.cat([*self._shown_condition(prompt, codec), picture], dim=-1), path)
                 images.append(ValidationImage(prompt.name, prompt.text or "", path))
         return images
 
@@ -188,27 +202,39 @@ class Validator:
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
         start = self.starts.get(prompt)
-        text = start.text if start else self.text(prompt.text)
+        text = start.text if start and start.text is not None else self.text(prompt.text)
         tensors = self.family.prompt_arguments(text, negative)
         shape: dict[str, object] = {
             "width": size.width,
             "height": size.height,
             "num_inference_steps": options.validation_num_inference_steps,
         }
-        if start:
+        if start and start.condition is not None:
+            condition = start.condition.to(self.runtime.device)
+            tensors[trainable.denoiser.argument] = trainable.denoiser.prepared(condition.unsqueeze(0))
+        elif start:
             tensors["image"] = start.latents.unsqueeze(0)
             # Of the steps of the whole schedule, this share is made: at least one.
             steps = max(options.validation_num_inference_steps, math.ceil(1 / self.strength))
             shape = {"strength": self.strength, "num_inference_steps": steps}
         seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
-        return pipeline(
-            **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in tensors.items()},
-            **shape,
-            guidance_scale=options.validation_guidance,
-            **({"guidance_rescale": options.validation_guidance_rescale} if options.validation_guidance_rescale else {}),
-            generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
-        ).images
+        with self.runtime.accelerator.autocast():  # a network alone does so by itself, one with a ControlNet is asked in two parts
+            return pipeline(
+                **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in tensors.items()},
+                **shape,
+                guidance_scale=options.validation_guidance,
+                **({"guidance_rescale": options.validation_guidance_rescale} if options.validation_guidance_rescale else {}),
+                generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
+            ).images
+
+    def _shown_condition(self, prompt: Prompt, codec: ImageCodec) -> list[torch.Tensor]:
+        """The condition that a picture follows as pixels (1, 3, H, W) in [-1, 1], if it does."""
+        start = self.starts.get(prompt)
+        if start is None or start.condition is None:
+            return []
+        condition = start.condition.unsqueeze(0).cpu()
+        return [condition * 2 - 1 if condition.shape[-2:] != start.latents.shape[-2:] else codec.decode(condition)]
 
     def _path(self, step: int, prompt: Prompt, size: Size, index: int) -> Path:
         number = f"_{index + 1}" if self.options.num_validation_images > 1 else ""
