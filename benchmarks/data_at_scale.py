@@ -159,7 +159,7 @@ def start(folder: Path, images: int, trust: bool) -> dict[str, float]:
     next(steps)
     seconds = time.perf_counter() - began
     index = resident() - before
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     return {"seconds": seconds, "index": index, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -74,9 +75,16 @@ def generate(
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    return ask(pipeline, scenes, steps=steps, guidance=guidance)
+
+
+def ask(pipeline: Any, scenes: Sequence[Scene], *, steps: int = STEPS, guidance: float = GUIDANCE, **more: Any) -> list[Image.Image]:
+    """`generate` with a pipeline that is loaded already; `more` are arguments of the call."""
+    import torch
+
+    pipeline.set_progress_bar_config(disable=True)
     pictures: list[Image.Image] = []
     for start in range(0, len(scenes), 16):
         part = scenes[start : start + 16]
@@ -87,6 +95,7 @@ def generate(
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(start + number) for number in range(len(part))],
+            **more,
         ).images
     return pictures
 

@@ -38,6 +38,7 @@ class Declared:
     not_yet: bool
     later: tuple[str, ...]  # choices that are named but not available yet
     means: tuple[str, str] | None  # (option, value): this switch is another way to say it
+    choices_mean: Mapping[str, Mapping[str, str]]  # choices that are another way to say several options, this one among them
     does_nothing: str  # why an accepted option has no effect
     default_text: str  # the default in words, where it depends on other settings
     aliases: tuple[str, ...]  # other spellings of a key in the dataloader JSON
@@ -64,6 +65,7 @@ def option(
     not_yet: bool = False,
     later: tuple[str, ...] = (),
     means: tuple[str, str] | None = None,
+    choices_mean: Mapping[str, Mapping[str, str]] | None = None,
     does_nothing: str = "",
     default_text: str = "",
     aliases: tuple[str, ...] = (),
@@ -94,6 +96,7 @@ def option(
         not_yet=not_yet,
         later=later,
         means=means,
+        choices_mean=choices_mean or {},
         does_nothing=does_nothing,
         default_text=default_text,
         aliases=aliases,
@@ -126,6 +129,12 @@ class Option(Declared):
         if self.env == ():
             return ()
         return tuple(dict.fromkeys((*(self.env or ()), self.name.upper())))
+
+    def meaning(self, value: Any) -> Mapping[str, str]:
+        """What a value says of options, by their names, where it is another way to say that; else nothing."""
+        if self.means:
+            return dict([self.means]) if value else {}
+        return self.choices_mean.get(value, {}) if self.choices_mean else {}
 
     def parse(self, text: str) -> Any:
         """The value that `text` (from a flag, a variable or a preset) stands for; ValueError says what is wrong with it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 Settings = Mapping[str, object]  # option name -> effective value, before the Config is built
@@ -18,8 +18,7 @@ class Facts:
 
     `defaults` replace declared defaults of options the user did not set; `judge` yields one sentence for every setting that
     this choice refuses, naming the option and the remedy. `options` mean something to this choice, and nothing to those that do not
-    name them too. `objective` is what a family's networks are asked, by its name in the registry; `controlnet` says whether a ControlNet
-    can be trained beside them.
+    name them too. `objective` is what a family's networks are asked, by its name in the registry.
     """
 
     name: str
@@ -27,12 +26,15 @@ class Facts:
     defaults: Settings = field(default_factory=dict)
     options: frozenset[str] = frozenset()
     objective: str = "diffusion"
-    controlnet: bool = False
+    img2img: bool = False  # of a family: its pictures can begin with pictures
+    controlnet: bool = False  # of a family: a ControlNet can be trained beside its networks
     judge: Callable[[Settings], Iterable[str]] = no_objection
 
 
-def refused_by_family(family: Facts, settings: Settings) -> Iterator[str]:
-    """One sentence for every setting that a family refuses."""
+def family_problems(family: Facts, settings: Settings) -> Iterable[str]:
+    """What a family refuses: what its networks or pipelines cannot, and by its own rules."""
+    if settings["validation_using_datasets"] and not family.img2img:
+        yield f"--validation_using_datasets: there is no pipeline of {family.title} that begins with a picture; remove it."
     if settings["controlnet"] and not family.controlnet:
         yield f"--controlnet is not for {family.title}: there is no ControlNet of it to train here. Remove it, or choose another model."
     yield from family.judge(settings)

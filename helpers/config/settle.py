@@ -77,12 +77,15 @@ def _take_defaults(chosen: Chosen, axis: str, choice: Facts) -> None:
 
 
 def take_switches(chosen: Chosen) -> list[str]:
-    """`--use_8bit_adam` and its like set the option they stand for, in place. Returns what contradicts itself."""
+    """`--use_8bit_adam` and its like set the options they stand for, in place. Returns what contradicts itself."""
     problems: list[str] = []
     for item in OPTIONS.values():
-        if item.means and chosen[item.name].value:
-            target, value = item.means
-            _imply(chosen, target, value, chosen[item.name], problems)
+        said = chosen[item.name]
+        for target, value in item.meaning(said.value).items():
+            if target == item.name:
+                chosen[target] = Setting(value, said.origin, said.rank)
+            else:
+                _imply(chosen, target, value, said, problems)
     return problems
 
 

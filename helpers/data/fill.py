@@ -77,7 +77,7 @@ class Filled:
         self.waiting_seconds += other.waiting_seconds
 
     def describe(self, needed: int, encoder: str) -> str:
-        """One line, such as `377 needed, 300 cached; 77 encoded in 41 s (1.9/s, limited by the VAE): 70 new, 7 changed image`."""
+        """One line, such as `377 needed, 300 cached; 77 encoded in 41 s (1.9/s, limited by encoding): 70 new, 7 changed image`."""
         line = f"{needed:,} needed, {needed - self.encoded - self.failed:,} cached"
         if not self.encoded:
             return line

@@ -73,7 +73,7 @@ class LatentPhase:
         if not any(self.passes.redrawn):
             self.codec.close()
         self._remember()
-        self.report.chapter("latents", total.describe(len(self.plan), "the VAE"))
+        self.report.chapter("latents", total.describe(len(self.plan), "encoding"))
         failed = self.catalogue.failures()
         for passed in self.present_passes:
             for filler in passed.fillers.values():

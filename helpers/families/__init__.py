@@ -5,6 +5,8 @@ from __future__ import annotations
 from helpers.registry import Registry
 
 FAMILIES: Registry = {
+    "deepfloyd_1": "helpers.families.deepfloyd:StageOne",
+    "deepfloyd_2": "helpers.families.deepfloyd:StageTwo",
     "hunyuan_dit": "helpers.families.hunyuan_dit:HunyuanDiT",
     "pixart_alpha": "helpers.families.pixart:PixArtAlpha",
     "pixart_sigma": "helpers.families.pixart:PixArtSigma",

@@ -44,8 +44,8 @@ class Checkpoint:
         return cls(name, found, index, options.variant, files.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
 
     def config(self, component: str) -> dict[str, Any]:
-        """How a component is built; the scheduler's is the noise schedule."""
-        return files.read_json(self.folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json"))
+        """How a component is built; a scheduler's is its noise schedule."""
+        return files.read_json(self.folder / component / ("scheduler_config.json" if component.endswith("scheduler") else "config.json"))
 
     def hash_of(self, *components: str) -> str:
         """A hash of the weights and settings of some components."""

@@ -76,9 +76,9 @@ class PixArt:
             yield encoders
 
     def caption_lengths(self) -> CaptionLengths:
-        from helpers.families.pixart_text import PixArtCaptionLengths
+        from helpers.families.t5 import NormalisedLengths
 
-        return PixArtCaptionLengths(self.base, "", self.length)
+        return NormalisedLengths(self.base, "", self.length)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """The empty caption, encoded like any other."""

@@ -10,12 +10,7 @@ from torch import Tensor
 
 from helpers.families import folder
 from helpers.families.checkpoint import Checkpoint
-from helpers.families.t5 import T5CaptionLengths, T5Encoder
-
-
-def normalised(caption: str) -> str:
-    """As the pipelines of diffusers do before they encode: PixArt was trained on captions without capitals."""
-    return caption.lower().strip()
+from helpers.families.t5 import T5Encoder, normalised
 
 
 class PixArtText:
@@ -34,13 +29,6 @@ class PixArtText:
 
     def unload(self) -> None:
         self.t5.unload()
-
-
-class PixArtCaptionLengths(T5CaptionLengths):
-    """Of captions as PixArt reads them."""
-
-    def of(self, captions: Sequence[str]) -> list[int]:
-        return super().of([normalised(caption) for caption in captions])
 
 
 class FromEmbeddings:

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kind:
-    """A family as a base model shows it; `command` is how it is trained. Families of one command stand in for one another."""
+    """A family as a base model shows it, and how it is trained. Families of one command stand in for one another."""
 
     title: str
-    command: str
+    wrapper: str
+    setting: str = ""  # of the env file, that the wrapper trains it with
+
+    @property
+    def command(self) -> str:
+        return f"{self.wrapper} with {self.setting}" if self.setting else self.wrapper
 
 
 KINDS: Mapping[str, Kind] = {  # by the names of the families registry; those that it lacks yet are told apart all the same
@@ -26,10 +31,11 @@ KINDS: Mapping[str, Kind] = {  # by the names of the families registry; those th
     "sdxl": Kind("SDXL", "./train_sdxl.sh"),
     "sdxl_refiner": Kind("the SDXL refiner", "./train_sdxl.sh"),
     "sd3": Kind("Stable Diffusion 3", "./train_sd3.sh"),
-    "pixart_sigma": Kind("PixArt Sigma", "./train_sdxl.sh with PIXART_SIGMA='true'"),
-    "pixart_alpha": Kind("PixArt Alpha", "./train_sdxl.sh with PIXART_ALPHA='true'"),
-    "hunyuan_dit": Kind("Hunyuan-DiT", "./train_sdxl.sh with HUNYUAN_DIT='true'"),
-    "deepfloyd": Kind("DeepFloyd IF", "./train_sd2x.sh with MODEL_TYPE='deepfloyd-lora'"),
+    "pixart_sigma": Kind("PixArt Sigma", "./train_sdxl.sh", "PIXART_SIGMA='true'"),
+    "pixart_alpha": Kind("PixArt Alpha", "./train_sdxl.sh", "PIXART_ALPHA='true'"),
+    "hunyuan_dit": Kind("Hunyuan-DiT", "./train_sdxl.sh", "HUNYUAN_DIT='true'"),
+    "deepfloyd_1": Kind("DeepFloyd IF, stage I", "./train_sd2x.sh", "MODEL_TYPE='deepfloyd-lora' or 'deepfloyd-full'"),
+    "deepfloyd_2": Kind("DeepFloyd IF, stage II", "./train_sd2x.sh", "MODEL_TYPE='deepfloyd-stage2-lora' or 'deepfloyd-stage2'"),
 }
 FAMILY_OF_PIPELINE: Mapping[str, str] = {
     "StableDiffusionPipeline": "sd2x",
@@ -40,8 +46,8 @@ FAMILY_OF_PIPELINE: Mapping[str, str] = {
     "PixArtSigmaPipeline": "pixart_sigma",
     "PixArtAlphaPipeline": "pixart_alpha",
     "HunyuanDiTPipeline": "hunyuan_dit",
-    "IFPipeline": "deepfloyd",
-    "IFSuperResolutionPipeline": "deepfloyd",
+    "IFPipeline": "deepfloyd_1",
+    "IFSuperResolutionPipeline": "deepfloyd_2",
 }
 
 
@@ -80,8 +86,15 @@ def family_of(index: Mapping[str, Any]) -> str | None:
 
 def _other(found: Path, index: Mapping[str, Any], asked: str) -> ModelError:
     family = family_of(index)
-    what, wanted = index.get("_class_name"), KINDS[asked].title
+    name, wanted = str(index.get("_class_name")), KINDS[asked]
+    what = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     if family is None:
-        return ModelError(f"The model in {found} is a {what}, which cannot be trained here; choose a base model that is {wanted}.")
-    remedy = "name another base model" if KINDS[family].command == KINDS[asked].command else f"it is trained by {KINDS[family].command}"
-    return ModelError(f"The model in {found} is {KINDS[family].title} (a {what}), not {wanted}: {remedy}.")
+        return ModelError(f"The model in {found} is {what}, which cannot be trained here; choose a base model that is {wanted.title}.")
+    kind = KINDS[family]
+    if kind.command == wanted.command:
+        remedy = "name another base model"
+    elif kind.command == wanted.wrapper:
+        remedy = f"it is trained by {kind.command} without {wanted.setting}"
+    else:
+        remedy = f"it is trained by {kind.command}"
+    return ModelError(f"The model in {found} is {kind.title} ({what}), not {wanted.title}: {remedy}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
-from helpers.families import condition, sdxl_inputs, unet_lora
+from helpers.families import condition, img2img, sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
 from helpers.families.unet import controlnet_start, load_unet, unet_and_controlnet
@@ -28,7 +28,7 @@ ENCODERS = ("", "_2")  # suffixes of their folders
 class SDXL:
     """SDXL base: two CLIP encoders, size and crop conditioning, a U-Net on latents of 4 channels at an eighth of the pixels."""
 
-    facts = Facts(name="sdxl", title="SDXL", options=frozenset({"sdxl_original_size"}), controlnet=True)
+    facts = Facts(name="sdxl", title="SDXL", options=frozenset({"sdxl_original_size"}), img2img=True, controlnet=True)
     refines = False
     condition_as_latents = False
     loads_lora = True
@@ -74,6 +74,7 @@ class SDXL:
 
     predict = staticmethod(sdxl_inputs.predict)
     prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
+    begin_with = staticmethod(img2img.begin_with)
 
     def controlnet(self, denoiser: nn.Module) -> Any:
         from helpers.families.controlnet import controlled_unet
@@ -88,6 +89,16 @@ class SDXL:
         networks = unet_and_controlnet(denoiser)
         kind = StableDiffusionXLControlNetPipeline if "controlnet" in networks else StableDiffusionXLPipeline
         return kind(**encoders, **networks, scheduler=sampler, add_watermarker=False)
+
+    def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        from diffusers import StableDiffusionXLImg2ImgPipeline
+
+        from helpers.families.vae import VaeSettings
+
+        absent: Any = None
+        vae: Any = VaeSettings(self.vae.config)
+        encoders = dict.fromkeys(TEXT, absent)
+        return StableDiffusionXLImg2ImgPipeline(vae=vae, **encoders, unet=denoiser, scheduler=sampler, add_watermarker=False)
 
     def kohya_name(self, module: str) -> str | None:
         return unet_lora.kohya_name_of_original(module, self.base.config("unet"))

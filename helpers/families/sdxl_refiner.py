@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
-from helpers.families import sdxl_inputs, unet_lora
+from helpers.families import img2img, sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
 from helpers.families.unet import load_unet
@@ -37,6 +37,7 @@ class SDXLRefiner:
         title="SDXL refiner",
         defaults={"refiner_training": True},
         options=frozenset({"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range"}),
+        img2img=True,
     )
     refines = True
     loads_lora = True
@@ -84,9 +85,10 @@ class SDXLRefiner:
 
     predict = staticmethod(sdxl_inputs.predict)
     prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
+    begin_with = staticmethod(img2img.begin_with)
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        """From latents and embeddings to latents, through `image` and `strength`."""
+        """From latents and embeddings to latents."""
         from diffusers import StableDiffusionXLImg2ImgPipeline
 
         from helpers.families.vae import VaeSettings

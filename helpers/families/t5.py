@@ -64,6 +64,11 @@ class T5Encoder:
         return self._loaded
 
 
+def normalised(caption: str) -> str:
+    """As the pipelines of PixArt and DeepFloyd do before they encode: they were trained on captions without capitals."""
+    return caption.lower().strip()
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer in a folder, of tokenizer.json or of SentencePiece's spiece.model."""
     from transformers import T5TokenizerFast
@@ -92,3 +97,10 @@ class T5CaptionLengths:
 
     def of(self, captions: Sequence[str]) -> list[int]:
         return lengths(load_tokenizer(self.path), captions)
+
+
+class NormalisedLengths(T5CaptionLengths):
+    """Of captions as they are read where they are normalised."""
+
+    def of(self, captions: Sequence[str]) -> list[int]:
+        return super().of([normalised(caption) for caption in captions])

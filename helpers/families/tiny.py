@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
 MINIATURES: registry.Registry = {  # each writes a model into a folder: (folder, seed=) => the folder
+    "deepfloyd_1": "helpers.families.tiny_deepfloyd:write_deepfloyd_1",
+    "deepfloyd_2": "helpers.families.tiny_deepfloyd:write_deepfloyd_2",
     "hunyuan_dit": "helpers.families.tiny_hunyuan:write_hunyuan_dit",
     "hunyuan_dit_11": "helpers.families.tiny_hunyuan:write_hunyuan_dit_11",
     "pixart_alpha": "helpers.families.tiny_pixart:write_pixart_alpha",

@@ -25,10 +25,12 @@ LEARNING_RATE = 1e-5  # of the paper; the declared default is for networks that 
 
 def refusals(settings: Settings) -> Iterator[str]:
     """What cannot be trained or used together with a ControlNet."""
-    if settings["model_type"] != "full":
+    if "lora" in str(settings["model_type"]):
         yield f"--controlnet trains a network of its own, and --model_type={settings['model_type']} an adapter; leave out one of them."
     if settings["freeze_unet_strategy"] == "bitfit":
         yield "--freeze_unet_strategy=bitfit trains biases of the network, which --controlnet leaves as they are; leave out one of them."
+    if settings["validation_using_datasets"]:
+        yield "--validation_using_datasets begins with pictures, and with --controlnet they follow pictures of the data anyway. Remove it."
     if settings["validation_guidance_rescale"]:
         yield "--validation_guidance_rescale is not for --controlnet: the pipelines with a ControlNet cannot rescale. Remove it."
 

@@ -41,7 +41,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Start:
-    """A picture of the data that a picture is made from, or after whose condition, where it has one.
+    """A picture of the data that a picture begins with, or whose condition it follows, where it has one.
 
     `text` is what its caption became; None where the prompt's own words count.
     """
@@ -51,17 +51,19 @@ class Start:
     condition: torch.Tensor | None = None  # (3, H, W) in [0, 1] or latents (C, h, w)
 
 
-def first_pictures(steps: Iterable[Sequence[Batch]], count: int) -> dict[Prompt, Start]:
-    """The first `count` samples of some steps, as prompts with the pictures to start from; fewer where the data has no more.
+def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) -> dict[Prompt, Start]:
+    """The first samples of some steps, as prompts with the pictures to begin with: so many of each data set, by its id.
 
-    Each step is this process's batches.
+    Fewer where the steps have no more. Each step is this process's batches; no further one is asked for than is needed.
     """
     found: dict[Prompt, Start] = {}
-    seen = set()
-    for batch in itertools.chain.from_iterable(steps):
+    seen: dict[str, set[str]] = {dataset: set() for dataset in counts}
+    batches = itertools.chain.from_iterable(steps)
+    while any(len(seen[dataset]) < count for dataset, count in counts.items()) and (batch := next(batches, None)):
         for index, sample in enumerate(batch.samples):
-            if len(found) < count and (sample.dataset, sample.key) not in seen:
-                seen.add((sample.dataset, sample.key))
+            keys = seen.get(sample.dataset, set())
+            if not batch.stands_in and len(keys) < counts.get(sample.dataset, 0) and sample.key not in keys:
+                keys.add(sample.key)
                 text = {name: tensor[index] for name, tensor in batch.text.items()}
                 condition = None if batch.condition is None else batch.condition[index]
                 found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text, condition)
@@ -69,9 +71,9 @@ def first_pictures(steps: Iterable[Sequence[Batch]], count: int) -> dict[Prompt,
 
 
 def after_the_first(starts: Mapping[Prompt, Start], prompts: Sequence[Prompt]) -> dict[Prompt, Start]:
-    """The same, and before them the user's prompts, each with the condition of the first of these pictures."""
-    first = next(iter(starts.values()))
-    return {**{prompt: dataclasses.replace(first, text=None) for prompt in prompts}, **starts}
+    """The same, and before them the user's prompts, each with the condition of the first of these pictures; none where there is none."""
+    first = [dataclasses.replace(start, text=None) for start in starts.values()][:1]
+    return {**{prompt: start for prompt in prompts for start in first}, **starts}
 
 
 def read_prompts(options: ValidationOptions) -> list[Prompt]:
@@ -85,10 +87,10 @@ def read_prompts(options: ValidationOptions) -> list[Prompt]:
     return blank + [Prompt(name, text) for name, text in named.items()]
 
 
-def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, from_data: bool = False) -> list[str]:
-    """What the pictures of some prompts need of the text encoders; with `from_data`, some are made of captions of the data."""
+def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, from_pictures: bool = False) -> list[str]:
+    """What the pictures of some prompts need of the text encoders, and those that are made under captions of the data."""
     spoken = [prompt.text for prompt in prompts if prompt.text]
-    return [*spoken, options.validation_negative_prompt] if spoken or from_data else []
+    return [*spoken, options.validation_negative_prompt] if spoken or from_pictures else []
 
 
 def _library(path: Path) -> dict[str, str]:
@@ -131,8 +133,8 @@ class Validator:
     """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
 
     A picture begins with noise, or with a picture of the data where `starts` has one for its prompt; then `strength` says how much of
-    the schedule it goes back to. Where that picture has a condition, it begins with noise and follows the condition, which the file shows
-    to the left of it. Training is bit-identical whether pictures were made or not.
+    the schedule it goes back to, for families that can. Where that picture has a condition, this one begins with noise and follows the
+    condition, which the file shows to the left of it. Training is bit-identical whether pictures were made or not.
     """
 
     def __init__(
@@ -198,30 +200,26 @@ class Validator:
         options = self.options
         kind = self.objective.samplers[options.validation_noise_scheduler]
         schedule = sampler(kind, self.objective.scheduler_config, self.timestep_spacing)
-        pipeline = self.family.pipeline(trainable.denoiser, schedule)
+        start = self.starts.get(prompt)
+        follows = start is not None and start.condition is not None
+        make = self.family.img2img_pipeline if start and not follows and not self.family.refines else self.family.pipeline
+        pipeline = make(trainable.denoiser, schedule)
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
-        start = self.starts.get(prompt)
         text = start.text if start and start.text is not None else self.text(prompt.text)
-        tensors = self.family.prompt_arguments(text, negative)
-        shape: dict[str, object] = {
-            "width": size.width,
-            "height": size.height,
-            "num_inference_steps": options.validation_num_inference_steps,
-        }
+        arguments = self.family.prompt_arguments(text, negative)
+        steps = options.validation_num_inference_steps
+        if start and start.condition is None:
+            arguments |= self.family.begin_with(start.latents.unsqueeze(0), steps, self.strength)
+        else:
+            arguments |= {"width": size.width, "height": size.height, "num_inference_steps": steps}
         if start and start.condition is not None:
-            condition = start.condition.to(self.runtime.device)
-            tensors[trainable.denoiser.argument] = trainable.denoiser.prepared(condition.unsqueeze(0))
-        elif start:
-            tensors["image"] = start.latents.unsqueeze(0)
-            # Of the steps of the whole schedule, this share is made: at least one.
-            steps = max(options.validation_num_inference_steps, math.ceil(1 / self.strength))
-            shape = {"strength": self.strength, "num_inference_steps": steps}
+            condition = start.condition.unsqueeze(0).to(self.runtime.device)
+            arguments[trainable.denoiser.argument] = trainable.denoiser.prepared(condition)
         seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
         with self.runtime.accelerator.autocast():  # a network alone does so by itself, one with a ControlNet is asked in two parts
             return pipeline(
-                **{name: tensor.to(self.runtime.device, torch.float32) for name, tensor in tensors.items()},
-                **shape,
+                **{name: self._on_device(value) for name, value in arguments.items()},
                 guidance_scale=options.validation_guidance,
                 **({"guidance_rescale": options.validation_guidance_rescale} if options.validation_guidance_rescale else {}),
                 generator=torch.Generator().manual_seed(seed),
@@ -235,6 +233,9 @@ class Validator:
             return []
         condition = start.condition.unsqueeze(0).cpu()
         return [condition * 2 - 1 if condition.shape[-2:] != start.latents.shape[-2:] else codec.decode(condition)]
+
+    def _on_device(self, value: object) -> object:
+        return value.to(self.runtime.device, torch.float32) if isinstance(value, torch.Tensor) else value
 
     def _path(self, step: int, prompt: Prompt, size: Size, index: int) -> Path:
         number = f"_{index + 1}" if self.options.num_validation_images > 1 else ""

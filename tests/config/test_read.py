@@ -148,6 +148,26 @@ def test_a_switch_chooses_another_family_than_the_wrappers(variable: str, family
     assert "remove one" in refuse(MODEL_FAMILY="sd2x", **{variable: "true"})
 
 
+@pytest.mark.parametrize(
+    ("said", "family", "method"),
+    [
+        ("deepfloyd-full", "deepfloyd_1", "full"),
+        ("deepfloyd-lora", "deepfloyd_1", "lora"),
+        ("deepfloyd-stage2", "deepfloyd_2", "full"),
+        ("deepfloyd-stage2-lora", "deepfloyd_2", "lora"),
+    ],
+)
+def test_a_model_type_of_deepfloyd_chooses_stage_and_method(said: str, family: str, method: str, read: Read, refuse: Refuse) -> None:
+    config = read(SIMPLETUNER_FAMILY="sd2x", MODEL_TYPE=said)
+    assert (config.family_name, config.method_name) == (config.model.model_family, config.model.model_type) == (family, method)
+    assert config.origins["model_family"] == config.origins["model_type"] == "MODEL_TYPE"
+    assert read("--model_type=lora", SIMPLETUNER_FAMILY="sd2x", MODEL_TYPE=said).family_name == "sd2x"
+    assert "LORA_RANK" not in "".join(read(MODEL_TYPE=said, LORA_RANK="4").notes) or method == "full"
+    assert f"MODEL_TYPE means model_family={family}, but MODEL_FAMILY says sd2x; remove one." in refuse(
+        MODEL_FAMILY="sd2x", MODEL_TYPE=said
+    )
+
+
 def test_two_switches_contradict_each_other(refuse: Refuse) -> None:
     assert "remove one" in refuse(SIMPLETUNER_FAMILY="sdxl", PIXART_SIGMA="true", PIXART_ALPHA="true")
 

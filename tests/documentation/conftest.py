@@ -23,6 +23,8 @@ REFINER_ON_THE_HUB = "stabilityai/stable-diffusion-xl-refiner-1.0"
 SD3_ON_THE_HUB = "stabilityai/stable-diffusion-3.5-medium"
 SD2_ON_THE_HUB = "stabilityai/stable-diffusion-2-1"
 HUNYUAN_ON_THE_HUB = "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"
+IF_ONE_ON_THE_HUB = "DeepFloyd/IF-I-XL-v1.0"
+IF_TWO_ON_THE_HUB = "DeepFloyd/IF-II-L-v1.0"
 SIGMA_ON_THE_HUB = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
 # What makes the run of a page last seconds.
 SMALL = (
@@ -84,7 +86,7 @@ def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Miniatures in place of the models that the pages name."""
-    from helpers.families import tiny, tiny_hunyuan, tiny_pixart, tiny_sd, tiny_sd3
+    from helpers.families import tiny, tiny_deepfloyd, tiny_hunyuan, tiny_pixart, tiny_sd, tiny_sd3
 
     folder = tmp_path_factory.mktemp("models")
     return {
@@ -93,6 +95,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         SD3_ON_THE_HUB: tiny_sd3.write_sd3(folder / "sd3"),
         SD2_ON_THE_HUB: tiny_sd.write_sd2(folder / "sd2"),
         HUNYUAN_ON_THE_HUB: tiny_hunyuan.write_hunyuan_dit(folder / "hunyuan"),
+        IF_ONE_ON_THE_HUB: tiny_deepfloyd.write_deepfloyd_1(folder / "if_one"),
+        IF_TWO_ON_THE_HUB: tiny_deepfloyd.write_deepfloyd_2(folder / "if_two"),
         SIGMA_ON_THE_HUB: tiny_pixart.write_pixart_sigma(folder / "sigma"),
     }
 

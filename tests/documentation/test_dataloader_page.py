@@ -21,7 +21,7 @@ from helpers.data.targets import ResolutionRule, target_size
 from tests.documentation.pages import ROOT, Page
 
 PAGE = Page.named("documentation/DATALOADER.md")
-PAGES = ("DATALOADER", "QUICKSTART", "QUICKSTART_SD2", "QUICKSTART_SD3", "SIGMA", "HUNYUAN_DIT")
+PAGES = ("DATALOADER", "QUICKSTART", "QUICKSTART_SD2", "QUICKSTART_SD3", "SIGMA", "HUNYUAN_DIT", "DEEPFLOYD", "DREAMBOOTH")
 BLOCKS = [block.text for name in PAGES for block in Page.named(f"documentation/{name}.md").blocks("json", "json5")]
 SAMPLES = [text for text in BLOCKS if text.startswith("[")]  # the others are settings of editors
 

@@ -11,6 +11,7 @@ from helpers.config.options import OPTIONS
 from helpers.config.read import KNOWN_VARIABLES
 from tests.documentation.pages import ROOT, Page
 from toolkit.datasets import class_images
+from toolkit.inference import experts
 
 GUIDES = [
     "README.md",
@@ -22,8 +23,11 @@ GUIDES = [
     "documentation/QUICKSTART_SD3.md",
     "documentation/REFINER.md",
     "documentation/LORA.md",
+    "documentation/DREAMBOOTH.md",
+    "documentation/MIXTURE_OF_EXPERTS.md",
     "documentation/SIGMA.md",
     "documentation/HUNYUAN_DIT.md",
+    "documentation/DEEPFLOYD.md",
     "documentation/DATALOADER.md",
     "documentation/OPTIMIZERS.md",
     "documentation/ARCHITECTURE.md",
@@ -37,6 +41,7 @@ OF_OTHER_PROGRAMS = {
     "hf": {"--repo-type"},
     "tensorboard": {"--logdir"},
     "ubuntu.sh": {"--detect", "--test"},
+    "experts": {flag for action in experts.parser()._actions for flag in action.option_strings},
     "class_images": {flag for action in class_images.parser()._actions for flag in action.option_strings},
 }
 

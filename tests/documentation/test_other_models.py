@@ -16,6 +16,7 @@ SD3 = Page.named("documentation/QUICKSTART_SD3.md")
 SD2 = Page.named("documentation/QUICKSTART_SD2.md")
 REFINER = Page.named("documentation/REFINER.md")
 SIGMA = Page.named("documentation/SIGMA.md")
+DEEPFLOYD = Page.named("documentation/DEEPFLOYD.md")
 HUNYUAN = Page.named("documentation/HUNYUAN_DIT.md")
 
 
@@ -86,20 +87,42 @@ def test_the_quick_starts_for_transformers_train_a_lora_that_their_samples_load(
 
 
 @pytest.mark.slow
-def test_the_commands_and_samples_of_the_refiner_and_of_two_experts_work(
-    quick_start: Followed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_quick_start_for_deepfloyd_trains_both_stages_which_its_sample_uses_one_after_the_other(
+    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = quick_start.reader
-    refiner, experts = REFINER.section("The refiner"), REFINER.section("Two experts")
-    output = tmp_path / "refined"
-    command = refiner.block("bash").rstrip() + f" --output_dir={output}\n"
+    reader = new_reader(tmp_path, models, "training/pictures", settings="sd21-env.sh")
+    datasets = reader.home / "training" / "multidatabackend_deepfloyd.json"
+    assert f"`/home/user/training/{datasets.name}`" in DEEPFLOYD.text
+    datasets.write_text(reader.own(DEEPFLOYD.section("1. ").block("json")), encoding="utf-8")
+    copy, settings = (block.text for block in DEEPFLOYD.section("2. ").blocks("bash"))
+    reader.type(copy)
+    reader.edit(settings)
+    one, two = (" ".join(reader.type(DEEPFLOYD.section(part).block("bash")).split()) for part in ("3. ", "4. "))
+    assert "DeepFloyd IF stage I ·" in one and "finished 2 steps" in one
+    assert "DeepFloyd IF stage II ·" in two and "finished 2 steps" in two
+    assert "text 5 needed, 5 cached" in two
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    use = reader.own(DEEPFLOYD.section("5. ").block("python"))
+    exec(use.replace("negative_prompt_embeds=without", "negative_prompt_embeds=without, num_inference_steps=2"), names)
+    assert names["first"].unet.peft_config and names["second"].unet.peft_config, "no adapter was loaded"
+    assert names["small"].shape == (1, 3, 16, 16)
+    assert Image.open(tmp_path / "rex.png").size == (64, 64)
+
+
+@pytest.mark.slow
+def test_the_command_and_the_samples_of_the_refiner_work(quick_start: Followed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, output = quick_start.reader, tmp_path / "refined"
+    command = REFINER.block("bash").rstrip() + f" --output_dir={output}\n"
     assert "SDXL refiner, by its model_index.json" in reader.type(command)
-    reader.type(experts.block("bash").replace("expert\n", "expert --cache_dir=experts\n"))
-    monkeypatch.chdir(reader.clone)
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     Image.new("RGB", (64, 64), "gray").save("rex.png")
-    strong = reader.own(refiner.block("python")).replace("strength=0.2", "strength=0.2, num_inference_steps=5")
-    exec(strong.replace(str(quick_start.output), str(output)), names)
+    alone, behind_a_base = (reader.own(block.text) for block in REFINER.blocks("python"))
+    strong = alone.replace("strength=0.2", "strength=0.2, num_inference_steps=5").replace(str(quick_start.output), str(output))
+    exec(strong, names)
     assert names["refiner"].unet.peft_config, "no adapter was loaded"
-    exec(experts.block("python").replace("prompt, ", "prompt, num_inference_steps=5, "), names)
     assert Path("refined.png").stat().st_size > 0
+    before = Path("rex.png").read_bytes()
+    exec(behind_a_base.replace("prompt, ", "prompt, num_inference_steps=5, "), names)
+    assert Path("rex.png").read_bytes() != before

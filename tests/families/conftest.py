@@ -24,6 +24,7 @@ from helpers.protocols import ModelFamily, Objective
 CPU = torch.device("cpu")
 CLIP_ALONE = ("sd1", "sd2", "sdxl", "sdxl_refiner")  # miniatures that ask the noise or the velocity of diffusion, and read CLIP
 PEFT_ALONE = ("pixart_sigma", "pixart_alpha", "hunyuan_dit", "hunyuan_dit_11")  # those whose pipelines have no loader for LoRA files
+PIXELS = ("deepfloyd_1", "deepfloyd_2")  # those without a VAE
 CAPTIONS = ("a red circle", "a photo of a cat on the sea", "", "blue square")
 GEOMETRY = Geometry(Size(1920, 1157), Size(1394, 840), top=36, left=25, target=Size(1344, 768))
 

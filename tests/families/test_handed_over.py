@@ -21,7 +21,7 @@ from helpers.families import tiny
 from helpers.methods.full import FullFineTune
 from helpers.methods.lora import Lora
 from helpers.protocols import Trainable
-from tests.families.conftest import CPU, PEFT_ALONE, Tried, family_name, open_family
+from tests.families.conftest import CPU, PEFT_ALONE, PIXELS, Tried, family_name, open_family
 
 LAYOUTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetensors")
 KOHYA = ("sd1", "sd2", "sdxl", "sdxl_refiner")  # miniatures whose LoRA is written in kohya's layout too
@@ -50,8 +50,11 @@ def difference(pipeline, question, answer):
             text = question["prompt_embeds"], question["pooled"]
             given = pipeline.transformer(question["noisy"], *text, question["timesteps"], return_dict=False)[0]
         else:
-            given = pipeline.unet(question["noisy"], question["timesteps"], question["prompt_embeds"], **more).sample
-    return (given - question[answer]).abs().max().item()
+            noisy = question["noisy"]
+            if "image" in question:
+                noisy, more = torch.cat((noisy, question["image"]), dim=1), {"class_labels": question["image_noise_level"]}
+            given = pipeline.unet(noisy, question["timesteps"], question["prompt_embeds"], **more).sample
+    return (given[:, :question[answer].shape[1]] - question[answer]).abs().max().item()  # without a variance
 
 found = {}
 for place in map(pathlib.Path, sys.argv[1:]):
@@ -60,6 +63,8 @@ for place in map(pathlib.Path, sys.argv[1:]):
     seen = {"pipeline": difference(pipeline, question, "answer of full"), "scheduler": dict(pipeline.scheduler.config)}
     pipeline.set_progress_bar_config(disable=True)
     more = {"image": torch.zeros(1, 3, 64, 64), "strength": 1.0} if "Img2Img" in type(pipeline).__name__ else {"width": 64, "height": 64}
+    if "SuperResolution" in type(pipeline).__name__:
+        more["image"] = torch.zeros(1, 3, 16, 16)
     images = pipeline("a red circle", num_inference_steps=2, output_type="pt", **more).images
     seen["image"] = [list(images.shape), images.isfinite().all().item()]
     pipeline = opened((place / "model").read_text())
@@ -98,7 +103,8 @@ def hand_over(tried: Tried, place: Path) -> None:
     full = FullFineTune(AdapterOptions(), tried.family)
     trained = changed(full.attach(tried.family.load(torch.float32)), 0.02)
     schedule = {**tried.family.scheduler_config, **SCHEDULED[tried.family.facts.objective]}
-    full.export(trained, place / "full", {**schedule, "_class_name": tried.objective().samplers["euler"]}, None)
+    sampler = "ddpm" if tried.miniature in PIXELS else "euler"
+    full.export(trained, place / "full", {**schedule, "_class_name": tried.objective().samplers[sampler]}, None)
     options = dataclasses.replace(AdapterOptions(), lora_rank=4, lora_alpha=8.0, lora_targets=everywhere(tried))
     lora = Lora(options, tried.family)
     adapted = changed(lora.attach(tried.family.load(torch.float32)), 0.05)
@@ -139,6 +145,7 @@ def test_a_pipeline_opens_elsewhere_with_the_weights_and_makes_a_picture(name: s
     assert seen["pipeline"] < 1e-5
     assert SCHEDULED["flow" if name in ("sd3", "sd35") else "diffusion"].items() <= seen["scheduler"].items()
     assert seen["image"] == [[1, 3, 64, 64], True]
+    assert seen["scheduler"].get("variance_type", "fixed_small") == "fixed_small"
 
 
 @pytest.mark.slow

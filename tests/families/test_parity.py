@@ -12,8 +12,9 @@ from torch import Tensor
 import train
 from helpers.config.options import ObjectiveOptions
 from helpers.families import clip
+from helpers.families.tiny import MINIATURES
 from helpers.objectives.diffusion import Diffusion
-from tests.families.conftest import CAPTIONS, CLIP_ALONE, CPU, Tried, open_family
+from tests.families.conftest import CAPTIONS, CLIP_ALONE, CPU, PIXELS, Tried, open_family
 
 # What the geometry of the batches means to each family: (height, width) of the file, (top, left), and the target size or the score.
 NUMBERS = {"sdxl": [1157.0, 1920, 36, 25, 768, 1344], "sdxl_refiner": [1157.0, 1920, 36, 25, 7]}
@@ -92,6 +93,7 @@ def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_negative_prompt(tri
     assert all(torch.allclose(dropped[name], expected[name][0], atol=1e-5) for name in expected)
 
 
+@pytest.mark.parametrize("tried", [name for name in MINIATURES if name not in PIXELS], indirect=True)
 def test_latents_are_scaled_means_and_decode_to_what_was_encoded(tried: Tried) -> None:
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     vae: Any = AutoencoderKL.from_pretrained(tried.folder, subfolder="vae")

@@ -22,7 +22,17 @@ def recognised(asked: str, model: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "wrapper"), [("sd1", "sd2x"), ("sd2", "sd2x"), ("sdxl", "sdxl"), ("sdxl_refiner", "sdxl"), ("sd3", "sd3"), ("sd35", "sd3")]
+    ("name", "wrapper"),
+    [
+        ("sd1", "sd2x"),
+        ("sd2", "sd2x"),
+        ("sdxl", "sdxl"),
+        ("sdxl_refiner", "sdxl"),
+        ("sd3", "sd3"),
+        ("sd35", "sd3"),
+        ("deepfloyd_1", "deepfloyd_1"),
+        ("deepfloyd_2", "deepfloyd_2"),
+    ],
 )
 def test_a_base_model_is_of_the_family_of_its_wrapper_or_of_one_that_shares_it(
     name: str, wrapper: str, miniature: Callable[[str], Path]
@@ -39,6 +49,15 @@ def test_a_base_model_is_of_the_family_of_its_wrapper_or_of_one_that_shares_it(
         ("sd2", "sdxl", "it is trained by ./train_sd2x.sh."),
         ("sd3", "sdxl", "is Stable Diffusion 3 (a StableDiffusion3Pipeline), not SDXL: it is trained by ./train_sd3.sh."),
         ("sdxl", "sd3", "is SDXL (a StableDiffusionXLPipeline), not Stable Diffusion 3: it is trained by ./train_sdxl.sh."),
+        (
+            "deepfloyd_1",
+            "sd2x",
+            "is DeepFloyd IF, stage I (an IFPipeline), not Stable Diffusion 1 or 2: it is trained by ./train_sd2x.sh with",
+        ),
+        ("deepfloyd_2", "deepfloyd_1", "./train_sd2x.sh with MODEL_TYPE='deepfloyd-stage2-lora' or 'deepfloyd-stage2'."),
+        ("deepfloyd_1", "deepfloyd_2", "./train_sd2x.sh with MODEL_TYPE='deepfloyd-lora' or 'deepfloyd-full'."),
+        ("sd2", "deepfloyd_1", "not DeepFloyd IF, stage I: it is trained by ./train_sd2x.sh without MODEL_TYPE='deepfloyd-lora' or"),
+        ("sdxl", "deepfloyd_1", "not DeepFloyd IF, stage I: it is trained by ./train_sdxl.sh."),
     ],
 )
 def test_a_base_model_of_another_wrapper_is_refused_with_its_name(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,11 @@ SHORT = {
     "gradient_checkpointing": True,
     "validation_resolution": "64",
 }
+
+
+def weights(folder: Path) -> list[bytes]:
+    """Of what a run handed over."""
+    return [path.read_bytes() for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pipeline/unet/*.safetensors")])]
 
 
 @pytest.fixture
@@ -66,3 +72,34 @@ def test_a_run_through_the_wrapper_trains_resumes_and_hands_over(
         assert "SDXL refiner, by its model_index.json · refiner_training true" in unwrapped(ended.said)
     else:
         assert pictures_made == {"unconditional_64x64.png", "validation_64x64.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "model_type", "made"),
+    [
+        pytest.param("deepfloyd_1", "deepfloyd-full", "pipeline", marks=LONG),
+        pytest.param("deepfloyd_1", "deepfloyd-lora", "pytorch_lora_weights.safetensors", marks=LONG),
+        ("deepfloyd_2", "deepfloyd-stage2", "pipeline"),
+        pytest.param("deepfloyd_2", "deepfloyd-stage2-lora", "pytorch_lora_weights.safetensors", marks=LONG),
+    ],
+)
+def test_a_stage_of_deepfloyd_trains_through_its_wrapper_and_resumes_to_the_bit(
+    name: str, model_type: str, made: str, miniature: Callable[[str], Path], pictures: Path, tmp_path: Path
+) -> None:
+    size = {"resolution": 32, "validation_resolution": "32"}
+    trainer = Trainer(miniature(name), pictures, tmp_path, {**SHORT, "model_type": model_type, **size}, "train_sd2x.sh")
+    trainer.dataloader(resolution=32)
+    undisturbed = trainer.finish("whole")
+    trainer.finish(max_train_steps=1)
+    ended = trainer.finish()
+    assert "going on from checkpoint-1" in ended.said
+    assert ended.losses == undisturbed.losses
+    assert (ended.folder / made).exists() and weights(ended.folder) == weights(undisturbed.folder) != []
+    assert json.loads((ended.folder / "config.json").read_text())["family"] == name
+    pictures_made = {path.name.split("_", 2)[2] for path in (ended.folder / "validation_images").glob("step_2_*.png")}
+    if name == "deepfloyd_2":  # of the data, made smaller and larger again
+        assert {picture.rsplit("_", 1)[0] for picture in pictures_made} == {f"picture_{number}" for number in range(1, 5)}
+        assert "is validated on pictures of the data under their captions" in unwrapped(ended.said)
+    else:
+        assert pictures_made == {"unconditional_32x32.png", "validation_32x32.png"}

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, StorageError, UserError
+from toolkit.pictures import add_sampling, load_pipeline, noise, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,8 @@ def missing(images: ClassImages, folder: Path, number: int) -> list[int]:
 
 def make(images: ClassImages, pipeline: Any, numbers: Sequence[int], batch: int) -> Iterator[tuple[int, Image]]:
     """The pictures of these numbers, `batch` at a time."""
-    import torch
-
-    from helpers.data.draws import seed_of
-
     for start in range(0, len(numbers), batch):
         some = numbers[start : start + batch]
-        # Noise is drawn on the CPU: then a picture starts from the same noise on every device and in every batch.
-        noise = [torch.Generator().manual_seed(seed_of("class image", images.seed, number)) for number in some]
         negative = {"negative_prompt": [images.negative_prompt] * len(some)} if images.negative_prompt else {}
         made = pipeline(
             prompt=[images.prompt] * len(some),
@@ -70,7 +63,7 @@ def make(images: ClassImages, pipeline: Any, numbers: Sequence[int], batch: int)
             height=images.height,
             num_inference_steps=images.steps,
             guidance_scale=images.guidance,
-            generator=noise,
+            generator=[noise("class image", images.seed, number) for number in some],
             **negative,
         ).images
         yield from zip(some, made, strict=True)
@@ -89,37 +82,6 @@ def keep(images: ClassImages, folder: Path, number: int, picture: Image) -> None
     for path, data in ((file.with_suffix(".txt"), images.prompt.encode()), (file, content.getvalue())):
         if not path.exists():
             write_file(path, data)
-
-
-def load_pipeline(model: str, revision: str | None, variant: str | None, dtype: str, device: str) -> Any:
-    """The model's own pipeline of diffusers on a device. ModelError where there is none."""
-    import diffusers
-    import torch
-    import transformers
-
-    from helpers.errors import ModelError
-    from helpers.families.folder import locate
-
-    folder = locate(model, revision, variant)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "bf16" if device != "cuda" or torch.cuda.is_bf16_supported() else "fp16"
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    own = variant if variant and any(folder.rglob(f"*.{variant}*.safetensors")) else None
-    diffusers.utils.logging.disable_progress_bar()  # their bars for files of a second would run through ours
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=kind, variant=own, use_safetensors=True, local_files_only=True
-        )
-        pipeline = pipeline.to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be loaded on {device}: {str(error).strip().splitlines()[0]}") from error
-    if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None  # it answers with black pictures, which would be learnt
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -163,40 +125,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="the base model: a diffusers folder or a hub name"
     )
-    made.add_argument("--prompt", required=True, type=_words, help="what every picture shows, and its caption")
+    made.add_argument("--prompt", required=True, type=words, help="what every picture shows, and its caption")
     made.add_argument("--output_dir", required=True, type=Path, metavar="FOLDER", help="where the pictures go")
-    made.add_argument("--number", type=_positive, default=200, help="of pictures that are to be there in the end (200)")
-    made.add_argument("--size", type=_size, default=(1024, 1024), help="pixels, as 1024 or 1216x832 (1024)")
-    made.add_argument("--seed", type=int, default=42, help="another seed gives other pictures (42)")
-    made.add_argument("--batch", type=_positive, default=4, help="pictures made together; more take more memory (4)")
-    made.add_argument("--steps", type=_positive, default=30, help="of the sampler, for each picture (30)")
-    made.add_argument("--guidance", type=float, default=5.0, help="scale of classifier-free guidance (5)")
-    made.add_argument("--negative_prompt", default="", help="what no picture is to show")
+    add_sampling(made, number=200, what="of pictures that are to be there in the end")
     made.add_argument("--revision", help="of a model on the hub")
     made.add_argument("--variant", help="of the weights, such as fp16")
-    made.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the model (auto: bf16 on a GPU that has it)")
-    made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     return made
-
-
-def _words(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; say what the pictures show")
-    return text.strip()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Width and height in pixels."""
-    edges = text.lower().split("x")
-    if len(edges) > 2 or not all(edge.isdecimal() and int(edge) > 0 and int(edge) % 8 == 0 for edge in edges):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024 or 1216x832, in multiples of 8")
-    return int(edges[0]), int(edges[-1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

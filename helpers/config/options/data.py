@@ -23,7 +23,9 @@ class DataOptions:
     resolution_type: str = option(
         "area", "Unit of all sizes: megapixels (area), or length of the shorter side (pixel).", choices=("area", "pixel")
     )
-    aspect_bucket_alignment: int | None = option(None, "Sides are multiples of this: 64 or 8.", default_text="64; 8 below 0.25 megapixels")
+    aspect_bucket_alignment: int | None = option(
+        None, "Sides are multiples of this: 64 or 8.", default_text="64; 8 below 0.25 megapixels and for DeepFloyd"
+    )
     aspect_bucket_rounding: int | None = option(
         None,
         "Decimals of the aspects in OUTPUT_DIR/aspect_resolution_map-RESOLUTION.json, a file of your own sizes.",

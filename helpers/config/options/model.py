@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.config.declare import option
+
+DEEPFLOYD: Mapping[str, Mapping[str, str]] = {
+    "deepfloyd-full": {"model_family": "deepfloyd_1", "model_type": "full"},
+    "deepfloyd-lora": {"model_family": "deepfloyd_1", "model_type": "lora"},
+    "deepfloyd-stage2": {"model_family": "deepfloyd_2", "model_type": "full"},
+    "deepfloyd-stage2-lora": {"model_family": "deepfloyd_2", "model_type": "lora"},
+}
 
 
 @dataclass(frozen=True)
@@ -17,7 +25,7 @@ class ModelOptions:
         "Kind of network: SDXL and its refiner, told apart by themselves (sdxl), Stable Diffusion 1 and 2 (sd2x), Stable Diffusion 3 (sd3)."
         " The wrappers set it.",
         env="SIMPLETUNER_FAMILY",
-        choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit"),
+        choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit", "deepfloyd_1", "deepfloyd_2"),
     )
     pretrained_model_name_or_path: str = option(
         "",
@@ -32,9 +40,10 @@ class ModelOptions:
     )
     model_type: str = option(
         "full",
-        "Train all weights of the network (full) or an adapter beside them (lora; see --lora_algorithm).",
-        choices=("full", "lora", "deepfloyd-full", "deepfloyd-lora", "deepfloyd-stage2", "deepfloyd-stage2-lora"),
-        later=("deepfloyd-full", "deepfloyd-lora", "deepfloyd-stage2", "deepfloyd-stage2-lora"),
+        "Train all weights of the network (full) or an adapter beside them (lora; see --lora_algorithm). The others say the same of"
+        " DeepFloyd IF, stage I or II, and name the family too.",
+        choices=("full", "lora", *DEEPFLOYD),
+        choices_mean=DEEPFLOYD,
     )
     revision: str | None = option(None, "Revision of the base model on the hub.")
     variant: str | None = option(None, "Variant of the weight files, for example fp16.")

@@ -1,0 +1,252 @@
+"""DeepFloyd IF (DeepFloyd Lab, 2023), stage I and II: a cascade on pixels, after Imagen (Saharia et al., 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from helpers.config.facts import Facts, Settings
+from helpers.families import unet_lora
+from helpers.families.checkpoint import Checkpoint
+from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.families.unet import load_unet
+from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.data.batches import Batch
+
+TOKENS = 77  # that T5 reads of a caption: the pipelines of diffusers leave no choice
+PATCH = 8  # the edges of pictures are multiples of it: stage I halves them three times, and stage II takes a quarter of them
+QUARTER = 4  # how much smaller the picture is that stage II makes larger
+NOISE_LEVEL_OF_SAMPLING = 250  # of 1000: what IFSuperResolutionPipeline adds to that picture unless it is told otherwise
+OF_BOTH: Settings = {"resolution_type": "pixel", "aspect_bucket_alignment": 8, "validation_noise_scheduler": "ddpm"}
+
+
+def _judge(settings: Settings) -> Iterable[str]:
+    if settings["latent_sampling"] == "sample":
+        yield "--latent_sampling=sample draws from a VAE's distribution; DeepFloyd is trained on pixels and has none: leave it at mean."
+    for name, usual in (("pretrained_vae_model_name_or_path", None), ("vae_dtype", "default")):
+        if settings[name] != usual:
+            yield f"--{name} is about a VAE; DeepFloyd is trained on pixels and has none: leave it out."
+    if settings["tokenizer_max_length"] not in (None, TOKENS):
+        yield f"--tokenizer_max_length: the pipelines of DeepFloyd always read {TOKENS} tokens; leave it out."
+    if settings["validation_guidance_rescale"]:
+        yield "--validation_guidance_rescale is not known to the pipelines of DeepFloyd; leave it at 0."
+    if settings["validation_noise_scheduler"] in ("euler", "euler-a"):
+        yield (
+            f"--validation_noise_scheduler={settings['validation_noise_scheduler']} cannot sample DeepFloyd: it scales what the network "
+            "sees, the picture that stage II makes larger too, and keeps no pixel in its range; choose ddpm, ddim or unipc."
+        )
+
+
+class DeepFloyd:
+    """A T5 encoder, and a U-Net on the pixels themselves. The stages below say what differs.
+
+    The network answers with 6 channels: the noise, and a variance between the bounds that its schedule sets (`learned_range`). The variance
+    is not trained, and after training no longer fits; so pictures are sampled, and exported pipelines sample, with the lower bound itself
+    (`fixed_small`). The betas are the checkpoint's, which follow a cosine.
+    """
+
+    facts: ClassVar[Facts]
+    pipeline_class: ClassVar[str]  # of diffusers
+    parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "tokenizer", "scheduler")
+    stage: ClassVar[str]
+    refines: ClassVar[bool]
+
+    latents = LatentSpec(channels=3, downsampling=1, patch=PATCH)
+    loads_lora = True
+    lora_targets = (*unet_lora.ATTENTION, "add_k_proj", "add_v_proj")  # the last two read the text
+
+    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        self.base = Checkpoint.open(self.facts.name, self.parts, options, cache)
+        self.name, self.identity = self.base.name, self.base.hash_of("unet")
+        self.scheduler_config: Mapping[str, Any] = {**self.base.config("scheduler"), "variance_type": "fixed_small"}
+
+    def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
+        from helpers.families.pixels import Pixels
+
+        return nullcontext(Pixels())
+
+    @contextmanager
+    def text_encoders(self, device: torch.device) -> Iterator[TextEncoders]:
+        from helpers.families.deepfloyd_text import DeepFloydText
+        from helpers.families.vae import released
+
+        with released(DeepFloydText(self.base, TOKENS, device), device) as encoders:
+            yield encoders
+
+    def caption_lengths(self) -> CaptionLengths:
+        from helpers.families.t5 import NormalisedLengths
+
+        return NormalisedLengths(self.base, "", TOKENS)
+
+    def unconditional(self, encoders: TextEncoders) -> TextTensors:
+        """The empty caption, encoded like any other."""
+        return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
+
+    def load(self, dtype: torch.dtype) -> Parts:
+        return load_unet(self.base, dtype)
+
+    def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        import torch
+
+        return {"prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32)}
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        answer: Tensor = denoiser(noisy, timesteps, encoder_hidden_states=_as_weights(conditioning["prompt_embeds"], denoiser)).sample
+        return answer[:, : noisy.shape[1]]
+
+    def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        return FromEmbeddings(self._pipeline(denoiser, scheduler=sampler))
+
+    def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
+        return {
+            "prompt_embeds": text["prompt_embeds"].unsqueeze(0),
+            "negative_prompt_embeds": negative["prompt_embeds"].unsqueeze(0),
+        }
+
+    def kohya_name(self, module: str) -> str | None:
+        return None
+
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+        import diffusers
+
+        return unet_lora.read_lora(getattr(diffusers, self.pipeline_class), path, self.base.config("unet"))
+
+    def modelspec(self, kind: str) -> dict[str, str]:
+        edge = trained_edge(self.base, "unet", self.latents.downsampling)
+        version = f"deepfloyd-if-{self.stage}"
+        return modelspec(self.base, f"{version}/{kind}", "https://github.com/deep-floyd/IF", version, edge)
+
+    def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
+        write_pipeline(self.base, {"unet": denoiser_folder}, scheduler_config, target)
+
+    def _pipeline(self, denoiser: nn.Module, **schedulers: Any) -> Any:
+        import diffusers
+
+        absent: Any = None  # from embeddings to pixels
+        others = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "watermarker"), absent)
+        return getattr(diffusers, self.pipeline_class)(unet=denoiser, **others, **schedulers, requires_safety_checker=False)
+
+
+class StageOne(DeepFloyd):
+    """Pictures of 64 pixels from noise."""
+
+    facts = Facts(
+        name="deepfloyd_1",
+        title="DeepFloyd IF stage I",
+        defaults={
+            **OF_BOTH,
+            "resolution": 64.0,
+            # What the pipeline does unless it is told otherwise; stage II likewise.
+            "validation_guidance": 7.0,
+            "validation_num_inference_steps": 100,
+        },
+        judge=_judge,
+    )
+    pipeline_class = "IFPipeline"
+    stage = "i"
+    refines = False
+
+
+class StageTwo(DeepFloyd):
+    """Pictures of 256 pixels from pictures of 64.
+
+    The network is shown the smaller picture beside the noisy one, made larger and with noise of its own, whose level it is told: so it
+    forgives the faults of stage I (Ho et al., 2021, cascaded diffusion models). In training the level is any of the schedule's, all equally
+    likely, as in Imagen; pictures are sampled at NOISE_LEVEL_OF_SAMPLING.
+    """
+
+    facts = Facts(
+        name="deepfloyd_2",
+        title="DeepFloyd IF stage II",
+        defaults={**OF_BOTH, "resolution": 256.0, "validation_guidance": 4.0, "validation_num_inference_steps": 50},
+        img2img=True,
+        judge=_judge,
+    )
+    pipeline_class = "IFSuperResolutionPipeline"
+    parts = (*DeepFloyd.parts, "image_noising_scheduler")
+    stage = "ii"
+    refines = True
+
+    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        super().__init__(options, data, cache)
+        self.identity = self.base.hash_of("unet", "image_noising_scheduler")
+
+    def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """Text, the noisy smaller picture at the size of the larger one, and the level of its noise, integers (B,)."""
+        noising = self._image_noising()
+        total = noising.config.num_train_timesteps
+        levels = (batch.draws.strata("image_noise_level") * total).long().clamp(max=total - 1).to(device)
+        pixels = batch.latents.to(device)
+        noise = batch.draws.normal("image_noise", *pixels.shape[1:]).to(device)
+        shown = enlarged(quarter(pixels), pixels.shape[2], pixels.shape[3])
+        return {
+            **super().conditioning(batch, device),
+            "image": noising.add_noise(shown, noise, levels),
+            "image_noise_level": levels,
+        }
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        import torch
+
+        answer: Tensor = denoiser(
+            torch.cat((noisy, conditioning["image"]), dim=1),
+            timesteps,
+            encoder_hidden_states=_as_weights(conditioning["prompt_embeds"], denoiser),
+            class_labels=conditioning["image_noise_level"],
+        ).sample
+        return answer[:, : noisy.shape[1]]
+
+    def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        return FromEmbeddings(self._pipeline(denoiser, scheduler=sampler, image_noising_scheduler=self._image_noising()))
+
+    def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
+        """A quarter of the picture, to be made as large as it was; noise is all that the larger one begins with, whatever the strength."""
+        height, width = latents.shape[2:]
+        level = {"noise_level": NOISE_LEVEL_OF_SAMPLING}
+        return {"image": quarter(latents), "height": height, "width": width, "num_inference_steps": steps, **level}
+
+    def _image_noising(self) -> Any:
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self.base.config("image_noising_scheduler"))
+
+
+class FromEmbeddings:
+    """A pipeline of DeepFloyd whose answer is pixels (B, 3, H, W) in [-1, 1], as those of other pipelines are latents."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        self.pipeline.set_progress_bar_config(**settings)
+
+    def __call__(self, *, output_type: str, **arguments: Any) -> Any:
+        return self.pipeline(output_type="pt", **arguments)
+
+
+def _as_weights(text: Tensor, denoiser: nn.Module) -> Tensor:
+    """Text in the precision of the network's weights: it meets a layer norm first, for which autocast on a CPU does nothing."""
+    return text.to(next(denoiser.parameters()).dtype)
+
+
+def quarter(pixels: Tensor) -> Tensor:
+    """pixels (B, 3, H, W) in [-1, 1], edges multiples of 4 => (B, 3, H / 4, W / 4) in the same range; bicubic with antialiasing."""
+    from torch.nn.functional import interpolate
+
+    small = [side // QUARTER for side in pixels.shape[2:]]
+    return interpolate(pixels, small, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
+
+
+def enlarged(pixels: Tensor, height: int, width: int) -> Tensor:
+    """pixels (B, 3, h, w) => (B, 3, height, width), as IFSuperResolutionPipeline makes what it shows the network."""
+    from torch.nn.functional import interpolate
+
+    return interpolate(pixels, (height, width), mode="bilinear", align_corners=True)

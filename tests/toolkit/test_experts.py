@@ -1,0 +1,136 @@
+"""Sampling with two experts: which network is asked when, and which runs make a pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
+
+from helpers.choices import known_facts
+from helpers.config.config import Config
+from helpers.config.read import read_config
+from helpers.errors import EXIT_REFUSED, UserError
+from helpers.storage.atomic import write_json
+from toolkit.inference import experts
+from toolkit.inference.experts import Expert
+from toolkit.inference.two_experts import TwoExperts
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "demo" / "model"
+PROMPT = "a red circle on a blue background"
+
+
+class Named(nn.Module):
+    """Answers with its name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.config = {"name": name}
+
+    def forward(self, sample: Any, timestep: Any, told: str = "") -> str:
+        return self.name + told
+
+
+@pytest.mark.parametrize("timestep", [200, 200.5, 999, torch.tensor(200), torch.tensor([999, 999])])
+def test_the_first_answers_from_the_border_on(timestep: Any) -> None:
+    assert TwoExperts(Named("early"), Named("late"), 200)(None, timestep) == "early"
+
+
+@pytest.mark.parametrize("timestep", [0, 199, 199.9, torch.tensor(199), torch.tensor([0, 0])])
+def test_the_second_answers_below_it(timestep: Any) -> None:
+    assert TwoExperts(Named("early"), Named("late"), 200)(None, timestep) == "late"
+
+
+def test_the_timestep_is_found_by_its_name_too_and_all_else_is_passed_on_and_told_by_the_first() -> None:
+    both = TwoExperts(Named("early"), Named("late"), 200)
+    assert both(sample=None, told="!", timestep=3) == "late!"
+    assert both.config == {"name": "early"}
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = both.nothing
+
+
+def other_unet() -> UNet2DConditionModel:
+    """The demo's network, slightly changed."""
+    unet = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet", torch_dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1.1)
+    return unet
+
+
+def test_both_sample_as_the_two_pipelines_of_sdxl_do_one_after_the_other() -> None:
+    """The expected side: diffusers' own hand-over at 80 % of the schedule."""
+    usual: dict[str, Any] = {"num_inference_steps": 10, "output_type": "latent"}
+    first = StableDiffusionXLPipeline.from_pretrained(MODEL, torch_dtype=torch.float32, add_watermarker=False)
+    second = StableDiffusionXLImg2ImgPipeline(**{**first.components, "unet": other_unet()}, add_watermarker=False)
+    begun = first(PROMPT, width=64, height=64, denoising_end=0.8, generator=torch.manual_seed(1), **usual).images
+    expected = second(PROMPT, image=begun, denoising_start=0.8, guidance_scale=5.0, **usual).images
+    alone = first(PROMPT, width=64, height=64, generator=torch.manual_seed(1), **usual).images
+    first.unet = TwoExperts(first.unet, other_unet(), 200)
+    together = first(PROMPT, width=64, height=64, generator=torch.manual_seed(1), **usual).images
+    assert torch.allclose(together, expected, atol=1e-4)
+    assert not torch.allclose(together, alone, atol=1e-2)
+
+
+def settings(*flags: str) -> Config:
+    usual = ("--pretrained_model_name_or_path=someone/model", "--data_backend_config=data.json", "--model_type=full")
+    return read_config([*usual, *flags], {}, known_facts())
+
+
+@pytest.fixture
+def expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A finished run with these flags, in a folder of this name."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    Path("data.json").write_text(json.dumps([{"id": "mine", "instance_data_dir": "images"}]))
+
+    def finished(name: str, *flags: str) -> Path:
+        (tmp_path / name / "pipeline").mkdir(parents=True)
+        write_json(tmp_path / name / "config.json", settings("--refiner_training", *flags).to_json())
+        return tmp_path / name
+
+    return finished
+
+
+INVERTED = "--refiner_training_invert_schedule"
+
+
+def test_the_order_of_the_folders_does_not_matter(expert: Any) -> None:
+    first, second = Expert.open(expert("first", INVERTED)), Expert.open(expert("second"))
+    assert experts.in_order(first, second) == experts.in_order(second, first) == (first, second)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "reason"),
+    [
+        ((), (), "both trained on the end of the schedule"),
+        ((INVERTED,), (INVERTED,), "both trained on the beginning"),
+        ((INVERTED,), ("--refiner_training_strength=0.3",), "has both experts or none"),
+        ((INVERTED,), ("--model_family=sd2x",), "of the family sdxl and .* of sd2x"),
+    ],
+)
+def test_two_that_make_no_schedule_are_refused_with_the_reason(
+    one: tuple[str, ...], other: tuple[str, ...], reason: str, expert: Any
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        experts.in_order(Expert.open(expert("one", *one)), Expert.open(expert("other", *other)))
+
+
+def test_what_is_no_finished_expert_is_refused(expert: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = expert("first", INVERTED)
+    whole = expert("whole")
+    write_json(whole / "config.json", settings().to_json())
+    unfinished = expert("unfinished")
+    (unfinished / "pipeline").rmdir()
+    (tmp_path / "empty").mkdir()
+    told = {"whole": "it is no expert", "unfinished": "let the run come to its end", "empty": "holds no config.json"}
+    for name, reason in told.items():
+        command = [str(first), str(tmp_path / name), "--prompt", "a cat", "--output_dir", "out"]
+        assert experts.main(command) == EXIT_REFUSED
+        assert reason in capsys.readouterr().err

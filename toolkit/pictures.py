@@ -1,0 +1,85 @@
+"""What programs that make pictures have in common: a pipeline of diffusers, the noise of a picture, the arguments of a sampler."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def load_pipeline(model: str, revision: str | None, variant: str | None, dtype: str, device: str, **parts: Any) -> Any:
+    """The model's own pipeline of diffusers on a device, with these `parts` in place of its own. ModelError where there is none."""
+    import diffusers
+    import torch
+    import transformers
+
+    from helpers.errors import ModelError
+    from helpers.families.folder import locate
+
+    folder = locate(model, revision, variant)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "fp32" if device == "cpu" else "bf16" if device != "cuda" or torch.cuda.is_bf16_supported() else "fp16"
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    own = variant if variant and any(folder.rglob(f"*.{variant}*.safetensors")) else None
+    diffusers.utils.logging.disable_progress_bar()  # their bars for files of a second would run through ours
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=kind, variant=own, use_safetensors=True, local_files_only=True, **parts
+        )
+        pipeline = pipeline.to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot be loaded on {device}: {str(error).strip().splitlines()[0]}") from error
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None  # it answers with black pictures, which would be learnt
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(purpose: str, seed: int, number: int) -> torch.Generator:
+    """Of one picture, drawn on the CPU: then it starts from the same noise on every device and in every batch."""
+    import torch
+
+    from helpers.data.draws import seed_of
+
+    return torch.Generator().manual_seed(seed_of(purpose, seed, number))
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, number: int, what: str) -> None:
+    """The arguments that say how pictures are made: `number` of them by default, which are `what`."""
+    parser.add_argument("--number", type=_positive, default=number, help=f"{what} ({number})")
+    parser.add_argument("--size", type=_size, default=(1024, 1024), help="pixels, as 1024 or 1216x832 (1024)")
+    parser.add_argument("--seed", type=int, default=42, help="another seed gives other pictures (42)")
+    parser.add_argument("--steps", type=_positive, default=30, help="of the sampler, for each picture (30)")
+    parser.add_argument("--guidance", type=float, default=5.0, help="scale of classifier-free guidance (5)")
+    parser.add_argument("--negative_prompt", default="", help="what no picture is to show")
+    parser.add_argument("--batch", type=_positive, default=4, help="pictures made together; more take more memory (4)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the model (auto: bf16 on a GPU that has it)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+
+
+def words(text: str) -> str:
+    """A prompt, as an argument."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; say what the pictures show")
+    return text.strip()
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height in pixels."""
+    edges = text.lower().split("x")
+    if len(edges) > 2 or not all(edge.isdecimal() and int(edge) > 0 and int(edge) % 8 == 0 for edge in edges):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024 or 1216x832, in multiples of 8")
+    return int(edges[0]), int(edges[-1])
