@@ -307,7 +307,6 @@ class TrainingData:
         Asking for a step says that this process is through with the one before, and so that every process has asked for that one.
         """
         ahead = self._records.ahead
-        told = False
         epochs: deque[int] = deque(maxlen=2)  # that this process's last two steps began in
         told = False
         for step in batches:
