@@ -23,6 +23,7 @@ from helpers.data.buckets import geometry
 from helpers.data.planning import rules_of
 from helpers.data.sample import Size
 from helpers.data.targets import target_size
+from helpers.errors import Interrupted
 from helpers.families.sdxl import SDXL
 from helpers.launch import plan_launch
 from helpers.training.ema import Average
@@ -260,6 +261,15 @@ def prodigys(setting: str) -> Sight:
         return create_optimizer(options, {"w": nn.Parameter(torch.zeros(1))}, 1.0).param_groups[0][setting]
 
     return see
+
+
+def ends(lab: Lab, flags: Flags) -> object:
+    """How a run does."""
+    try:
+        lab.run(flags)
+    except Interrupted:
+        return "stopped"
+    return "finished"
 
 
 def rates(lab: Lab, flags: Flags) -> object:
