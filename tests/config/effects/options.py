@@ -277,6 +277,7 @@ CHECKPOINTS = {
 
 VALIDATION = {
     "validation_prompt": Effect(picture_bytes, ["a cat", "a dog"]),
+    "validation_prompt_library": Effect(lambda lab, flags: len(picture_names(lab, flags)), {"false": 1, "true": 33}),
     "user_prompt_library": Effect(
         picture_names, {"none": {"validation_64x64"}, "prompts.json": {"cat_64x64", "dog_64x64", "validation_64x64"}}
     ),

@@ -310,7 +310,7 @@ def resumed_from(lab: Lab, flags: Flags) -> object:
 # -- pictures and reports ---------------------------------------------------------------------------------------------------
 
 
-def picture_names(lab: Lab, flags: Flags) -> object:
+def picture_names(lab: Lab, flags: Flags) -> set[str]:
     return {path.stem.split("_", 2)[2] for path in _pictures(lab.run((*PICTURES, *flags)).folder)}
 
 
