@@ -1,7 +1,7 @@
 """What one rank of a pair does for test_engine: a step whose samples are shared unevenly, then one whose loss is not finite on one rank.
 
-Prints gradient norm, loss, learning rate and weights of the first step, and whether the second moved anything; then, for every optimiser, a hash of
-the weights and the state that it has after three steps.
+Prints gradient norm, loss, learning rate and weights of the first step, and whether the second moved anything; then, for every
+optimiser, a hash of the weights and the state that it has after three steps.
 """
 
 from __future__ import annotations
