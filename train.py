@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from helpers.data.settings import DataSettings
     from helpers.data.training_data import TrainingData
     from helpers.data.workers import Workers
-    from helpers.protocols import Corrupted, ModelFamily, Objective, TextTensors, TrainingMethod
+    from helpers.protocols import Corrupted, ModelFamily, Objective, Parts, TextTensors, TrainingMethod
     from helpers.reporting import Reporters
     from helpers.training.checkpoints import Checkpointer, Found
     from helpers.training.learner import Learner
@@ -116,7 +116,6 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.ema import Average
     from helpers.training.engine import Engine
     from helpers.training.learner import Learner
-    from helpers.training.optimizers import try_optimizer
     from helpers.training.schedules import Schedule
     from helpers.training.steps import in_order, sample_rows, step_result, timed
     from helpers.training.validation import read_prompts
@@ -138,7 +137,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if config.run.dataset_report:
         return look_at_data(config, runtime, found, state, accumulation, family, report)
     config = settled(config, runtime, method, state, accumulation)
-    try_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
+    try_on_this_device(config, runtime, method)
 
     identity = run_identity(config, family, objective)
     if found:
@@ -153,7 +152,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
 
     runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
-    trainable = method.attach(family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)))
+    trainable = method.attach(load_network(config, runtime, family, method, report))
     if config.run.gradient_checkpointing:
         trainable.denoiser.enable_gradient_checkpointing()
     total = total_steps(config, data, accumulation * runtime.world_size, state.order)
@@ -298,6 +297,30 @@ def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: Tra
     return config
 
 
+def try_on_this_device(config: Config, runtime: Runtime, method: TrainingMethod) -> None:
+    """Raises ConfigError for what the device or a library cannot do, before hours of caching."""
+    from helpers.training.optimizers import try_optimizer
+
+    try_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
+    if config.run.base_quantization != "none":
+        from helpers.methods.quantised_base import try_quantisation
+
+        dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
+        try_quantisation(config.run.base_quantization, runtime.device, dtype)
+
+
+def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:
+    """The family's network as the base of this run: in the method's precision, its blocks in fewer bits where that is asked for."""
+    parts = family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer))
+    if (kind := config.run.base_quantization) != "none":
+        from helpers.methods.quantised_base import bytes_of, quantise
+
+        before = bytes_of(parts.denoiser)
+        quantise(parts.denoiser, kind, runtime.device)
+        report.chapter("model", f"weights in {kind}: {bytes_of(parts.denoiser) / 2**30:,.2f} GiB instead of {before / 2**30:,.2f}")
+    return parts
+
+
 def join_reporters(config: Config, state: TrainState, total: int, report: Reporters) -> None:
     """From the first step on metrics and trackers are told too; what they hold of later steps than this one is cut off."""
     from helpers.reporting.records import Records
@@ -384,6 +407,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "mixed_precision": config.run.mixed_precision,
         "optimizer": config.optimizer.optimizer,
         "optimizer_args": config.optimizer.optimizer_args,
+        "base_quantization": config.run.base_quantization,
         "use_ema": config.ema.use_ema,
         **adapter,
         **{name: value for name, value in {**loss, **objective.identity}.items() if name not in sampling_only},

@@ -44,7 +44,12 @@ class RunOptions:
         None, "Precision that gradients accumulate in.", choices=("unmodified", "fp32"), not_yet=True, default_text="the weights' own"
     )
     channels_last: bool = option(False, "Channels-last memory layout.", not_yet=True)
-    base_quantization: str = option("none", "Quantise the frozen base model.", choices=("none", "int8", "nf4", "fp8"), not_yet=True)
+    base_quantization: str = option(
+        "none",
+        "Keep the weights of a base model that stands still in 8 bits (int8, fp8) or 4 (nf4), beside adapters of any kind; "
+        "see documentation/MEMORY.md.",
+        choices=("none", "int8", "nf4", "fp8"),
+    )
     offload_param_path: Path | None = option(None, "Folder for DeepSpeed's parameter offload to NVMe.", not_yet=True)
     plan: bool = option(False, "Tell what the run would do, and stop.", env=(), not_yet=True)
     rehearse: bool = option(False, "Go through every stage of the run in small, and stop.", env=(), not_yet=True)

@@ -197,6 +197,7 @@ RUN = {
     ),
     "allow_tf32": Effect(allows_tf32, {"false": {False}, "true": {True}}),
     "accelerator_cache_clear_interval": Effect(cache_clearings, {"1": 3, "2": 1}),
+    "base_quantization": Effect(losses, ["none", "int8", "nf4", "fp8"]),
     "dataset_report": Effect(shown_and_trained, {"false": (True, True), "true": (True, False)}),
 }
 
