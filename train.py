@@ -115,6 +115,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.checkpoints import Checkpointer
     from helpers.training.ema import Average
     from helpers.training.engine import Engine
+    from helpers.training.lean import choose_attention, slim
     from helpers.training.learner import Learner
     from helpers.training.schedules import Schedule
     from helpers.training.steps import in_order, sample_rows, step_result, timed
@@ -153,14 +154,14 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
 
     runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
     trainable = method.attach(load_network(config, runtime, family, method, report))
-    if config.run.gradient_checkpointing:
-        trainable.denoiser.enable_gradient_checkpointing()
+    slim(trainable.denoiser, config.run, family.facts.options)
+    choose_attention(config.run.attention)
     total = total_steps(config, data, accumulation * runtime.world_size, state.order)
     schedule = Schedule.create(config.schedule, total)
     if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
         laid = f"--lr_scheduler={schedule.name} was laid over {planned:,} steps and now is over {total:,}"
         report.chapter("", f"the learning rate bends: {laid}")
-    engine = Engine(runtime, trainable, config.optimizer, schedule)
+    engine = Engine(runtime, trainable, config.optimizer, schedule, config.run.gradient_precision)
     average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
     learner = Learner(method, trainable, engine, average)
     if found:
@@ -201,9 +202,9 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         rows: list[dict[str, Any]] = []
         for number, batch in enumerate(batches):
             runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
-            losses, corrupted = train_step(family, objective, engine.denoiser, batch, runtime.device)
-            last = number == len(batches) - 1
-            engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, last, batch.size)
+            with engine.micro_batch(last=number == len(batches) - 1):
+                losses, corrupted = train_step(family, objective, engine.denoiser, batch, runtime.device)
+                engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, batch.size)
             if config.data.record_samples:
                 rows += sample_rows(state.step + 1, batch, corrupted, losses)
         update = engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
@@ -299,14 +300,17 @@ def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: Tra
 
 def try_on_this_device(config: Config, runtime: Runtime, method: TrainingMethod) -> None:
     """Raises ConfigError for what the device or a library cannot do, before hours of caching."""
+    from helpers.methods.quantised_base import try_quantisation
+    from helpers.training.lean import try_attention, try_compiling
     from helpers.training.optimizers import try_optimizer
 
     try_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
+    dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
     if config.run.base_quantization != "none":
-        from helpers.methods.quantised_base import try_quantisation
-
-        dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
         try_quantisation(config.run.base_quantization, runtime.device, dtype)
+    try_attention(config.run.attention, runtime.device, runtime.dtype)
+    if config.validation.validation_torch_compile:
+        try_compiling("--validation_torch_compile", runtime.device)
 
 
 def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:

@@ -177,11 +177,14 @@ def _launch(chosen: Chosen) -> Iterator[str]:
 
 def _memory(chosen: Chosen) -> Iterator[str]:
     kind = chosen["base_quantization"]
-    if kind.value != "none" and chosen_method(chosen) not in BESIDE_A_FROZEN_BASE:
+    if kind.value != "none" and chosen_method(dict(chosen)) not in BESIDE_A_FROZEN_BASE:
         yield (
             f"{kind.origin}: {kind.value} rounds the weights of a base model that stands still; "
             "use --model_type=lora, or --base_quantization=none."
         )
+    kernel, sliced = chosen["attention"], chosen["unet_attention_slice"]
+    if kernel.value != "auto" and sliced.value:
+        yield f"{sliced.origin}: slices are computed without the kernels that {kernel.origin} chooses among; leave one of them out."
 
 
 def _libraries(chosen: Chosen) -> Iterator[str]:

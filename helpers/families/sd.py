@@ -11,7 +11,7 @@ from helpers.config.facts import Facts
 from helpers.families import unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import load_unet
+from helpers.families.unet import UNET_OPTIONS, load_unet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class StableDiffusion:
     the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
     """
 
-    facts = Facts(name="sd2x", title="Stable Diffusion")
+    facts = Facts(name="sd2x", title="Stable Diffusion", options=UNET_OPTIONS)
     refines = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION

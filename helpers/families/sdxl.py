@@ -11,7 +11,7 @@ from helpers.config.facts import Facts
 from helpers.families import sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import load_unet
+from helpers.families.unet import UNET_OPTIONS, load_unet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ ENCODERS = ("", "_2")  # suffixes of their folders
 class SDXL:
     """SDXL base: two CLIP encoders, size and crop conditioning, a U-Net on latents of 4 channels at an eighth of the pixels."""
 
-    facts = Facts(name="sdxl", title="SDXL", options=frozenset({"sdxl_original_size"}))
+    facts = Facts(name="sdxl", title="SDXL", options=UNET_OPTIONS | {"sdxl_original_size"})
     refines = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION

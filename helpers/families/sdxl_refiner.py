@@ -12,7 +12,7 @@ from helpers.config.facts import Facts
 from helpers.families import sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import load_unet
+from helpers.families.unet import UNET_OPTIONS, load_unet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SDXLRefiner:
         name="sdxl_refiner",
         title="SDXL refiner",
         defaults={"refiner_training": True},
-        options=frozenset({"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range"}),
+        options=UNET_OPTIONS | {"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range"},
     )
     refines = True
     loads_lora = True

@@ -106,7 +106,7 @@ class _Product(torch.autograd.Function):
         return functional.linear(input, layer._full(input.dtype))
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ context.layer._full(gradient.dtype), None
 
 

@@ -39,9 +39,11 @@ class ValidationOptions:
     validation_using_datasets: bool = option(False, "Start from images of the data sets (img2img).", not_yet=True)
     num_eval_images: int = option(4, "Images of each data set for that.", at_least=1, not_yet=True)
     eval_dataset_id: str | None = option(None, "Take them from this data set only.", not_yet=True)
-    validation_torch_compile: bool = option(False, "Compile the pipeline.", not_yet=True)
+    validation_torch_compile: bool = option(
+        False, "Compile the network for the images (torch.compile); worth its minutes where they are many. Training is as before."
+    )
     validation_torch_compile_mode: str = option(
-        "max-autotune", "How it is compiled.", choices=("max-autotune", "reduce-overhead", "default"), not_yet=True
+        "max-autotune", "What is compiled for.", choices=("max-autotune", "reduce-overhead", "default")
     )
 
 
