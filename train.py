@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -23,6 +24,7 @@ from helpers import ranks, registry
 from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.declare import show
+from helpers.config.options import OPTIONS
 from helpers.config.read import read_config
 from helpers.errors import (
     EXIT_FAULT,
@@ -56,10 +58,10 @@ if TYPE_CHECKING:
     from helpers.training.learner import Learner
     from helpers.training.runtime import Runtime
     from helpers.training.state import TrainState
-    from helpers.training.validation import Prompt, Validator
+    from helpers.training.validation import Prompt, Start, Validator
 
 MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a finite gradient; fp16 first has to find its loss scale
-PICTURES_REFINED = 4  # of the data, for the validation of a model that refines pictures
+SEARCHED_STEPS = 64  # of the first epoch, for pictures that validation begins with; what is drawn from later shows fewer of its own
 
 
 def main() -> int:
@@ -130,6 +132,10 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if family.refines:
         report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
         prompts = []
+    from_pictures = family.refines or config.validation.validation_using_datasets
+    for name in ("num_eval_images", "eval_dataset_id"):
+        if not from_pictures and config.values()[name] != OPTIONS[name].default:
+            report.chapter("", f"{config.origins[name]} does nothing while validation_using_datasets is off.")
     gc.freeze()
     gc.enable()
 
@@ -145,7 +151,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         found.require_same_run(identity)
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
-    settings = data_settings(config, runtime, found, state, accumulation, prompts, family.refines)
+    settings = data_settings(config, runtime, found, state, accumulation, prompts, from_pictures)
     data = prepare_data(config.datasets, settings, family, workers(runtime), report)
     if found and (changed := found.changed_data(data.fingerprint(like=found.content["data"]), config.data.accept_changed_data)):
         state.order = OrderStart(state.step, found.content["untouched_epoch"])
@@ -361,7 +367,7 @@ def data_settings(
     state: TrainState,
     accumulation: int,
     prompts: Sequence[Prompt],
-    refines: bool = False,
+    from_pictures: bool = False,
 ) -> DataSettings:
     from helpers.data.settings import DataSettings
     from helpers.training.validation import captions_to_encode
@@ -381,7 +387,7 @@ def data_settings(
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
-        extra_captions=captions_to_encode(prompts, config.validation, refines),
+        extra_captions=captions_to_encode(prompts, config.validation, from_pictures),
     )
 
 
@@ -436,9 +442,9 @@ def make_validator(
     prompts: Sequence[Prompt],
     state: TrainState,
 ) -> Validator:
-    from helpers.training.validation import Validator, first_pictures, parse_sizes
+    from helpers.training.validation import Validator, parse_sizes
 
-    starts = first_pictures(data.steps(0, PICTURES_REFINED), PICTURES_REFINED) if family.refines else {}
+    starts = pictures_of_the_data(config, data) if family.refines or config.validation.validation_using_datasets else {}
     sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.alignment)
     spacing = config.objective.inference_scheduler_timestep_spacing
 
@@ -459,6 +465,19 @@ def make_validator(
         starts,
         config.objective.refiner_training_strength,
     )
+
+
+def pictures_of_the_data(config: Config, data: TrainingData) -> dict[Prompt, Start]:
+    """What validation begins pictures with: the first that are trained of each data set that it may use."""
+    from helpers.training.validation import first_pictures
+
+    options = config.validation
+    used = [dataset.id for dataset in config.datasets if not dataset.disable_validation and options.eval_dataset_id in (None, dataset.id)]
+    samples = data.samples_of_datasets
+    counts = {dataset: min(options.num_eval_images, samples[dataset]) for dataset in used if dataset in samples}
+    searched = max(1, min(SEARCHED_STEPS, int(data.steps_per_epoch)))
+    with contextlib.closing(data.steps(0, searched)) as steps:
+        return first_pictures(steps, counts)
 
 
 def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Path]:

@@ -1,7 +1,7 @@
 """What optimisers cost: time of a step, and memory for a weight.
 
-python -m benchmarks.optimizers                        those with a name of their own
-python -m benchmarks.optimizers soap came              others, by their names
+    python -m benchmarks.optimizers              those with a name of their own
+    python -m benchmarks.optimizers soap came    others, by their names
 
 The tensors are those of a middle-sized U-Net in kind: many small ones (biases, norms), convolutions, matrices. Every optimiser is given
 the same weights and gradients, in the precision it trains in: bfloat16 for adamw_bf16, else float32. Its time is compared with torch's
@@ -107,11 +107,11 @@ def one_by_one(stepping: Stepping) -> Callable[[], float]:
     return milliseconds
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("names", nargs="*", help="optimisers; by default those with a name of their own")
     options.add_argument("--blocks", type=int, default=16, help="of 1.4 M weights in 11 tensors each (default 16)")
-    chosen = options.parse_args(argv)
+    chosen = options.parse_args(arguments)
     warnings.simplefilter("ignore")  # of libraries, about their own code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     names = chosen.names or [name for name in OPTIMIZERS if name != "auto"]
@@ -119,4 +119,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

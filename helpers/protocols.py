@@ -146,12 +146,16 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        """The same for pictures that begin with what `begin_with` says, of families that do so only when asked (`facts.img2img`)."""
+        ...
+
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
         """The pipeline's call arguments for one prompt, each with a batch dimension of 1."""
         ...
 
     def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
-        """Its call arguments for one picture that begins with latents (1, C, h, w), steps among them. Only families that refine have it.
+        """Its call arguments for one picture that begins with latents (1, C, h, w), steps among them (`facts.img2img`).
 
         `strength` is the share of the schedule that such a picture goes back to, in (0, 1].
         """

@@ -180,7 +180,7 @@ class DatasetConfig(Entry):
         one_or_many=True,
         of_type="webdataset",
     )
-    disable_validation: bool = option(False, "Take no validation images from it.", does_nothing="none are taken from data sets yet")
+    disable_validation: bool = option(False, "Begin no validation picture with one of it.")
     preserve_data_backend_cache: bool = option(
         None,
         "Once it was listed, take it to be as it was and do not list it again.",

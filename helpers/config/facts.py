@@ -26,4 +26,12 @@ class Facts:
     defaults: Settings = field(default_factory=dict)
     options: frozenset[str] = frozenset()
     objective: str = "diffusion"
+    img2img: bool = False  # of a family: its pictures can begin with pictures
     judge: Callable[[Settings], Iterable[str]] = no_objection
+
+
+def family_problems(family: Facts, settings: Settings) -> Iterable[str]:
+    """What a family refuses: pictures that begin with pictures where it can make none, and by its own rules."""
+    if settings["validation_using_datasets"] and not family.img2img:
+        yield f"--validation_using_datasets: there is no pipeline of {family.title} that begins with a picture; remove it."
+    yield from family.judge(settings)

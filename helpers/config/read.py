@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from helpers.config.datasets import DataConfig
 from helpers.config.declare import masked, options_of
 from helpers.config.document import help_text
 from helpers.config.env_file import EnvFile, read_env_file
-from helpers.config.facts import Facts
+from helpers.config.facts import Facts, family_problems
 from helpers.config.options import OPTIONS, SECTIONS, VARIABLES, WITHOUT_EFFECT
 from helpers.config.rules import impossible
 from helpers.config.settle import Chosen, chosen_method, settle, take_switches, without_effect
@@ -54,7 +55,8 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
     data = _data(chosen)
     values = {name: setting.value for name, setting in chosen.items()}
     problems += [*data.problems, *impossible(chosen, data)]
-    problems += [sentence for _, choice in choices for sentence in choice.judge(values)]
+    judged = [family_problems(choice, values) if axis == "family" else choice.judge(values) for axis, choice in choices]
+    problems += itertools.chain.from_iterable(judged)
     if problems:
         raise ConfigError(*dict.fromkeys(masked(problem) for problem in problems))
     sections = {

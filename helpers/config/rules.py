@@ -42,7 +42,7 @@ def impossible(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     yield from _files(chosen)
     yield from _folders(chosen, data)
     yield from caches_inside_images(data)
-    yield from _validation(chosen)
+    yield from _validation(chosen, data)
     yield from _reporting(chosen)
     yield from _launch(chosen)
     yield from _memory(chosen)
@@ -153,11 +153,17 @@ def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
                 yield f"{what}: {folder} is inside the images of data set {dataset.id!r} ({images}), which are never written to."
 
 
-def _validation(chosen: Chosen) -> Iterator[str]:
+def _validation(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     sizes = chosen["validation_resolution"]
     for part in (sizes.value or "").split(","):
         if part.strip() and not _SIZE.fullmatch(part.strip()):
             yield f"{sizes.origin}: {part.strip()!r} is not a size; write 1024x768 or 1024 (pixels), or 1.0 (megapixels)."
+    chosen_set, shown = chosen["eval_dataset_id"], [dataset.id for dataset in data.datasets if not dataset.disable_validation]
+    if data.datasets and chosen_set.value is not None and chosen_set.value not in shown:
+        known = f"it can be {', '.join(shown)}" if shown else "all of them have disable_validation"
+        yield f"{chosen_set.origin}: no data set that validation may use has the id {chosen_set.value!r}; {known}."
+    elif data.datasets and chosen["validation_using_datasets"].value and not shown:
+        yield f"{chosen['validation_using_datasets'].origin}: every data set has disable_validation; remove it from one."
 
 
 def _reporting(chosen: Chosen) -> Iterator[str]:

@@ -332,7 +332,10 @@ def refuse_without_images(filler: LatentFiller, failed: Mapping[int, str]) -> No
 
 
 class Writers:
-    """A writer for each cache, begun when it is first needed; leaving the `with` block seals all of them, as a `Writer` does."""
+    """A writer for each cache, begun when it is first needed; leaving the `with` block seals all of them, as a `Writer` does.
+
+    Those of caches that are given up are let go, with what they have not sealed.
+    """
 
     def __init__(self, options: FillOptions) -> None:
         self._options = options
@@ -340,13 +343,17 @@ class Writers:
 
     def of(self, cache: Cache) -> Writer:
         if id(cache) not in self._writers:
+            self._let_go()
             self._writers[id(cache)] = Writer(cache, self._options.rank, self._options.seal_after)
         return self._writers[id(cache)]
 
     def seal(self) -> None:
-        self._writers = {key: writer for key, writer in self._writers.items() if not writer.cache.given_up}
+        self._let_go()
         for writer in self._writers.values():
             writer.seal()
+
+    def _let_go(self) -> None:
+        self._writers = {key: writer for key, writer in self._writers.items() if not writer.cache.given_up}
 
     def __enter__(self) -> Writers:
         return self

@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -264,7 +264,7 @@ class TrainingData:
         """The first epoch of which nothing was trained in the first `steps` steps."""
         return self._steps.order.untouched_epoch(steps, self._steps.micro_batches, order)
 
-    def steps(self, start: int, end: int, order: OrderStart = FROM_THE_BEGINNING) -> Iterator[list[Batch]]:
+    def steps(self, start: int, end: int, order: OrderStart = FROM_THE_BEGINNING) -> Generator[list[Batch], None, None]:
         """For each step from `start` up to but without `end`, this process's batches, one for each round of accumulation.
 
         `order` tells where the order of this data begins, not after `start`. The batches are made ahead in a thread, and latents
@@ -302,7 +302,6 @@ class TrainingData:
         Asking for a step says that this process is through with the one before, and so that every process has asked for that one.
         """
         ahead = self._records.ahead
-        told = False
         epochs: deque[int] = deque(maxlen=2)  # that this process's last two steps began in
         told = False
         for step in batches:
@@ -346,6 +345,13 @@ class TrainingData:
     def unconditional(self) -> TextTensors:
         """What a dropped caption becomes."""
         return dict(self._records.unconditional)
+
+    @property
+    def samples_of_datasets(self) -> dict[str, int]:
+        """How many samples of each data set are trained, by its id."""
+        plan = self._records.plan
+        counts = np.bincount(plan.columns["dataset"], minlength=len(plan.datasets))
+        return dict(zip(plan.datasets, counts.tolist(), strict=True))
 
     @property
     def most_common_shape(self) -> Size:

@@ -180,6 +180,7 @@ class StageTwo(DeepFloyd):
         title="DeepFloyd IF stage II",
         defaults={**OF_BOTH, "resolution": 256.0, "validation_guidance": 4.0, "validation_num_inference_steps": 50},
         options=UNET_OPTIONS,
+        img2img=True,
         judge=_judge,
     )
     pipeline_class = "IFSuperResolutionPipeline"

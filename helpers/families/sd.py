@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.facts import Facts
-from helpers.families import unet_lora
+from helpers.config.facts import Facts, Settings
+from helpers.families import img2img, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
 from helpers.families.unet import UNET_OPTIONS, load_unet
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 ACTIVATION_OF_VERSION_1 = "quick_gelu"  # of CLIP's own text encoder; version 2 has OpenCLIP's, which uses the exact one
 
 
+def _judge(settings: Settings) -> Iterable[str]:
+    if settings["validation_using_datasets"] and settings["validation_guidance_rescale"]:
+        yield (
+            "--validation_using_datasets goes without --validation_guidance_rescale: the pipeline of Stable Diffusion that begins with "
+            "a picture cannot rescale. Remove one of them."
+        )
+
+
 class StableDiffusion:
     """One CLIP encoder, and a U-Net on latents of 4 channels at an eighth of the pixels.
 
@@ -31,7 +39,7 @@ class StableDiffusion:
     the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
     """
 
-    facts = Facts(name="sd2x", title="Stable Diffusion", options=UNET_OPTIONS)
+    facts = Facts(name="sd2x", title="Stable Diffusion", options=UNET_OPTIONS, img2img=True, judge=_judge)
     refines = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
@@ -78,6 +86,18 @@ class StableDiffusion:
         absent: Any = None  # from embeddings to latents: the caller encodes and decodes
         others = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"), absent)
         return StableDiffusionPipeline(**others, unet=denoiser, scheduler=sampler, requires_safety_checker=False)
+
+    begin_with = staticmethod(img2img.begin_with)
+
+    def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        from diffusers import StableDiffusionImg2ImgPipeline
+
+        from helpers.families.vae import VaeSettings
+
+        absent: Any = None
+        others = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"), absent)
+        vae: Any = VaeSettings(self.vae.config)
+        return StableDiffusionImg2ImgPipeline(vae=vae, **others, unet=denoiser, scheduler=sampler, requires_safety_checker=False)
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
         return {

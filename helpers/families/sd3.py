@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
 from helpers.errors import ModelError
-from helpers.families import transformer_lora
+from helpers.families import img2img, transformer_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
@@ -52,6 +52,7 @@ class StableDiffusion3:
         defaults={"aspect_bucket_alignment": 64},
         options=frozenset({"tokenizer_max_length", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift"}),
         objective="flow",
+        img2img=True,
         judge=_judge,
     )
     refines = False
@@ -125,6 +126,21 @@ class StableDiffusion3:
         return StableDiffusion3Pipeline(
             **dict.fromkeys(("vae", *CLIP_FOLDERS, *T5_FOLDERS), absent), transformer=denoiser, scheduler=sampler
         )
+
+    def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        from diffusers import StableDiffusion3Img2ImgPipeline
+
+        from helpers.families.vae import VaeSettings
+
+        absent: Any = None
+        vae: Any = VaeSettings(self.vae.config)
+        encoders = dict.fromkeys((*CLIP_FOLDERS, *T5_FOLDERS), absent)
+        return StableDiffusion3Img2ImgPipeline(vae=vae, **encoders, transformer=denoiser, scheduler=sampler)
+
+    def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
+        """With the size in pixels, or the pipeline takes it to be that of the model's own pictures."""
+        height, width = (side * self.latents.downsampling for side in latents.shape[2:])
+        return {**img2img.begin_with(latents, steps, strength), "height": height, "width": width}
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
         arguments = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
-from helpers.families import sdxl_inputs, unet_lora
+from helpers.families import img2img, sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
 from helpers.families.unet import UNET_OPTIONS, load_unet
@@ -28,7 +28,7 @@ ENCODERS = ("", "_2")  # suffixes of their folders
 class SDXL:
     """SDXL base: two CLIP encoders, size and crop conditioning, a U-Net on latents of 4 channels at an eighth of the pixels."""
 
-    facts = Facts(name="sdxl", title="SDXL", options=UNET_OPTIONS | {"sdxl_original_size"})
+    facts = Facts(name="sdxl", title="SDXL", options=UNET_OPTIONS | {"sdxl_original_size"}, img2img=True)
     refines = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
@@ -72,6 +72,7 @@ class SDXL:
 
     predict = staticmethod(sdxl_inputs.predict)
     prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
+    begin_with = staticmethod(img2img.begin_with)
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         from diffusers import StableDiffusionXLPipeline
@@ -79,6 +80,16 @@ class SDXL:
         absent: Any = None  # from embeddings to latents: the caller encodes and decodes
         encoders = dict.fromkeys(("vae", *TEXT), absent)
         return StableDiffusionXLPipeline(**encoders, unet=denoiser, scheduler=sampler, add_watermarker=False)
+
+    def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        from diffusers import StableDiffusionXLImg2ImgPipeline
+
+        from helpers.families.vae import VaeSettings
+
+        absent: Any = None
+        vae: Any = VaeSettings(self.vae.config)
+        encoders = dict.fromkeys(TEXT, absent)
+        return StableDiffusionXLImg2ImgPipeline(vae=vae, **encoders, unet=denoiser, scheduler=sampler, add_watermarker=False)
 
     def kohya_name(self, module: str) -> str | None:
         return unet_lora.kohya_name_of_original(module, self.base.config("unet"))

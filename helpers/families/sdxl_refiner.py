@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
-from helpers.families import sdxl_inputs, unet_lora
+from helpers.families import img2img, sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
 from helpers.families.unet import UNET_OPTIONS, load_unet
@@ -38,6 +37,7 @@ class SDXLRefiner:
         title="SDXL refiner",
         defaults={"refiner_training": True},
         options=UNET_OPTIONS | {"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range"},
+        img2img=True,
     )
     refines = True
     loads_lora = True
@@ -85,6 +85,7 @@ class SDXLRefiner:
 
     predict = staticmethod(sdxl_inputs.predict)
     prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
+    begin_with = staticmethod(img2img.begin_with)
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         """From latents and embeddings to latents."""
@@ -101,10 +102,6 @@ class SDXLRefiner:
             requires_aesthetics_score=True,
             add_watermarker=False,
         )
-
-    def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
-        """Of the steps of the whole schedule, the pipeline makes this share: at least one."""
-        return {"image": latents, "strength": strength, "num_inference_steps": max(steps, math.ceil(1 / strength))}
 
     def kohya_name(self, module: str) -> str | None:
         """By diffusers' names: diffusers misreads the original ones of a network of four levels (block 1 for block 10)."""

@@ -46,17 +46,19 @@ class Start:
     text: TextTensors
 
 
-def first_pictures(steps: Iterable[Sequence[Batch]], count: int) -> dict[Prompt, Start]:
-    """The first `count` samples of some steps, as prompts with the pictures to begin with; fewer where the data has no more.
+def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) -> dict[Prompt, Start]:
+    """The first samples of some steps, as prompts with the pictures to begin with: so many of each data set, by its id.
 
-    Each step is this process's batches.
+    Fewer where the steps have no more. Each step is this process's batches; no further one is asked for than is needed.
     """
     found: dict[Prompt, Start] = {}
-    seen = set()
-    for batch in itertools.chain.from_iterable(steps):
+    seen: dict[str, set[str]] = {dataset: set() for dataset in counts}
+    batches = itertools.chain.from_iterable(steps)
+    while any(len(seen[dataset]) < count for dataset, count in counts.items()) and (batch := next(batches, None)):
         for index, sample in enumerate(batch.samples):
-            if len(found) < count and (sample.dataset, sample.key) not in seen:
-                seen.add((sample.dataset, sample.key))
+            keys = seen.get(sample.dataset, set())
+            if not batch.stands_in and len(keys) < counts.get(sample.dataset, 0) and sample.key not in keys:
+                keys.add(sample.key)
                 text = {name: tensor[index] for name, tensor in batch.text.items()}
                 found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text)
     return found
@@ -73,10 +75,10 @@ def read_prompts(options: ValidationOptions) -> list[Prompt]:
     return blank + [Prompt(name, text) for name, text in named.items()]
 
 
-def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, refines: bool = False) -> list[str]:
-    """What the pictures of some prompts need of the text encoders; a family that `refines` makes them of captions of the data."""
+def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, from_pictures: bool = False) -> list[str]:
+    """What the pictures of some prompts need of the text encoders, and those that are made under captions of the data."""
     spoken = [prompt.text for prompt in prompts if prompt.text]
-    return [*spoken, options.validation_negative_prompt] if spoken or refines else []
+    return [*spoken, options.validation_negative_prompt] if spoken or from_pictures else []
 
 
 def _library(path: Path) -> dict[str, str]:
@@ -185,10 +187,11 @@ class Validator:
         options = self.options
         kind = self.objective.samplers[options.validation_noise_scheduler]
         schedule = sampler(kind, self.objective.scheduler_config, self.timestep_spacing)
-        pipeline = self.family.pipeline(self._network(trainable), schedule)
+        start = self.starts.get(prompt)
+        make = self.family.img2img_pipeline if start and not self.family.refines else self.family.pipeline
+        pipeline = make(self._network(trainable), schedule)
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
-        start = self.starts.get(prompt)
         text = start.text if start else self.text(prompt.text)
         arguments = self.family.prompt_arguments(text, negative)
         steps = options.validation_num_inference_steps

@@ -20,6 +20,7 @@ from benchmarks import (
     dataset_report,
     header_scan,
     latent_caching,
+    optimizers,
     order_at_scale,
     s3_reading,
     start_up,
@@ -43,6 +44,7 @@ PROGRAMS = (
     dataset_report,
     header_scan,
     latent_caching,
+    optimizers,
     order_at_scale,
     s3_reading,
     start_up,
@@ -182,3 +184,11 @@ def test_a_warm_start_looks_nothing_up_and_its_index_stays_small(tmp_path: Path)
     warm = [data_at_scale.started(tmp_path, 2_000, trust=True) for _ in range(3)]
     assert min(start["seconds"] for start in warm) < 1
     assert min(start["index"] for start in warm) < 20e6
+
+
+def test_optimisers_hold_what_their_kind_holds_and_no_step_is_of_another_order() -> None:
+    found = {figure.name: figure for figure in optimizers.figures(["adamw", "adamw_bf16", "lion"], 1, 2, torch.device("cpu"))}
+    assert found["adamw: state of a weight"].value == pytest.approx(8, rel=0.01)  # two moments in float32
+    assert found["adamw_bf16: state of a weight"].value == pytest.approx(4, rel=0.01)
+    assert found["lion: state of a weight"].value == pytest.approx(4, rel=0.01)
+    assert found["adamw: a step"].ratio < 3 and found["lion: a step"].ratio < 3 and found["adamw_bf16: a step"].ratio < 40

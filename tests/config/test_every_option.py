@@ -29,6 +29,7 @@ SAMPLES = {
     "write_batch_size": "8",
     "init_lora": "data.json",  # read only where a LoRA is trained
     "freeze_encoder_strategy": "before",
+    "eval_dataset_id": "pictures",
 }
 # Other settings that a value needs beside it.
 COMPANIONS = {

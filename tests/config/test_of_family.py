@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -25,6 +26,12 @@ def test_what_it_refuses_is_refused(read: Callable[..., Config]) -> None:
     refuses = Facts("refiner", "the refiner", judge=lambda settings: ["--lora_rank is too small."] if settings["lora_rank"] == 8 else [])
     with pytest.raises(ConfigError, match="too small"):
         read("--lora_rank=8").of_family(refuses)
+
+
+def test_pictures_from_pictures_are_refused_where_the_family_makes_none(read: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match="no pipeline of the refiner that begins with a picture; remove it"):
+        read("--validation_using_datasets").of_family(REFINER)
+    assert read("--validation_using_datasets").of_family(dataclasses.replace(REFINER, img2img=True)).validation.validation_using_datasets
 
 
 def test_a_setting_that_only_another_family_knows_is_named(read: Callable[..., Config]) -> None:

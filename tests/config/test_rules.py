@@ -34,6 +34,7 @@ Refuse = Callable[..., str]
         (("--cache_dir_vae=images/cache",), "--cache_dir_vae: images/cache is inside the images"),
         (("--validation_resolution=512,big",), "--validation_resolution: 'big' is not a size"),
         (("--validation_resolution=0x64",), "'0x64' is not a size"),
+        (("--validation_using_datasets", "--eval_dataset_id=faces"), "has the id 'faces'; it can be pictures."),
         (("--report_to=none,tensorboard",), "none stands alone"),
         (("--training_num_machines=2",), "cannot be below training_num_machines"),
         (("--accelerate_extra_args='",), "--accelerate_extra_args: cannot be split into words"),
@@ -74,3 +75,10 @@ def test_the_sizes_of_each_data_set_are_judged_in_its_own_unit(folder: Path, ref
     entry = {"id": "a", "instance_data_dir": "images", "resolution_type": "pixel"}
     (folder / "data.json").write_text(json.dumps([entry]))
     assert refuse() == "data set 'a', resolution: 1 pixels; did you mean resolution_type area?"
+
+
+def test_validation_is_refused_where_no_data_set_may_be_used_for_it(folder: Path, refuse: Refuse) -> None:
+    entry = {"id": "pictures", "instance_data_dir": "images", "disable_validation": True}
+    (folder / "data.json").write_text(json.dumps([entry]))
+    assert "every data set has disable_validation" in refuse("--validation_using_datasets")
+    assert "all of them have disable_validation" in refuse("--validation_using_datasets", "--eval_dataset_id=pictures")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from helpers.config.aspects import AspectBucket
 from helpers.data.batches import Batch
 from helpers.data.cache import Cache
+from helpers.data.fill import FillOptions
+from helpers.data.latents import Writers
 from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError, StorageError
@@ -310,6 +313,15 @@ def test_two_passes_lie_on_disk_for_a_moment_three_and_those_of_other_runs_stay(
     assert (folder / "of-another-run-epoch-0").exists()
     place.prepare(**REDRAWN, step=data.micro_batches_per_epoch * 4)
     assert sorted(int(path.name.rsplit("-", 1)[1]) for path in folder.glob("epoch-*"))[0] == 4
+
+
+def test_a_pass_that_is_over_is_let_go_when_the_next_begins_also_by_an_encoder_that_never_rests(tmp_path: Path) -> None:
+    over, next_one = Cache(tmp_path / "over"), Cache(tmp_path / "next")
+    with Writers(FillOptions(batch_size=1)) as writers:
+        unsealed = weakref.ref(writers.of(over))
+        over.give_up()
+        assert writers.of(next_one) is writers.of(next_one)
+        assert unsealed() is None
 
 
 def test_the_fingerprint_tells_sets_that_are_redrawn(place: Place) -> None:

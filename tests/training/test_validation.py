@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def batch(*keys: str) -> Batch:
 
 
 def test_pictures_to_begin_with_are_the_first_of_the_data_each_once() -> None:
-    found = first_pictures([[batch("1", "2"), batch("2")], [batch("3", "1", "4")]], 3)
+    found = first_pictures([[batch("1", "2"), batch("2")], [batch("3", "1", "4")]], {"pictures": 3})
     assert [(prompt.name, prompt.text) for prompt in found] == [
         ("picture_1", "caption 1"),
         ("picture_2", "caption 2"),
@@ -85,3 +86,29 @@ def test_pictures_to_begin_with_are_the_first_of_the_data_each_once() -> None:
     ]
     assert [start.latents[0, 0, 0].item() for start in found.values()] == [1, 2, 3]
     assert [start.text["states"][0].item() for start in found.values()] == [1, 2, 3]
+
+
+def of_sets(*datasets: str) -> Batch:
+    """One picture of each, whose key is its place."""
+    keys = [str(number) for number in range(len(datasets))]
+    plain = batch(*keys)
+    samples = tuple(dataclasses.replace(sample, dataset=name) for sample, name in zip(plain.samples, datasets, strict=True))
+    return dataclasses.replace(plain, samples=samples)
+
+
+def test_each_data_set_begins_as_many_pictures_as_it_is_asked_for_and_the_others_none() -> None:
+    found = first_pictures([[of_sets("a", "b", "c", "a", "a", "b")]], {"a": 2, "b": 1})
+    assert [prompt.text for prompt in found] == ["caption 0", "caption 1", "caption 3"]
+
+
+def test_no_more_steps_are_made_than_the_pictures_need_and_what_stands_in_for_a_picture_is_none() -> None:
+    made = []
+
+    def steps() -> Iterator[list[Batch]]:
+        for number in range(5):
+            made.append(number)
+            yield [dataclasses.replace(batch(str(number)), stands_in=number == 0)]
+
+    assert [prompt.text for prompt in first_pictures(steps(), {"pictures": 2})] == ["caption 1", "caption 2"]
+    assert made == [0, 1, 2]
+    assert first_pictures(steps(), {}) == {} and made == [0, 1, 2]

@@ -36,9 +36,13 @@ class ValidationOptions:
     validation_seed: int | None = option(None, "Seed of the images.", at_least=0, at_most=LARGEST_SEED, default_text="--seed")
     validation_randomize: bool = option(False, "Another seed each time.")
     validation_seed_source: str = option("cpu", "Device that draws the noise.", choices=("cpu", "gpu"), later=("gpu",))
-    validation_using_datasets: bool = option(False, "Start from images of the data sets (img2img).", not_yet=True)
-    num_eval_images: int = option(4, "Images of each data set for that.", at_least=1, not_yet=True)
-    eval_dataset_id: str | None = option(None, "Take them from this data set only.", not_yet=True)
+    validation_using_datasets: bool = option(
+        False,
+        "Beside the prompts, make pictures that begin with pictures of the data sets (img2img) under their captions, taken back by"
+        " --refiner_training_strength of the schedule. Models that refine pictures do this always, and make no others.",
+    )
+    num_eval_images: int = option(4, "Pictures of each data set to begin with: the first that are trained.", at_least=1)
+    eval_dataset_id: str | None = option(None, "Take them from the data set with this id only.")
     validation_torch_compile: bool = option(
         False, "Compile the network for the images (torch.compile); worth its minutes where they are many. Training is as before."
     )

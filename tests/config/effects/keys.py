@@ -11,7 +11,17 @@ from helpers.config.options.data import TABLES
 from tests.config.effects.buckets import IMAGE_BUCKET_EFFECTS, TEXT_BUCKET_EFFECTS
 from tests.config.effects.lab import ENTRY, SECOND, Effect, cropped, refusal
 from tests.config.effects.options import OPTION_EFFECTS
-from tests.config.effects.sights import buckets, images_used, losses, new_folders, of_samples, same_cuts_in_two_epochs, steps
+from tests.config.effects.sights import (
+    begun,
+    buckets,
+    images_used,
+    kinds_of_pictures,
+    losses,
+    new_folders,
+    of_samples,
+    same_cuts_in_two_epochs,
+    steps,
+)
 
 ROWS: Mapping[str, Any] = {"id": "pictures", "type": "huggingface", "path": "rows", "split": "images"}
 TARS: Mapping[str, Any] = {"id": "pictures", "type": "webdataset", "urls": "images.tar"}
@@ -136,6 +146,12 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "tag_separator": Effect(of_samples("caption"), [",", ";"], (), of_tags),
     "metadata_backend": Effect(images_used, {"json": 6, "parquet": 5}, (), sized_by_a_table),
     **{kind: Effect(of_samples("caption"), {f"{side}.{kind}": captions(side) for side in SIDES}, (), of_a_table) for kind in TABLES},
+    "disable_validation": Effect(
+        kinds_of_pictures,
+        {"false": {"validation", *begun(8)}, "true": {"validation", *begun(4)}},
+        ("--validation_using_datasets",),
+        lambda key, value: [{**ENTRY, key: value}, SECOND],
+    ),
     "repeats": Effect(steps, {"0": 3, "1": 6}, ("--max_train_steps=0", "--num_train_epochs=1")),
     "loss_weight": Effect(losses, ["1", "2"]),
     "type": Effect(of_samples("key"), FILES, (), of_type),

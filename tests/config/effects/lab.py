@@ -163,6 +163,7 @@ def build_lab(folder: Path) -> Lab:
     table = {"caption_strategy": "parquet", "parquet": {"path": "../tables/left.parquet"}}
     (folder / "table.json").write_text(json.dumps([{**ENTRY, **table}]))
     (folder / "other.json").write_text(json.dumps([SECOND]))
+    (folder / "both.json").write_text(json.dumps([ENTRY, SECOND]))
     reshaped = {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [0.5, 1, 2], "vae_cache_clear_each_epoch": True}
     (folder / "reshaped.json").write_text(json.dumps([{**ENTRY, **reshaped}]))
     (folder / "cropped.json").write_text(json.dumps([{**ENTRY, "crop": True}]))

@@ -12,6 +12,7 @@ from tests.config.effects.sights import (
     average,
     average_device,
     base_weights,
+    begun,
     buckets,
     cache_clearings,
     cached_dtypes,
@@ -29,6 +30,7 @@ from tests.config.effects.sights import (
     handed_over,
     has_samples_file,
     images_used,
+    kinds_of_pictures,
     launch_arguments,
     lora_modules,
     lora_ranks,
@@ -40,6 +42,7 @@ from tests.config.effects.sights import (
     picture_bytes,
     picture_names,
     picture_steps,
+    pictures_of_data,
     prodigys,
     project_of_wandb,
     rates,
@@ -301,6 +304,11 @@ VALIDATION = {
     "validation_guidance_rescale": Effect(picture_bytes, ["0", "0.7"]),
     "validation_noise_scheduler": Effect(picture_bytes, ["ddim", "ddpm", "euler", "euler-a", "unipc"]),
     "validation_seed": Effect(picture_bytes, ["1", "2"]),
+    "validation_using_datasets": Effect(kinds_of_pictures, {"false": {"validation"}, "true": {"validation", *begun(4)}}),
+    "num_eval_images": Effect(
+        kinds_of_pictures, {"1": {"validation", *begun(1)}, "2": {"validation", *begun(2)}}, ("--validation_using_datasets",)
+    ),
+    "eval_dataset_id": Effect(pictures_of_data, ["pictures", "second"], ("--validation_using_datasets", "--data_backend_config=both.json")),
     "validation_torch_compile": Effect(compiled_for, {"false": [], "true": ["max-autotune"]}),
     "validation_torch_compile_mode": Effect(
         compiled_for, {"default": ["default"], "reduce-overhead": ["reduce-overhead"]}, ("--validation_torch_compile",)

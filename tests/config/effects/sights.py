@@ -348,6 +348,21 @@ def picture_names(lab: Lab, flags: Flags) -> object:
     return {path.stem.split("_", 2)[2] for path in _pictures(lab.run((*PICTURES, *flags)).folder)}
 
 
+def begun(count: int) -> set[str]:
+    """The names of so many pictures that begin with pictures of the data."""
+    return {f"picture_{number}" for number in range(1, count + 1)}
+
+
+def kinds_of_pictures(lab: Lab, flags: Flags) -> object:
+    """Their names without the sizes."""
+    return {path.stem.split("_", 2)[2].rpartition("_")[0] for path in _pictures(lab.run((*PICTURES, *flags)).folder)}
+
+
+def pictures_of_data(lab: Lab, flags: Flags) -> object:
+    """The bytes of those that begin with pictures of the data."""
+    return {path.read_bytes() for path in _pictures(lab.run((*PICTURES, *flags)).folder) if "_picture_" in path.name}
+
+
 def picture_steps(lab: Lab, flags: Flags) -> object:
     return {int(path.stem.split("_")[1]) for path in _pictures(lab.run((*PICTURES, "--max_train_steps=3", *flags)).folder)}
 
