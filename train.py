@@ -315,6 +315,8 @@ def try_on_this_device(config: Config, runtime: Runtime, method: TrainingMethod)
     if config.run.base_quantization != "none":
         try_quantisation(config.run.base_quantization, runtime.device, dtype)
     try_attention(config.run.attention, runtime.device, runtime.dtype)
+    if config.launch.training_dynamo_backend == "inductor":
+        try_compiling("TRAINING_DYNAMO_BACKEND", runtime.device)
     if config.validation.validation_torch_compile:
         try_compiling("--validation_torch_compile", runtime.device)
 

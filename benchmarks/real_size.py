@@ -1,17 +1,20 @@
 """Networks of their real sizes, with random weights: LoRA steps at 256 pixels on a CPU, what they take, and what is handed over.
 
     python -m benchmarks.real_size [--networks sd2 sd3 sdxl] [--kinds none nf4] [--steps 2] [--gradient_checkpointing]
+    python -m benchmarks.real_size --weights
 
 SDXL, Stable Diffusion 2.1 and Stable Diffusion 3 medium by their own configurations, in float32, through the project's own family, method,
 objective and engine. The weights are drawn in memory, so nothing is downloaded and no base model lies on the disk; text and latents are
 random too. Each network runs in a process of its own. Memory is the process's largest resident size: while the network was made, which
 needs all of it in full, and during the steps that followed. The names in the LoRA files must be those of published ones
-(benchmarks/published_names.py), or the exit code is 1.
+(benchmarks/published_names.py), or the exit code is 1. `--weights` only counts what the weights of a bf16 run take under each
+--base_quantization, in seconds and without holding them.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import os
@@ -28,6 +31,7 @@ from benchmarks.published_names import PUBLISHED
 
 EDGE = 256  # pixels
 GIB = 2**30
+KINDS = ("none", "int8", "fp8", "nf4")
 UNET = {"sample_size": 96, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "use_linear_projection": True}
 CROSS_DOWN, CROSS_UP, DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D"
 
@@ -108,11 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.real_size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--kinds", nargs="+", choices=("none", "int8", "fp8", "nf4"), default=["none"], help="--base_quantization")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["none"], help="--base_quantization")
     parser.add_argument("--steps", type=int, default=2, help="of which the first is not counted where there are more")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--weights", action="store_true", help="count the bytes of weights, and take no steps")
     parser.add_argument("--alone", action="store_true", help="measure in this process, and print JSON; for one network and kind")
     options = parser.parse_args(arguments)
+    if options.weights:
+        return count_weights(options.networks)
     if options.alone:
         print(json.dumps(measured(options.networks[0], options.kinds[0], options.steps, options.gradient_checkpointing)))
         return 0
@@ -129,6 +136,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"| {what} | {row['seconds']:.1f} s | {made:.1f} GiB | {peak:.1f} GiB | {names} |", flush=True)
     print(f"load average {os.getloadavg()[0]:.1f} at the end")
     return 0 if good else 1
+
+
+def count_weights(names: Sequence[str]) -> int:
+    """Print bytes of each network's weights by kind. They are on torch's "meta" device, which knows shapes and holds nothing."""
+    import torch
+
+    from helpers.methods.quantised_base import bytes_of, quantise
+
+    print(f"| network | {' | '.join('bf16' if kind == 'none' else kind for kind in KINDS)} |")
+    print(f"|---|{'---:|' * len(KINDS)}")
+    torch.set_default_dtype(torch.bfloat16)  # of weights that are made from here on
+    for name in names:
+        sizes = []
+        for kind in KINDS:
+            with torch.device("meta"):
+                network = random_network(NETWORKS[name]).denoiser
+                if kind != "none":
+                    quantise(network, kind, torch.device("meta"))
+            sizes.append(f"{bytes_of(network) / GIB:.2f} GiB")
+        print(f"| {name} | {' | '.join(sizes)} |", flush=True)
+    return 0
 
 
 def in_a_process(name: str, kind: str, steps: int, checkpointing: bool) -> dict[str, Any]:
@@ -258,6 +286,8 @@ def largest_resident() -> int:
 
 
 def forget_largest_resident() -> None:
+    """Begin anew, after the allocator has given back what is free: it would keep what a network was before it was quantised."""
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
