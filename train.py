@@ -103,6 +103,8 @@ def train(config: Config, stop: StopRequest, report: Reporters) -> None:
     gc.disable()  # while libraries are imported: it would go through half a million new objects again and again, and find nothing
     from helpers.training.runtime import start_runtime
 
+    if config.run.max_train_seconds is not None:
+        stop.after(config.run.max_train_seconds)
     folders = {"--output_dir": config.run.output_dir, "--cache_dir": config.cache.cache_dir}
     with start_runtime(config.run, folders, config.given, stop) as runtime:  # processes, device, precision, locks on its folders
         if runtime.is_main:
@@ -295,6 +297,9 @@ def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: Tra
     told = {"seed": state.seed} if config.run.seed <= 0 else {}
     config = config.replaced("drawn at the start of the run", **told)
     found_out: dict[str, Any] = {"mixed_precision": runtime.mixed_precision, "gradient_accumulation_steps": accumulation}
+    if config.schedule.lr_scale:
+        samples = config.data.train_batch_size * accumulation * runtime.world_size
+        found_out["learning_rate"] = config.schedule.learning_rate * samples
     if config.optimizer.optimizer == "auto":
         found_out["optimizer"] = method.default_optimizer(runtime.mixed_precision)
     known = config.values()

@@ -21,6 +21,7 @@ from helpers.errors import ConfigError
 from helpers.families.samplers import sampler
 from helpers.protocols import ImageCodec, ModelFamily, Objective, TextTensors, Trainable, ValidationImage
 from helpers.storage.atomic import write_file
+from helpers.training.prompt_library import PROMPTS
 from helpers.training.runtime import Runtime, undisturbed
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def after_the_first(starts: Mapping[Prompt, Start], prompts: Sequence[Prompt]) -
 
 
 def read_prompts(options: ValidationOptions) -> list[Prompt]:
-    """The prompts in the order of their pictures: unconditional, the user's library, `--validation_prompt`."""
-    named: dict[str, str] = {}
+    """The prompts in the order of their pictures: unconditional, the built-in library, the user's, `--validation_prompt`."""
+    named: dict[str, str] = dict(PROMPTS) if options.validation_prompt_library else {}
     if options.user_prompt_library is not None:
         named.update(_library(options.user_prompt_library))
     if options.validation_prompt:

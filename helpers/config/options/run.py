@@ -29,7 +29,12 @@ class RunOptions:
         None, "Optimiser steps. Give this or --num_train_epochs, not both.", env="MAX_NUM_STEPS", at_least=0
     )
     num_train_epochs: int = option(1, "Passes over the data.", env="NUM_EPOCHS", at_least=0)
-    max_train_seconds: float | None = option(None, "Save and stop after this time.", above=0, not_yet=True)
+    max_train_seconds: float | None = option(
+        None,
+        "Seconds from the start of the program, encoding included, after which it finishes the step, saves, and ends with exit code 75. "
+        "The next start has as many again.",
+        above=0,
+    )
     gradient_accumulation_steps: int = option(4, "Micro-batches of each process in one optimiser step.", at_least=1)
     gradient_checkpointing: bool = option(
         False, "Compute activations twice instead of keeping them: less memory, more time.", env="USE_GRADIENT_CHECKPOINTING"
@@ -122,7 +127,9 @@ class ScheduleOptions:
     lr_num_cycles: int = option(1, "Restarts of cosine_with_restarts.", at_least=1)
     lr_power: float = option(0.8, "Power of the polynomial.", above=0)
     lr_end: float = option(4e-7, "Where linear, cosine and polynomial end; the floor of sine.", env="LEARNING_RATE_END", at_least=0)
-    lr_scale: bool = option(False, "Multiply the learning rate by batch, accumulation and processes.", not_yet=True)
+    lr_scale: bool = option(
+        False, "Multiply --learning_rate by the samples of a step: batch times accumulation times processes. --lr_end stays as it is."
+    )
 
 
 @dataclass(frozen=True)

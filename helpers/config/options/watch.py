@@ -17,7 +17,10 @@ class ValidationOptions:
 
     validation_prompt: str | None = option(None, "A prompt; its images are named 'validation'.")
     user_prompt_library: Path | None = option(None, "JSON file of more prompts: {name: prompt}.")
-    validation_prompt_library: bool = option(False, "Use the built-in prompt library.", not_yet=True)
+    validation_prompt_library: bool = option(
+        False,
+        "Make pictures of 32 prompts of all kinds too (helpers/training/prompt_library.py); the user's replace those of the same name.",
+    )
     validation_negative_prompt: str = option(
         "blurry, cropped, ugly", "What the images should not look like; empty for nothing.", may_be_empty=True
     )

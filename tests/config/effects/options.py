@@ -20,6 +20,7 @@ from tests.config.effects.sights import (
     demo_pictures,
     different_pictures_in_two_runs,
     encodes_behind_training,
+    ends,
     event_files,
     exported_spacing,
     finds_a_new_picture,
@@ -195,6 +196,7 @@ RUN = {
     "seed": Effect(losses, ["1", "2"]),
     "max_train_steps": Effect(steps, {"1": 1, "4": 4}),
     "num_train_epochs": Effect(steps, {"1": 3, "2": 6}, ("--max_train_steps=0",)),
+    "max_train_seconds": Effect(ends, {"0.001": "stopped", "600": "finished"}),
     "gradient_accumulation_steps": Effect(samples_of_a_step, {"1": 2, "3": 6}),
     "gradient_checkpointing": Effect(calls("BasicTransformerBlock", of=lambda arguments: "calls"), ["false", "true"]),
     "mixed_precision": Effect(
@@ -238,6 +240,9 @@ OPTIMIZER = {
 
 SCHEDULE = {
     "learning_rate": Effect(rates_of_a_run, {"1e-3": [1e-3] * 3, "1e-2": [1e-2] * 3}),
+    "lr_scale": Effect(
+        rates_of_a_run, {"false": [1e-3] * 3, "true": [6e-3] * 3}, ("--learning_rate=1e-3", "--gradient_accumulation_steps=3")
+    ),
     "lr_scheduler": Effect(
         rates,
         ["linear", "sine", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
@@ -272,6 +277,7 @@ CHECKPOINTS = {
 
 VALIDATION = {
     "validation_prompt": Effect(picture_bytes, ["a cat", "a dog"]),
+    "validation_prompt_library": Effect(lambda lab, flags: len(picture_names(lab, flags)), {"false": 1, "true": 33}),
     "user_prompt_library": Effect(
         picture_names, {"none": {"validation_64x64"}, "prompts.json": {"cat_64x64", "dog_64x64", "validation_64x64"}}
     ),

@@ -23,6 +23,7 @@ from helpers.data.buckets import geometry
 from helpers.data.planning import rules_of
 from helpers.data.sample import Size
 from helpers.data.targets import target_size
+from helpers.errors import Interrupted
 from helpers.families.sdxl import SDXL
 from helpers.launch import plan_launch
 from helpers.training.ema import Average
@@ -262,6 +263,15 @@ def prodigys(setting: str) -> Sight:
     return see
 
 
+def ends(lab: Lab, flags: Flags) -> object:
+    """How a run does."""
+    try:
+        lab.run(flags)
+    except Interrupted:
+        return "stopped"
+    return "finished"
+
+
 def rates(lab: Lab, flags: Flags) -> object:
     schedule = Schedule.create(lab.config(flags).schedule, total_steps=20)
     return [schedule(step) for step in range(20)]
@@ -300,7 +310,7 @@ def resumed_from(lab: Lab, flags: Flags) -> object:
 # -- pictures and reports ---------------------------------------------------------------------------------------------------
 
 
-def picture_names(lab: Lab, flags: Flags) -> object:
+def picture_names(lab: Lab, flags: Flags) -> set[str]:
     return {path.stem.split("_", 2)[2] for path in _pictures(lab.run((*PICTURES, *flags)).folder)}
 
 
