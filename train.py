@@ -131,6 +131,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
     prompts = read_prompts(config.validation)
+    for note in family.notes:
+        report.chapter("", note)
     if family.refines:
         report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
         prompts = []

@@ -62,13 +62,20 @@ def _sizes(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     if grid is not None and grid not in ALIGNMENTS:
         yield f"{_origin(chosen, 'aspect_bucket_alignment')}: {grid} is neither 8 nor 64; use one of them."
     for name in ("resolution", *IN_THE_UNIT):
-        yield from _size(_origin(chosen, name), chosen[name].value, unit, "--resolution_type=")
+        if chosen[name].rank > Rank.DECLARED or _falls_back(name, chosen, data):
+            yield from _size(_origin(chosen, name), chosen[name].value, unit, "--resolution_type=")
     for dataset in data.datasets:
         yield from size_problems(dataset)
         for name in ("resolution", *IN_THE_UNIT):
             value = getattr(dataset, name)
             if value != chosen[name].value or dataset.resolution_type != unit:
                 yield from _size(f"data set {dataset.id!r}, {name}", value, dataset.resolution_type, "resolution_type ")
+
+
+def _falls_back(name: str, chosen: Chosen, data: DataConfig) -> bool:
+    """Whether a data set takes a size from the options, or might: where none was read, nothing is known of them."""
+    told = (chosen[name].value, chosen["resolution_type"].value)
+    return not data.datasets or any((getattr(dataset, name), dataset.resolution_type) == told for dataset in data.datasets)
 
 
 def _size(what: str, value: float | None, unit: str, remedy: str) -> Iterator[str]:

@@ -65,6 +65,7 @@ class DeepFloyd:
     parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "tokenizer", "scheduler")
     stage: ClassVar[str]
     refines: ClassVar[bool]
+    notes = ()
 
     latents = LatentSpec(channels=3, downsampling=1, patch=PATCH)
     loads_lora = True

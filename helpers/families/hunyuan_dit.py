@@ -49,6 +49,7 @@ class HunyuanDiT:
         judge=_judge,
     )
     refines = False
+    notes = ()
     loads_lora = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 

@@ -41,6 +41,7 @@ class StableDiffusion:
 
     facts = Facts(name="sd2x", title="Stable Diffusion", options=UNET_OPTIONS, img2img=True, controlnet=True, judge=_judge)
     refines = False
+    notes = ()
     condition_as_latents = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION

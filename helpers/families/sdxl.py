@@ -30,6 +30,7 @@ class SDXL:
 
     facts = Facts(name="sdxl", title="SDXL", options=UNET_OPTIONS | {"sdxl_original_size"}, img2img=True, controlnet=True)
     refines = False
+    notes = ()
     condition_as_latents = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION

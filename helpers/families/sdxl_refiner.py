@@ -40,6 +40,7 @@ class SDXLRefiner:
         img2img=True,
     )
     refines = True
+    notes = ()
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
