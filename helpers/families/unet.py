@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_unet(base: Checkpoint, dtype: torch.dtype) -> Parts:
+def load_unet(base: Checkpoint, dtype: torch.dtype | None) -> Parts:
     from diffusers import UNet2DConditionModel
 
     return Parts(base.load(UNet2DConditionModel, "unet", dtype), "unet")
