@@ -132,7 +132,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if family.refines:
         report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
         prompts = []
-    from_pictures = family.refines or config.validation.validation_using_datasets
+    from_pictures = family.refines or config.model.controlnet or config.validation.validation_using_datasets
     for name in ("num_eval_images", "eval_dataset_id"):
         if not from_pictures and config.values()[name] != OPTIONS[name].default:
             report.chapter("", f"{config.origins[name]} does nothing while validation_using_datasets is off.")
@@ -376,6 +376,8 @@ def workers(runtime: Runtime) -> Workers:
 def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:
     """What must stay as it is from one life of a run to the next, beside the data: JSON values by the options' names."""
     adapter = dataclasses.asdict(config.adapter) if config.model.model_type == "lora" else {}
+    if config.model.controlnet:
+        adapter = {"controlnet_model_name_or_path": config.model.controlnet_model_name_or_path}
     loss = dataclasses.asdict(config.objective)
     sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
     identity = {
@@ -416,9 +418,13 @@ def make_validator(
     prompts: Sequence[Prompt],
     state: TrainState,
 ) -> Validator:
-    from helpers.training.validation import Validator, parse_sizes
+    from helpers.training.validation import Validator, after_the_first, parse_sizes
 
-    starts = pictures_of_the_data(config, data) if family.refines or config.validation.validation_using_datasets else {}
+    starts = {}
+    if family.refines or config.model.controlnet or config.validation.validation_using_datasets:
+        starts = pictures_of_the_data(config, data)
+    if config.model.controlnet:
+        starts, prompts = after_the_first(starts, prompts), []
     sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.alignment)
     spacing = config.objective.inference_scheduler_timestep_spacing
 

@@ -112,7 +112,7 @@ def _files(chosen: Chosen) -> Iterator[str]:
     library = chosen["user_prompt_library"].value
     if library is not None and not os.path.isfile(library):
         yield f"--user_prompt_library: there is no file {library}; check the path."
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path"):
         model = chosen[name].value
         if model and _is_path(model) and not os.path.exists(Path(model).expanduser()):
             yield f"{_origin(chosen, name)}: there is no folder {model}; check the path."
@@ -140,7 +140,7 @@ def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     written += [(f"text_embeds {text.id!r}, cache_dir", text.cache_dir) for text in data.text_caches]
     told = set()
     for what, folder in written:
-        for dataset in data.datasets:
+        for dataset in (*data.datasets, *data.conditioning):
             if dataset.folder is None or folder in told:
                 continue
             images = dataset.folder.resolve()

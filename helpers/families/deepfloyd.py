@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from helpers.config.facts import Facts, Settings
-from helpers.families import unet_lora
+from helpers.families import img2img, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
 from helpers.families.unet import load_unet
@@ -103,7 +103,7 @@ class DeepFloyd:
         return answer[:, : noisy.shape[1]]
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        return FromEmbeddings(self._pipeline(denoiser, scheduler=sampler))
+        return FromEmbeddings(self._pipeline(denoiser, self.pipeline_class, scheduler=sampler))
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
         return {
@@ -127,12 +127,12 @@ class DeepFloyd:
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
         write_pipeline(self.base, {"unet": denoiser_folder}, scheduler_config, target)
 
-    def _pipeline(self, denoiser: nn.Module, **schedulers: Any) -> Any:
+    def _pipeline(self, denoiser: nn.Module, kind: str, **schedulers: Any) -> Any:
         import diffusers
 
         absent: Any = None  # from embeddings to pixels
         others = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "watermarker"), absent)
-        return getattr(diffusers, self.pipeline_class)(unet=denoiser, **others, **schedulers, requires_safety_checker=False)
+        return getattr(diffusers, kind)(unet=denoiser, **others, **schedulers, requires_safety_checker=False)
 
 
 class StageOne(DeepFloyd):
@@ -148,11 +148,17 @@ class StageOne(DeepFloyd):
             "validation_guidance": 7.0,
             "validation_num_inference_steps": 100,
         },
+        img2img=True,
         judge=_judge,
     )
     pipeline_class = "IFPipeline"
     stage = "i"
     refines = False
+
+    begin_with = staticmethod(img2img.begin_with)
+
+    def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        return FromEmbeddings(self._pipeline(denoiser, "IFImg2ImgPipeline", scheduler=sampler))
 
 
 class StageTwo(DeepFloyd):
@@ -205,7 +211,8 @@ class StageTwo(DeepFloyd):
         return answer[:, : noisy.shape[1]]
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        return FromEmbeddings(self._pipeline(denoiser, scheduler=sampler, image_noising_scheduler=self._image_noising()))
+        schedulers = {"scheduler": sampler, "image_noising_scheduler": self._image_noising()}
+        return FromEmbeddings(self._pipeline(denoiser, self.pipeline_class, **schedulers))
 
     def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
         """A quarter of the picture, to be made as large as it was; noise is all that the larger one begins with, whatever the strength."""

@@ -79,16 +79,7 @@ def locate(name: str | None, base: Checkpoint) -> Path:
     """The folder of a VAE, of the base model where none is named."""
     if not name:
         return base.folder / "vae"
-    found = Path(name).expanduser()
-    if found.is_dir():
-        return found / "vae" if (found / "vae").is_dir() else found
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ModelError(f"--pretrained_vae_model_name_or_path: {name!r} is neither a folder here nor a model of the hub.") from error
+    return folder.locate_component("--pretrained_vae_model_name_or_path", name, "vae")
 
 
 class VaeCodec:

@@ -58,6 +58,7 @@ from tests.config.effects.sights import (
 SPACINGS = ("leading", "linspace", "trailing")
 FILENAMES = {f"picture {index}" for index in range(6)}
 CAPTIONS = {f"caption number {index}" for index in range(6)}
+CONDITIONED = "--data_backend_config=conditioned.json"
 CROPPED = "--data_backend_config=cropped.json"
 DOG = "--instance_prompt=a dog"
 TABLE_COLUMNS = {"description": "left", "other": "other"}
@@ -83,6 +84,8 @@ MODEL = {
     "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
     "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
+    "controlnet": Effect(handed_over, {"false": {"pipeline"}, "true": {"controlnet"}}, ("--model_type=full", CONDITIONED)),
+    "controlnet_model_name_or_path": Effect(losses, ["controlnet_0", "controlnet_1"], ("--model_type=full", "--controlnet", CONDITIONED)),
     "freeze_unet_strategy": Effect(losses, ["none", "bitfit"], ("--model_type=full",)),
     "use_bitfit": Effect(losses, ["false", "true"], ("--model_type=full",)),
     "tokenizer_max_length": Effect(losses, ["16", "64"], SD3),
