@@ -113,6 +113,7 @@ class ModelFamily(Protocol):
     name: str  # model folder or hub name, for messages and cards
     identity: str  # a hash of the denoiser's weights: a run goes on only with the model it began with
     refines: bool  # whether its pictures begin with pictures (img2img) and not with noise
+    notes: Sequence[str]  # of this base model, what a run should say at its start
     loads_lora: bool  # whether its pipeline in diffusers loads LoRA files
     lora_targets: tuple[str, ...]  # module name endings that an adapter goes to unless the user names others
     scheduler_config: Mapping[str, Any]  # the checkpoint's own noise schedule

@@ -11,7 +11,7 @@ from helpers.config.facts import Facts, Settings
 from helpers.families import condition, img2img, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import controlnet_start, load_unet, unet_and_controlnet
+from helpers.families.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -39,8 +39,9 @@ class StableDiffusion:
     the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
     """
 
-    facts = Facts(name="sd2x", title="Stable Diffusion", img2img=True, controlnet=True, judge=_judge)
+    facts = Facts(name="sd2x", title="Stable Diffusion", options=UNET_OPTIONS, img2img=True, controlnet=True, judge=_judge)
     refines = False
+    notes = ()
     condition_as_latents = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,12 @@ class StableDiffusion3:
         self.scheduler_config = self.base.config("scheduler")
         self.t5_length = options.tokenizer_max_length or T5_LENGTH
         self.controlnet_start = self._controlnet_start(options)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if self.has_t5:
+            return ()
+        return ("the base model is without T5: both CLIP encoders read 77 tokens of a caption, and zeros stand in T5's place",)
 
     @property
     def has_t5(self) -> bool:

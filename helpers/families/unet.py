@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from helpers.config.options import ModelOptions
 
 
+UNET_OPTIONS = frozenset({"unet_attention_slice", "channels_last"})  # that mean nothing to networks that are no U-Nets
+
+
 def load_unet(base: Checkpoint, dtype: torch.dtype | None) -> Parts:
     from diffusers import UNet2DConditionModel
 
