@@ -38,6 +38,7 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("lr_end",), "lr_scheduler", ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial")),
     (("push_checkpoints_to_hub", "hub_model_id"), "push_to_hub", (True,)),
     (("validation_seed",), "validation_randomize", (False,)),
+    (("validation_torch_compile_mode",), "validation_torch_compile", (True,)),
 )
 
 

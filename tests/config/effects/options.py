@@ -8,6 +8,7 @@ from helpers.data.sample import Size
 from tests.config.effects.lab import Effect, cropped, refusal
 from tests.config.effects.sights import (
     allows_tf32,
+    attention_kernels,
     average,
     average_device,
     base_weights,
@@ -17,6 +18,7 @@ from tests.config.effects.sights import (
     cached_dtypes,
     calls,
     checkpoints,
+    compiled_for,
     demo_pictures,
     different_pictures_in_two_runs,
     encodes_behind_training,
@@ -52,10 +54,12 @@ from tests.config.effects.sights import (
     shown_and_trained,
     size_of_an_image_before_its_cut,
     steps,
+    steps_with_copies,
     target_of_an_image,
     timesteps_below,
 )
 
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 SPACINGS = ("leading", "linspace", "trailing")
 FILENAMES = {f"picture {index}" for index in range(6)}
 CAPTIONS = {f"caption number {index}" for index in range(6)}
@@ -185,6 +189,10 @@ CACHE = {
         ("--data_backend_config=reshaped.json", "--max_train_steps=14", "--train_batch_size=1"),
     ),
     "vae_cache_preprocess": Effect(encodes_behind_training, {"true": False, "false": True}),
+    "vae_tiling": Effect(
+        calls("Encoder", of=lambda arguments: max(arguments[0].shape[2:])), {"false": {96: 2, 64: 1}, "true": {64: 7, 48: 2}}
+    ),
+    "vae_slicing": Effect(calls("Encoder", of=lambda arguments: len(arguments[0])), {"false": {2: 3}, "true": {1: 6}}),
     "vae_dtype": Effect(
         calls("Encoder", of=lambda arguments: arguments[0].dtype), {"fp32": {torch.float32: 3}, "bf16": {torch.bfloat16: 3}}
     ),
@@ -205,6 +213,17 @@ RUN = {
     ),
     "allow_tf32": Effect(allows_tf32, {"false": {False}, "true": {True}}),
     "accelerator_cache_clear_interval": Effect(cache_clearings, {"1": 3, "2": 1}),
+    "attention": Effect(attention_kernels, {"flash": {FLASH}, "math": set()}),
+    "unet_attention_slice": Effect(attention_kernels, {"false": {FLASH}, "true": set()}),
+    "gradient_precision": Effect(
+        losses,
+        ["unmodified", "fp32"],
+        ("--model_type=full", "--mixed_precision=bf16", "--optimizer=adamw_bf16", "--gradient_accumulation_steps=3"),
+    ),
+    "channels_last": Effect(
+        calls("Conv2d", of=lambda arguments: arguments[0].is_contiguous(memory_format=torch.channels_last)), ["false", "true"]
+    ),
+    "base_quantization": Effect(losses, ["none", "int8", "nf4", "fp8"]),
     "dataset_report": Effect(shown_and_trained, {"false": (True, True), "true": (True, False)}),
 }
 
@@ -214,6 +233,7 @@ OPTIMIZER = {
     "optimizer": Effect(
         full_weights_dtype, {"adamw": {torch.float32}, "adamw_bf16": {torch.bfloat16}}, ("--model_type=full", "--mixed_precision=bf16")
     ),
+    "optimizer_cpu_offload": Effect(steps_with_copies, {"false": False, "true": True}),
     "adam_bfloat16": Effect(optimizer_or_refusal, {"false": "AdamW", "true": "AdamWBF16"}, ("--model_type=full",)),
     "optimizer_args": Effect(losses, ["", "betas=0.5,0.9"]),
     "use_8bit_adam": Effect(optimizer_or_refusal, ["false", "true"]),
@@ -298,6 +318,10 @@ VALIDATION = {
         kinds_of_pictures, {"1": {"validation", *begun(1)}, "2": {"validation", *begun(2)}}, ("--validation_using_datasets",)
     ),
     "eval_dataset_id": Effect(pictures_of_data, ["pictures", "second"], ("--validation_using_datasets", "--data_backend_config=both.json")),
+    "validation_torch_compile": Effect(compiled_for, {"false": [], "true": ["max-autotune"]}),
+    "validation_torch_compile_mode": Effect(
+        compiled_for, {"default": ["default"], "reduce-overhead": ["reduce-overhead"]}, ("--validation_torch_compile",)
+    ),
     "validation_randomize": Effect(different_pictures_in_two_runs, {"false": 1, "true": 2}),
 }
 
