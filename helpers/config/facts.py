@@ -27,11 +27,14 @@ class Facts:
     options: frozenset[str] = frozenset()
     objective: str = "diffusion"
     img2img: bool = False  # of a family: its pictures can begin with pictures
+    controlnet: bool = False  # of a family: a ControlNet can be trained beside its networks
     judge: Callable[[Settings], Iterable[str]] = no_objection
 
 
 def family_problems(family: Facts, settings: Settings) -> Iterable[str]:
-    """What a family refuses: pictures that begin with pictures where it can make none, and by its own rules."""
+    """What a family refuses: what its networks or pipelines cannot, and by its own rules."""
     if settings["validation_using_datasets"] and not family.img2img:
         yield f"--validation_using_datasets: there is no pipeline of {family.title} that begins with a picture; remove it."
+    if settings["controlnet"] and not family.controlnet:
+        yield f"--controlnet is not for {family.title}: there is no ControlNet of it to train here. Remove it, or choose another model."
     yield from family.judge(settings)

@@ -23,6 +23,7 @@ WITHOUT_DROPOUT = {"lora_algorithm": ("lokr", "loha"), "lora_init_type": ("pissa
 # What has an effect only beside another setting: (options, the other, the values of it that they need).
 DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (ADAPTER_OPTIONS, "model_type", ("lora",)),
+    (("controlnet_model_name_or_path",), "controlnet", (True,)),
     (("lokr_factor",), "lora_algorithm", ("lokr",)),
     (("training_scheduler_timestep_spacing",), "model_type", ("full",)),  # it stands in the scheduler of an exported pipeline
     (("logit_mean", "logit_std"), "weighting_scheme", ("logit_normal",)),
@@ -43,11 +44,14 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("lr_end",), "lr_scheduler", ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial")),
     (("push_checkpoints_to_hub", "hub_model_id"), "push_to_hub", (True,)),
     (("validation_seed",), "validation_randomize", (False,)),
+    (("validation_torch_compile_mode",), "validation_torch_compile", (True,)),
 )
 
 
 def chosen_method(chosen: Chosen) -> str:
     """The key of the methods registry that several options choose together."""
+    if chosen["controlnet"].value:
+        return "controlnet"
     kind = str(chosen["model_type"].value)
     if kind == "lora" and chosen["lora_algorithm"].value in ("lokr", "loha"):
         return "lycoris"

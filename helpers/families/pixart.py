@@ -47,6 +47,7 @@ class PixArt:
     code: ClassVar[str]  # where the authors' is
 
     refines = False
+    notes = ()
     loads_lora = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 

@@ -47,12 +47,17 @@ class FullFineTune:
         dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
         return Trainable(parts.denoiser, parameters, f"full fine-tune of {count / 1e6:,.1f} M parameters in {dtype}", parts.denoiser_folder)
 
+    def network(self, trainable: Trainable) -> Any:
+        """What is trained, as the module that is saved."""
+        return trainable.denoiser
+
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write `<unet|transformer><label>/` as diffusers does, so that the folder loads by itself."""
+        """Write `<role><label>/` (unet, transformer) as diffusers does, so that the folder loads by itself."""
         target = folder / f"{trainable.role}{label}"
         target.mkdir(parents=True)
-        trainable.denoiser.save_config(target)
-        tensors = {**trainable.denoiser.state_dict(), **(weights or {})}
+        network = self.network(trainable)
+        network.save_config(target)
+        tensors = {**network.state_dict(), **(weights or {})}
         save_tensors(tensors, target / WEIGHTS_FILE)
         return [target]
 
@@ -68,24 +73,24 @@ class FullFineTune:
         with scratch_folder(folder, "export") as aside, atomic_folder(folder / "pipeline") as pipeline:
             [denoiser] = self.save(trainable, aside, average)
             self.family.export_pipeline(denoiser, schedule, pipeline)
-            _check(pipeline / trainable.role, trainable, average)
+            check(pipeline / trainable.role, self.network(trainable), average)
         if average is not None:
             written.append(folder / f"{trainable.role}_live")
             with scratch_folder(folder, "export") as aside, atomic_folder(written[-1]) as live:
                 [denoiser] = self.save(trainable, aside)
                 shutil.copytree(denoiser, live, dirs_exist_ok=True)
-                _check(live, trainable, None)
+                check(live, self.network(trainable), None)
         return written
 
 
-def _check(folder: Path, trainable: Trainable, weights: Mapping[str, Tensor] | None) -> None:
+def check(folder: Path, network: Any, weights: Mapping[str, Tensor] | None) -> None:
     """Raises RuntimeError unless the folder describes this network and holds its weights to the bit."""
     import torch
     from safetensors import safe_open
 
-    expected = {**trainable.denoiser.state_dict(), **(weights or {})}
+    expected = {**network.state_dict(), **(weights or {})}
     with torch.device("meta"):
-        described = type(trainable.denoiser).from_config(type(trainable.denoiser).load_config(folder)).state_dict()
+        described = type(network).from_config(type(network).load_config(folder)).state_dict()
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         names = set(file.keys())
         same = names == set(expected) == set(described) and all(

@@ -257,6 +257,29 @@ def test_validation_makes_the_pictures_that_the_pipeline_makes(deepfloyd: Tried,
     assert torch.allclose(made, expected, atol=1e-5)
 
 
+def test_pictures_of_stage_one_that_begin_with_pictures_are_those_of_the_pipeline(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    from diffusers import IFImg2ImgPipeline
+
+    family = _tried("deepfloyd_1", miniature, tmp_path).family
+    schedule = DDPMScheduler.from_config({**family.scheduler_config, "timestep_spacing": "trailing"})
+    plain: Any = IFImg2ImgPipeline.from_pretrained(miniature("deepfloyd_1"), scheduler=schedule)
+    ours = family.img2img_pipeline(plain.unet.eval(), schedule)
+    for pipeline in (plain, ours):
+        pipeline.set_progress_bar_config(disable=True)
+    with family.text_encoders(CPU) as encoders:
+        text, negative = ({n: t[0] for n, t in encoders.encode([caption]).items()} for caption in ("a red circle", "blue"))
+    picture = torch.linspace(-1, 1, 24).expand(1, 3, 16, 24).contiguous()
+    begins = family.begin_with(picture, 10, 0.4)
+    usual = {"guidance_scale": 4.0, "generator": torch.Generator()}
+    usual["generator"].manual_seed(3)
+    made = ours(**family.prompt_arguments(text, negative), **begins, **usual, output_type="latent").images
+    usual["generator"].manual_seed(3)
+    asked = {"image": picture, "strength": 0.4, "num_inference_steps": 10, "output_type": "pt", "clean_caption": False}
+    expected = plain("a red circle", negative_prompt="blue", **asked, **usual).images
+    assert made.shape == picture.shape
+    assert torch.allclose(made, expected, atol=1e-5) and not torch.allclose(made, picture, atol=1e-2)
+
+
 def test_sizes_of_pictures_are_multiples_of_eight(deepfloyd: Tried) -> None:
     assert parse_sizes("67x101", parse_sizes("64", None, 8)[0], deepfloyd.family.latents.alignment)[0] == (64, 104)
 

@@ -16,9 +16,10 @@ METHODS: dict[str, dict[str, object]] = {
     "LoCon": {"lora_algorithm": "locon", "lora_rank": 4},
     "LoKr": {"lora_algorithm": "lokr", "lora_dropout": 0, "lokr_factor": 4, "lora_rank": 2},
     "LoHa": {"lora_algorithm": "loha", "lora_dropout": 0, "lora_rank": 4},
+    "nf4 base": {"base_quantization": "nf4"},
     "BitFit": {"model_type": "full", "use_bitfit": True, "lora_dropout": None},
 }
-SHORT = ("PiSSA", "BitFit")
+SHORT = ("PiSSA", "nf4 base", "BitFit")
 SELECTED = METHODS if os.environ.get("SIMPLETUNER_TEST_LONG") else SHORT
 HANDED_OVER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_live.kohya.safetensors")
 
