@@ -154,6 +154,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     identity = run_identity(config, family, objective)
     if found:
         found.require_same_run(identity)
+    else:
+        method.try_on(family.load(None))
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
     settings = data_settings(config, runtime, found, state, accumulation, prompts, from_pictures)

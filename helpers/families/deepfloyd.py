@@ -98,7 +98,7 @@ class DeepFloyd:
         """The empty caption, encoded like any other."""
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         parts = load_unet(self.base, dtype)
         network = parts.denoiser  # of its blocks, diffusers would keep all that attention computes
         blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]

@@ -87,7 +87,7 @@ class HunyuanDiT:
         """The empty caption, encoded like any other."""
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         from diffusers import HunyuanDiT2DModel
 
         denoiser = self.base.load(HunyuanDiT2DModel, "transformer", dtype)

@@ -65,7 +65,7 @@ class SDXL:
 
         return zeros(self.base, ENCODERS)
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:

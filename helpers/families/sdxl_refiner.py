@@ -76,7 +76,7 @@ class SDXLRefiner:
             return zeros(self.base, ENCODERS)
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 UNET_OPTIONS = frozenset({"unet_attention_slice", "channels_last"})  # that mean nothing to networks that are no U-Nets
 
 
-def load_unet(base: Checkpoint, dtype: torch.dtype) -> Parts:
+def load_unet(base: Checkpoint, dtype: torch.dtype | None) -> Parts:
     from diffusers import UNet2DConditionModel
 
     return Parts(base.load(UNet2DConditionModel, "unet", dtype), "unet")

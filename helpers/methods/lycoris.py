@@ -62,6 +62,12 @@ class Lycoris:
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw"  # the adapter's weights are float32 in every precision
 
+    def try_on(self, outline: Parts) -> None:
+        import torch
+
+        with torch.device("meta"):
+            self.attach(outline)
+
     def attach(self, parts: Parts) -> Trainable:
         """Raises ConfigError where a target cannot have such an adapter, or none fits."""
         from helpers.methods.quantised_base import size_of
