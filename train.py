@@ -130,6 +130,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+    require_sampler(config, objective)
     prompts = read_prompts(config.validation)
     for note in family.notes:
         report.chapter("", note)
@@ -251,6 +252,15 @@ def train_step(
 
 
 # -- how the parts are put together: the only place that sees the whole Config --------------------------------------------
+
+
+def require_sampler(config: Config, objective: Objective) -> None:
+    """ConfigError where validation and the exported pipeline could not sample what is learnt, which the base model may have settled."""
+    asked = config.validation.validation_noise_scheduler
+    if asked not in objective.samplers:
+        raise ConfigError(
+            f"--validation_noise_scheduler={asked} cannot sample what this model predicts; use {', '.join(objective.samplers)}."
+        )
 
 
 def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:

@@ -72,6 +72,8 @@ TABLE = ("--data_backend_config=table.json",)
 REFINER = "--pretrained_model_name_or_path=refiner"
 ALPHA = "--pretrained_model_name_or_path=alpha"
 EXPERT = "--refiner_training"
+MUCH = "--timestep_bias_multiplier=100000"
+HALF = "--timestep_bias_portion=0.5"
 SD3_MODEL = "--pretrained_model_name_or_path=sd3"
 SD3 = ("--model_family=sd3", SD3_MODEL)
 MODE = "--weighting_scheme=mode"
@@ -114,17 +116,27 @@ ADAPTER = {
 }
 
 OBJECTIVE = {
-    "prediction_type": Effect(losses, ["epsilon", "v_prediction"]),
+    "prediction_type": Effect(losses, ["epsilon", "v_prediction", "sample"]),
     "rescale_betas_zero_snr": Effect(losses, ["false", "true"], ("--prediction_type=v_prediction",)),
     "training_scheduler_timestep_spacing": Effect(exported_spacing, {name: name for name in SPACINGS}, ("--model_type=full",)),
     "inference_scheduler_timestep_spacing": Effect(picture_bytes, SPACINGS),
-    "loss_weighting": Effect(losses, ["none", "min_snr"]),
+    "loss": Effect(losses, ["mse", "huber"]),
+    "huber_delta": Effect(losses, ["0.1", "1"], ("--loss=huber",)),
+    "loss_weighting": Effect(losses, ["none", "min_snr", "soft_min_snr", "debiased"]),
     "snr_gamma": Effect(losses, ["0", "5"]),
+    "use_soft_min_snr": Effect(losses, ["false", "true"]),
+    "soft_min_snr_sigma_data": Effect(losses, ["1", "0.5"], ("--use_soft_min_snr",)),
     "snr_weight": Effect(losses, ["1", "2"]),
     "offset_noise": Effect(losses, ["false", "true"], ("--noise_offset_probability=1",)),
     "noise_offset": Effect(losses, ["0.1", "0.2"], ("--offset_noise", "--noise_offset_probability=1")),
     "noise_offset_probability": Effect(losses, ["0", "1"], ("--offset_noise",)),
     "input_perturbation": Effect(losses, ["0", "0.1"]),
+    "timestep_bias_strategy": Effect(timesteps_below(500), {"none": False, "earlier": True}, (MUCH, HALF)),
+    "timestep_bias_multiplier": Effect(timesteps_below(500), {"0.001": False, "1000": True}, ("--timestep_bias_strategy=earlier", HALF)),
+    "timestep_bias_portion": Effect(timesteps_below(200), {"0.2": True, "0.9": False}, ("--timestep_bias_strategy=earlier", MUCH)),
+    "timestep_bias_begin": Effect(losses, ["0", "500"], ("--timestep_bias_strategy=range", "--timestep_bias_end=600", MUCH)),
+    "timestep_bias_end": Effect(timesteps_below(200), {"200": True, "900": False}, ("--timestep_bias_strategy=range", MUCH)),
+    "disable_segmented_timestep_sampling": Effect(losses, ["false", "true"]),
     "refiner_training": Effect(timesteps_below(200), {"false": False, "true": True}),
     "refiner_training_strength": Effect(timesteps_below(350), {"0.35": True, "0.9": False}, (EXPERT,)),
     "refiner_training_invert_schedule": Effect(timesteps_below(200), {"false": True, "true": False}, (EXPERT,)),
