@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from helpers.data.settings import DataSettings
     from helpers.data.training_data import TrainingData
     from helpers.data.workers import Workers
-    from helpers.protocols import Corrupted, ModelFamily, Objective, TextTensors, TrainingMethod
+    from helpers.protocols import Corrupted, ModelFamily, Objective, Parts, TextTensors, TrainingMethod
     from helpers.reporting import Reporters
     from helpers.training.checkpoints import Checkpointer, Found
     from helpers.training.learner import Learner
@@ -119,8 +119,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.checkpoints import Checkpointer
     from helpers.training.ema import Average
     from helpers.training.engine import Engine
+    from helpers.training.lean import choose_attention, slim
     from helpers.training.learner import Learner
-    from helpers.training.optimizers import try_optimizer
     from helpers.training.schedules import Schedule
     from helpers.training.steps import in_order, sample_rows, step_result, timed
     from helpers.training.validation import read_prompts
@@ -130,6 +130,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+    require_sampler(config, objective)
     prompts = read_prompts(config.validation)
     for note in family.notes:
         report.chapter("", note)
@@ -148,11 +149,13 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if config.run.dataset_report:
         return look_at_data(config, runtime, found, state, accumulation, family, report)
     config = settled(config, runtime, method, state, accumulation)
-    try_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
+    try_on_this_device(config, runtime, method)
 
     identity = run_identity(config, family, objective)
     if found:
         found.require_same_run(identity)
+    else:
+        method.try_on(family.load(None))
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
     settings = data_settings(config, runtime, found, state, accumulation, prompts, from_pictures)
@@ -163,15 +166,15 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
 
     runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
-    trainable = method.attach(family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)))
-    if config.run.gradient_checkpointing:
-        trainable.denoiser.enable_gradient_checkpointing()
+    trainable = method.attach(load_network(config, runtime, family, method, report))
+    slim(trainable.denoiser, config.run, family.facts.options)
+    choose_attention(config.run.attention)
     total = total_steps(config, data, accumulation * runtime.world_size, state.order)
     schedule = Schedule.create(config.schedule, total)
     if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
         laid = f"--lr_scheduler={schedule.name} was laid over {planned:,} steps and now is over {total:,}"
         report.chapter("", f"the learning rate bends: {laid}")
-    engine = Engine(runtime, trainable, config.optimizer, schedule)
+    engine = Engine(runtime, trainable, config.optimizer, schedule, config.run.gradient_precision)
     average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
     learner = Learner(method, trainable, engine, average)
     if found:
@@ -212,9 +215,9 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         rows: list[dict[str, Any]] = []
         for number, batch in enumerate(batches):
             runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
-            losses, corrupted = train_step(family, objective, engine.denoiser, batch, runtime.device)
-            last = number == len(batches) - 1
-            engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, last, batch.size)
+            with engine.micro_batch(last=number == len(batches) - 1):
+                losses, corrupted = train_step(family, objective, engine.denoiser, batch, runtime.device)
+                engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, batch.size)
             if config.data.record_samples:
                 rows += sample_rows(state.step + 1, batch, corrupted, losses)
         update = engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
@@ -249,6 +252,15 @@ def train_step(
 
 
 # -- how the parts are put together: the only place that sees the whole Config --------------------------------------------
+
+
+def require_sampler(config: Config, objective: Objective) -> None:
+    """ConfigError where validation and the exported pipeline could not sample what is learnt, which the base model may have settled."""
+    asked = config.validation.validation_noise_scheduler
+    if asked not in objective.samplers:
+        raise ConfigError(
+            f"--validation_noise_scheduler={asked} cannot sample what this model predicts; use {', '.join(objective.samplers)}."
+        )
 
 
 def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
@@ -309,6 +321,35 @@ def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: Tra
     if runtime.is_main:
         write_json(config.run.output_dir / "config.json", config.to_json())
     return config
+
+
+def try_on_this_device(config: Config, runtime: Runtime, method: TrainingMethod) -> None:
+    """Raises ConfigError for what the device or a library cannot do, before hours of caching."""
+    from helpers.methods.quantised_base import try_quantisation
+    from helpers.training.lean import try_attention, try_compiling
+    from helpers.training.optimizers import try_optimizer
+
+    try_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
+    dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
+    if config.run.base_quantization != "none":
+        try_quantisation(config.run.base_quantization, runtime.device, dtype)
+    try_attention(config.run.attention, runtime.device, runtime.dtype)
+    if config.launch.training_dynamo_backend == "inductor":
+        try_compiling("TRAINING_DYNAMO_BACKEND", runtime.device)
+    if config.validation.validation_torch_compile:
+        try_compiling("--validation_torch_compile", runtime.device)
+
+
+def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:
+    """The family's network as the base of this run: in the method's precision, its blocks in fewer bits where that is asked for."""
+    parts = family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer))
+    if (kind := config.run.base_quantization) != "none":
+        from helpers.methods.quantised_base import bytes_of, quantise
+
+        before = bytes_of(parts.denoiser)
+        quantise(parts.denoiser, kind, runtime.device)
+        report.chapter("model", f"weights in {kind}: {bytes_of(parts.denoiser) / 2**30:,.2f} GiB instead of {before / 2**30:,.2f}")
+    return parts
 
 
 def join_reporters(config: Config, state: TrainState, total: int, report: Reporters) -> None:
@@ -399,6 +440,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "mixed_precision": config.run.mixed_precision,
         "optimizer": config.optimizer.optimizer,
         "optimizer_args": config.optimizer.optimizer_args,
+        "base_quantization": config.run.base_quantization,
         "use_ema": config.ema.use_ema,
         **adapter,
         **{name: value for name, value in {**loss, **objective.identity}.items() if name not in sampling_only},

@@ -130,7 +130,9 @@ class ModelFamily(Protocol):
         """What a dropped caption becomes."""
         ...
 
-    def load(self, dtype: torch.dtype) -> Parts: ...
+    def load(self, dtype: torch.dtype | None) -> Parts:
+        """The network in this precision, on the CPU; with None an outline of it, which has layers and no weights."""
+        ...
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Everything the network is told besides the noisy latents, each tensor (B, ...), on the device."""
@@ -238,6 +240,10 @@ class TrainingMethod(Protocol):
 
     def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
         """In what precision the base model is loaded."""
+        ...
+
+    def try_on(self, outline: Parts) -> None:
+        """Refuse what does not fit the network, before hours of caching: `outline` has its layers, and no weights. Raises ConfigError."""
         ...
 
     def attach(self, parts: Parts) -> Trainable: ...

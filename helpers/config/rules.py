@@ -14,6 +14,7 @@ from helpers.config.aspects import LARGEST_MEGAPIXELS
 from helpers.config.buckets import caches_inside_images
 from helpers.config.datasets import DataConfig
 from helpers.config.optimizer_rules import missing_library, optimizer_problems
+from helpers.config.settle import chosen_method
 from helpers.config.sizes import ALIGNMENTS, IN_THE_UNIT, size_problems
 from helpers.config.sources import Rank, Setting
 
@@ -25,6 +26,8 @@ _LIBRARIES = {  # choice -> module, package
     "wandb": ("wandb", "wandb"),
     "comet": ("comet_ml", "comet-ml"),
 }
+
+BESIDE_A_FROZEN_BASE = ("lora", "lycoris")  # methods that only ask the base model's weights
 
 Chosen = Mapping[str, Setting]
 
@@ -42,6 +45,7 @@ def impossible(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     yield from _validation(chosen, data)
     yield from _reporting(chosen)
     yield from _launch(chosen)
+    yield from _memory(chosen)
     yield from _libraries(chosen)
 
 
@@ -182,6 +186,18 @@ def _launch(chosen: Chosen) -> Iterator[str]:
         yield f"{chosen['accelerate_extra_args'].origin}: cannot be split into words: {error}."
     if chosen["training_num_machines"].value > chosen["training_num_processes"].value:
         yield "training_num_processes counts the processes of all machines; it cannot be below training_num_machines."
+
+
+def _memory(chosen: Chosen) -> Iterator[str]:
+    kind = chosen["base_quantization"]
+    if kind.value != "none" and chosen_method(dict(chosen)) not in BESIDE_A_FROZEN_BASE:
+        yield (
+            f"{kind.origin}: {kind.value} rounds the weights of a base model that stands still; "
+            "use --model_type=lora, or --base_quantization=none."
+        )
+    kernel, sliced = chosen["attention"], chosen["unet_attention_slice"]
+    if kernel.value != "auto" and sliced.value:
+        yield f"{sliced.origin}: slices are computed without the kernels that {kernel.origin} chooses among; leave one of them out."
 
 
 def _libraries(chosen: Chosen) -> Iterator[str]:

@@ -79,6 +79,10 @@ class ControlledUNet(nn.Module):
         self.denoiser.enable_gradient_checkpointing()
         self.controlnet.enable_gradient_checkpointing()
 
+    def set_attention_slice(self, size: str) -> None:
+        self.denoiser.set_attention_slice(size)
+        self.controlnet.set_attention_slice(size)
+
 
 class ControlledTransformer(nn.Module):
     """The transformer of Stable Diffusion 3 and its ControlNet, whose condition is encoded by the VAE: latents (B, C, h, w).

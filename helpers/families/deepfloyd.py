@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +12,8 @@ from helpers.config.facts import Facts, Settings
 from helpers.families import img2img, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import load_unet
+from helpers.families.recompute import recompute
+from helpers.families.unet import UNET_OPTIONS, load_unet
 from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -31,7 +33,12 @@ OF_BOTH: Settings = {"resolution_type": "pixel", "aspect_bucket_alignment": 8, "
 def _judge(settings: Settings) -> Iterable[str]:
     if settings["latent_sampling"] == "sample":
         yield "--latent_sampling=sample draws from a VAE's distribution; DeepFloyd is trained on pixels and has none: leave it at mean."
-    for name, usual in (("pretrained_vae_model_name_or_path", None), ("vae_dtype", "default")):
+    for name, usual in (
+        ("pretrained_vae_model_name_or_path", None),
+        ("vae_dtype", "default"),
+        ("vae_tiling", False),
+        ("vae_slicing", False),
+    ):
         if settings[name] != usual:
             yield f"--{name} is about a VAE; DeepFloyd is trained on pixels and has none: leave it out."
     if settings["tokenizer_max_length"] not in (None, TOKENS):
@@ -91,8 +98,12 @@ class DeepFloyd:
         """The empty caption, encoded like any other."""
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
-        return load_unet(self.base, dtype)
+    def load(self, dtype: torch.dtype | None) -> Parts:
+        parts = load_unet(self.base, dtype)
+        network = parts.denoiser  # of its blocks, diffusers would keep all that attention computes
+        blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
+        network.enable_gradient_checkpointing = functools.partial(recompute, blocks)
+        return parts
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         import torch
@@ -149,6 +160,7 @@ class StageOne(DeepFloyd):
             "validation_guidance": 7.0,
             "validation_num_inference_steps": 100,
         },
+        options=UNET_OPTIONS,
         img2img=True,
         judge=_judge,
     )
@@ -174,6 +186,7 @@ class StageTwo(DeepFloyd):
         name="deepfloyd_2",
         title="DeepFloyd IF stage II",
         defaults={**OF_BOTH, "resolution": 256.0, "validation_guidance": 4.0, "validation_num_inference_steps": 50},
+        options=UNET_OPTIONS,
         img2img=True,
         judge=_judge,
     )

@@ -117,6 +117,14 @@ def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant:
         raise ModelError(f"{folder / subfolder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
+def outline(kind: Any, config: Mapping[str, Any]) -> Any:
+    """A module of diffusers without weights: names, shapes and kinds of its layers, for next to nothing."""
+    import torch
+
+    with torch.device("meta"):
+        return kind.from_config(dict(config))
+
+
 def _aligned(module: Any) -> Any:
     """Move weights that lie at odd addresses, as views of a file do, to where torch itself would put them.
 

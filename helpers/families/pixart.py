@@ -85,7 +85,7 @@ class PixArt:
         """The empty caption, encoded like any other."""
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         from diffusers import PixArtTransformer2DModel
 
         return Parts(self.base.load(PixArtTransformer2DModel, "transformer", dtype), "transformer")

@@ -11,7 +11,7 @@ from helpers.config.facts import Facts, Settings
 from helpers.families import condition, img2img, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import controlnet_start, load_unet, unet_and_controlnet
+from helpers.families.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class StableDiffusion:
     the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
     """
 
-    facts = Facts(name="sd2x", title="Stable Diffusion", img2img=True, controlnet=True, judge=_judge)
+    facts = Facts(name="sd2x", title="Stable Diffusion", options=UNET_OPTIONS, img2img=True, controlnet=True, judge=_judge)
     refines = False
     notes = ()
     condition_as_latents = False
@@ -72,7 +72,7 @@ class StableDiffusion:
         """The empty caption, encoded like any other."""
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ class StableDiffusion3:
 
         return zeros(self.base, self.t5_length if self.has_t5 else None)
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         from diffusers import SD3Transformer2DModel
 
         return Parts(self.base.load(SD3Transformer2DModel, "transformer", dtype), "transformer")

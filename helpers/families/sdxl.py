@@ -11,7 +11,7 @@ from helpers.config.facts import Facts
 from helpers.families import condition, img2img, sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import controlnet_start, load_unet, unet_and_controlnet
+from helpers.families.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ ENCODERS = ("", "_2")  # suffixes of their folders
 class SDXL:
     """SDXL base: two CLIP encoders, size and crop conditioning, a U-Net on latents of 4 channels at an eighth of the pixels."""
 
-    facts = Facts(name="sdxl", title="SDXL", options=frozenset({"sdxl_original_size"}), img2img=True, controlnet=True)
+    facts = Facts(name="sdxl", title="SDXL", options=UNET_OPTIONS | {"sdxl_original_size"}, img2img=True, controlnet=True)
     refines = False
     notes = ()
     condition_as_latents = False
@@ -65,7 +65,7 @@ class SDXL:
 
         return zeros(self.base, ENCODERS)
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:

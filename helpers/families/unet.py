@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from helpers.config.options import ModelOptions
 
 
-def load_unet(base: Checkpoint, dtype: torch.dtype) -> Parts:
+UNET_OPTIONS = frozenset({"unet_attention_slice", "channels_last"})  # that mean nothing to networks that are no U-Nets
+
+
+def load_unet(base: Checkpoint, dtype: torch.dtype | None) -> Parts:
     from diffusers import UNet2DConditionModel
 
     return Parts(base.load(UNet2DConditionModel, "unet", dtype), "unet")

@@ -31,6 +31,8 @@ def refusals(settings: Settings) -> Iterator[str]:
         yield "--freeze_unet_strategy=bitfit trains biases of the network, which --controlnet leaves as they are; leave out one of them."
     if settings["validation_using_datasets"]:
         yield "--validation_using_datasets begins with pictures, and with --controlnet they follow pictures of the data anyway. Remove it."
+    if settings["validation_torch_compile"]:
+        yield "--validation_torch_compile is for one network, and with --controlnet pictures are made with two. Remove it."
     if settings["validation_guidance_rescale"]:
         yield "--validation_guidance_rescale is not for --controlnet: the pipelines with a ControlNet cannot rescale. Remove it."
 

@@ -40,6 +40,9 @@ class FullFineTune:
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw_bf16" if mixed_precision == "bf16" else "adamw"
 
+    def try_on(self, outline: Parts) -> None:
+        """Every network has weights that can move."""
+
     def attach(self, parts: Parts) -> Trainable:
         parts.denoiser.requires_grad_(True).train()
         parameters = dict(parts.denoiser.named_parameters())

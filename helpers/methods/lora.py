@@ -74,10 +74,18 @@ class Lora:
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw"  # the adapter's weights are float32 in every precision
 
+    def try_on(self, outline: Parts) -> None:
+        import torch
+
+        with torch.device("meta"):
+            self.attach(outline)
+
     def attach(self, parts: Parts) -> Trainable:
+        from helpers.methods.quantised_base import size_of
+
         denoiser = parts.denoiser
         denoiser.requires_grad_(False)
-        total = sum(parameter.numel() for parameter in denoiser.parameters())
+        total = size_of(denoiser)
         targets = self._targets(denoiser)
         self._inject(denoiser, ADAPTER, targets, self.options.lora_dropout)
         if self.options.lora_init_type in FROM_WEIGHTS:

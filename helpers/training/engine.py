@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.protocols import Trainable
+from helpers.training.gradients import Float32Gradients
 from helpers.training.optimizers import NamedOptimizer
 from helpers.training.runtime import Runtime
 from helpers.training.schedules import Schedule
@@ -40,7 +41,14 @@ class Engine:
     gradients of all but the last micro-batch stay local.
     """
 
-    def __init__(self, runtime: Runtime, trainable: Trainable, options: OptimizerOptions, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        trainable: Trainable,
+        options: OptimizerOptions,
+        schedule: Schedule,
+        gradient_precision: str = "unmodified",
+    ) -> None:
         self.runtime = runtime
         self.options = options
         self.schedule = schedule
@@ -49,11 +57,23 @@ class Engine:
         trainable.denoiser.to(runtime.device)
         self.optimizer = NamedOptimizer(options, trainable.parameters, schedule.rate)
         self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser)
+        in_fewer_bits = [parameter for parameter in self.parameters.values() if parameter.dtype != torch.float32]
+        self._sums = Float32Gradients(self.parameters.values()) if gradient_precision == "fp32" and in_fewer_bits else None
         self._samples = 0
         self._loss = torch.zeros((), dtype=torch.float64, device="cpu" if runtime.device.type == "mps" else runtime.device)
 
-    def backward(self, losses: Tensor, weights: Tensor, global_samples: int, last: bool, samples: int | None = None) -> None:
-        """Add a micro-batch's gradient. losses, weights (B,); `last` marks the step's last micro-batch on this process.
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around the forward and the backward pass of one; `last` marks the step's last on this process.
+
+        Processes share gradients in the backward pass of the last one, and DDP wants to know of it before the forward pass.
+        """
+        shared = last and self._sums is None  # sums in float32 are shared when they are complete
+        with contextlib.nullcontext() if shared else self.accelerator.no_sync(self.denoiser):
+            yield
+
+    def backward(self, losses: Tensor, weights: Tensor, global_samples: int, samples: int | None = None) -> None:
+        """Add a micro-batch's gradient. losses, weights (B,).
 
         `samples` is their number where it is not B: 0 for a stand-in, whose weight is 0. DDP takes the mean over processes, so the
         world size is multiplied in here.
@@ -62,17 +82,20 @@ class Engine:
         self._samples += len(losses) if samples is None else samples
         self._loss += total.detach().double().to(self._loss.device)
         scaled = total * (self.runtime.world_size / global_samples)
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.denoiser):
-            self.accelerator.backward(scaled)
+        self.accelerator.backward(scaled)
+        if self._sums is not None:
+            self._sums.take()
 
     def step(self, seed: int, step: int, updates: int, global_samples: int) -> Update:
         """Apply the accumulated gradient of a step of `global_samples` planned samples.
 
         `updates` counts the optimiser steps taken so far: the schedule's clock.
         """
+        if self._sums is not None:
+            self._sums.give(self.runtime.world_size)
         scaler = self.accelerator.scaler
         if scaler is not None:
-            scaler.unscale_(self.optimizer.torch_optimizer)
+            scaler.unscale_(self.optimizer.over_gradients)
         grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
         finite = bool(torch.isfinite(grad_norm))
@@ -91,7 +114,7 @@ class Engine:
             self.optimizer.step(self.schedule(updates))
         if scaler is not None:
             scaler.update()  # halves the scale where `unscale_` met an overflow
-        self.optimizer.torch_optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self._loss.zero_()
         self._samples = 0
         return Update(loss_sum / max(samples, 1), int(samples), float(grad_norm), learning_rate, taken, finite_loss, bool(stop))

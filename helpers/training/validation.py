@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -165,6 +165,7 @@ class Validator:
         self.strength = strength
         self.folder = output_dir / FOLDER
         self.seed = options.validation_seed if options.validation_seed is not None else seed
+        self._compiled: Any = None
 
     def due(self, step: int) -> bool:
         return bool(self.options.validation_steps) and step % self.options.validation_steps == 0
@@ -204,7 +205,7 @@ class Validator:
         start = self.starts.get(prompt)
         follows = start is not None and start.condition is not None
         make = self.family.img2img_pipeline if start and not follows and not self.family.refines else self.family.pipeline
-        pipeline = make(trainable.denoiser, schedule)
+        pipeline = make(self._network(trainable), schedule)
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
         text = start.text if start and start.text is not None else self.text(prompt.text)
@@ -237,6 +238,14 @@ class Validator:
 
     def _on_device(self, value: object) -> object:
         return value.to(self.runtime.device, torch.float32) if isinstance(value, torch.Tensor) else value
+
+    def _network(self, trainable: Trainable) -> Any:
+        """The network as pictures are made with it: compiled once, where that is asked for; it follows the weights."""
+        if not self.options.validation_torch_compile:
+            return trainable.denoiser
+        if self._compiled is None:
+            self._compiled = torch.compile(trainable.denoiser, mode=self.options.validation_torch_compile_mode)
+        return self._compiled
 
     def _path(self, step: int, prompt: Prompt, size: Size, index: int) -> Path:
         number = f"_{index + 1}" if self.options.num_validation_images > 1 else ""

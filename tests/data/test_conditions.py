@@ -18,6 +18,7 @@ from torch import Tensor
 from helpers.config.datasets import DatasetConfig
 from helpers.data import images
 from helpers.data.batches import Batch
+from helpers.data.conditions import packed, unpacked
 from helpers.data.prepare import prepare_data
 from helpers.data.sample import Size
 from helpers.data.scan import same_shape
@@ -25,6 +26,7 @@ from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError
 from helpers.protocols import ImageCodec, LatentSpec
+from tests.data.test_prepare import damage
 from tests.data.toys import ConvCodec, Story, ToyFamily, dataset, picture, settings
 
 SIZES = [(96, 64), (64, 96), (80, 64)]  # at their own scale in a set of 64 pixels, so that nothing is resized but conditions
@@ -157,6 +159,17 @@ def test_the_network_that_reads_latents_gets_the_condition_as_the_codec_encodes_
             assert torch.allclose(condition, family.codec.net(pixels.unsqueeze(0))[0], atol=2e-2)
 
 
+@pytest.mark.parametrize("edge", [1, 100])
+def test_a_packed_picture_comes_back_to_the_bit_in_one_of_few_lengths(edge: int) -> None:
+    lengths = set()
+    for seed in range(30):
+        pixels = np.random.default_rng(seed).integers(0, 256, (edge, edge + seed, 3), dtype=np.uint8)
+        kept = packed(Image.fromarray(pixels))
+        lengths.add(len(kept))
+        assert torch.equal((unpacked(kept) * 255).round().byte(), torch.from_numpy(pixels).permute(2, 0, 1))
+    assert len(lengths) <= 10
+
+
 # -- who belongs to whom ------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +223,16 @@ def test_a_picture_that_was_cut_has_another_shape(image: tuple[int, int], other:
     assert not same_shape(Size(*image), Size(*other))
 
 
+def test_one_image_under_two_names_has_a_condition_for_each(paired: Paired) -> None:
+    for name, source in (("0", "0"), ("copy", "0")):
+        grid(*SIZES[0]).save(paired.images / "deep" / f"{name}.png")
+        (paired.images / "deep" / f"{name}.txt").write_text(source)
+    grid(*SIZES[0]).transpose(Image.Transpose.ROTATE_180).save(paired.conditions / "deep" / "copy.png")
+    found = by_key(paired.prepare(nearest=True))
+    assert not torch.equal(found["deep/0.png"], found["deep/copy.png"])
+    assert torch.equal(found["deep/copy.png"], found["deep/0.png"].flip(1, 2))
+
+
 # -- changes ------------------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +284,14 @@ def test_an_image_whose_condition_cannot_be_decoded_is_left_out_until_the_file_c
     assert later.samples_per_epoch == 8 and later.undecodable == {"toys": ["deep/0.png"]}
     place.write_bytes(whole)
     assert paired.prepare().samples_per_epoch == 9
+
+
+def test_a_damaged_record_is_made_again_with_its_condition(paired: Paired, caplog: pytest.LogCaptureFixture) -> None:
+    conditions = by_key(paired.prepare())
+    damage(paired.root / "output", "latents")
+    again = by_key(paired.prepare())
+    assert "it is encoded again" in caplog.text
+    assert all(torch.equal(again[key], conditions[key]) for key in again | conditions)
 
 
 def test_a_micro_batch_of_which_nothing_can_be_had_stands_in_with_a_condition(paired: Paired) -> None:

@@ -30,6 +30,8 @@ GUIDES = [
     "documentation/DEEPFLOYD.md",
     "documentation/DATALOADER.md",
     "documentation/OPTIMIZERS.md",
+    "documentation/OBJECTIVES.md",
+    "documentation/MEMORY.md",
     "documentation/ARCHITECTURE.md",
 ]
 # Variables that are read before the env file is: by the wrappers and the set-up.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, SD3ControlNetModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import ControlNetModel, DDPMScheduler, SD3ControlNetModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from helpers.config.options import AdapterOptions
@@ -22,6 +22,7 @@ from helpers.errors import ModelError
 from helpers.methods.controlnet import ControlNet
 from helpers.protocols import Trainable
 from tests.families.conftest import CPU, Tried, family_name, open_family
+from train import train_step
 
 MINIATURES = ("sd1", "sd2", "sdxl", "sd3", "sd35")
 TIMESTEPS = torch.tensor([0, 150, 600, 999])
@@ -60,7 +61,9 @@ def answer(tried: Tried, network: Any, batch: Batch) -> torch.Tensor:
         return tried.family.predict(network.eval(), batch.latents, TIMESTEPS, tried.family.conditioning(batch, CPU))
 
 
-def answer_of_diffusers(folder: Path, controlnet: Path, question: dict[str, torch.Tensor]) -> torch.Tensor:
+def answer_of_diffusers(
+    folder: Path, controlnet: Path, question: dict[str, torch.Tensor], timesteps: torch.Tensor = TIMESTEPS
+) -> torch.Tensor:
     """From the files alone, by the classes of diffusers."""
     noisy, text = question["noisy"], question["prompt_embeds"]
     with torch.no_grad():
@@ -69,15 +72,15 @@ def answer_of_diffusers(folder: Path, controlnet: Path, question: dict[str, torc
                 SD3Transformer2DModel.from_pretrained(folder / "transformer"),
                 SD3ControlNetModel.from_pretrained(controlnet),
             )
-            told = {"encoder_hidden_states": text, "pooled_projections": question["pooled"], "timestep": TIMESTEPS, "return_dict": False}
+            told = {"encoder_hidden_states": text, "pooled_projections": question["pooled"], "timestep": timesteps, "return_dict": False}
             [blocks] = control(noisy, controlnet_cond=question["condition"], **told)
             return transformer(noisy, block_controlnet_hidden_states=blocks, **told)[0]
         unet, control = UNet2DConditionModel.from_pretrained(folder / "unet"), ControlNetModel.from_pretrained(controlnet)
         more = (
             {"added_cond_kwargs": {"text_embeds": question["pooled"], "time_ids": question["time_ids"]}} if "time_ids" in question else {}
         )
-        down, middle = control(noisy, TIMESTEPS, text, controlnet_cond=question["condition"], return_dict=False, **more)
-        return unet(noisy, TIMESTEPS, text, down_block_additional_residuals=down, mid_block_additional_residual=middle, **more).sample
+        down, middle = control(noisy, timesteps, text, controlnet_cond=question["condition"], return_dict=False, **more)
+        return unet(noisy, timesteps, text, down_block_additional_residuals=down, mid_block_additional_residual=middle, **more).sample
 
 
 def test_before_the_first_step_it_changes_nothing_at_all(controlled: Tried) -> None:
@@ -96,6 +99,26 @@ def test_trained_weights_answer_as_the_classes_of_diffusers_do_from_the_files(co
     assert (live - answer_of_diffusers(controlled.folder, written[0], question)).abs().max() < 1e-5
     unsteered = answer(controlled, controlled.family.load(torch.float32).denoiser, dataclasses.replace(batch, condition=None))
     assert (live - unsteered).abs().max() > 1e-3
+
+
+def test_the_loss_of_a_step_is_that_of_the_classes_of_diffusers(controlled: Tried, tmp_path: Path) -> None:
+    """Of what the network was asked, the right answer and the mean of squares are computed here from the latents and the schedule."""
+    batch, trainable = steered(controlled), attached(controlled, spread=0.02)
+    [folder] = ControlNet(AdapterOptions(), controlled.family).export(trainable, tmp_path / "out", {}, None)
+    with torch.no_grad():
+        losses, asked = train_step(controlled.family, controlled.objective(), trainable.denoiser, batch, CPU)
+    question = {**controlled.family.conditioning(batch, CPU), "noisy": asked.noisy}
+    given = answer_of_diffusers(controlled.folder, folder, question, asked.timesteps)
+    if controlled.family.facts.objective == "flow":  # x_t = (1 - s) x + s e, and the answer is e - x
+        sigma = (asked.timesteps / 1000).view(-1, 1, 1, 1)
+        target = (asked.noisy - batch.latents) / sigma
+    else:
+        schedule = DDPMScheduler.from_pretrained(controlled.folder / "scheduler")
+        kept = schedule.alphas_cumprod[asked.timesteps].view(-1, 1, 1, 1)
+        noise = (asked.noisy - kept.sqrt() * batch.latents) / (1 - kept).sqrt()
+        velocity = schedule.config.prediction_type == "v_prediction"
+        target = kept.sqrt() * noise - (1 - kept).sqrt() * batch.latents if velocity else noise
+    torch.testing.assert_close(losses, (given - target).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_every_weight_that_moves_has_a_gradient_and_first_the_zero_layers_do(controlled: Tried) -> None:

@@ -30,6 +30,7 @@ from helpers.methods.full import FullFineTune
 from helpers.objectives.diffusion import Diffusion
 from helpers.training.validation import parse_sizes
 from tests.families.conftest import CAPTIONS, CPU, PIXELS, Tried, open_family
+from tests.families.other_losses import other_losses
 
 LONG = "a photo of a cat " * 30
 
@@ -67,7 +68,7 @@ def question(tried: Tried, noisy: Tensor) -> tuple[Tensor, dict[str, Any]]:
     return torch.cat((noisy, image), dim=1), {"class_labels": levels}
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_prediction_target_and_loss_are_those_of_diffusers(deepfloyd: Tried, prediction: str) -> None:
     objective = Diffusion(ObjectiveOptions(prediction_type=prediction), deepfloyd.family.scheduler_config)
     batch = deepfloyd.batch()
@@ -78,7 +79,8 @@ def test_prediction_target_and_loss_are_those_of_diffusers(deepfloyd: Tried, pre
     assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
     noise, timesteps = batch.draws.normal("noise", *batch.latents.shape[1:]), corrupted.timesteps
     noisy = pipeline.scheduler.add_noise(batch.latents, noise, timesteps)
-    target = noise if prediction == "epsilon" else pipeline.scheduler.get_velocity(batch.latents, noise, timesteps)
+    velocity = pipeline.scheduler.get_velocity(batch.latents, noise, timesteps)
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": batch.latents}[prediction]
     shown, told = question(deepfloyd, noisy)
     with torch.no_grad():
         text = pipeline.encode_prompt(list(CAPTIONS), do_classifier_free_guidance=False, device=CPU)[0]
@@ -86,6 +88,8 @@ def test_prediction_target_and_loss_are_those_of_diffusers(deepfloyd: Tried, pre
     assert torch.allclose(corrupted.noisy, noisy, atol=1e-5)
     assert torch.allclose(corrupted.target, target, atol=1e-5)
     assert torch.allclose(losses, ((predicted - target) ** 2).mean(dim=(1, 2, 3)), rtol=1e-5)
+    for ours, expected in other_losses(deepfloyd, batch, prediction, predicted, target, pipeline.scheduler.alphas_cumprod[timesteps]):
+        assert torch.allclose(ours, expected, rtol=1e-4)
 
 
 def test_captions_are_encoded_as_the_pipeline_encodes_them(deepfloyd: Tried) -> None:

@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 
 from tests.runs.conftest import Trainer
 from tests.runs.evidence import refusal
+from toolkit.cache.__main__ import main as cache
 
 USUAL: dict[str, object] = {
     "model_type": "full",
@@ -43,7 +44,9 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_stopped_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_bytes(steered: Trainer) -> None:
+def test_stopped_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_bytes(
+    steered: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
     undisturbed = steered.finish("undisturbed", **{**USUAL, "validation_prompt": "a red circle"})
     kept = bytes_of(undisturbed.folder / "checkpoint-4")
     weights = "diffusion_pytorch_model.safetensors"
@@ -54,6 +57,10 @@ def test_stopped_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_by
     for path in (undisturbed.folder / "validation_images").glob("step_*.png"):
         width, height = map(int, path.stem.rpartition("_")[2].split("x"))
         assert Image.open(path).size == (2 * width, height), "the condition stands to the left"
+    picture = next(steered.pictures.glob("*.png"))
+    assert cache(["why", str(picture), f"--output_dir={undisturbed.folder}"]) == 0
+    assert cache(["gc", f"--output_dir={undisturbed.folder}"]) == 0
+    assert "is current: the next start uses it as it is" in (told := capsys.readouterr().out) and "\n0 records, 0.00 MB not needed" in told
     steered.wrapper = "train_sdxl.sh"
     halves = {**USUAL, "gradient_accumulation_steps": 1}
     pair = steered.finish("stopped", environ={"TRAINING_NUM_PROCESSES": "2"}, **{**halves, "max_train_steps": 2})

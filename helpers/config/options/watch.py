@@ -46,9 +46,11 @@ class ValidationOptions:
     )
     num_eval_images: int = option(4, "Pictures of each data set to begin with: the first that are trained.", at_least=1)
     eval_dataset_id: str | None = option(None, "Take them from the data set with this id only.")
-    validation_torch_compile: bool = option(False, "Compile the pipeline.", not_yet=True)
+    validation_torch_compile: bool = option(
+        False, "Compile the network for the images (torch.compile); worth its minutes where they are many. Training is as before."
+    )
     validation_torch_compile_mode: str = option(
-        "max-autotune", "How it is compiled.", choices=("max-autotune", "reduce-overhead", "default"), not_yet=True
+        "max-autotune", "What is compiled for.", choices=("max-autotune", "reduce-overhead", "default")
     )
 
 

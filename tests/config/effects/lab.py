@@ -29,6 +29,7 @@ from helpers.config.read import read_config
 from helpers.errors import ConfigError, UserError
 from helpers.families import tiny, tiny_pixart, tiny_sd, tiny_sd3
 from helpers.reporting import Reporters
+from helpers.training.lean import choose_attention
 from helpers.training.stopping import StopRequest
 from tests.data.toys import Story, picture
 from tests.families.original_layout import write_single_file
@@ -129,6 +130,7 @@ def alone_in_this_process() -> Iterator[None]:
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        choose_attention("auto")
         gc.unfreeze()
         gc.enable()
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.data.buckets import geometry
 from helpers.data.planning import rules_of
@@ -27,7 +28,7 @@ from helpers.errors import Interrupted
 from helpers.families.sdxl import SDXL
 from helpers.launch import plan_launch
 from helpers.training.ema import Average
-from helpers.training.optimizers import create_optimizer
+from helpers.training.optimizers import NamedOptimizer, create_optimizer
 from helpers.training.runtime import Runtime
 from helpers.training.schedules import Schedule
 from tests.config.effects.lab import Flags, Lab, Ran, refusal
@@ -240,6 +241,49 @@ def cache_clearings(lab: Lab, flags: Flags) -> object:
         patch.setattr(Runtime, "clear_cache", clear)  # a CPU has no cache to look into
         lab.run(flags)
     return count
+
+
+def attention_kernels(lab: Lab, flags: Flags) -> object:
+    """PyTorch's fused kernels for attention that the network of a run called."""
+    seen: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "scaled_dot_product" in (name := func.overloadpacket.__name__) and "backward" not in name:
+                seen.add(name)
+            return func(*args, **(kwargs or {}))
+
+    lab.run()  # whose caches all runs share: the encoders are not to be seen
+    with pytest.MonkeyPatch.context() as patch:
+        predict = SDXL.predict
+
+        def watched(*arguments: Any) -> Any:
+            with Watch():
+                return predict(*arguments)
+
+        patch.setattr(SDXL, "predict", staticmethod(watched))
+        lab.run_again(flags, lab.new_folder())
+    return seen
+
+
+def steps_with_copies(lab: Lab, flags: Flags) -> object:
+    """Whether the optimiser takes its steps with copies of the weights, or with those of the network."""
+    return NamedOptimizer(lab.config((*flags, "--optimizer=adamw")).optimizer, {"w": nn.Parameter(torch.zeros(1))}, 1.0).offloaded
+
+
+def compiled_for(lab: Lab, flags: Flags) -> object:
+    """What the network of the pictures is compiled for; compiling itself takes a minute, and is left out here."""
+    modes: list[str] = []
+
+    def compile_nothing(module: nn.Module, mode: str = "") -> nn.Module:
+        if mode:
+            modes.append(mode)
+        return module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compile_nothing)
+        lab.run_again((*PICTURES, *flags), lab.new_folder())
+    return modes
 
 
 def optimizer_or_refusal(lab: Lab, flags: Flags) -> object:
