@@ -16,7 +16,9 @@ from torch.nn.functional import huber_loss
 import train
 from helpers.config.options import OPTIONS
 from helpers.errors import ModelError
+from helpers.families.clip import ClipAnswer
 from helpers.families.sd3 import StableDiffusion3
+from helpers.families.sd3_text import both_pooled, joined
 from helpers.families.t5 import load_tokenizer, tokenize
 from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
 
@@ -48,6 +50,33 @@ def test_captions_are_told_as_the_pipeline_tells_them(tried: Tried) -> None:
     assert torch.allclose(ours["pooled"], pooled, atol=1e-5)
     assert not ours["prompt_embeds"][:, :77, 24 + 32 :].any()
     assert ours["prompt_embeds"][:, 77:].any() == (tried.miniature == "sd3")
+
+
+@pytest.mark.parametrize(("t5_length", "tokens"), [(77, 154), (256, 333)])
+def test_the_parts_stand_where_the_network_expects_them(t5_length: int, tokens: int) -> None:
+    """At the sizes of the real encoders: 768 of CLIP-L before 1280 of bigG, zeros up to 4096, and T5 behind them along the sequence."""
+    one, two, t5 = (
+        torch.full((1, length, width), number) for length, width, number in ((77, 768, 1.0), (77, 1280, 2.0), (t5_length, 4096, 3.0))
+    )
+    pooled = torch.cat([torch.full((1, 768), 4.0), torch.full((1, 1280), 5.0)], dim=1)
+    told = joined({"clip": torch.cat([one, two], dim=-1), "t5": t5, "pooled": pooled}, 4096, t5_length)
+    assert told["prompt_embeds"].shape == (1, tokens, 4096)
+    expected = torch.zeros(1, tokens, 4096)
+    expected[:, :77, :768], expected[:, :77, 768:2048], expected[:, 77:] = 1, 2, 3
+    assert torch.equal(told["prompt_embeds"], expected) and torch.equal(told["pooled"], pooled)
+    without = joined({"clip": torch.cat([one, two], dim=-1), "pooled": pooled}, 4096, t5_length)["prompt_embeds"]
+    expected[:, 77:] = 0
+    assert torch.equal(without, expected)
+
+
+def test_both_clip_encoders_stand_side_by_side_in_their_order() -> None:
+    answers = [
+        ClipAnswer(torch.full((1, 77, width), number), torch.full((1, width), -number)) for width, number in ((768, 1.0), (1280, 2.0))
+    ]
+    parts = both_pooled(answers)
+    assert parts["clip"].shape == (1, 77, 2048) and parts["pooled"].shape == (1, 2048)
+    assert (parts["clip"][..., :768] == 1).all() and (parts["clip"][..., 768:] == 2).all()
+    assert (parts["pooled"][..., :768] == -1).all() and (parts["pooled"][..., 768:] == -2).all()
 
 
 @pytest.mark.parametrize("tried", BOTH, indirect=True)
