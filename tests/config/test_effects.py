@@ -47,6 +47,28 @@ def test_the_same_settings_give_the_same_losses(lab: Lab) -> None:
     assert lab.run_again((), lab.new_folder()).rows("samples.jsonl") == lab.run().rows("samples.jsonl")
 
 
+BF16 = ("--model_type=full", "--mixed_precision=bf16", "--optimizer=adamw_bf16")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--base_quantization=nf4", "--validation_prompt=a cat", "--validation_num_inference_steps=1", "--validation_steps=2"),
+        ("--base_quantization=int8", "--lora_algorithm=lokr", "--gradient_checkpointing"),
+        ("--model_type=full", "--channels_last", "--unet_attention_slice"),
+        (*BF16, "--optimizer_cpu_offload", "--gradient_precision=fp32", "--gradient_accumulation_steps=3", "--attention=math"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_a_run_in_less_memory_goes_on_as_if_it_had_not_stopped(flags: tuple[str, ...], lab: Lab) -> None:
+    whole = lab.run_again((*flags, "--max_train_steps=4"), lab.new_folder())
+    folder = lab.new_folder()
+    lab.run_again((*flags, "--max_train_steps=2"), folder)
+    again = lab.run_again((*flags, "--max_train_steps=4"), folder)
+    assert "going on from checkpoint-2" in " ".join(again.story)
+    assert [row["loss"] for row in again.rows("metrics.jsonl")] == [row["loss"] for row in whole.rows("metrics.jsonl")]
+
+
 def test_the_exported_pipeline_samples_as_validation_does(lab: Lab) -> None:
     """The second effect of --validation_noise_scheduler."""
     for name, kind in (("euler", "EulerDiscreteScheduler"), ("ddim", "DDIMScheduler")):
