@@ -3,9 +3,10 @@
     python -m benchmarks.flat_memory [--steps 6000] [--rounds 1]
 
 The miniature is trained for many short epochs, once with everything cached beforehand, once with latents encoded behind training, and
-once with cuts drawn anew each epoch. The slope is that of a line through the resident memory over the second half of the steps (in
-the first, tables of Python and the libraries still find their sizes, the last by a jump of 4 MB after some 2,000 steps), each time after the C library has given back what it only keeps in reserve, which comes and goes by megabytes; the cost of an epoch's
-first steps is that of asking for their batches, beside other steps.
+once with cuts drawn anew each epoch. The slope is that of a line through the resident memory over the second half of the steps: in the
+first, tables of Python and the libraries still find their sizes, the last by a jump of 4 MB after some 2,000 steps. The C library first
+gives back what it only keeps in reserve, which comes and goes by megabytes. The cost of an epoch's first steps is that of asking for
+their batches, beside other steps.
 """
 
 from __future__ import annotations
