@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from helpers.training.schedules import Schedule
 
 if TYPE_CHECKING:
     from helpers.config.options import OptimizerOptions
+
+OF_TEXT = "/text/"  # before the names of the text encoders' optimiser's tensors in checkpoints
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,37 @@ class Engine:
     The loss of a step is sum(weight x loss) over its samples divided by the samples of the *global* step, so a short
     micro-batch weighs what it holds. Samples that were planned and could not be had do not count. Accumulation is driven here: the
     gradients of all but the last micro-batch stay local.
+
+    Text encoders that are trained have an optimiser of their own: its rate is the schedule's times `text_rate`, and from step
+    `text_stop` on, counted from 0, it takes no more steps. The gradient is clipped as one over all networks.
     """
 
-    def __init__(self, runtime: Runtime, trainable: Trainable, options: OptimizerOptions, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        trainable: Trainable,
+        options: OptimizerOptions,
+        schedule: Schedule,
+        text_rate: float = 1.0,
+        text_stop: int = 0,
+    ) -> None:
         self.runtime = runtime
         self.options = options
         self.schedule = schedule
         self.parameters: Mapping[str, nn.Parameter] = trainable.parameters
         self.accelerator = runtime.accelerator
-        trainable.denoiser.to(runtime.device)
-        self.optimizer = NamedOptimizer(options, trainable.parameters, schedule.rate)
+        self.text_rate, self.text_stop = text_rate, text_stop
+        for module in trainable.modules.values():
+            module.to(runtime.device)
+        roles = tuple(f"{role}." for role in trainable.text_encoders)
+        text = {name: parameter for name, parameter in trainable.parameters.items() if name.startswith(roles)}
+        denoiser = {name: parameter for name, parameter in trainable.parameters.items() if name not in text}
+        self.optimizer = NamedOptimizer(options, denoiser, schedule.rate)
+        self.text_optimizer = NamedOptimizer(options, text, schedule.rate * text_rate) if text else None
         self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser)
+        self.text_encoders: dict[str, nn.Module] = {
+            role: self.accelerator.prepare_model(module) for role, module in trainable.text_encoders.items()
+        }
         self._samples = 0
         self._loss = torch.zeros((), dtype=torch.float64, device="cpu" if runtime.device.type == "mps" else runtime.device)
 
@@ -62,7 +84,9 @@ class Engine:
         self._samples += len(losses) if samples is None else samples
         self._loss += total.detach().double().to(self._loss.device)
         scaled = total * (self.runtime.world_size / global_samples)
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.denoiser):
+        with contextlib.ExitStack() as local:
+            for module in () if last else (self.denoiser, *self.text_encoders.values()):
+                local.enter_context(self.accelerator.no_sync(module))
             self.accelerator.backward(scaled)
 
     def step(self, seed: int, step: int, updates: int, global_samples: int) -> Update:
@@ -71,8 +95,10 @@ class Engine:
         `updates` counts the optimiser steps taken so far: the schedule's clock.
         """
         scaler = self.accelerator.scaler
+        moving = [self.optimizer, *([self.text_optimizer] if self.text_optimizer and step < self.text_stop else [])]
         if scaler is not None:
-            scaler.unscale_(self.optimizer.torch_optimizer)
+            for optimizer in moving:
+                scaler.unscale_(optimizer.torch_optimizer)
         grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
         finite = bool(torch.isfinite(grad_norm))
@@ -88,21 +114,36 @@ class Engine:
         taken = not bad and finite_loss and samples > 0
         if taken:
             self.runtime.seed("rounding", seed, step)  # the same on every process: each updates its own copy of the weights
-            self.optimizer.step(self.schedule(updates))
+            for optimizer in moving:
+                optimizer.step(self.schedule(updates) * (self.text_rate if optimizer is self.text_optimizer else 1.0))
         if scaler is not None:
             scaler.update()  # halves the scale where `unscale_` met an overflow
-        self.optimizer.torch_optimizer.zero_grad(set_to_none=True)
+        for optimizer in moving:
+            optimizer.torch_optimizer.zero_grad(set_to_none=True)
         self._loss.zero_()
         self._samples = 0
         return Update(loss_sum / max(samples, 1), int(samples), float(grad_norm), learning_rate, taken, finite_loss, bool(stop))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, all weights are the average that a schedule-free optimiser means."""
+        with self.optimizer.averaged(), self.text_optimizer.averaged() if self.text_optimizer else contextlib.nullcontext():
+            yield
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Optimiser tensors by name, and the numbers beside them, for a checkpoint."""
         tensors, numbers = self.optimizer.state()
         scaler = self.accelerator.scaler
-        return tensors, {"optimizer": numbers, "scaler": scaler.state_dict() if scaler is not None else None}
+        others = {"scaler": scaler.state_dict() if scaler is not None else None}
+        if self.text_optimizer:
+            of_text, others["text_optimizer"] = self.text_optimizer.state()
+            tensors |= {OF_TEXT + name: tensor for name, tensor in of_text.items()}
+        return tensors, {"optimizer": numbers, **others}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        self.optimizer.restore(tensors, numbers["optimizer"])
+        of_text = {name.removeprefix(OF_TEXT): tensor for name, tensor in tensors.items() if name.startswith(OF_TEXT)}
+        self.optimizer.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(OF_TEXT)}, numbers["optimizer"])
+        if self.text_optimizer:
+            self.text_optimizer.restore(of_text, numbers["text_optimizer"])
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])

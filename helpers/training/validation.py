@@ -40,7 +40,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Start:
-    """A picture of the data that a picture begins with: latents (C, h, w) and what its caption became."""
+    """A picture of the data that a picture begins with: latents (C, h, w) and what its caption became.
+
+    The text is empty where the encoders are trained: the caption is the prompt's, to be encoded when the picture is made.
+    """
 
     latents: torch.Tensor
     text: TextTensors
@@ -163,7 +166,7 @@ class Validator:
         """Write the pictures of a step and return them. An asked-for stop ends it after the picture at hand."""
         self.folder.mkdir(parents=True, exist_ok=True)
         images = []
-        with undisturbed(trainable.denoiser), torch.no_grad(), self.family.image_codec(self.runtime.device) as codec:
+        with undisturbed(*trainable.modules.values()), torch.no_grad(), self.family.image_codec(self.runtime.device) as codec:
             for prompt, size, index in self._wanted():
                 if self.runtime.stop.asked:
                     break
@@ -191,7 +194,7 @@ class Validator:
         pipeline = make(trainable.denoiser, schedule)
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
-        text = start.text if start else self.text(prompt.text)
+        text = start.text if start and start.text else self.text(prompt.text)
         arguments = self.family.prompt_arguments(text, negative)
         steps = options.validation_num_inference_steps
         if start:
