@@ -114,6 +114,7 @@ def train(config: Config, stop: StopRequest, report: Reporters) -> None:
 def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.data.order import OrderStart
     from helpers.data.prepare import prepare_data
+    from helpers.methods.text_encoders import require_something_to_train
     from helpers.reporting.contact_sheet import write_contact_sheet
     from helpers.training.checkpoints import Checkpointer
     from helpers.training.ema import Average
@@ -129,6 +130,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     config = of_the_base_model(config, runtime, report)
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
+    if config.text_encoder.train_text_encoder and config.model.model_type == "full":
+        require_something_to_train(cast("TextTrainer", family), config.text_encoder)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
     prompts = read_prompts(config.validation)
     if family.refines:

@@ -23,7 +23,7 @@ WEIGHTS_FILE = "model.safetensors"
 def add_text_encoders(parts: Parts, family: TextTrainer, options: TextEncoderOptions, dtype: torch.dtype, freezes: bool) -> None:
     """Load the text encoders into `parts`, and say which of their weights may move.
 
-    `freezes` is whether the layers that the options name stay as they are. ConfigError where nothing is left.
+    `freezes` is whether the layers that the options name stay as they are.
     """
     parts.text_encoders = family.load_text_encoders(dtype)
     moving: set[str] = set()
@@ -35,14 +35,19 @@ def add_text_encoders(parts: Parts, family: TextTrainer, options: TextEncoderOpt
             if (place := place_of(name, layers)) < read or read == layers
             if not (freezes and options.freeze_encoder and is_frozen(place, options))
         ]
-        if not kept:
-            raise ConfigError(
-                f"--freeze_encoder_strategy={options.freeze_encoder_strategy}, --freeze_encoder_before={options.freeze_encoder_before} "
-                f"and --freeze_encoder_after={options.freeze_encoder_after} leave nothing of the {layers} layers (0 to {layers - 1}) to "
-                "train; change them, or set --freeze_encoder=false."
-            )
         moving |= {f"{role}.{name}" for name in kept}
     parts.text_weights = frozenset(moving)
+
+
+def require_something_to_train(family: TextTrainer, options: TextEncoderOptions) -> None:
+    """Raises ConfigError where the options freeze every layer of the text encoder; no weights are loaded for it."""
+    layers = family.text_layers_read("text_encoder")
+    if options.freeze_encoder and all(is_frozen(place, options) for place in range(layers)):
+        raise ConfigError(
+            f"--freeze_encoder_strategy={options.freeze_encoder_strategy}, --freeze_encoder_before={options.freeze_encoder_before} "
+            f"and --freeze_encoder_after={options.freeze_encoder_after} leave none of the {layers} layers (0 to {layers - 1}) of this "
+            "model's text encoder to train; change them, or set --freeze_encoder=false."
+        )
 
 
 def place_of(name: str, layers: int) -> int:
