@@ -196,7 +196,7 @@ class ModelFamily(Protocol):
 class TextTrainer(Protocol):
     """What a family has too whose text encoders can be trained (`facts.trains_text_encoders`)."""
 
-    def load_text_encoders(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+    def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
         """The encoders, by role, on the CPU."""
         ...
 

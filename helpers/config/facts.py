@@ -45,4 +45,3 @@ def _without_text_encoders(family: Facts) -> str:
         kinds = " or ".join(f"--model_type={kind}" for kind in sorted(family.trains_text_encoders))
         return f"--train_text_encoder: the text encoders of {family.title} are trained by {kinds} alone; set that, or remove it."
     return f"--train_text_encoder: what {family.title} is told of captions comes from encoders that are not trained; remove it."
-

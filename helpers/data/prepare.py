@@ -37,6 +37,7 @@ from helpers.data.workers import Workers
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:
+    from helpers.data.cache import Cache
     from helpers.protocols import ModelFamily, Reporter, TextEncoders
 
 

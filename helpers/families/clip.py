@@ -165,9 +165,7 @@ def clip_caption_lengths(base: Checkpoint, suffixes: Sequence[str]) -> ClipCapti
     return ClipCaptionLengths([base.folder / name for name in names], base.hash_of(*names))
 
 
-def answers(
-    pairs: Sequence[tuple[Any, Any]], captions: Sequence[str], layer: Layer, device: torch.device
-) -> tuple[list[ClipAnswer], int]:
+def answers(pairs: Sequence[tuple[Any, Any]], captions: Sequence[str], layer: Layer, device: torch.device) -> tuple[list[ClipAnswer], int]:
     """The answer of each encoder, given beside its tokenizer, and how many captions are longer than one of them reads."""
     given, longest = [], 0
     for tokenizer, encoder in pairs:

@@ -41,9 +41,7 @@ class StableDiffusion:
     the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
     """
 
-    facts = Facts(
-        name="sd2x", title="Stable Diffusion", img2img=True, judge=_judge, trains_text_encoders=frozenset({"full", "lora"})
-    )
+    facts = Facts(name="sd2x", title="Stable Diffusion", img2img=True, judge=_judge, trains_text_encoders=frozenset({"full", "lora"}))
     refines = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
@@ -76,7 +74,7 @@ class StableDiffusion:
     def load(self, dtype: torch.dtype) -> Parts:
         return load_unet(self.base, dtype)
 
-    def load_text_encoders(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+    def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
         from helpers.families.clip import load_encoders
 
         return load_encoders(self.base, ("",), dtype)

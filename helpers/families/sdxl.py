@@ -73,7 +73,7 @@ class SDXL:
     def load(self, dtype: torch.dtype) -> Parts:
         return load_unet(self.base, dtype)
 
-    def load_text_encoders(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+    def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
         from helpers.families.clip import load_encoders
 
         return load_encoders(self.base, ENCODERS, dtype)

@@ -118,7 +118,9 @@ class Lora:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._adapter_tensors(trainable, weights or trainable.parameters)
         metadata = {
-            f"{role}.{key}": value for role, network in trainable.modules.items() for key, value in self._metadata(trainable, network).items()
+            f"{role}.{key}": value
+            for role, network in trainable.modules.items()
+            for key, value in self._metadata(trainable, network).items()
         }
         path = folder / f"{WEIGHTS_NAME}{label}.safetensors"
         header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}

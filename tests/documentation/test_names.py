@@ -30,6 +30,7 @@ GUIDES = [
     "documentation/DEEPFLOYD.md",
     "documentation/DATALOADER.md",
     "documentation/OPTIMIZERS.md",
+    "documentation/TEXT_ENCODER.md",
     "documentation/ARCHITECTURE.md",
 ]
 # Variables that are read before the env file is: by the wrappers and the set-up.

@@ -120,7 +120,7 @@ ADAPTER = {
 TEXT_ENCODER = {
     "train_text_encoder": Effect(trained_roles, {"false": {"unet"}, "true": {"unet", "text_encoder", "text_encoder_2"}}),
     "text_encoder_lr": Effect(losses, ["1e-3", "1e-1"], LIVE),
-    "freeze_encoder": Effect(moved_layers, {"false": {-1, 0, 1, "norm"}, "true": {1, "norm"}}, (*LIVE_FULL, "--freeze_encoder_strategy=before")),
+    "freeze_encoder": Effect(moved_layers, {"false": {-1, 0, 1, "norm"}, "true": {-1, 0, 1}}, LIVE_FULL),
     "freeze_encoder_strategy": Effect(
         moved_layers,
         {"before": {1, "norm"}, "after": {-1, 0, 1}, "between": {-1, 0, "norm"}, "outside": {1}},
