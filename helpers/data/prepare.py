@@ -280,7 +280,8 @@ class _Preparation:
             dataclasses.replace(settings.fill_options(settings.text_batch_size, workers), world_size=1, should_stop=lambda: False),
         )
         images = self.images
-        *texts, extra_texts = self.text_caches or [None] * (len(self.datasets) + 1)
+        caches: Sequence[Cache | None] = self.text_caches or [None] * (len(self.datasets) + 1)
+        *texts, extra_texts = caches
         records = CachedRecords(
             images.passes,
             [
