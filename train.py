@@ -104,6 +104,8 @@ def train(config: Config, stop: StopRequest, report: Reporters) -> None:
     gc.disable()  # while libraries are imported: it would go through half a million new objects again and again, and find nothing
     from helpers.training.runtime import start_runtime
 
+    if config.run.max_train_seconds is not None:
+        stop.after(config.run.max_train_seconds)
     folders = {"--output_dir": config.run.output_dir, "--cache_dir": config.cache.cache_dir}
     with start_runtime(config.run, folders, config.given, stop) as runtime:  # processes, device, precision, locks on its folders
         if runtime.is_main:
@@ -119,9 +121,9 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.checkpoints import Checkpointer
     from helpers.training.ema import Average
     from helpers.training.engine import Engine
+    from helpers.training.lean import choose_attention, slim
     from helpers.training.learner import Learner
     from helpers.training.live_text import LiveText
-    from helpers.training.optimizers import try_optimizer
     from helpers.training.schedules import Schedule
     from helpers.training.steps import in_order, sample_rows, step_result, timed
     from helpers.training.validation import read_prompts
@@ -133,11 +135,14 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if config.text_encoder.train_text_encoder and config.model.model_type == "full":
         require_something_to_train(cast("TextTrainer", family), config.text_encoder)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+    require_sampler(config, objective)
     prompts = read_prompts(config.validation)
+    for note in family.notes:
+        report.chapter("", note)
     if family.refines:
         report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
         prompts = []
-    from_pictures = family.refines or config.validation.validation_using_datasets
+    from_pictures = family.refines or config.model.controlnet or config.validation.validation_using_datasets
     for name in ("num_eval_images", "eval_dataset_id"):
         if not from_pictures and config.values()[name] != OPTIONS[name].default:
             report.chapter("", f"{config.origins[name]} does nothing while validation_using_datasets is off.")
@@ -149,11 +154,13 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     if config.run.dataset_report:
         return look_at_data(config, runtime, found, state, accumulation, family, report)
     config = settled(config, runtime, method, state, accumulation)
-    try_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
+    try_on_this_device(config, runtime, method)
 
     identity = run_identity(config, family, objective)
     if found:
         found.require_same_run(identity)
+    else:
+        method.try_on(family.load(None))
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
     settings = data_settings(config, runtime, found, state, accumulation, prompts, from_pictures)
@@ -164,12 +171,14 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
 
     runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
-    parts = load_parts(config, family, method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer))
+    parts = load_network(config, runtime, family, method, report)
+    add_text(parts, config, family, method, runtime)
     trainable = method.attach(parts)
+    slim(trainable.denoiser, config.run, family.facts.options)
     if config.run.gradient_checkpointing:
-        trainable.denoiser.enable_gradient_checkpointing()
         for encoder in trainable.text_encoders.values():
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    choose_attention(config.run.attention)
     total = total_steps(config, data, accumulation * runtime.world_size, state.order)
     schedule = Schedule.create(config.schedule, total)
     if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
@@ -177,7 +186,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         report.chapter("", f"the learning rate bends: {laid}")
     text_stop = text_encoder_stop(config, found, total, report)
     text_rate = (config.text_encoder.text_encoder_lr or config.schedule.learning_rate) / config.schedule.learning_rate
-    engine = Engine(runtime, trainable, config.optimizer, schedule, text_rate, text_stop)
+    engine = Engine(runtime, trainable, config.optimizer, schedule, config.run.gradient_precision, text_rate, text_stop)
     live = LiveText(cast("TextTrainer", family), trainable, engine) if trainable.text_encoders else None
     average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
     learner = Learner(method, trainable, engine, average)
@@ -220,10 +229,10 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         rows: list[dict[str, Any]] = []
         for number, batch in enumerate(batches):
             runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
-            told = live.told(batch, state.step) if live else batch
-            losses, corrupted = train_step(family, objective, engine.denoiser, told, runtime.device)
-            last = number == len(batches) - 1
-            engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, last, batch.size)
+            with engine.micro_batch(last=number == len(batches) - 1):
+                told = live.told(batch, state.step) if live else batch
+                losses, corrupted = train_step(family, objective, engine.denoiser, told, runtime.device)
+                engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, batch.size)
             if config.data.record_samples:
                 rows += sample_rows(state.step + 1, batch, corrupted, losses)
         update = engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
@@ -258,6 +267,15 @@ def train_step(
 
 
 # -- how the parts are put together: the only place that sees the whole Config --------------------------------------------
+
+
+def require_sampler(config: Config, objective: Objective) -> None:
+    """ConfigError where validation and the exported pipeline could not sample what is learnt, which the base model may have settled."""
+    asked = config.validation.validation_noise_scheduler
+    if asked not in objective.samplers:
+        raise ConfigError(
+            f"--validation_noise_scheduler={asked} cannot sample what this model predicts; use {', '.join(objective.samplers)}."
+        )
 
 
 def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
@@ -308,6 +326,9 @@ def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: Tra
     told = {"seed": state.seed} if config.run.seed <= 0 else {}
     config = config.replaced("drawn at the start of the run", **told)
     found_out: dict[str, Any] = {"mixed_precision": runtime.mixed_precision, "gradient_accumulation_steps": accumulation}
+    if config.schedule.lr_scale:
+        samples = config.data.train_batch_size * accumulation * runtime.world_size
+        found_out["learning_rate"] = config.schedule.learning_rate * samples
     if config.optimizer.optimizer == "auto":
         found_out["optimizer"] = method.default_optimizer(runtime.mixed_precision)
     known = config.values()
@@ -315,6 +336,35 @@ def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: Tra
     if runtime.is_main:
         write_json(config.run.output_dir / "config.json", config.to_json())
     return config
+
+
+def try_on_this_device(config: Config, runtime: Runtime, method: TrainingMethod) -> None:
+    """Raises ConfigError for what the device or a library cannot do, before hours of caching."""
+    from helpers.methods.quantised_base import try_quantisation
+    from helpers.training.lean import try_attention, try_compiling
+    from helpers.training.optimizers import try_optimizer
+
+    try_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
+    dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
+    if config.run.base_quantization != "none":
+        try_quantisation(config.run.base_quantization, runtime.device, dtype)
+    try_attention(config.run.attention, runtime.device, runtime.dtype)
+    if config.launch.training_dynamo_backend == "inductor":
+        try_compiling("TRAINING_DYNAMO_BACKEND", runtime.device)
+    if config.validation.validation_torch_compile:
+        try_compiling("--validation_torch_compile", runtime.device)
+
+
+def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:
+    """The family's network as the base of this run: in the method's precision, its blocks in fewer bits where that is asked for."""
+    parts = family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer))
+    if (kind := config.run.base_quantization) != "none":
+        from helpers.methods.quantised_base import bytes_of, quantise
+
+        before = bytes_of(parts.denoiser)
+        quantise(parts.denoiser, kind, runtime.device)
+        report.chapter("model", f"weights in {kind}: {bytes_of(parts.denoiser) / 2**30:,.2f} GiB instead of {before / 2**30:,.2f}")
+    return parts
 
 
 def join_reporters(config: Config, state: TrainState, total: int, report: Reporters) -> None:
@@ -390,6 +440,8 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
     adapter = dataclasses.asdict(config.adapter) if config.model.model_type == "lora" else {}
     encoders = dataclasses.asdict(config.text_encoder) if config.text_encoder.train_text_encoder else {}
     text = {name: value for name, value in encoders.items() if name != "text_encoder_lr"}  # like the learning rate it may change
+    if config.model.controlnet:
+        adapter = {"controlnet_model_name_or_path": config.model.controlnet_model_name_or_path}
     loss = dataclasses.asdict(config.objective)
     sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
     identity = {
@@ -406,6 +458,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "mixed_precision": config.run.mixed_precision,
         "optimizer": config.optimizer.optimizer,
         "optimizer_args": config.optimizer.optimizer_args,
+        "base_quantization": config.run.base_quantization,
         "use_ema": config.ema.use_ema,
         **adapter,
         **text,
@@ -414,15 +467,14 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
     return json.loads(json.dumps(identity, default=str))  # as it will be read back: tuples become lists
 
 
-def load_parts(config: Config, family: ModelFamily, dtype: torch.dtype) -> Parts:
-    """The networks that the method may train."""
+def add_text(parts: Parts, config: Config, family: ModelFamily, method: TrainingMethod, runtime: Runtime) -> None:
+    """Load the text encoders that are to be trained beside the network."""
     from helpers.methods.text_encoders import add_text_encoders
 
-    parts = family.load(dtype)
     if config.text_encoder.train_text_encoder:
+        dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
         freezes = config.model.model_type == "full"
         add_text_encoders(parts, cast("TextTrainer", family), config.text_encoder, dtype, freezes)
-    return parts
 
 
 def text_encoder_stop(config: Config, found: Found | None, total: int, report: Reporters) -> int:
@@ -455,9 +507,13 @@ def make_validator(
     state: TrainState,
     live: LiveText | None,
 ) -> Validator:
-    from helpers.training.validation import Validator, parse_sizes
+    from helpers.training.validation import Validator, after_the_first, parse_sizes
 
-    starts = pictures_of_the_data(config, data) if family.refines or config.validation.validation_using_datasets else {}
+    starts = {}
+    if family.refines or config.model.controlnet or config.validation.validation_using_datasets:
+        starts = pictures_of_the_data(config, data)
+    if config.model.controlnet:
+        starts, prompts = after_the_first(starts, prompts), []
     sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.alignment)
     spacing = config.objective.inference_scheduler_timestep_spacing
 

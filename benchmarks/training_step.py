@@ -147,8 +147,9 @@ class Ours:
         state = self.state
         for number, batch in enumerate(batches):
             self.runtime.seed("dropout", state.seed, state.step, number)
-            losses, _ = train_step(self.family, self.objective, self.engine.denoiser, batch, self.runtime.device)
-            self.engine.backward(losses, batch.loss_weight, batch.global_samples, last=number == len(batches) - 1)
+            with self.engine.micro_batch(last=number == len(batches) - 1):
+                losses, _ = train_step(self.family, self.objective, self.engine.denoiser, batch, self.runtime.device)
+                self.engine.backward(losses, batch.loss_weight, batch.global_samples)
         update = self.engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
         state.advance(update.taken, MOST_SKIPPED["no"], batches[-1].samples)
         self.records.stepped(step_result(state, update, batches, began, waited))

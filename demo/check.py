@@ -80,8 +80,10 @@ def generate(
     return ask(pipeline, scenes, steps=steps, guidance=guidance)
 
 
-def ask(pipeline: Any, scenes: Sequence[Scene], *, steps: int = STEPS, guidance: float = GUIDANCE, **more: Any) -> list[Image.Image]:
-    """`generate` with a pipeline that is loaded already; `more` are arguments of the call."""
+def ask(
+    pipeline: Any, scenes: Sequence[Scene], *, steps: int = STEPS, guidance: float = GUIDANCE, first: int = 0, **more: Any
+) -> list[Image.Image]:
+    """`generate` with a pipeline that is loaded already, from the noise of seed `first` on; `more` are arguments of the call."""
     import torch
 
     pipeline.set_progress_bar_config(disable=True)
@@ -94,7 +96,7 @@ def ask(pipeline: Any, scenes: Sequence[Scene], *, steps: int = STEPS, guidance:
             width=SIZE_PX,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(start + number) for number in range(len(part))],
+            generator=[torch.Generator().manual_seed(first + start + number) for number in range(len(part))],
             **more,
         ).images
     return pictures

@@ -93,10 +93,10 @@ class Parts:
 class Trainable:
     """What moves, and how to run it."""
 
-    denoiser: Any  # nn.Module with diffusers' ModelMixin, as `attach` left it
+    denoiser: Any  # nn.Module with diffusers' ModelMixin as `attach` left it, or `Controlled`
     parameters: dict[str, nn.Parameter]  # the weights that move, by the name they keep in checkpoints
     description: str  # "LoRA rank 16, 23.2 M of 2,567.5 M parameters"
-    role: str  # the denoiser's name in a diffusers folder: "unet" or "transformer"
+    role: str  # the name of what is trained in a diffusers folder: "unet", "transformer" or "controlnet"
     fixed: dict[str, Tensor] = field(default_factory=dict)  # stand still, and are kept in checkpoints: what moves is measured from them
     text_encoders: dict[str, Any] = field(default_factory=dict)  # by role, as `attach` left them; their parameters' names begin with it
 
@@ -128,6 +128,7 @@ class ModelFamily(Protocol):
     name: str  # model folder or hub name, for messages and cards
     identity: str  # a hash of the denoiser's weights: a run goes on only with the model it began with
     refines: bool  # whether its pictures begin with pictures (img2img) and not with noise
+    notes: Sequence[str]  # of this base model, what a run should say at its start
     loads_lora: bool  # whether its pipeline in diffusers loads LoRA files
     lora_targets: tuple[str, ...]  # module name endings that an adapter goes to unless the user names others
     scheduler_config: Mapping[str, Any]  # the checkpoint's own noise schedule
@@ -144,7 +145,9 @@ class ModelFamily(Protocol):
         """What a dropped caption becomes."""
         ...
 
-    def load(self, dtype: torch.dtype) -> Parts: ...
+    def load(self, dtype: torch.dtype | None) -> Parts:
+        """The network in this precision, on the CPU; with None an outline of it, which has layers and no weights."""
+        ...
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Everything the network is told besides the noisy latents, each tensor (B, ...), on the device."""
@@ -209,6 +212,29 @@ class TextTrainer(Protocol):
         ...
 
 
+class Controlled(Protocol):
+    """A network with a ControlNet beside it: an nn.Module that is asked as the network alone is, with `condition` beside the rest."""
+
+    denoiser: Any
+    controlnet: Any
+    unused: tuple[str, ...]  # beginnings of names of the ControlNet's weights that nothing depends on
+    argument: str  # by which the pipeline takes the condition
+
+    def prepared(self, condition: Tensor) -> Tensor:
+        """The conditions of a batch, as the ControlNet reads them and the pipeline is handed them."""
+        ...
+
+
+class ControlledFamily(ModelFamily, Protocol):
+    """A family whose facts say that a ControlNet can be trained beside its networks. Then its `pipeline` takes both as one."""
+
+    condition_as_latents: bool  # whether the ControlNet reads conditions as the VAE encodes them, or as pixels in [0, 1]
+
+    def controlnet(self, denoiser: nn.Module) -> Any:
+        """`Controlled`: the network, and the ControlNet that it starts with."""
+        ...
+
+
 @dataclass(frozen=True)
 class Corrupted:
     """Latents as the network is to see them, and the right answer. B samples."""
@@ -245,6 +271,10 @@ class TrainingMethod(Protocol):
 
     def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
         """In what precision the base model is loaded."""
+        ...
+
+    def try_on(self, outline: Parts) -> None:
+        """Refuse what does not fit the network, before hours of caching: `outline` has its layers, and no weights. Raises ConfigError."""
         ...
 
     def attach(self, parts: Parts) -> Trainable: ...

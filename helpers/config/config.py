@@ -58,12 +58,17 @@ class Config:
     datasets: tuple[DatasetConfig, ...]
     text_caches: tuple[TextCacheConfig, ...]
     family_name: str  # key of the families registry: "sdxl"
-    method_name: str  # key of the methods registry: "full", "bitfit", "lora" or "lycoris"
+    method_name: str  # key of the methods registry: "full", "bitfit", "lora", "lycoris" or "controlnet"
     objective_name: str  # key of the objectives registry: "diffusion" or "flow"
     given: frozenset[str]  # options that somebody set: a flag, a variable, a preset, or the family, method or objective
     origins: Mapping[str, str]  # option -> "--seed", "TRAINING_SEED (sdxl-env.sh:12)", "demo/lora.json", "family sdxl", "default" ...
     notes: tuple[str, ...]  # sentences to say aloud at the start
     passed_variables: tuple[str, ...] = ()  # variables of the env file that are not ours, for the debug log
+
+    @property
+    def conditioning(self) -> tuple[DatasetConfig, ...]:
+        """The data sets of conditions that are in use."""
+        return tuple({of.id: of for dataset in self.datasets if (of := dataset.condition) is not None}.values())
 
     def values(self) -> dict[str, Any]:
         """The effective value of every option, by name."""
@@ -86,6 +91,7 @@ class Config:
             "objective": self.objective_name,
             "settings": {name: {"value": _plain(value), "origin": self.origins[name]} for name, value in self.values().items()},
             "datasets": [_entry(dataset) for dataset in self.datasets],
+            "conditioning": [_entry(conditions) for conditions in self.conditioning],
             "text_caches": [_entry(text) for text in self.text_caches],
         }
 

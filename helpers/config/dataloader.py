@@ -20,6 +20,12 @@ from helpers.config.tables import table_problems, unused_tables
 from helpers.errors import ConfigError
 
 E = TypeVar("E", bound=Entry)
+# What an entry of dataset_type conditioning has to say.
+KEYS_OF_CONDITIONS = frozenset(
+    ["id", "type", "dataset_type", "disabled", "resize_filter", "preserve_data_backend_cache", "skip_file_discovery"]
+    + ["instance_data_dir", "path", "split", "image_column", "urls"]
+    + [item.name for item in options_of(Entry) if item.name.startswith("aws_")]
+)
 _KINDS: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -60,6 +66,7 @@ class _Entries:
 
     def read(self) -> DataConfig:
         datasets: list[tuple[int, DatasetConfig]] = []
+        conditions: list[tuple[int, DatasetConfig]] = []
         texts: list[tuple[int, TextCacheConfig]] = []
         for index, entry in enumerate(self.document.value):
             if not isinstance(entry, dict):
@@ -68,11 +75,16 @@ class _Entries:
                 continue
             elif entry.get("dataset_type") == "text_embeds":
                 texts.append((index, self._entry(TextCacheConfig, index, entry)))
+            elif entry.get("dataset_type") == "conditioning":
+                conditions.append((index, self._entry(DatasetConfig, index, entry)))
             else:
                 datasets.append((index, self._entry(DatasetConfig, index, entry)))
         caches = self._text_caches(texts)
         complete_sets = [(index, self._dataset(index, dataset, caches)) for index, dataset in datasets]
-        self._unique_ids([*datasets, *texts])
+        by_id = {found.id: found for found in [self._conditions(index, dataset) for index, dataset in conditions]}
+        complete_sets = [(index, self._with_condition(index, dataset, by_id)) for index, dataset in complete_sets]
+        self._unique_ids([*datasets, *conditions, *texts])
+        self._used_conditions(conditions, [dataset for _, dataset in complete_sets])
         self._epochs_end(datasets)
         self._something_to_learn(datasets)
         self.notes += size_option_notes(self.options, [dataset for _, dataset in complete_sets])
@@ -81,7 +93,7 @@ class _Entries:
         # What stands in for a value that could not be read would be judged with the others, and told as a second mistake.
         unread = {index for index, _ in self.unread}
         readable = tuple(dataset for index, dataset in complete_sets if index not in unread)
-        return DataConfig(readable, tuple(caches.values()), tuple(self.problems), tuple(self.notes))
+        return DataConfig(readable, tuple(caches.values()), tuple(by_id.values()), tuple(self.problems), tuple(self.notes))
 
     def _is_disabled(self, index: int, entry: dict[str, Any]) -> bool:
         """A disabled entry is not judged further, so that one can be kept for later."""
@@ -220,6 +232,45 @@ class _Entries:
             caption_filters=filters,
             latents_prefix=named.strip("/") if dataset.type == "aws" and isinstance(named, str) else "",
         )
+
+    def _conditions(self, index: int, dataset: DatasetConfig) -> DatasetConfig:
+        """An entry of dataset_type conditioning: where its pictures are, and how they are resized. All else, their images decide."""
+        self._require_id(index, dataset)
+        entry = self.document.value[index]
+        for key, what in placed(dataset, entry, self.base)[1]:
+            if (index, key) not in self.unread:
+                self._problem(index, key, what)
+        self._check_bucket(index, dataset)
+        for key in entry:
+            if key in {item.name for item in options_of(DatasetConfig)} - KEYS_OF_CONDITIONS:
+                self.notes.append(
+                    f"{self.document.path.name}: datasets[{index}].{key} does nothing: a conditioning picture is cut as its image is."
+                )
+        plain: dict[str, Any] = {"caption_strategy": "instanceprompt", "only_instance_prompt": True}  # its captions are nobody's
+        return dataclasses.replace(complete(placed(dataset, entry, self.base)[0], self.options), **plain)
+
+    def _with_condition(self, index: int, dataset: DatasetConfig, conditions: Mapping[str, DatasetConfig]) -> DatasetConfig:
+        """A data set with the entry that its conditioning_data names, where a ControlNet is trained."""
+        wanted, trained = dataset.conditioning_data, self.options["controlnet"]
+        if (index, "conditioning_data") in self.unread:
+            return dataset
+        if dataset.resize_filter != "lanczos":
+            self._problem(index, "resize_filter", 'is for conditioning sets; put it into the one that "conditioning_data" names')
+        if trained and wanted is None:
+            what = "is missing; with --controlnet each data set names the entry of dataset_type conditioning that holds what to follow"
+            self._problem(index, "conditioning_data", what)
+        elif wanted is not None and wanted not in conditions:
+            hint = did_you_mean(wanted, conditions)
+            self._problem(index, "conditioning_data", f"{wanted!r} is not the id of an entry of dataset_type conditioning{hint}")
+        elif wanted is not None and not trained:
+            self.notes.append(f"{self.document.path.name}: datasets[{index}].conditioning_data does nothing without --controlnet.")
+        return dataclasses.replace(dataset, condition=conditions.get(wanted or "") if trained else None)
+
+    def _used_conditions(self, conditions: list[tuple[int, DatasetConfig]], datasets: list[DatasetConfig]) -> None:
+        named = {dataset.conditioning_data for dataset in datasets}
+        for index, entry in conditions:
+            if entry.id not in named and entry.id:
+                self.notes.append(f"{self.document.path.name}: datasets[{index}] does nothing: no data set's conditioning_data names it.")
 
     def _sizes(self, index: int, dataset: DatasetConfig) -> DatasetConfig:
         """The data set with the sizes that are not its own in its own unit, and with those of the user's file."""

@@ -28,9 +28,8 @@ class Entry:
     )
     dataset_type: str = option(
         "image",
-        "What it holds: images to train on, or text embeddings.",
+        "What it holds: images to train on, text embeddings, or the pictures that a ControlNet is to follow.",
         choices=("image", "text_embeds", "conditioning"),
-        later=("conditioning",),
     )
     disabled: bool = option(False, "Leave this entry out.", aliases=("disable",))
     aws_bucket_name: str | None = option(None, "Bucket of an entry of type aws; required there.")
@@ -161,7 +160,14 @@ class DatasetConfig(Entry):
     vae_cache_clear_each_epoch: bool = option(
         False, "Draw random cuts and mirroring anew for each epoch, and encode them while the epoch before is trained."
     )
-    conditioning_data: str | None = option(None, "id of the conditioning set.", not_yet=True)
+    conditioning_data: str | None = option(
+        None, "With --controlnet: id of the entry of dataset_type conditioning with a picture of the same name for each image."
+    )
+    resize_filter: str = option(
+        "lanczos",
+        "In a conditioning set, how its pictures are resized: smoothly, or so that no new colours arise (nearest), for maps of labels.",
+        choices=("lanczos", "nearest"),
+    )
     path: str | None = option(
         None,
         "Folder or file of a Hugging Face data set, or its id where the hub's cache holds it. Required.",
@@ -208,6 +214,7 @@ class DatasetConfig(Entry):
     caption_filters: tuple[str, ...] = ()  # of the text_embeds entry that it uses
     shards: tuple[Path, ...] = ()  # the tars that `urls` stands for
     index_dir: Path | None = None  # where it is kept what their headers say
+    condition: DatasetConfig | None = None  # with --controlnet, the entry that conditioning_data names
 
     @property
     def trusts_listing(self) -> bool:
@@ -244,6 +251,7 @@ class DataConfig:
 
     datasets: tuple[DatasetConfig, ...] = ()
     text_caches: tuple[TextCacheConfig, ...] = ()
+    conditioning: tuple[DatasetConfig, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

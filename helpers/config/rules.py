@@ -14,6 +14,7 @@ from helpers.config.aspects import LARGEST_MEGAPIXELS
 from helpers.config.buckets import caches_inside_images
 from helpers.config.datasets import DataConfig
 from helpers.config.optimizer_rules import missing_library, optimizer_problems
+from helpers.config.settle import chosen_method
 from helpers.config.sizes import ALIGNMENTS, IN_THE_UNIT, size_problems
 from helpers.config.sources import Rank, Setting
 
@@ -25,6 +26,8 @@ _LIBRARIES = {  # choice -> module, package
     "wandb": ("wandb", "wandb"),
     "comet": ("comet_ml", "comet-ml"),
 }
+
+BESIDE_A_FROZEN_BASE = ("lora", "lycoris")  # methods that only ask the base model's weights
 
 Chosen = Mapping[str, Setting]
 
@@ -42,6 +45,7 @@ def impossible(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     yield from _validation(chosen, data)
     yield from _reporting(chosen)
     yield from _launch(chosen)
+    yield from _memory(chosen)
     yield from _libraries(chosen)
 
 
@@ -58,13 +62,20 @@ def _sizes(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     if grid is not None and grid not in ALIGNMENTS:
         yield f"{_origin(chosen, 'aspect_bucket_alignment')}: {grid} is neither 8 nor 64; use one of them."
     for name in ("resolution", *IN_THE_UNIT):
-        yield from _size(_origin(chosen, name), chosen[name].value, unit, "--resolution_type=")
+        if chosen[name].rank > Rank.DECLARED or _falls_back(name, chosen, data):
+            yield from _size(_origin(chosen, name), chosen[name].value, unit, "--resolution_type=")
     for dataset in data.datasets:
         yield from size_problems(dataset)
         for name in ("resolution", *IN_THE_UNIT):
             value = getattr(dataset, name)
             if value != chosen[name].value or dataset.resolution_type != unit:
                 yield from _size(f"data set {dataset.id!r}, {name}", value, dataset.resolution_type, "resolution_type ")
+
+
+def _falls_back(name: str, chosen: Chosen, data: DataConfig) -> bool:
+    """Whether a data set takes a size from the options, or might: where none was read, nothing is known of them."""
+    told = (chosen[name].value, chosen["resolution_type"].value)
+    return not data.datasets or any((getattr(dataset, name), dataset.resolution_type) == told for dataset in data.datasets)
 
 
 def _size(what: str, value: float | None, unit: str, remedy: str) -> Iterator[str]:
@@ -112,7 +123,7 @@ def _files(chosen: Chosen) -> Iterator[str]:
     library = chosen["user_prompt_library"].value
     if library is not None and not os.path.isfile(library):
         yield f"--user_prompt_library: there is no file {library}; check the path."
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path"):
         model = chosen[name].value
         if model and _is_path(model) and not os.path.exists(Path(model).expanduser()):
             yield f"{_origin(chosen, name)}: there is no folder {model}; check the path."
@@ -140,7 +151,7 @@ def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     written += [(f"text_embeds {text.id!r}, cache_dir", text.cache_dir) for text in data.text_caches]
     told = set()
     for what, folder in written:
-        for dataset in data.datasets:
+        for dataset in (*data.datasets, *data.conditioning):
             if dataset.folder is None or folder in told:
                 continue
             images = dataset.folder.resolve()
@@ -175,6 +186,18 @@ def _launch(chosen: Chosen) -> Iterator[str]:
         yield f"{chosen['accelerate_extra_args'].origin}: cannot be split into words: {error}."
     if chosen["training_num_machines"].value > chosen["training_num_processes"].value:
         yield "training_num_processes counts the processes of all machines; it cannot be below training_num_machines."
+
+
+def _memory(chosen: Chosen) -> Iterator[str]:
+    kind = chosen["base_quantization"]
+    if kind.value != "none" and chosen_method(dict(chosen)) not in BESIDE_A_FROZEN_BASE:
+        yield (
+            f"{kind.origin}: {kind.value} rounds the weights of a base model that stands still; "
+            "use --model_type=lora, or --base_quantization=none."
+        )
+    kernel, sliced = chosen["attention"], chosen["unet_attention_slice"]
+    if kernel.value != "auto" and sliced.value:
+        yield f"{sliced.origin}: slices are computed without the kernels that {kernel.origin} chooses among; leave one of them out."
 
 
 def _libraries(chosen: Chosen) -> Iterator[str]:

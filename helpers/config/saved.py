@@ -45,9 +45,11 @@ def _config(content: Mapping[str, Any]) -> Config:
         attribute: _restored(section, {item.name: settings[item.name]["value"] for item in options_of(section)})
         for attribute, section in SECTIONS.items()
     }
+    conditions = {entry["id"]: _restored(DatasetConfig, entry) for entry in content.get("conditioning", ())}
+    datasets = [_restored(DatasetConfig, entry) for entry in content["datasets"]]
     return Config(
         **sections,
-        datasets=tuple(_restored(DatasetConfig, entry) for entry in content["datasets"]),
+        datasets=tuple(dataclasses.replace(dataset, condition=conditions.get(dataset.condition)) for dataset in datasets),
         text_caches=tuple(_restored(TextCacheConfig, entry) for entry in content["text_caches"]),
         family_name=content["family"],
         method_name=content["method"],

@@ -25,6 +25,7 @@ WITHOUT_DROPOUT = {"lora_algorithm": ("lokr", "loha"), "lora_init_type": ("pissa
 # What has an effect only beside another setting: (options, the other, the values of it that they need).
 DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (ADAPTER_OPTIONS, "model_type", ("lora",)),
+    (("controlnet_model_name_or_path",), "controlnet", (True,)),
     (("lokr_factor",), "lora_algorithm", ("lokr",)),
     (("training_scheduler_timestep_spacing",), "model_type", ("full",)),  # it stands in the scheduler of an exported pipeline
     (("logit_mean", "logit_std"), "weighting_scheme", ("logit_normal",)),
@@ -35,6 +36,12 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("freeze_encoder_before",), "freeze_encoder_strategy", ("before", "between", "outside")),
     (("freeze_encoder_after",), "freeze_encoder_strategy", ("after", "between", "outside")),
     (("cache_dir_text",), "train_text_encoder", (False,)),
+    (("huber_delta",), "loss", ("huber",)),
+    (("snr_weight",), "loss_weighting", ("none",)),
+    (("soft_min_snr_sigma_data",), "loss_weighting", ("soft_min_snr",)),
+    (("timestep_bias_multiplier",), "timestep_bias_strategy", ("earlier", "later", "range")),
+    (("timestep_bias_portion",), "timestep_bias_strategy", ("earlier", "later")),
+    (("timestep_bias_begin", "timestep_bias_end"), "timestep_bias_strategy", ("range",)),
     (("noise_offset", "noise_offset_probability"), "offset_noise", (True,)),
     (("ema_decay", "ema_device", "ema_cpu_only", "ema_update_interval"), "use_ema", (True,)),
     (("adafactor_relative_step",), "optimizer", ("adafactor",)),
@@ -45,11 +52,14 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("lr_end",), "lr_scheduler", ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial")),
     (("push_checkpoints_to_hub", "hub_model_id"), "push_to_hub", (True,)),
     (("validation_seed",), "validation_randomize", (False,)),
+    (("validation_torch_compile_mode",), "validation_torch_compile", (True,)),
 )
 
 
 def chosen_method(chosen: Chosen) -> str:
     """The key of the methods registry that several options choose together."""
+    if chosen["controlnet"].value:
+        return "controlnet"
     kind = str(chosen["model_type"].value)
     if kind == "lora" and chosen["lora_algorithm"].value in ("lokr", "loha"):
         return "lycoris"
@@ -128,12 +138,15 @@ def _adapter(chosen: Chosen, problems: list[str]) -> None:
 
 def _min_snr(chosen: Chosen, problems: list[str]) -> None:
     """A gamma asks for min-SNR weighting, and the weighting for a gamma; afterwards gamma is None or above 0."""
-    gamma, weighting = chosen["snr_gamma"], chosen["loss_weighting"]
+    weighting, sigma_data = chosen["loss_weighting"], chosen["soft_min_snr_sigma_data"]
+    if weighting.value == "soft_min_snr" and sigma_data.value:
+        _imply(chosen, "snr_gamma", 1 / sigma_data.value**2, sigma_data, problems)
+    gamma = chosen["snr_gamma"]
     if gamma.value:
         if weighting.value != "soft_min_snr":  # it has a gamma too
             _imply(chosen, "loss_weighting", "min_snr", gamma, problems)
         return
-    if weighting.value == "min_snr":
+    if weighting.value in ("min_snr", "soft_min_snr"):
         if gamma.value == 0 and gamma.rank == weighting.rank:
             problems.append(f"{gamma.origin} is 0, which turns min-SNR off, but {weighting.origin} asks for it; remove one.")
         chosen["snr_gamma"] = Setting(DEFAULT_SNR_GAMMA, "from loss_weighting", Rank.DECLARED)

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from helpers.data import conditions
 from helpers.data.draws import StepDraws, uniform
 from helpers.data.masked import stacked
 from helpers.data.order import MicroBatch
@@ -39,6 +40,7 @@ class Batch:
     epoch: int  # from 0
     dropped: tuple[bool, ...] = ()  # which captions were
     stands_in: bool = False
+    condition: Tensor | None = None  # (B, 3, H, W) in [0, 1], or (B, C, h, w) where the network reads latents; None where there are none
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -68,7 +70,7 @@ class TrainingRecords(Protocol):
     def latents(self, row: int, epoch: int) -> dict[str, Tensor] | None:
         """What the image codec gave for the row, without a batch dimension: "mean", and "std" where latents are sampled.
 
-        None where the image turned out to be one that cannot be encoded.
+        Beside them "condition", as it is kept, where the images have one. None where the image turned out to be one that cannot be encoded.
         """
         ...
 
@@ -126,6 +128,7 @@ class BatchMaker:
             draws=draws,
             epoch=micro.epoch,
             dropped=tuple(caption is None for caption in captions),
+            condition=_condition(latents),
         )
 
     def _caption(self, sample: Sample, epoch: int, repeat: int) -> str | None:
@@ -138,11 +141,17 @@ class BatchMaker:
 
 def _latents(records: Sequence[Mapping[str, Tensor]], draws: StepDraws) -> Tensor:
     """(B, C, h, w) float32: the means, or a draw from the posterior where the codec kept its width."""
-    latents = stacked(records)
+    latents = stacked([{name: record[name] for name in record if name != conditions.NAME} for record in records])
     mean = latents["mean"].float()
     if "std" not in latents:
         return mean
     return mean + latents["std"].float() * draws.normal("posterior", *mean.shape[1:])
+
+
+def _condition(records: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
+    if conditions.NAME not in records[0]:
+        return None
+    return torch.stack([conditions.unpacked(record[conditions.NAME]) for record in records])
 
 
 def prefetched(produce: Callable[[], Iterator[Item]], ahead: int) -> Generator[Item, None, None]:

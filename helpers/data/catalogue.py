@@ -54,10 +54,15 @@ CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL, used INTEG
 CREATE TABLE marks (dataset TEXT PRIMARY KEY, mark TEXT NOT NULL);  -- another one after every change to images in use
 CREATE TABLE joined (dataset TEXT PRIMARY KEY, stated TEXT NOT NULL, counts TEXT NOT NULL);  -- tables, as they were last read
 """
-# Images that could not be encoded in the present life of a run: how its processes tell each other.
-_FAILURES = """
+# Images that could not be encoded in the present life of a run: how its processes tell each other. And the condition of each image
+# that has one, both as rows of `files`, with the version (see `Catalogue.version`) of the condition that the pair was made with.
+_LATER_TABLES = """
+CREATE TABLE IF NOT EXISTS pairs (id INTEGER PRIMARY KEY, condition INTEGER NOT NULL, version TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS failures (pass INTEGER, id INTEGER, reason TEXT NOT NULL, undecodable INTEGER NOT NULL, PRIMARY KEY (pass, id));
 """
+# What a sample is made of: the hash of its image's bytes, and after it that of its condition's where it has one; NULL while one is unknown.
+_WHOLE = "CASE WHEN pairs.id IS NULL THEN files.content ELSE files.content || ' ' || condition.content END"
+_PAIRED = "files LEFT JOIN pairs ON pairs.id = files.id LEFT JOIN files condition ON condition.id = pairs.condition"
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,11 @@ class Catalogue:
             yield key
 
     def contents(self, dataset: str) -> Iterator[str | None]:
-        """SHA-256 of each image's bytes in hex; None where nobody has read the file yet, or it has changed since."""
-        for (content,) in self._select("SELECT content FROM used WHERE dataset = ? ORDER BY key", dataset):
+        """SHA-256 of each image's bytes in hex, and that of its condition's after it where it has one.
+
+        None where nobody has read one of the files yet, or it has changed since.
+        """
+        for (content,) in self._select("SELECT whole FROM used WHERE dataset = ? ORDER BY key", dataset):
             yield content
 
     def captions(self, dataset: str) -> Iterator[str]:
@@ -133,22 +141,42 @@ class Catalogue:
         return Sample(dataset, key, Size(width, height), tuple(json.loads(captions or "[]")))
 
     def content(self, row: int) -> str | None:
-        """SHA-256 of one image's bytes in hex, or None when it is not known. KeyError when there is no such row."""
-        found = next(self._select("SELECT content FROM files WHERE id = ?", int(row)), None)
+        """That of one image, or None when it is not known. KeyError when there is no such row."""
+        found = next(self._select(f"SELECT {_WHOLE} FROM {_PAIRED} WHERE files.id = ?", int(row)), None)
         if found is None:
             raise KeyError(row)
         return found[0]
 
     def with_content_of(self, row: int) -> set[int]:
-        """Rows of the data set's images that hold the same bytes, as far as they are known; the row itself among them."""
-        query = "SELECT o.id FROM files f JOIN files o ON o.dataset = f.dataset AND o.content = f.content WHERE f.id = ?"
+        """Rows of the data set's images that have the same content, as far as it is known; the row itself among them."""
+        own = f"SELECT files.dataset, files.content, {_WHOLE} whole FROM {_PAIRED} WHERE files.id = ?"
+        query = (
+            f"SELECT files.id FROM {_PAIRED} JOIN ({own}) own"
+            f" ON files.dataset = own.dataset AND files.content = own.content AND {_WHOLE} = own.whole"
+        )
         return {int(row)} | {other for (other,) in self._select(query, int(row))}
 
     def set_content(self, digests: Iterable[tuple[int, str]]) -> None:
-        """Remember the SHA-256 (hex) of images' bytes, as (row, digest) pairs, in one transaction."""
+        """Remember the SHA-256 (hex) of the bytes of images and conditions, as (row, digest) pairs, in one transaction."""
         with self.transaction() as database:
             database.executemany("UPDATE files SET content = ? WHERE id = ?", ((digest, int(row)) for row, digest in digests))
             database.execute("UPDATE marks SET mark = ?", (new_mark(),))
+
+    def condition(self, row: int) -> Sample | None:
+        """The picture that an image was paired with by the last scan."""
+        paired = self.condition_row(row)
+        return None if paired is None else self.sample(paired)
+
+    def condition_row(self, row: int) -> int | None:
+        """The row of that picture."""
+        return next(self._select("SELECT condition FROM pairs WHERE id = ?", int(row)), (None,))[0]
+
+    def unread_files(self, row: int) -> list[int]:
+        """Of an image and its condition, the rows of those whose bytes nobody has read."""
+        query = f"SELECT files.id, files.content, condition.id, condition.content FROM {_PAIRED} WHERE files.id = ?"
+        [(image, content, condition, condition_content)] = self._select(query, int(row))
+        pairs = [(image, content), *([(condition, condition_content)] if condition is not None else [])]
+        return [int(file) for file, known in pairs if known is None]
 
     # What could not be encoded.
 
@@ -201,6 +229,10 @@ class Catalogue:
         used, kinds = next(self._select("SELECT used, left_out FROM verdicts WHERE dataset = ?", dataset), (0, "{}"))
         return used, Counter(json.loads(kinds))
 
+    def listing(self, dataset: str) -> str:
+        """A word for the listing that the rows of a data set agree with; another one each time where a file of it is in doubt."""
+        return next(self._select("SELECT digest FROM listings WHERE dataset = ?", dataset), (new_mark(),))[0]
+
     def was_listed(self, dataset: str) -> bool:
         """Whether the rows agree with a listing of the data set, so that nothing is known to be missing or in doubt."""
         return next(self._select("SELECT 1 FROM listings WHERE dataset = ?", dataset), None) is not None
@@ -221,8 +253,8 @@ class Catalogue:
         yield from groups.values()
 
     def unread(self, dataset: str) -> int:
-        """The number of images in use whose bytes nobody has read yet."""
-        return next(self._select("SELECT count(*) FROM used WHERE dataset = ? AND undecodable IS NULL AND content IS NULL", dataset))[0]
+        """The number of images in use whose bytes, or whose condition's, nobody has read yet."""
+        return next(self._select("SELECT count(*) FROM used WHERE dataset = ? AND undecodable IS NULL AND whole IS NULL", dataset))[0]
 
     def caption_counts(self, dataset: str) -> Iterator[tuple[str, int]]:
         """Each distinct caption in use and the number of its images, sorted by caption."""
@@ -279,12 +311,15 @@ class Catalogue:
             database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
         else:
             raise DataError(f"{self.path} is not a catalogue of this version; move it away and it is built anew from the images.")
-        database.execute("CREATE TEMP VIEW used AS SELECT * FROM files WHERE kind = 'image' AND captions IS NOT NULL")
+        database.executescript(_LATER_TABLES)
+        database.execute(
+            f"CREATE TEMP VIEW used AS SELECT files.*, {_WHOLE} AS whole FROM {_PAIRED}"
+            " WHERE files.kind = 'image' AND files.captions IS NOT NULL"
+        )
         database.execute(
             "CREATE TEMP VIEW used_captions AS SELECT used.dataset, used.key, each.value AS caption"
             " FROM used, json_each(used.captions) each"
         )
-        database.executescript(_FAILURES)
 
 
 def new_mark() -> str:

@@ -32,6 +32,7 @@ REASONS = {
     "encoder": "other encoder",
     "geometry": "other size or cut",
     "precision": "other cache precision",
+    "condition": "other conditions",
 }
 
 

@@ -26,8 +26,9 @@ UNREAD = "images_unread"  # of the plan's rows, in the checkpoint
 
 
 class DataFingerprint:
-    """Computed when first asked for, and anew until every image has been read.
+    """Computed when first asked for, and anew until every image, and every condition, has been read.
 
+    `sources` are those of the data sets and of their conditions, by id.
     `inputs` is a digest of what the images and captions in use are; under it the answer is kept in `remembered` for later starts.
     """
 
@@ -35,7 +36,7 @@ class DataFingerprint:
         self,
         plan: BucketPlan,
         datasets: Sequence[DatasetConfig],
-        sources: Sequence[SourceBackend],
+        sources: Mapping[str, SourceBackend],
         catalogue: Catalogue,
         fixed: Mapping[str, str],
         inputs: Callable[[], str] = lambda: "",
@@ -103,16 +104,18 @@ class DataFingerprint:
 
     def _read_again(self, contents: list[str | None], unread: NDArray[np.bool_]) -> None:
         """Images that had been read and were touched since: what they hold is in their bytes, not in the catalogue."""
+        touched = np.flatnonzero([content is None for content in contents] & ~unread).tolist()
+        images = {row: int(self._plan.columns["row"][row]) for row in touched}
         found = {}
-        for row in np.flatnonzero([content is None for content in contents] & ~unread).tolist():
-            image = self._plan.columns[row]
-            key = self._catalogue.sample(int(image["row"])).key
+        for file in {file for image in images.values() for file in self._catalogue.unread_files(image)}:
+            sample = self._catalogue.sample(file)
             try:
-                contents[row] = hashlib.sha256(self._sources[int(image["dataset"])].read(key)).hexdigest()
+                found[file] = hashlib.sha256(self._sources[sample.dataset].read(sample.key)).hexdigest()
             except OSError:
                 continue  # without content it differs from what it was, which is then said
-            found[int(image["row"])] = contents[row]
-        self._catalogue.set_content((image, content) for image, content in found.items() if content is not None)
+        self._catalogue.set_content(found.items())
+        for row, image in images.items():
+            contents[row] = self._catalogue.content(image)
 
 
 def _packed(rows: NDArray[np.bool_]) -> str:

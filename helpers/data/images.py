@@ -91,14 +91,23 @@ def cut(image: Image.Image, geometry: Geometry) -> Tensor:
     Lanczos with antialiasing, in sRGB values as all of the field's trainers do, then the flip, then the cut. ImageError when the
     image is not of the size that the geometry was planned for.
     """
-    if not _is_size_of(image.size, geometry.original):
-        raise _wrong_size(Size(*image.size), geometry.original)
+    return pixels_of(cut_out(image, geometry.original, geometry))
+
+
+def cut_out(image: Image.Image, original: Size, geometry: Geometry, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """The cut as a picture. `original` is the size that the image should have; of a condition it is another one than the geometry's."""
+    if not _is_size_of(image.size, original):
+        raise _wrong_size(Size(*image.size), original)
     if image.size != geometry.resized:
-        image = image.resize(geometry.resized, Image.Resampling.LANCZOS)
+        image = image.resize(geometry.resized, resampling)
     if geometry.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     left, top = geometry.left, geometry.top
-    image = image.crop((left, top, left + geometry.target.width, top + geometry.target.height))
+    return image.crop((left, top, left + geometry.target.width, top + geometry.target.height))
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """An RGB picture => float32 (3, H, W) in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (H, W, 3)
     return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 

@@ -12,6 +12,7 @@ from helpers.data.behind import LatentsAhead
 from helpers.data.buckets import BucketPlan
 from helpers.data.cache import LOCATION, Locations, record_key
 from helpers.data.catalogue import Catalogue
+from helpers.data.conditions import Conditions
 from helpers.data.fill import Filled, gathered
 from helpers.data.latents import EVERY_EPOCH, LatentFiller, Unit, encode_units, refuse_without_images
 from helpers.data.order import EpochOrder, MicroBatch, Share
@@ -36,6 +37,7 @@ class LatentPhase:
         self,
         datasets: Sequence[DatasetConfig],
         sources: Sequence[SourceBackend],
+        conditions: Sequence[Conditions | None],
         catalogue: Catalogue,
         plan: BucketPlan,
         plan_of: Callable[[int], BucketPlan],
@@ -46,6 +48,7 @@ class LatentPhase:
     ) -> None:
         self.datasets = datasets
         self.sources = sources
+        self.conditions = conditions
         self.catalogue = catalogue
         self.plan = plan
         self.plan_of = plan_of
@@ -150,7 +153,7 @@ class LatentPhase:
         caches = open_caches(places, lambda note: self.report.chapter("cache", note))
         self.are_remote = self.are_remote or any(cache.remote for cache in caches)
         return {
-            index: LatentFiller(plan, index, self.sources[index], self.catalogue, cache, self.codec, number)
+            index: LatentFiller(plan, index, self.sources[index], self.catalogue, cache, self.codec, number, self.conditions[index])
             for index, cache in zip(datasets, caches, strict=True)
         }
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from helpers.data.buckets import BucketPlan
 from helpers.data.cache import Cache, Locations, Writer, record_key
 from helpers.data.catalogue import Catalogue
+from helpers.data.conditions import NAME as CONDITION
+from helpers.data.conditions import Condition, Conditions, make, read
 from helpers.data.fill import REASONS, WRITES_AHEAD, Filled, FillOptions, background, is_finite, stored
 from helpers.data.images import ImageError, cut, decode, require_size
 from helpers.data.reading_ahead import read_ahead
@@ -59,13 +61,19 @@ class Member:
     pixels: Tensor | None = None  # (3, H, W); None for a member that cannot be had, or of a batch that lacks nothing
     problem: str = ""
     undecodable: bool = False
+    condition: Condition | None = None  # where the data set has them
+
+    @property
+    def whole(self) -> str:
+        """What `Catalogue.content` will say of the image, once read."""
+        return self.content if self.condition is None else f"{self.content} {self.condition.content}"
 
 
 class LatentFiller:
     """Fills the cache of one data set with its images' latents, as one plan cuts them.
 
-    `dataset` is the data set's index in the plan, `number` that of the pass the plan is of. Nothing is read or loaded on construction;
-    the codec is used only for images that are missing.
+    `dataset` is the data set's index in the plan, `number` that of the pass the plan is of. Where the images have `conditions`, a record
+    holds both. Nothing is read or loaded on construction; the codec is used only for images that are missing.
     """
 
     def __init__(
@@ -77,7 +85,9 @@ class LatentFiller:
         cache: Cache,
         codec: ImageCodec,
         number: int = EVERY_EPOCH,
+        conditions: Conditions | None = None,
     ) -> None:
+        self.conditions = conditions
         self.plan = plan
         self.name = plan.datasets[dataset]
         self.rows = np.flatnonzero(plan.columns["dataset"] == dataset)
@@ -136,7 +146,7 @@ class LatentFiller:
         for row, cut_text in zip(rows, cuts(self.plan, rows), strict=True):
             image = int(self.plan.columns["row"][row])
             sample = self.catalogue.sample(image)
-            member = Member(int(row), image, sample, self.plan.geometry(int(row)), cut_text)
+            member = Member(int(row), image, sample, self.plan.geometry(int(row)), cut_text, condition=self._condition(image))
             members.append(member)
             try:
                 data = source.read(sample.key)
@@ -146,18 +156,28 @@ class LatentFiller:
             except OSError as error:
                 raise StorageError(f"{self.source.name}: {sample.key} could not be read: {error.strerror or error}") from error
             member.content = hashlib.sha256(data).hexdigest()
-            member.record_key = self._key(member.cut, member.content, options.cache_dtype)
+            if member.condition is not None and self.conditions is not None:
+                member.problem = read(member.condition, self.conditions)
+                if member.problem:
+                    continue
+            member.record_key = self._key(member.cut, member.whole, options.cache_dtype)
             files[member.row] = data
-        read = [member for member in members if member.content]
-        for member, location in zip(read, self.cache.find(member.record_key for member in read), strict=True):
+        whole = [member for member in members if member.row in files]
+        for member, location in zip(whole, self.cache.find(member.record_key for member in whole), strict=True):
             member.missing = not location["shard"]
-        if any(member.missing for member in read):
-            for member in read:
-                _decode(member, files.pop(member.row))
+        if any(member.missing for member in whole):
+            for member in whole:
+                _decode(member, files.pop(member.row), self.conditions)
         if not any(member.missing and member.pixels is not None for member in members):
             for member in members:
                 member.pixels = None  # nothing to encode
+                if member.condition is not None:
+                    member.condition.data = member.condition.made = None
         return members
+
+    def _condition(self, image: int) -> Condition | None:
+        row = self.catalogue.condition_row(image) if self.conditions is not None else None
+        return None if row is None else Condition(row, self.catalogue.sample(row))
 
     def encoded(self, members: Sequence[Member], options: FillOptions, filled: Filled) -> dict[int, dict[str, Tensor] | None]:
         """A record for each member that has pixels, by its row; None where memory did not suffice even for the image alone."""
@@ -167,18 +187,31 @@ class LatentFiller:
         records: dict[int, dict[str, Tensor] | None] = {}
         while len(records) < len(shown):
             part = shown[len(records) : len(records) + limit]
-            encoded = _encode_unless_out_of_memory(self.codec, [member.pixels for member in part if member.pixels is not None])
+            encoded = self._encode(part)
             if encoded is not None:
-                tensors = {name: stored(tensor, options.cache_dtype).cpu() for name, tensor in encoded.items()}
-                records |= {member.row: {name: tensor[i] for name, tensor in tensors.items()} for i, member in enumerate(part)}
+                for i, member in enumerate(part):
+                    records[member.row] = {name: stored(tensors[i], options.cache_dtype).cpu() for name, tensors in encoded.items()}
             elif len(part) == 1:
                 records[part[0].row] = None
             else:
                 limit = self._batch_limit = len(part) // 2
         for member in shown:
             member.pixels = None  # the writer may be some batches behind
+            if member.condition is not None:
+                member.condition.made = None
         filled.encoding_seconds += time.monotonic() - started
         return records
+
+    def _encode(self, members: Sequence[Member]) -> Mapping[str, Tensor | Sequence[Tensor]] | None:
+        """The tensors of some members that have pixels, by name; None where memory does not suffice."""
+        encoded = _encode_unless_out_of_memory(self.codec, [member.pixels for member in members if member.pixels is not None])
+        conditions = [member.condition.made for member in members if member.condition is not None and member.condition.made is not None]
+        if encoded is None or self.conditions is None:
+            return encoded
+        if not self.conditions.as_latents:
+            return {**encoded, CONDITION: conditions}
+        latents = _encode_unless_out_of_memory(self.codec, conditions)
+        return None if latents is None else {**encoded, CONDITION: latents["mean"]}
 
     def store(
         self, writer: Writer, members: Sequence[Member], records: dict[int, dict[str, Tensor] | None], options: FillOptions, filled: Filled
@@ -201,7 +234,7 @@ class LatentFiller:
 
     def _keep(self, writer: Writer, member: Member, record: dict[str, Tensor], options: FillOptions, filled: Filled) -> None:
         subject = latents_subject(member.sample)
-        facts = latents_facts(member.content, member.cut, self.codec.fingerprint, options.cache_dtype)
+        facts = latents_facts(member.whole, member.cut, self.codec.fingerprint, options.cache_dtype, self.conditions)
         filled.why[REASONS[self.cache.changed_fact(subject, facts)]] += 1
         filled.encoded += 1
         writer.add(member.record_key, record, subject, facts)
@@ -210,7 +243,7 @@ class LatentFiller:
         """The key of an image's latents; of an image that nobody has read yet, a key that no record has."""
         if content is None:
             return b""
-        return latents_key(latents_facts(content, cut, self.codec.fingerprint, cache_dtype))
+        return latents_key(latents_facts(content, cut, self.codec.fingerprint, cache_dtype, self.conditions))
 
 
 def latents_subject(sample: Sample) -> str:
@@ -218,14 +251,19 @@ def latents_subject(sample: Sample) -> str:
     return f"{sample.dataset}/{sample.key}"
 
 
-def latents_facts(content: str, cut: str, encoder: str, cache_dtype: str) -> dict[str, str]:
-    """All that an image's latents depend on: SHA-256 of its bytes, its cut, the codec's fingerprint, the cache's precision."""
-    return {"image": content, "encoder": encoder, "geometry": cut, "precision": cache_dtype}
+def latents_facts(content: str, cut: str, encoder: str, cache_dtype: str, conditions: Conditions | None = None) -> dict[str, str]:
+    """All that an image's record depends on: its content, its cut, the codec's fingerprint, the cache's precision.
+
+    Content is what `Catalogue.content` says; `conditions` are those that the data set's images have.
+    """
+    facts = {"image": content, "encoder": encoder, "geometry": cut, "precision": cache_dtype}
+    return facts if conditions is None else {**facts, "condition": conditions.fact}
 
 
 def latents_key(facts: Mapping[str, str]) -> bytes:
-    """The key of the latents that were made of these."""
-    return record_key("latents", facts["image"], facts["geometry"], facts["encoder"], facts["precision"])
+    """The key of the record that was made of these."""
+    condition = [facts["condition"]] if "condition" in facts else []
+    return record_key("latents", facts["image"], facts["geometry"], facts["encoder"], facts["precision"], *condition)
 
 
 Unit = tuple[LatentFiller, Rows]
@@ -373,6 +411,7 @@ class _Contents:
 
     def add(self, members: Sequence[Member]) -> None:
         self._pending += [(member.row, member.content) for member in members if member.content]
+        self._pending += [(other.row, other.content) for member in members if (other := member.condition) is not None and other.content]
         if len(self._pending) >= CONTENTS_PER_COMMIT or time.monotonic() - self._flushed > CONTENTS_SECONDS:
             self.flush()
 
@@ -389,13 +428,21 @@ class _Contents:
         self.flush()
 
 
-def _decode(member: Member, data: bytes) -> None:
+def _decode(member: Member, data: bytes, conditions: Conditions | None) -> None:
     try:
         # Before decoding: a JPEG may be decoded at half its size, which then looks like that of an image half as large.
         require_size(data, member.geometry.original)
         member.pixels = cut(decode(data, member.geometry.resized), member.geometry)
     except ImageError as error:
         member.problem = str(error)
+        member.undecodable = True
+    if member.pixels is None or member.condition is None or conditions is None:
+        return
+    try:
+        make(member.condition, conditions, member.geometry)
+    except ImageError as error:
+        member.pixels = None
+        member.problem = f"condition {error}"
         member.undecodable = True
 
 

@@ -55,7 +55,20 @@ def rules_of(dataset: DatasetConfig, seed: int = 0) -> DatasetRules:
         filters=dataset.caption_filters,
         shuffle=TagShuffle(seed, dataset.keep_tags, dataset.tag_separator) if dataset.shuffle_tags else None,
     )
-    return DatasetRules(dataset.id, resolution, captions, _tables(dataset))
+    condition = dataset.condition.id if dataset.condition is not None else ""
+    return DatasetRules(dataset.id, resolution, captions, _tables(dataset), condition)
+
+
+def rules_of_conditions(conditions: DatasetConfig, datasets: Sequence[DatasetConfig]) -> DatasetRules:
+    """What is asked of a data set of conditions: that its pictures can be read, and that an image of `datasets` has their name."""
+    users = (dataset.id for dataset in datasets if dataset.condition is not None and dataset.condition.id == conditions.id)
+    captions = CaptionRule("instanceprompt", instance_prompt="condition")  # nobody reads it: what is used has one
+    return DatasetRules(conditions.id, ResolutionRule(), captions, conditions_for=tuple(users))
+
+
+def conditions_of(datasets: Sequence[DatasetConfig]) -> dict[str, DatasetConfig]:
+    """The data sets of conditions that some data sets name, by id."""
+    return {dataset.condition.id: dataset.condition for dataset in datasets if dataset.condition is not None}
 
 
 def _tables(dataset: DatasetConfig) -> tuple[TableRule, ...]:

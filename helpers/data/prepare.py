@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,27 @@ from helpers.config.datasets import DatasetConfig
 from helpers.data.batches import BatchMaker
 from helpers.data.buckets import BucketPlan, DatasetColumns, plan
 from helpers.data.catalogue import Catalogue
+from helpers.data.conditions import Conditions
 from helpers.data.faces import find_faces
 from helpers.data.fill import Filled, FillOptions, gathered
 from helpers.data.fingerprint import DataFingerprint
 from helpers.data.latent_phase import LatentPhase
-from helpers.data.planning import columns_of, has_plan, load_plan, plan_inputs, restricted, rules_of, save_plan, without_a_face
+from helpers.data.planning import (
+    columns_of,
+    conditions_of,
+    has_plan,
+    load_plan,
+    plan_inputs,
+    restricted,
+    rules_of,
+    rules_of_conditions,
+    save_plan,
+    without_a_face,
+)
 from helpers.data.progress import bar, late_bar
 from helpers.data.remembered import Remembered, inputs_digest
-from helpers.data.report import REPORT, Memory, Survey, caption_report, dataset_report, lost_line, mix_summary, summary
-from helpers.data.scan import ScanResult, scan
+from helpers.data.report import REPORT, Memory, Survey, caption_report, conditions_report, dataset_report, lost_line, mix_summary, summary
+from helpers.data.scan import DatasetRules, Refreshed, ScanResult, judge, refresh, scan
 from helpers.data.settings import DataSettings
 from helpers.data.sources import CachePlace, open_caches, open_source, texts_place
 from helpers.data.texts import TextFiller, text_key
@@ -38,7 +50,7 @@ from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:
     from helpers.data.cache import Cache
-    from helpers.protocols import ModelFamily, Reporter, TextEncoders
+    from helpers.protocols import ControlledFamily, ModelFamily, Reporter, TextEncoders
 
 
 def prepare_data(
@@ -81,7 +93,10 @@ class _Preparation:
         self.workers = workers
         self.report = report
         self.sources = [open_source(dataset) for dataset in datasets]
+        self.condition_sets = conditions_of(datasets)
+        self.condition_sources = {name: open_source(conditions) for name, conditions in self.condition_sets.items()}
         self.scanned: list[ScanResult] = []  # in the first process
+        self.scanned_conditions: list[ScanResult] = []  # there too
         self.faceless: dict[str, NDArray[np.int64]] = {}  # there too
         self.told: dict[int, str] = {}  # failures that stand in the report
         self.is_survey = False  # then the report is what was asked for
@@ -97,14 +112,16 @@ class _Preparation:
             if self.workers.is_first:
                 self.catalogue = Catalogue(catalogue_file)
                 self.catalogue.forget_failures()
+                refreshed = {name: self._refresh_conditions(name) for name in self.condition_sets}
                 self.scanned = [self._scan(index) for index in range(len(self.datasets))]
+                self.scanned_conditions = [self._judge_conditions(name, found) for name, found in refreshed.items()]
                 for index in range(len(self.datasets)):
                     self._find_faces(index)
                 self._make_plan(plan_folder)
         if not self.workers.is_first:
             self.catalogue = Catalogue(catalogue_file)
         self.plan = load_plan(plan_folder)
-        parts = (self.datasets, self.sources, self.catalogue, self.plan, self._plan_of)
+        parts = (self.datasets, self.sources, self._conditions(), self.catalogue, self.plan, self._plan_of)
         self.images = LatentPhase(*parts, self.settings, self.family, self.workers, self.report)
         with self.workers.phase():
             if self.workers.is_first:
@@ -116,6 +133,8 @@ class _Preparation:
                     if faceless := len(self.faceless.get(result.dataset, ())):
                         told = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
                         self.report.chapter("faces", f"{result.dataset}: {told}")
+                for result in self.scanned_conditions:
+                    self.report.chapter("conditions", summary(result))
 
     def _make_plan(self, folder: Path) -> None:
         """Lay the plan into a folder, unless the one that lies there was made from just the same."""
@@ -146,6 +165,8 @@ class _Preparation:
         `failed` are the images that could not be encoded: catalogue row => reason.
         """
         told = dataset_report(self.scanned, self.plan, self.catalogue, self.faceless, failed)
+        if self.scanned_conditions:
+            told["conditions"] = conditions_report(self.scanned_conditions, self.catalogue)
         folder = self.settings.cache_dir / "report"
         lengths, tokens = self.family.caption_lengths(), Memory(folder / "tokens.json")
         for entry in told["datasets"]:
@@ -176,6 +197,32 @@ class _Preparation:
                 undecodable=None if left_out is None else left_out.get(rules.dataset, ()),
                 trust_listing=self.datasets[index].trusts_listing,
             )
+
+    def _refresh_conditions(self, name: str) -> Refreshed:
+        with late_bar(self.report, f"scan {name}", "files") as told:
+            return refresh(
+                self.condition_sources[name],
+                self._rules_of_conditions(name),
+                self.catalogue,
+                on_progress=told,
+                should_stop=self.workers.should_stop,
+                trust_listing=self.condition_sets[name].trusts_listing,
+            )
+
+    def _judge_conditions(self, name: str, found: Refreshed) -> ScanResult:
+        rules = self._rules_of_conditions(name)
+        return judge(self.condition_sources[name], rules, self.catalogue, found, should_stop=self.workers.should_stop, undecodable=())
+
+    def _rules_of_conditions(self, name: str) -> DatasetRules:
+        return rules_of_conditions(self.condition_sets[name], self.datasets)
+
+    def _conditions(self) -> list[Conditions | None]:
+        """Those of each data set's images."""
+        as_latents = bool(self.condition_sets) and cast("ControlledFamily", self.family).condition_as_latents
+        return [
+            None if of is None else Conditions(self.condition_sources[of.id], of.resize_filter, as_latents)
+            for of in (dataset.condition for dataset in self.datasets)
+        ]
 
     def _find_faces(self, index: int) -> None:
         if rules_of(self.datasets[index]).resolution.style != "face":
@@ -322,8 +369,14 @@ class _Preparation:
             "image_codec": f"{self.images.codec.fingerprint} {self.settings.cache_dtype}",
             "text_encoders": f"{self.text_fingerprint} {self.settings.cache_dtype}",
         }
+        if pairs := [(dataset.id, of) for dataset, of in zip(self.datasets, self._conditions(), strict=True) if of is not None]:
+            fixed["conditions"] = ", ".join(f"{name} {conditions.fact}" for name, conditions in pairs)
         remembered = self.remembered if self.workers.is_first else None
-        return DataFingerprint(self.plan, self.datasets, self.sources, self.catalogue, fixed, self._inputs, remembered)
+        sources = {
+            **dict(zip((dataset.id for dataset in self.datasets), self.sources, strict=True)),
+            **self.condition_sources,
+        }
+        return DataFingerprint(self.plan, self.datasets, sources, self.catalogue, fixed, self._inputs, remembered)
 
 
 def _part_in_the_mix(dataset: DatasetConfig) -> str:

@@ -169,7 +169,20 @@ def _tally(lengths: Sequence[int]) -> list[list[int]]:
     return [[length, count] for length, count in sorted(Counter(lengths).items())]
 
 
-def summary(result: ScanResult, shapes: int) -> str:
+def conditions_report(results: Sequence[ScanResult], catalogue: Catalogue) -> list[dict[str, Any]]:
+    """What became of the files of data sets of conditions; those whose image is left out count as used."""
+    return [
+        {
+            "id": result.dataset,
+            "found": result.found,
+            "used": result.used,
+            "left_out": [{"key": entry.key, "reason": entry.reason} for entry in catalogue.left_out(result.dataset)],
+        }
+        for result in results
+    ]
+
+
+def summary(result: ScanResult, shapes: int | None = None) -> str:
     """One line for the console, such as `portraits: 31 files = 29 used + 2 left out (2 unreadable) · 4 shapes`."""
     line = f"{result.dataset}: {result.found:,} files = {result.used:,} used + {result.left_out:,} left out"
     if result.kinds:
@@ -177,7 +190,7 @@ def summary(result: ScanResult, shapes: int) -> str:
     for table in result.tables:
         if stray := table.unnamed + table.without_image:
             line += f" · {stray:,} of {table.rows:,} rows of {table.path} name no image"
-    return line + f" · {shapes:,} shape{'s' if shapes != 1 else ''}"
+    return line if shapes is None else line + f" · {shapes:,} shape{'s' if shapes != 1 else ''}"
 
 
 def mix_summary(datasets: Sequence[str], mix: Mix) -> str:

@@ -3,6 +3,9 @@
 Found = used + left out. What counts as found is every file outside system folders, but for a .txt beside an image of the same
 name, which is part of that image, and the tables that the data set names. A .txt without an image is left out like any other stray
 file.
+
+Where the images of a data set have conditions, pictures of the same names in another set, that set is refreshed first: what an image
+is paired with is a part of its verdict. The other set is judged last, when it is known which of its pictures have an image.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ _STOPPED = "stopped while the data sets were scanned; start again to go on"
 _SHARE = 64  # most files a thread takes at once, and the longest wait for a stop to be noticed
 _LOCAL_THREADS = 8
 _NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
+_VERSION = "c.size || ' ' || c.modified_ns || ' ' || c.etag"  # see `Catalogue.version`
 _LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run began, and stays left out to its end"
 
 
@@ -43,6 +47,8 @@ class DatasetRules:
     resolution: ResolutionRule
     captions: CaptionRule
     tables: tuple[TableRule, ...] = ()  # of sizes, of captions, or one of both
+    condition: str = ""  # the data set that holds a condition for each image, "" where they have none
+    conditions_for: tuple[str, ...] = ()  # of a data set of conditions, those whose images they are for
 
     @property
     def opens_images(self) -> bool:
@@ -66,6 +72,17 @@ class ScanResult:
     tables: tuple[JoinedTable, ...] = ()
 
 
+@dataclass(frozen=True)
+class Refreshed:
+    """What the catalogue had to take over from a data set's files: numbers of them, as in `ScanResult`."""
+
+    new: int
+    changed: int
+    removed: int
+    opened: int
+    tables: tuple[JoinedTable, ...]
+
+
 def scan(
     backend: SourceBackend,
     rules: DatasetRules,
@@ -77,7 +94,7 @@ def scan(
     undecodable: Collection[str] | None = None,
     trust_listing: bool = False,
 ) -> ScanResult:
-    """Bring the catalogue's rows of one data set up to date. Source files are read, never written.
+    """Bring the catalogue's rows of one data set up to date: `refresh`, then `judge`. Source files are read, never written.
 
     Killed at any moment it loses at most the last `_BLOCK` files read. `threads` read, by default as many as the store needs.
     `on_progress(done, total)` counts the files to open. When `should_stop()` turns true, Interrupted is raised after what was read has
@@ -86,6 +103,22 @@ def scan(
     With `trust_listing` a data set that has been listed before is taken to be as it was, and is not listed again.
     DataError when there is nothing to train on; StorageError when the store fails while it is read.
     """
+    asked: dict[str, Any] = {"threads": threads, "on_progress": on_progress, "should_stop": should_stop, "trust_listing": trust_listing}
+    refreshed = refresh(backend, rules, catalogue, **asked)
+    return judge(backend, rules, catalogue, refreshed, should_stop=should_stop, undecodable=undecodable)
+
+
+def refresh(
+    backend: SourceBackend,
+    rules: DatasetRules,
+    catalogue: Catalogue,
+    *,
+    threads: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    trust_listing: bool = False,
+) -> Refreshed:
+    """List the files, and read what is new or changed."""
     if trust_listing and catalogue.was_listed(rules.dataset):
         new = changed = removed = 0
     else:
@@ -101,14 +134,25 @@ def scan(
                 opened += files
                 if on_progress is not None:
                     on_progress(opened, pending)
+    return Refreshed(new, changed, removed, opened, tuple(tables))
+
+
+def judge(
+    backend: SourceBackend,
+    rules: DatasetRules,
+    catalogue: Catalogue,
+    refreshed: Refreshed,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    undecodable: Collection[str] | None = None,
+) -> ScanResult:
+    """Decide of each file whether it is used. Sets that it is paired with must have been refreshed, or for conditions judged."""
     _judge(catalogue, rules, undecodable, should_stop)
     used, kinds = catalogue.totals(rules.dataset)
     left_out = kinds.total()
     if not used:
         raise DataError(_nothing_left(backend, rules.dataset, catalogue, kinds))
-    return ScanResult(
-        rules.dataset, used + left_out, used, left_out, dict(kinds.most_common()), new, changed, removed, opened, tuple(tables)
-    )
+    return ScanResult(rules.dataset, used + left_out, used, left_out, dict(kinds.most_common()), **vars(refreshed))
 
 
 # 1. The listing against the catalogue.
@@ -126,6 +170,9 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
         )
         database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?, ?, ?, ?, ?)", listing.rows())
         removed = database.execute("DELETE FROM files WHERE dataset = ? AND key NOT IN (SELECT key FROM listed)", (dataset,)).rowcount
+        if removed:  # before a row gets the number of one that is gone
+            gone = "NOT IN (SELECT id FROM files)"
+            database.execute(f"DELETE FROM pairs WHERE id {gone} OR condition {gone}")
         changed = database.execute(
             "UPDATE files SET size = l.size, modified_ns = l.modified_ns, etag = l.etag, was_read = 0, width = NULL, height = NULL,"
             " text = NULL, text_problem = NULL, problem = l.problem, undecodable = NULL, content = NULL, captions = NULL, left_out = NULL"
@@ -244,11 +291,13 @@ def _size(backend: SourceBackend, key: str) -> Size:
 
 def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[str] | None, should_stop: Callable[[], bool]) -> None:
     """Give every file its captions or its reason, unless that was done under the same rules and nothing has changed since."""
+    partners = [catalogue.listing(name) for name in (rules.condition, *rules.conditions_for) if name]
     with catalogue.transaction() as database:
+        _forget_conditions(database, rules)
         if undecodable is None:
             known = database.execute("SELECT key FROM files WHERE dataset = ? AND undecodable IS NOT NULL", (rules.dataset,))
             undecodable = [key for (key,) in known]
-        stated = json.dumps([asdict(rules), sorted(undecodable)], sort_keys=True)
+        stated = json.dumps([asdict(rules), sorted(undecodable), *partners], sort_keys=True)
         judged = database.execute("SELECT rules FROM verdicts WHERE dataset = ?", (rules.dataset,)).fetchone()
         if judged == (stated,):
             return
@@ -262,11 +311,18 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[st
         )
         for table in rules.tables:
             database.execute("UPDATE files SET left_out = NULL WHERE dataset = ? AND key = ?", (rules.dataset, table.path))
+        _pair(database, rules)
         for images in _images(database, rules):
             verdicts = (_verdict(image, rules, captioner, left_out_before) for image in images)
             database.executemany("UPDATE files SET captions = ?, left_out = ? WHERE id = ?", verdicts)
             if should_stop():
                 raise Interrupted(_STOPPED)
+        if rules.conditions_for:
+            database.execute(
+                "UPDATE files SET captions = NULL, left_out = 'condition without an image: no image has this name'"
+                " WHERE dataset = ? AND captions IS NOT NULL AND id NOT IN (SELECT condition FROM pairs)",
+                (rules.dataset,),
+            )
         (used,) = database.execute("SELECT count(*) FROM used WHERE dataset = ?", (rules.dataset,)).fetchone()
         reasons = database.execute("SELECT left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key", (rules.dataset,))
         kinds = Counter(reason.partition(":")[0] for (reason,) in reasons)
@@ -274,16 +330,39 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[st
         database.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (rules.dataset, new_mark()))
 
 
+def _forget_conditions(database: sqlite3.Connection, rules: DatasetRules) -> None:
+    """What could not be decoded of an image's condition says nothing of the file that is there now, nor of a run without conditions."""
+    is_same = f"p.id = files.id AND p.version = {_VERSION} AND c.dataset = ?"
+    database.execute(
+        "UPDATE files SET undecodable = NULL WHERE dataset = ? AND undecodable LIKE 'condition %'"
+        f" AND NOT EXISTS (SELECT 1 FROM pairs p JOIN files c ON c.id = p.condition WHERE {is_same})",
+        (rules.dataset, rules.condition),
+    )
+
+
+def _pair(database: sqlite3.Connection, rules: DatasetRules) -> None:
+    """Find the condition of each image: the picture of the same name in the other set, whatever the ending, the same ending first."""
+    database.execute("DELETE FROM pairs WHERE id IN (SELECT id FROM files WHERE dataset = ?)", (rules.dataset,))
+    if rules.condition:
+        named = "SELECT id FROM files o WHERE o.dataset = :condition AND o.kind = 'image'"
+        database.execute(
+            f"INSERT INTO pairs SELECT i.id, c.id, {_VERSION} FROM files i JOIN files c ON c.id ="
+            f" coalesce(({named} AND o.key = i.key), ({named} AND o.stem = i.stem ORDER BY o.key LIMIT 1))"
+            " WHERE i.dataset = :dataset AND i.kind = 'image'",
+            {"dataset": rules.dataset, "condition": rules.condition},
+        )
+
+
 def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[tuple[Any, ...]]]:
     """Blocks of images with what is said of them; the rows of a block may be updated before the next is asked for."""
     last = ""
     said = "i.text, i.text_problem" if rules.captions.table else "t.text, t.problem"
     query = (
-        f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {said}"
+        f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {said}, c.id, c.width, c.height, c.problem"
         " FROM (SELECT * FROM files WHERE dataset = :dataset AND kind = 'image' AND key > :last ORDER BY key LIMIT :block) i"
         # "cat.TXT" may stand beside "cat.txt": the first by name counts.
         " LEFT JOIN files t ON t.id = (SELECT id FROM files c WHERE c.dataset = :dataset AND c.stem = i.stem AND c.kind = 'caption'"
-        " ORDER BY c.key LIMIT 1) ORDER BY i.key"
+        " ORDER BY c.key LIMIT 1) LEFT JOIN pairs ON pairs.id = i.id LEFT JOIN files c ON c.id = pairs.condition ORDER BY i.key"
     )
     while block := database.execute(query, {"dataset": rules.dataset, "last": last, "block": _BLOCK}).fetchall():
         yield block
@@ -294,11 +373,13 @@ def _verdict(
     image: tuple[Any, ...], rules: DatasetRules, captioner: Captioner, undecodable: frozenset[str]
 ) -> tuple[str | None, str | None, int]:
     """Captions as a JSON list, or a reason, and the row id."""
-    key, row, width, height, problem, found_undecodable, text, text_problem = image
+    key, row, width, height, problem, found_undecodable, text, text_problem, *condition = image
     reason = problem
     if reason is None and key in undecodable:
         reason = found_undecodable or _LEFT_OUT_BEFORE
     reason = reason or too_small(Size(width, height), rules.resolution)
+    if reason is None and rules.condition:
+        reason = _problem_of_condition(Size(width, height), rules.condition, *condition)
     if reason is None and (rules.captions.reads_files or rules.captions.table):
         reason = text_problem
     if reason is not None:
@@ -308,6 +389,25 @@ def _verdict(
         return json_list(captioner.captions(key, texts)), None, row
     except CaptionError as error:
         return None, str(error), row
+
+
+def _problem_of_condition(
+    image: Size, dataset: str, row: int | None, width: int | None, height: int | None, problem: str | None
+) -> str | None:
+    """Why an image cannot be trained with its condition, as "kind: detail", or None. `dataset` is the one that should have it."""
+    if row is None:
+        return f"no condition: no picture of {dataset!r} has this name"
+    if problem is not None or width is None or height is None:
+        return f"condition {problem or 'unreadable: its size is not known'}"
+    if not same_shape(image, Size(width, height)):
+        return f"condition of another shape: it is {Size(width, height)}, and the image {image}"
+    return None
+
+
+def same_shape(image: Size, other: Size) -> bool:
+    """Whether one picture is the other at another scale, each edge to the nearest pixel or the next one."""
+    across, down = image.width * other.height, image.height * other.width
+    return abs(across - down) <= max(image.width, image.height, other.width, other.height)
 
 
 def _nothing_left(backend: SourceBackend, dataset: str, catalogue: Catalogue, kinds: Counter[str]) -> str:

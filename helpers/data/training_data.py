@@ -18,6 +18,7 @@ from helpers.data.batches import Batch, BatchMaker, prefetched
 from helpers.data.behind import LatentsAhead
 from helpers.data.cache import Cache, DamagedRecordError
 from helpers.data.catalogue import Catalogue
+from helpers.data.conditions import NAME as CONDITION
 from helpers.data.fill import FillOptions, is_finite
 from helpers.data.order import FROM_THE_BEGINNING, EpochOrder, MicroBatch, OrderStart
 from helpers.data.passes import Pass, Passes
@@ -195,7 +196,11 @@ class CachedRecords:
     def blank_latents(self, row: int, epoch: int) -> dict[str, Tensor]:
         spec = self.recall.family.latents
         target = self.geometry(row, epoch).target
-        return {"mean": torch.zeros(spec.channels, target.height // spec.downsampling, target.width // spec.downsampling)}
+        blank = torch.zeros(spec.channels, target.height // spec.downsampling, target.width // spec.downsampling)
+        conditions = self.passes.of(row, epoch).fillers[self._column("dataset", row)].conditions
+        if conditions is None:
+            return {"mean": blank}
+        return {"mean": blank, CONDITION: blank if conditions.as_latents else torch.zeros(3, target.height, target.width)}
 
     def text(self, row: int, caption: str | None) -> Mapping[str, Tensor]:
         if caption is None:

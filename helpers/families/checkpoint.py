@@ -52,5 +52,7 @@ class Checkpoint:
         return self.hashes.of(*(self.folder / component for component in components))
 
     def load(self, kind: Any, component: str, dtype: Any) -> Any:
-        """A component of this class, in this precision, on the CPU."""
+        """A component of this class, in this precision, on the CPU; with None as it is built, without weights (on the meta device)."""
+        if dtype is None:
+            return files.outline(kind, self.config(component))
         return files.load_component(kind, self.folder, component, dtype, self.variant)

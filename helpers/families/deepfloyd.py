@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from helpers.config.facts import Facts, Settings
-from helpers.families import unet_lora
+from helpers.families import img2img, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import load_unet
+from helpers.families.recompute import recompute
+from helpers.families.unet import UNET_OPTIONS, load_unet
 from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -31,7 +33,12 @@ OF_BOTH: Settings = {"resolution_type": "pixel", "aspect_bucket_alignment": 8, "
 def _judge(settings: Settings) -> Iterable[str]:
     if settings["latent_sampling"] == "sample":
         yield "--latent_sampling=sample draws from a VAE's distribution; DeepFloyd is trained on pixels and has none: leave it at mean."
-    for name, usual in (("pretrained_vae_model_name_or_path", None), ("vae_dtype", "default")):
+    for name, usual in (
+        ("pretrained_vae_model_name_or_path", None),
+        ("vae_dtype", "default"),
+        ("vae_tiling", False),
+        ("vae_slicing", False),
+    ):
         if settings[name] != usual:
             yield f"--{name} is about a VAE; DeepFloyd is trained on pixels and has none: leave it out."
     if settings["tokenizer_max_length"] not in (None, TOKENS):
@@ -58,6 +65,7 @@ class DeepFloyd:
     parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "tokenizer", "scheduler")
     stage: ClassVar[str]
     refines: ClassVar[bool]
+    notes = ()
 
     latents = LatentSpec(channels=3, downsampling=1, patch=PATCH)
     loads_lora = True
@@ -90,8 +98,12 @@ class DeepFloyd:
         """The empty caption, encoded like any other."""
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
-        return load_unet(self.base, dtype)
+    def load(self, dtype: torch.dtype | None) -> Parts:
+        parts = load_unet(self.base, dtype)
+        network = parts.denoiser  # of its blocks, diffusers would keep all that attention computes
+        blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
+        network.enable_gradient_checkpointing = functools.partial(recompute, blocks)
+        return parts
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         import torch
@@ -103,7 +115,7 @@ class DeepFloyd:
         return answer[:, : noisy.shape[1]]
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        return FromEmbeddings(self._pipeline(denoiser, scheduler=sampler))
+        return FromEmbeddings(self._pipeline(denoiser, self.pipeline_class, scheduler=sampler))
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
         return {
@@ -127,12 +139,12 @@ class DeepFloyd:
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
         write_pipeline(self.base, {"unet": denoiser_folder}, scheduler_config, target)
 
-    def _pipeline(self, denoiser: nn.Module, **schedulers: Any) -> Any:
+    def _pipeline(self, denoiser: nn.Module, kind: str, **schedulers: Any) -> Any:
         import diffusers
 
         absent: Any = None  # from embeddings to pixels
         others = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "watermarker"), absent)
-        return getattr(diffusers, self.pipeline_class)(unet=denoiser, **others, **schedulers, requires_safety_checker=False)
+        return getattr(diffusers, kind)(unet=denoiser, **others, **schedulers, requires_safety_checker=False)
 
 
 class StageOne(DeepFloyd):
@@ -148,11 +160,18 @@ class StageOne(DeepFloyd):
             "validation_guidance": 7.0,
             "validation_num_inference_steps": 100,
         },
+        options=UNET_OPTIONS,
+        img2img=True,
         judge=_judge,
     )
     pipeline_class = "IFPipeline"
     stage = "i"
     refines = False
+
+    begin_with = staticmethod(img2img.begin_with)
+
+    def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        return FromEmbeddings(self._pipeline(denoiser, "IFImg2ImgPipeline", scheduler=sampler))
 
 
 class StageTwo(DeepFloyd):
@@ -167,6 +186,7 @@ class StageTwo(DeepFloyd):
         name="deepfloyd_2",
         title="DeepFloyd IF stage II",
         defaults={**OF_BOTH, "resolution": 256.0, "validation_guidance": 4.0, "validation_num_inference_steps": 50},
+        options=UNET_OPTIONS,
         img2img=True,
         judge=_judge,
     )
@@ -205,7 +225,8 @@ class StageTwo(DeepFloyd):
         return answer[:, : noisy.shape[1]]
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        return FromEmbeddings(self._pipeline(denoiser, scheduler=sampler, image_noising_scheduler=self._image_noising()))
+        schedulers = {"scheduler": sampler, "image_noising_scheduler": self._image_noising()}
+        return FromEmbeddings(self._pipeline(denoiser, self.pipeline_class, **schedulers))
 
     def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
         """A quarter of the picture, to be made as large as it was; noise is all that the larger one begins with, whatever the strength."""

@@ -39,6 +39,23 @@ def _fetch(name: str, revision: str | None, variant: str | None) -> Path:
         ) from error
 
 
+def locate_component(option: str, name: str, component: str) -> Path:
+    """The folder of one part of a model that an option names: a folder, one with the part in it, or a name on the hub.
+
+    Raises ModelError, naming the option, when it is none of them.
+    """
+    found = Path(name).expanduser()
+    if found.is_dir():
+        return found / component if (found / component).is_dir() else found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(f"{option}: {name!r} is neither a folder here nor a model of the hub.") from error
+
+
 def model_index(folder: Path) -> dict[str, Any]:
     return read_json(folder / "model_index.json")
 
@@ -98,6 +115,14 @@ def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant:
         return _aligned(kind.from_pretrained(folder, **arguments))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / subfolder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def outline(kind: Any, config: Mapping[str, Any]) -> Any:
+    """A module of diffusers without weights: names, shapes and kinds of its layers, for next to nothing."""
+    import torch
+
+    with torch.device("meta"):
+        return kind.from_config(dict(config))
 
 
 def _aligned(module: Any) -> Any:

@@ -13,6 +13,7 @@ from helpers.config.facts import Facts, Settings
 from helpers.families import peft_lora, sdxl_inputs
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.families.recompute import recompute
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class HunyuanDiT:
         judge=_judge,
     )
     refines = False
+    notes = ()
     loads_lora = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
@@ -85,11 +87,11 @@ class HunyuanDiT:
         """The empty caption, encoded like any other."""
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         from diffusers import HunyuanDiT2DModel
 
         denoiser = self.base.load(HunyuanDiT2DModel, "transformer", dtype)
-        denoiser.enable_gradient_checkpointing = functools.partial(_recompute, denoiser.blocks)  # the class has none
+        denoiser.enable_gradient_checkpointing = functools.partial(recompute, denoiser.blocks)  # the class has none
         return Parts(denoiser, "transformer")
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -191,11 +193,3 @@ class FromEmbeddings:
         # Left alone, the pipeline tells (height, width), and an original of 1024 x 1024.
         sizes = {"original_size": (width, height), "target_size": (width, height)}
         return self.pipeline(width=width, height=height, use_resolution_binning=False, **sizes, **arguments)
-
-
-def _recompute(blocks: Iterable[Any]) -> None:
-    """Gradient checkpointing: keep what enters each block, and run the block again for its gradient."""
-    from torch.utils.checkpoint import checkpoint
-
-    for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -47,6 +47,7 @@ class PixArt:
     code: ClassVar[str]  # where the authors' is
 
     refines = False
+    notes = ()
     loads_lora = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
@@ -84,7 +85,7 @@ class PixArt:
         """The empty caption, encoded like any other."""
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         from diffusers import PixArtTransformer2DModel
 
         return Parts(self.base.load(PixArtTransformer2DModel, "transformer", dtype), "transformer")

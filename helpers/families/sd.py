@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
-from helpers.families import img2img, unet_lora
+from helpers.families import condition, img2img, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import load_unet
+from helpers.families.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -41,8 +41,18 @@ class StableDiffusion:
     the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
     """
 
-    facts = Facts(name="sd2x", title="Stable Diffusion", img2img=True, judge=_judge, trains_text_encoders=frozenset({"full", "lora"}))
+    facts = Facts(
+        name="sd2x",
+        title="Stable Diffusion",
+        options=UNET_OPTIONS,
+        img2img=True,
+        controlnet=True,
+        judge=_judge,
+        trains_text_encoders=frozenset({"full", "lora"}),
+    )
     refines = False
+    notes = ()
+    condition_as_latents = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
@@ -53,6 +63,7 @@ class StableDiffusion:
         self.vae = Vae.open(self.base, options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
+        self.controlnet_start = controlnet_start(self.base, options)
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
         return self.vae.codec(device)
@@ -71,7 +82,7 @@ class StableDiffusion:
         """The empty caption, encoded like any other."""
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)
 
     def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -94,17 +105,25 @@ class StableDiffusion:
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         import torch
 
-        return {"prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32)}
+        return {"prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32), **condition.of_batch(batch, device)}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        return denoiser(noisy, timesteps, encoder_hidden_states=conditioning["prompt_embeds"]).sample
+        steered = condition.keyword(conditioning)
+        return denoiser(noisy, timesteps, encoder_hidden_states=conditioning["prompt_embeds"], **steered).sample
+
+    def controlnet(self, denoiser: nn.Module) -> Any:
+        from helpers.families.controlnet import controlled_unet
+
+        return controlled_unet(denoiser, self.controlnet_start, self.latents.downsampling)
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        from diffusers import StableDiffusionPipeline
+        from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
         absent: Any = None  # from embeddings to latents: the caller encodes and decodes
         others = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"), absent)
-        return StableDiffusionPipeline(**others, unet=denoiser, scheduler=sampler, requires_safety_checker=False)
+        networks = unet_and_controlnet(denoiser)
+        kind = StableDiffusionControlNetPipeline if "controlnet" in networks else StableDiffusionPipeline
+        return kind(**others, **networks, scheduler=sampler, requires_safety_checker=False)
 
     begin_with = staticmethod(img2img.begin_with)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
 from helpers.errors import ModelError
-from helpers.families import img2img, transformer_lora
+from helpers.families import condition, img2img, transformer_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
@@ -53,9 +53,11 @@ class StableDiffusion3:
         options=frozenset({"tokenizer_max_length", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift"}),
         objective="flow",
         img2img=True,
+        controlnet=True,
         judge=_judge,
     )
     refines = False
+    condition_as_latents = True
     loads_lora = True
     lora_targets = transformer_lora.JOINT_ATTENTION
 
@@ -75,6 +77,13 @@ class StableDiffusion3:
         self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])
         self.scheduler_config = self.base.config("scheduler")
         self.t5_length = options.tokenizer_max_length or T5_LENGTH
+        self.controlnet_start = self._controlnet_start(options)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if self.has_t5:
+            return ()
+        return ("the base model is without T5: both CLIP encoders read 77 tokens of a caption, and zeros stand in T5's place",)
 
     @property
     def has_t5(self) -> bool:
@@ -103,13 +112,14 @@ class StableDiffusion3:
 
         return zeros(self.base, self.t5_length if self.has_t5 else None)
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         from diffusers import SD3Transformer2DModel
 
         return Parts(self.base.load(SD3Transformer2DModel, "transformer", dtype), "transformer")
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        return self._joined({name: tensor.to(device) for name, tensor in batch.text.items()})
+        text = self._joined({name: tensor.to(device) for name, tensor in batch.text.items()})
+        return {**text, **condition.of_batch(batch, device)}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         return denoiser(
@@ -117,15 +127,25 @@ class StableDiffusion3:
             timestep=timesteps,
             encoder_hidden_states=conditioning["prompt_embeds"],
             pooled_projections=conditioning["pooled"],
+            **condition.keyword(conditioning),
         ).sample
 
-    def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        from diffusers import StableDiffusion3Pipeline
+    def controlnet(self, denoiser: nn.Module) -> Any:
+        from helpers.families.controlnet import controlled_transformer
+
+        return controlled_transformer(denoiser, self.controlnet_start, self.vae)
+
+    def pipeline(self, denoiser: Any, sampler: Any) -> Any:
+        from diffusers import StableDiffusion3ControlNetPipeline, StableDiffusion3Pipeline
 
         absent: Any = None  # from embeddings to latents: the caller encodes and decodes
-        return StableDiffusion3Pipeline(
-            **dict.fromkeys(("vae", *CLIP_FOLDERS, *T5_FOLDERS), absent), transformer=denoiser, scheduler=sampler
-        )
+        others = dict.fromkeys(("vae", *CLIP_FOLDERS, *T5_FOLDERS), absent)
+        if not hasattr(denoiser, "controlnet"):
+            return StableDiffusion3Pipeline(**others, transformer=denoiser, scheduler=sampler)
+        from helpers.families.controlnet import LatentsAsPixels
+
+        networks: dict[str, Any] = {"transformer": denoiser.denoiser, "controlnet": denoiser.controlnet, "vae": LatentsAsPixels()}
+        return StableDiffusion3ControlNetPipeline(**{**others, **networks}, scheduler=sampler)
 
     def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         from diffusers import StableDiffusion3Img2ImgPipeline
@@ -164,6 +184,13 @@ class StableDiffusion3:
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
         write_pipeline(self.base, {"transformer": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)
+
+    def _controlnet_start(self, options: ModelOptions) -> Path | None:
+        if not options.controlnet:
+            return None
+        from helpers.families.controlnet import OF_A_TRANSFORMER, find_start
+
+        return find_start(options, "SD3ControlNetModel", self.transformer, OF_A_TRANSFORMER)
 
     def _joined(self, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from helpers.families.sd3_text import joined

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
-from helpers.families import img2img, sdxl_inputs, unet_lora
+from helpers.families import condition, img2img, sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import load_unet
+from helpers.families.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -33,11 +33,14 @@ class SDXL:
     facts = Facts(
         name="sdxl",
         title="SDXL",
-        options=frozenset({"sdxl_original_size"}),
+        options=UNET_OPTIONS | {"sdxl_original_size"},
         img2img=True,
+        controlnet=True,
         trains_text_encoders=frozenset({"lora"}),
     )
     refines = False
+    notes = ()
+    condition_as_latents = False
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
@@ -49,6 +52,7 @@ class SDXL:
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
         self.original_size = data.sdxl_original_size
+        self.controlnet_start = controlnet_start(self.base, options)
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
         return self.vae.codec(device)
@@ -70,7 +74,7 @@ class SDXL:
 
         return zeros(self.base, ENCODERS)
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)
 
     def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -99,18 +103,25 @@ class SDXL:
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Text, and (original height, width, top, left, target height, width)."""
         numbers = [[*sdxl_inputs.size_and_crop(cut, self.original_size), cut.target.height, cut.target.width] for cut in batch.geometry]
-        return sdxl_inputs.text_and_numbers(batch, numbers, device)
+        return {**sdxl_inputs.text_and_numbers(batch, numbers, device), **condition.of_batch(batch, device)}
 
     predict = staticmethod(sdxl_inputs.predict)
     prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
     begin_with = staticmethod(img2img.begin_with)
 
+    def controlnet(self, denoiser: nn.Module) -> Any:
+        from helpers.families.controlnet import controlled_unet
+
+        return controlled_unet(denoiser, self.controlnet_start, self.latents.downsampling)
+
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        from diffusers import StableDiffusionXLPipeline
+        from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 
         absent: Any = None  # from embeddings to latents: the caller encodes and decodes
         encoders = dict.fromkeys(("vae", *TEXT), absent)
-        return StableDiffusionXLPipeline(**encoders, unet=denoiser, scheduler=sampler, add_watermarker=False)
+        networks = unet_and_controlnet(denoiser)
+        kind = StableDiffusionXLControlNetPipeline if "controlnet" in networks else StableDiffusionXLPipeline
+        return kind(**encoders, **networks, scheduler=sampler, add_watermarker=False)
 
     def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         from diffusers import StableDiffusionXLImg2ImgPipeline

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from helpers.data.sample import Geometry
+from helpers.families import condition
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,12 @@ def text_and_numbers(batch: Batch, numbers: Sequence[Sequence[float]], device: t
 
 def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
     added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"]}
-    return denoiser(noisy, timesteps, encoder_hidden_states=conditioning["prompt_embeds"], added_cond_kwargs=added).sample
+    told: dict[str, Any] = {
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "added_cond_kwargs": added,
+        **condition.keyword(conditioning),
+    }
+    return denoiser(noisy, timesteps, **told).sample
 
 
 def prompt_arguments(text: TextTensors, negative: TextTensors) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from helpers.config.facts import Facts
 from helpers.families import img2img, sdxl_inputs, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import load_unet
+from helpers.families.unet import UNET_OPTIONS, load_unet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ class SDXLRefiner:
         name="sdxl_refiner",
         title="SDXL refiner",
         defaults={"refiner_training": True},
-        options=frozenset({"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range"}),
+        options=UNET_OPTIONS | {"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range"},
         img2img=True,
     )
     refines = True
+    notes = ()
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
@@ -75,7 +76,7 @@ class SDXLRefiner:
             return zeros(self.base, ENCODERS)
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
-    def load(self, dtype: torch.dtype) -> Parts:
+    def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -29,12 +29,15 @@ class Vae:
     base: Checkpoint
     dtype: str  # --vae_dtype
     deviations: bool  # whether each step draws from the posterior
+    tiling: bool
+    slicing: bool
 
     @classmethod
     def open(cls, base: Checkpoint, options: ModelOptions, cache: CacheOptions) -> Vae:
         """Raises ModelError when the VAE is neither a folder here nor on the hub."""
         found = locate(options.pretrained_vae_model_name_or_path, base)
-        return cls(found, folder.read_json(found / "config.json"), base, cache.vae_dtype, cache.latent_sampling == "sample")
+        config, deviations = folder.read_json(found / "config.json"), cache.latent_sampling == "sample"
+        return cls(found, config, base, cache.vae_dtype, deviations, cache.vae_tiling, cache.vae_slicing)
 
     @property
     def latents(self) -> LatentSpec:
@@ -46,11 +49,15 @@ class Vae:
         """Encodes and decodes on a device. Raises ModelError for fp16 with a VAE that overflows there."""
         dtype = self._dtype(device)
         facts = {"weights": self.base.hashes.of(self.folder), "dtype": str(dtype), "deviations": self.deviations}
+        if self.tiling:
+            facts["tiling"] = True  # latents of large pictures differ a little
 
         def load() -> Any:
             from diffusers import AutoencoderKL
 
-            return folder.load_component(AutoencoderKL, self.folder, "", dtype, self.base.variant)
+            vae = folder.load_component(AutoencoderKL, self.folder, "", dtype, self.base.variant)
+            vae.use_tiling, vae.use_slicing = self.tiling, self.slicing
+            return vae
 
         codec = VaeCodec(load, dict(self.config), folder.fingerprint(facts), device, self.deviations)
         with released(codec, device):
@@ -79,16 +86,7 @@ def locate(name: str | None, base: Checkpoint) -> Path:
     """The folder of a VAE, of the base model where none is named."""
     if not name:
         return base.folder / "vae"
-    found = Path(name).expanduser()
-    if found.is_dir():
-        return found / "vae" if (found / "vae").is_dir() else found
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ModelError(f"--pretrained_vae_model_name_or_path: {name!r} is neither a folder here nor a model of the hub.") from error
+    return folder.locate_component("--pretrained_vae_model_name_or_path", name, "vae")
 
 
 class VaeCodec:

@@ -7,6 +7,7 @@ from helpers.registry import Registry
 METHODS: Registry = {
     "full": "helpers.methods.full:FullFineTune",
     "bitfit": "helpers.methods.bitfit:BitFit",
+    "controlnet": "helpers.methods.controlnet:ControlNet",
     "lora": "helpers.methods.lora:Lora",
     "lycoris": "helpers.methods.lycoris:Lycoris",
 }

@@ -23,6 +23,12 @@ class BitFit(FullFineTune):
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw"  # on float32 weights: few numbers move, and in bfloat16 most of their updates would be lost
 
+    def try_on(self, outline: Parts) -> None:
+        import torch
+
+        with torch.device("meta"):
+            self.attach(outline)
+
     def attach(self, parts: Parts) -> Trainable:
         """Raises ConfigError where the network has no bias."""
         parts.denoiser.requires_grad_(False).train()

@@ -42,6 +42,9 @@ class FullFineTune:
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw_bf16" if mixed_precision == "bf16" else "adamw"
 
+    def try_on(self, outline: Parts) -> None:
+        """Every network has weights that can move."""
+
     def attach(self, parts: Parts) -> Trainable:
         parts.denoiser.requires_grad_(True).train()
         parameters = dict(parts.denoiser.named_parameters())
@@ -52,18 +55,24 @@ class FullFineTune:
         description = f"full fine-tune of {count / 1e6:,.1f} M parameters in {dtype}"
         return Trainable(parts.denoiser, parameters, description, parts.denoiser_folder, text_encoders=parts.text_encoders)
 
+    def network(self, trainable: Trainable) -> Any:
+        """What is trained, as the module that is saved."""
+        return trainable.denoiser
+
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write `<unet|transformer><label>/` as diffusers does, so that the folder loads by itself; text encoders alike."""
+        """Write `<role><label>/` (unet, transformer) as diffusers does, so that the folder loads by itself; text encoders alike."""
         target = folder / f"{trainable.role}{label}"
         target.mkdir(parents=True)
-        trainable.denoiser.save_config(target)
-        save_tensors(_tensors(trainable, trainable.role, weights), target / WEIGHTS_FILE)
+        network = self.network(trainable)
+        network.save_config(target)
+        tensors = {**network.state_dict(), **trainable.of(trainable.role, weights or {})}
+        save_tensors(tensors, target / WEIGHTS_FILE)
         return [target, *(self._save_text(trainable, role, folder / f"{role}{label}", weights) for role in trainable.text_encoders)]
 
     def _save_text(self, trainable: Trainable, role: str, target: Path, weights: Mapping[str, Tensor] | None) -> Path:
         target.mkdir(parents=True)
         trainable.text_encoders[role].config.save_pretrained(target)
-        tensors = {name_in_files(name): tensor for name, tensor in _tensors(trainable, role, weights).items()}
+        tensors = {name_in_files(name): tensor for name, tensor in _text_tensors(trainable, role, weights).items()}
         save_tensors(tensors, target / TEXT_WEIGHTS_FILE, {"format": "pt"})
         return target
 
@@ -86,28 +95,27 @@ class FullFineTune:
             for encoder in encoders:
                 shutil.rmtree(pipeline / encoder.name)
                 shutil.copytree(encoder, pipeline / encoder.name)
-            _check(pipeline, trainable, average)
+            self._check_all(pipeline, trainable, average)
         if average is not None:
             with scratch_folder(folder, "export") as aside:
                 self.save(trainable, aside)
-                _check(aside, trainable, None)
+                self._check_all(aside, trainable, None)
                 for role in trainable.modules:
                     written.append(folder / f"{role}_live")
                     with atomic_folder(written[-1]) as live:
                         shutil.copytree(aside / role, live, dirs_exist_ok=True)
         return written
 
+    def _check_all(self, folder: Path, trainable: Trainable, weights: Mapping[str, Tensor] | None) -> None:
+        """Raises RuntimeError unless what lies in `folder` describes these networks and holds their weights to the bit."""
+        check(folder / trainable.role, self.network(trainable), trainable.of(trainable.role, weights or {}))
+        for role in trainable.text_encoders:
+            _check_text(folder / role, trainable, role, weights)
 
-def _tensors(trainable: Trainable, role: str, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """A network's tensors, of `weights` where these have them."""
-    return {**trainable.modules[role].state_dict(), **trainable.of(role, weights or {})}
 
-
-def _check(folder: Path, trainable: Trainable, weights: Mapping[str, Tensor] | None) -> None:
-    """Raises RuntimeError unless the folders of the networks in `folder` describe them and hold their weights to the bit."""
-    _check_denoiser(folder / trainable.role, trainable, weights)
-    for role in trainable.text_encoders:
-        _check_text(folder / role, trainable, role, weights)
+def _text_tensors(trainable: Trainable, role: str, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """A text encoder's tensors, of `weights` where these have them."""
+    return {**trainable.text_encoders[role].state_dict(), **trainable.of(role, weights or {})}
 
 
 def _check_text(folder: Path, trainable: Trainable, role: str, weights: Mapping[str, Tensor] | None) -> None:
@@ -115,18 +123,19 @@ def _check_text(folder: Path, trainable: Trainable, role: str, weights: Mapping[
 
     kind = type(trainable.text_encoders[role])
     found = kind.from_pretrained(folder, local_files_only=True, dtype="auto").state_dict()
-    expected = _tensors(trainable, role, weights)
+    expected = _text_tensors(trainable, role, weights)
     if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name].cpu()) for name in expected):
         raise RuntimeError(f"{folder} does not read back as the text encoder that was trained.")
 
 
-def _check_denoiser(folder: Path, trainable: Trainable, weights: Mapping[str, Tensor] | None) -> None:
+def check(folder: Path, network: Any, weights: Mapping[str, Tensor] | None) -> None:
+    """Raises RuntimeError unless the folder describes this network and holds its weights to the bit."""
     import torch
     from safetensors import safe_open
 
-    expected = _tensors(trainable, trainable.role, weights)
+    expected = {**network.state_dict(), **(weights or {})}
     with torch.device("meta"):
-        described = type(trainable.denoiser).from_config(type(trainable.denoiser).load_config(folder)).state_dict()
+        described = type(network).from_config(type(network).load_config(folder)).state_dict()
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         names = set(file.keys())
         same = names == set(expected) == set(described) and all(

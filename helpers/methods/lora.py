@@ -79,9 +79,17 @@ class Lora:
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw"  # the adapter's weights are float32 in every precision
 
+    def try_on(self, outline: Parts) -> None:
+        import torch
+
+        with torch.device("meta"):
+            self.attach(outline)
+
     def attach(self, parts: Parts) -> Trainable:
+        from helpers.methods.quantised_base import size_of
+
         networks = {"": parts.denoiser, **{f"{role}.": encoder for role, encoder in parts.text_encoders.items()}}
-        total = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+        total = sum(size_of(network) for network in networks.values())
         parameters: dict[str, nn.Parameter] = {}
         fixed: dict[str, Tensor] = {}
         for prefix, network in networks.items():

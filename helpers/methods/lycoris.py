@@ -64,10 +64,18 @@ class Lycoris:
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw"  # the adapter's weights are float32 in every precision
 
+    def try_on(self, outline: Parts) -> None:
+        import torch
+
+        with torch.device("meta"):
+            self.attach(outline)
+
     def attach(self, parts: Parts) -> Trainable:
         """Raises ConfigError where a target cannot have such an adapter, or none fits."""
+        from helpers.methods.quantised_base import size_of
+
         denoiser = parts.denoiser.requires_grad_(False).train()
-        total = sum(parameter.numel() for parameter in denoiser.parameters())
+        total = size_of(denoiser)
         targets = list(self.options.lora_targets) or default_targets(self.options.lora_algorithm, self.family, denoiser)
         layers = _layers(denoiser, targets)
         if not layers:

@@ -1,4 +1,4 @@
-"""Denoising diffusion: the network answers with the noise (epsilon) or the velocity of a discrete, variance-preserving schedule."""
+"""Denoising diffusion on a discrete, variance-preserving schedule: the network answers with the noise, the velocity or the picture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.facts import Facts, Settings
 from helpers.config.options import OPTIONS
 from helpers.errors import ConfigError
+from helpers.objectives.losses import weighted_loss
+from helpers.objectives.timesteps import TimestepDistribution, uniform_numbers
+from helpers.objectives.weights import loss_weight
 from helpers.protocols import Corrupted
 
 if TYPE_CHECKING:
@@ -24,6 +27,14 @@ SAMPLERS: Mapping[str, str] = {
     "ddpm": "DDPMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+# Samplers of diffusers that cannot sample a network that answers with the picture.
+NOT_OF_PICTURES = frozenset({"euler-a"})
+# A weight above this would leave nothing of the other timesteps: epsilon's debiased weight grows without limit towards pure noise.
+LARGEST_WEIGHT = 1000.0
+OFFSET_WITH_ZERO_SNR = (
+    "--offset_noise and zero terminal SNR exclude each other: both let pictures be dark or bright, and a schedule that ends in pure noise "
+    "is sampled from noise without an offset. Remove --offset_noise."
+)
 
 
 def _judge(settings: Settings) -> Iterable[str]:
@@ -33,6 +44,16 @@ def _judge(settings: Settings) -> Iterable[str]:
             "--rescale_betas_zero_snr needs --prediction_type=v_prediction: at the last timestep there is only noise, "
             "and a network that answers with the noise has nothing to learn there."
         )
+    if zero_snr and settings["offset_noise"]:
+        yield OFFSET_WITH_ZERO_SNR
+    sampler = settings["validation_noise_scheduler"]
+    if settings["prediction_type"] == "sample" and sampler in NOT_OF_PICTURES:
+        yield f"--validation_noise_scheduler={sampler} cannot sample what --prediction_type=sample trains; use another, such as euler."
+    yield from _judge_experts(settings)
+    yield from _judge_bias(settings)
+
+
+def _judge_experts(settings: Settings) -> Iterable[str]:
     if settings["refiner_training"]:
         if settings["sdxl_refiner_uses_full_range"]:
             yield "--refiner_training and --sdxl_refiner_uses_full_range exclude each other; remove one."
@@ -44,6 +65,19 @@ def _judge(settings: Settings) -> Iterable[str]:
                 yield f"--{name} needs --refiner_training."
 
 
+def _judge_bias(settings: Settings) -> Iterable[str]:
+    strategy, portion = settings["timestep_bias_strategy"], settings["timestep_bias_portion"]
+    begin, end = settings["timestep_bias_begin"], settings["timestep_bias_end"]
+    if strategy == "none":
+        return
+    if settings["timestep_bias_multiplier"] == 1:
+        yield f"--timestep_bias_strategy={strategy} needs a --timestep_bias_multiplier other than 1: 2 is twice as often."
+    if strategy in ("earlier", "later") and portion in (0, 1):
+        yield f"--timestep_bias_portion={portion:g} is {'all' if portion else 'nothing'} of the schedule; 0.25 is its quarter."
+    if strategy == "range" and begin >= end:  # type: ignore[operator]  # numbers
+        yield f"--timestep_bias_begin={begin} is not below --timestep_bias_end={end}; exchange them."
+
+
 class Diffusion:
     """The training step of Ho et al. (2020) with the corrections published since.
 
@@ -53,7 +87,6 @@ class Diffusion:
     """
 
     facts = Facts(name="diffusion", title="diffusion", judge=_judge)
-    samplers = SAMPLERS
 
     def __init__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any]) -> None:
         from diffusers import DDPMScheduler
@@ -63,7 +96,9 @@ class Diffusion:
         self.prediction_type: str = self.scheduler_config["prediction_type"]
         self.identity = {name: self.scheduler_config[name] for name in ("prediction_type", "rescale_betas_zero_snr")}
         self.alphas_cumprod: Tensor = DDPMScheduler.from_config(dict(self.scheduler_config)).alphas_cumprod.float()
-        self.timesteps = trained_timesteps(options, len(self.alphas_cumprod))
+        self.samplers = {name: kind for name, kind in SAMPLERS.items() if self.prediction_type != "sample" or name not in NOT_OF_PICTURES}
+        self.distribution = TimestepDistribution(options, len(self.alphas_cumprod))
+        self._refuse_weights_without_limit()
 
     def corrupt(self, latents: Tensor, draws: StepDraws) -> Corrupted:
         """latents (B, C, h, w) float32 => what the network sees and should answer, on the latents' device."""
@@ -79,14 +114,18 @@ class Diffusion:
         return Corrupted(
             noisy=signal * latents + sigma * perturbed,
             timesteps=timesteps.to(device),
-            target=noise if self.prediction_type == "epsilon" else signal * noise - sigma * latents,
+            target=self._target(latents, noise, signal, sigma),
             weight=self._weight(timesteps).to(device),
         )
 
     def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """(B,) mean squared error over channels and pixels, times the sample's weight, in float32."""
-        squared_error = (prediction.float() - corrupted.target.float()) ** 2
-        return squared_error.mean(dim=tuple(range(1, squared_error.ndim))) * corrupted.weight
+        """(B,) distances over channels and pixels, times the sample's weight, in float32."""
+        return weighted_loss(prediction, corrupted, self.options)
+
+    def _target(self, latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        if self.prediction_type == "sample":
+            return latents
+        return noise if self.prediction_type == "epsilon" else signal * noise - sigma * latents
 
     def _noise(self, latents: Tensor, draws: StepDraws) -> Tensor:
         channels, *spatial = latents.shape[1:]
@@ -96,45 +135,30 @@ class Diffusion:
         return noise.to(latents.device)
 
     def _timesteps(self, draws: StepDraws) -> Tensor:
-        """(B,) integers of the trained ones: one from each of as many equal strata as the global step has samples."""
-        return self.timesteps.start + (draws.strata("timestep") * len(self.timesteps)).long()
+        """(B,) integers of the trained ones: one from each of as many equally likely parts as the global step has samples."""
+        return self.distribution.at(uniform_numbers(self.options, draws))
 
     def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return kept.sqrt(), (1 - kept).sqrt()
 
     def _weight(self, timesteps: Tensor) -> Tensor:
-        if self.options.loss_weighting == "min_snr":
-            assert self.options.snr_gamma is not None
-            return min_snr_weight(self.alphas_cumprod[timesteps].double(), self.options.snr_gamma, self.prediction_type).float()
-        return self.alphas_cumprod.new_full(timesteps.shape, self.options.snr_weight)
+        options = self.options
+        if options.loss_weighting == "none":
+            return self.alphas_cumprod.new_full(timesteps.shape, options.snr_weight)
+        kept = self.alphas_cumprod[timesteps].double()
+        return loss_weight(options.loss_weighting, kept, options.snr_gamma, self.prediction_type).float()
 
+    def _refuse_weights_without_limit(self) -> None:
+        import torch
 
-def trained_timesteps(options: ObjectiveOptions, total: int) -> range:
-    """The timesteps of a schedule of `total` that are drawn from: all of them, or those that one of two experts is for.
-
-    Both experts of one strength share the schedule without overlap or gap. Raises ConfigError when nothing is left to train.
-    """
-    if not options.refiner_training or options.sdxl_refiner_uses_full_range:
-        return range(total)
-    border = round(options.refiner_training_strength * total)
-    timesteps = range(border, total) if options.refiner_training_invert_schedule else range(border)
-    if not timesteps:
-        raise ConfigError(f"--refiner_training_strength={options.refiner_training_strength:g} leaves no timestep of {total} to train on.")
-    return timesteps
-
-
-def min_snr_weight(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Loss weight of Hang et al. (2023), section 3.4: min(SNR, gamma) / SNR, and / (SNR + 1) for the velocity.
-
-    SNR = abar / (1 - abar). Written without dividing by SNR or by 1 - abar, so that it is exact at both ends of the schedule:
-    0 for the velocity where only noise is left. For epsilon that end has no limit; zero terminal SNR refuses epsilon.
-    """
-    noise = 1 - alphas_cumprod
-    capped = alphas_cumprod.minimum(gamma * noise)  # min(SNR, gamma) * (1 - abar)
-    if prediction_type == "v_prediction":
-        return capped  # divided by (SNR + 1) * (1 - abar) = 1
-    return capped / alphas_cumprod
+        trained, weighting = self.distribution.interval, self.options.loss_weighting
+        largest = self._weight(torch.tensor([trained.start, trained.stop - 1])).max().item()
+        if weighting != "none" and not largest <= LARGEST_WEIGHT:  # not a number, either
+            raise ConfigError(
+                f"--loss_weighting={weighting} with {self.prediction_type} gives one end of this model's schedule the weight "
+                f"{largest:,.0f}, which would leave nothing of the other timesteps; use --loss_weighting=min_snr or soft_min_snr."
+            )
 
 
 def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,11 +169,14 @@ def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> 
         schedule["rescale_betas_zero_snr"] = options.rescale_betas_zero_snr
     schedule.setdefault("rescale_betas_zero_snr", False)
     schedule["timestep_spacing"] = options.training_scheduler_timestep_spacing
-    if schedule["prediction_type"] not in ("epsilon", "v_prediction"):
-        raise ConfigError(f"The model predicts {schedule['prediction_type']!r}, and only epsilon and v_prediction can be trained.")
+    known = OPTIONS["prediction_type"].choices
+    if schedule["prediction_type"] not in known:
+        raise ConfigError(f"The model predicts {schedule['prediction_type']!r}, and only {', '.join(known)} can be trained.")
     if schedule["rescale_betas_zero_snr"] and schedule["prediction_type"] == "epsilon":
         raise ConfigError(
             "The model's schedule ends in pure noise (rescale_betas_zero_snr), which epsilon prediction cannot learn: "
             "set --prediction_type=v_prediction."
         )
+    if schedule["rescale_betas_zero_snr"] and options.offset_noise:
+        raise ConfigError(OFFSET_WITH_ZERO_SNR)
     return schedule

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.facts import Facts, Settings
 from helpers.config.options import OPTIONS
 from helpers.errors import ConfigError
+from helpers.objectives.losses import weighted_loss
+from helpers.objectives.timesteps import uniform_numbers
 from helpers.protocols import Corrupted
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ REFUSED: Mapping[str, str] = {
     "snr_weight": "it stands in for min-SNR weighting; change --learning_rate",
     "offset_noise": "straight paths end in noise of zero mean, from which pictures of any brightness can be made",
     "input_perturbation": "it is for the noise of diffusion",
+    "timestep_bias_strategy": "it names steps of a diffusion schedule; --weighting_scheme and --logit_mean say what is drawn more often",
     "training_scheduler_timestep_spacing": "a flow schedule has one spacing; --flow_shift bends it",
     "inference_scheduler_timestep_spacing": "a flow schedule has one spacing; --flow_shift bends it",
     "refiner_training": "it names steps of a diffusion schedule; --logit_mean and --logit_std say where flow matching trains",
@@ -83,12 +86,11 @@ class FlowMatching:
 
     def sigmas(self, draws: StepDraws) -> Tensor:
         """(B,) shares of noise in [0, 1], float64: one from each of as many equally likely parts as the global step has samples."""
-        return shifted(timesteps(draws.strata("timestep"), self.options), self.shift)
+        return shifted(timesteps(uniform_numbers(self.options, draws), self.options), self.shift)
 
     def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """(B,) mean squared error over channels and pixels, in float32."""
-        squared_error = (prediction.float() - corrupted.target.float()) ** 2
-        return squared_error.mean(dim=tuple(range(1, squared_error.ndim))) * corrupted.weight
+        """(B,) distances over channels and pixels, in float32."""
+        return weighted_loss(prediction, corrupted, self.options)
 
 
 def timesteps(u: Tensor, options: ObjectiveOptions) -> Tensor:

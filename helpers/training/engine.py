@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.protocols import Trainable
+from helpers.training.gradients import Float32Gradients
 from helpers.training.optimizers import NamedOptimizer
 from helpers.training.runtime import Runtime
 from helpers.training.schedules import Schedule
@@ -51,6 +52,7 @@ class Engine:
         trainable: Trainable,
         options: OptimizerOptions,
         schedule: Schedule,
+        gradient_precision: str = "unmodified",
         text_rate: float = 1.0,
         text_stop: int = 0,
     ) -> None:
@@ -71,11 +73,25 @@ class Engine:
         self.text_encoders: dict[str, nn.Module] = {
             role: self.accelerator.prepare_model(module) for role, module in trainable.text_encoders.items()
         }
+        in_fewer_bits = [parameter for parameter in self.parameters.values() if parameter.dtype != torch.float32]
+        self._sums = Float32Gradients(self.parameters.values()) if gradient_precision == "fp32" and in_fewer_bits else None
         self._samples = 0
         self._loss = torch.zeros((), dtype=torch.float64, device="cpu" if runtime.device.type == "mps" else runtime.device)
 
-    def backward(self, losses: Tensor, weights: Tensor, global_samples: int, last: bool, samples: int | None = None) -> None:
-        """Add a micro-batch's gradient. losses, weights (B,); `last` marks the step's last micro-batch on this process.
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around the forward and the backward pass of one; `last` marks the step's last on this process.
+
+        Processes share gradients in the backward pass of the last one, and DDP wants to know of it before the forward pass.
+        """
+        shared = last and self._sums is None  # sums in float32 are shared when they are complete
+        with contextlib.ExitStack() as local:
+            for module in () if shared else (self.denoiser, *self.text_encoders.values()):
+                local.enter_context(self.accelerator.no_sync(module))
+            yield
+
+    def backward(self, losses: Tensor, weights: Tensor, global_samples: int, samples: int | None = None) -> None:
+        """Add a micro-batch's gradient. losses, weights (B,).
 
         `samples` is their number where it is not B: 0 for a stand-in, whose weight is 0. DDP takes the mean over processes, so the
         world size is multiplied in here.
@@ -84,21 +100,22 @@ class Engine:
         self._samples += len(losses) if samples is None else samples
         self._loss += total.detach().double().to(self._loss.device)
         scaled = total * (self.runtime.world_size / global_samples)
-        with contextlib.ExitStack() as local:
-            for module in () if last else (self.denoiser, *self.text_encoders.values()):
-                local.enter_context(self.accelerator.no_sync(module))
-            self.accelerator.backward(scaled)
+        self.accelerator.backward(scaled)
+        if self._sums is not None:
+            self._sums.take()
 
     def step(self, seed: int, step: int, updates: int, global_samples: int) -> Update:
         """Apply the accumulated gradient of a step of `global_samples` planned samples.
 
         `updates` counts the optimiser steps taken so far: the schedule's clock.
         """
+        if self._sums is not None:
+            self._sums.give(self.runtime.world_size)
         scaler = self.accelerator.scaler
         moving = [self.optimizer, *([self.text_optimizer] if self.text_optimizer and step < self.text_stop else [])]
         if scaler is not None:
             for optimizer in moving:
-                scaler.unscale_(optimizer.torch_optimizer)
+                scaler.unscale_(optimizer.over_gradients)
         grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
         finite = bool(torch.isfinite(grad_norm))
@@ -119,7 +136,7 @@ class Engine:
         if scaler is not None:
             scaler.update()  # halves the scale where `unscale_` met an overflow
         for optimizer in moving:
-            optimizer.torch_optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         self._loss.zero_()
         self._samples = 0
         return Update(loss_sum / max(samples, 1), int(samples), float(grad_norm), learning_rate, taken, finite_loss, bool(stop))

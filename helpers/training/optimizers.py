@@ -37,14 +37,18 @@ GIVEN = ("params", "lr")
 class NamedOptimizer:
     """A torch optimiser over parameters with names: one step at a given learning rate, its whole state, the weights it means.
 
-    `rate` is the peak of the schedule, for optimisers that compare later rates with the first.
+    `rate` is the peak of the schedule, for optimisers that compare later rates with the first. Where the options say so, the state and a
+    copy of the weights are in the CPU's memory, and steps are taken there; what is kept in checkpoints is the same.
     """
 
     def __init__(self, options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float) -> None:
         self.name = options.optimizer
         self.parameters = parameters
         self.averages = options.optimizer in AVERAGING
-        self.torch_optimizer = create_optimizer(options, parameters, rate)
+        self.own = copies_on_cpu(parameters) if options.optimizer_cpu_offload else parameters  # the weights that steps are taken with
+        self.torch_optimizer = create_optimizer(options, self.own, rate)
+        # A loss scaler asks an optimiser where the gradients are; one that takes its steps elsewhere cannot tell it.
+        self.over_gradients = torch.optim.SGD(parameters.values(), lr=0.0) if self.offloaded else self.torch_optimizer
         if self.averages:
             self._mode("train")
         self._as_made = varying_entries(self.torch_optimizer)
@@ -53,7 +57,18 @@ class NamedOptimizer:
         """Update the weights by their gradients at the schedule's learning rate."""
         for group in self.torch_optimizer.param_groups:
             group["lr"] = rate
+        if self.offloaded:
+            self._fetch_gradients()
         self.torch_optimizer.step()
+        self._hand_back()
+
+    @property
+    def offloaded(self) -> bool:
+        return self.own is not self.parameters
+
+    def zero_grad(self) -> None:
+        for parameter in (*self.parameters.values(), *self.own.values()):
+            parameter.grad = None
 
     def effective(self, rate: float) -> float:
         """What the next step makes of a learning rate: times the estimate where the optimiser estimates it.
@@ -77,6 +92,7 @@ class NamedOptimizer:
             return
         trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._mode("eval")
+        self._hand_back()
         try:
             yield
         finally:
@@ -85,7 +101,7 @@ class NamedOptimizer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on beside weights and settings: tensors by name, and JSON values."""
-        tensors, values = collect_state(self.torch_optimizer, self.parameters, self._as_made)
+        tensors, values = collect_state(self.torch_optimizer, self.own, self._as_made)
         if self.averages:  # a checkpoint's weights are the average
             tensors |= {f"/trained/{name}": parameter.detach() for name, parameter in self.parameters.items()}
         return tensors, values
@@ -94,7 +110,9 @@ class NamedOptimizer:
         """Put back exactly what `state` gave: torch's own loader would cast moments to the weights' precision."""
         trained = {name.removeprefix("/trained/"): tensor for name, tensor in tensors.items() if name.startswith("/trained/")}
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("/trained/")}
-        put_state(self.torch_optimizer, self.parameters, rest, values)
+        if self.offloaded:  # the weights of the network have been put back before
+            self._put({name: parameter.detach() for name, parameter in self.parameters.items()})
+        put_state(self.torch_optimizer, self.own, rest, values)
         self._put(trained)
 
     def _mode(self, name: str) -> None:
@@ -103,7 +121,36 @@ class NamedOptimizer:
     @torch.no_grad()
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         for name, tensor in weights.items():
-            self.parameters[name].copy_(tensor)
+            self.own[name].copy_(tensor)
+        self._hand_back()
+
+    @torch.no_grad()
+    def _fetch_gradients(self) -> None:
+        """Copy the network's gradients to where the steps are taken, and wait for them."""
+        for name, parameter in self.parameters.items():
+            own = self.own[name]
+            own.grad = None if parameter.grad is None else torch.empty_like(own, pin_memory=own.is_pinned())
+            if parameter.grad is not None and own.grad is not None:
+                own.grad.copy_(parameter.grad, non_blocking=True)
+        device = next(iter(self.parameters.values())).device
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+
+    @torch.no_grad()
+    def _hand_back(self) -> None:
+        """Copy the weights that a step was taken with to the network, where they are not the same ones."""
+        if self.offloaded:
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.own[name], non_blocking=True)
+
+
+def copies_on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The same weights in the CPU's memory; pages that cannot be swapped where a GPU reads them, which makes copies fast."""
+    copies = {}
+    for name, parameter in parameters.items():
+        values = parameter.detach().to("cpu", copy=True)
+        copies[name] = nn.Parameter(values.pin_memory() if parameter.device.type == "cuda" else values)
+    return copies
 
 
 def try_optimizer(options: OptimizerOptions, rate: float, device: torch.device) -> None:

@@ -47,6 +47,11 @@ class Runtime:
         return self.accelerator.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision, torch.float32)
+
+    @property
     def rank(self) -> int:
         return self.accelerator.process_index
 

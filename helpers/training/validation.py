@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -10,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -18,8 +19,9 @@ from PIL import Image
 from helpers.data.sample import Size
 from helpers.errors import ConfigError
 from helpers.families.samplers import sampler
-from helpers.protocols import ModelFamily, Objective, TextTensors, Trainable, ValidationImage
+from helpers.protocols import ImageCodec, ModelFamily, Objective, TextTensors, Trainable, ValidationImage
 from helpers.storage.atomic import write_file
+from helpers.training.prompt_library import PROMPTS
 from helpers.training.runtime import Runtime, undisturbed
 
 if TYPE_CHECKING:
@@ -40,13 +42,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Start:
-    """A picture of the data that a picture begins with: latents (C, h, w) and what its caption became.
+    """A picture of the data that a picture begins with, or whose condition it follows, where it has one.
 
-    The text is empty where the encoders are trained: the caption is the prompt's, to be encoded when the picture is made.
+    `text` is what its caption became; None where the prompt's own words count.
     """
 
-    latents: torch.Tensor
-    text: TextTensors
+    latents: torch.Tensor  # (C, h, w)
+    text: TextTensors | None
+    condition: torch.Tensor | None = None  # (3, H, W) in [0, 1] or latents (C, h, w)
 
 
 def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) -> dict[Prompt, Start]:
@@ -62,14 +65,21 @@ def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) 
             keys = seen.get(sample.dataset, set())
             if not batch.stands_in and len(keys) < counts.get(sample.dataset, 0) and sample.key not in keys:
                 keys.add(sample.key)
-                text = {name: tensor[index] for name, tensor in batch.text.items()}
-                found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text)
+                text = {name: tensor[index] for name, tensor in batch.text.items()} or None  # of trained encoders there is none to keep
+                condition = None if batch.condition is None else batch.condition[index]
+                found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text, condition)
     return found
 
 
+def after_the_first(starts: Mapping[Prompt, Start], prompts: Sequence[Prompt]) -> dict[Prompt, Start]:
+    """The same, and before them the user's prompts, each with the condition of the first of these pictures; none where there is none."""
+    first = [dataclasses.replace(start, text=None) for start in starts.values()][:1]
+    return {**{prompt: start for prompt in prompts for start in first}, **starts}
+
+
 def read_prompts(options: ValidationOptions) -> list[Prompt]:
-    """The prompts in the order of their pictures: unconditional, the user's library, `--validation_prompt`."""
-    named: dict[str, str] = {}
+    """The prompts in the order of their pictures: unconditional, the built-in library, the user's, `--validation_prompt`."""
+    named: dict[str, str] = dict(PROMPTS) if options.validation_prompt_library else {}
     if options.user_prompt_library is not None:
         named.update(_library(options.user_prompt_library))
     if options.validation_prompt:
@@ -124,7 +134,8 @@ class Validator:
     """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
 
     A picture begins with noise, or with a picture of the data where `starts` has one for its prompt; then `strength` says how much of
-    the schedule it goes back to, for families that can. Training is bit-identical whether pictures were made or not.
+    the schedule it goes back to, for families that can. Where that picture has a condition, this one begins with noise and follows the
+    condition, which the file shows to the left of it. Training is bit-identical whether pictures were made or not.
     """
 
     def __init__(
@@ -154,6 +165,7 @@ class Validator:
         self.strength = strength
         self.folder = output_dir / FOLDER
         self.seed = options.validation_seed if options.validation_seed is not None else seed
+        self._compiled: Any = None
 
     def due(self, step: int) -> bool:
         return bool(self.options.validation_steps) and step % self.options.validation_steps == 0
@@ -171,7 +183,8 @@ class Validator:
                 if self.runtime.stop.asked:
                     break
                 path = self._path(step, prompt, size, index)
-                _write_picture(codec.decode(self._latents(trainable, prompt, size, index)), path)
+                picture = codec.decode(self._latents(trainable, prompt, size, index))
+                _write_picture(torch.cat([*self._shown_condition(prompt, codec), picture], dim=-1), path)
                 images.append(ValidationImage(prompt.name, prompt.text or "", path))
         return images
 
@@ -190,28 +203,49 @@ class Validator:
         kind = self.objective.samplers[options.validation_noise_scheduler]
         schedule = sampler(kind, self.objective.scheduler_config, self.timestep_spacing)
         start = self.starts.get(prompt)
-        make = self.family.img2img_pipeline if start and not self.family.refines else self.family.pipeline
-        pipeline = make(trainable.denoiser, schedule)
+        follows = start is not None and start.condition is not None
+        make = self.family.img2img_pipeline if start and not follows and not self.family.refines else self.family.pipeline
+        pipeline = make(self._network(trainable), schedule)
         pipeline.set_progress_bar_config(disable=True)
         negative = self.text(options.validation_negative_prompt if prompt.text else None)
-        text = start.text if start and start.text else self.text(prompt.text)
+        text = start.text if start and start.text is not None else self.text(prompt.text)
         arguments = self.family.prompt_arguments(text, negative)
         steps = options.validation_num_inference_steps
-        if start:
+        if start and start.condition is None:
             arguments |= self.family.begin_with(start.latents.unsqueeze(0), steps, self.strength)
         else:
             arguments |= {"width": size.width, "height": size.height, "num_inference_steps": steps}
+        if start and start.condition is not None:
+            condition = start.condition.unsqueeze(0).to(self.runtime.device)
+            arguments[trainable.denoiser.argument] = trainable.denoiser.prepared(condition)
         seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
-        return pipeline(
-            **{name: self._on_device(value) for name, value in arguments.items()},
-            guidance_scale=options.validation_guidance,
-            **({"guidance_rescale": options.validation_guidance_rescale} if options.validation_guidance_rescale else {}),
-            generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
-        ).images
+        with self.runtime.accelerator.autocast():  # a network alone does so by itself, one with a ControlNet is asked in two parts
+            return pipeline(
+                **{name: self._on_device(value) for name, value in arguments.items()},
+                guidance_scale=options.validation_guidance,
+                **({"guidance_rescale": options.validation_guidance_rescale} if options.validation_guidance_rescale else {}),
+                generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
+            ).images
+
+    def _shown_condition(self, prompt: Prompt, codec: ImageCodec) -> list[torch.Tensor]:
+        """The condition that a picture follows as pixels (1, 3, H, W) in [-1, 1], if it does."""
+        start = self.starts.get(prompt)
+        if start is None or start.condition is None:
+            return []
+        condition = start.condition.unsqueeze(0).cpu()
+        return [condition * 2 - 1 if condition.shape[-2:] != start.latents.shape[-2:] else codec.decode(condition)]
 
     def _on_device(self, value: object) -> object:
         return value.to(self.runtime.device, torch.float32) if isinstance(value, torch.Tensor) else value
+
+    def _network(self, trainable: Trainable) -> Any:
+        """The network as pictures are made with it: compiled once, where that is asked for; it follows the weights."""
+        if not self.options.validation_torch_compile:
+            return trainable.denoiser
+        if self._compiled is None:
+            self._compiled = torch.compile(trainable.denoiser, mode=self.options.validation_torch_compile_mode)
+        return self._compiled
 
     def _path(self, step: int, prompt: Prompt, size: Size, index: int) -> Path:
         number = f"_{index + 1}" if self.options.num_validation_images > 1 else ""

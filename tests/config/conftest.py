@@ -19,6 +19,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory that the user calls from, with a folder `images` and a dataloader file `data.json`."""
     (tmp_path / "images").mkdir()
     (tmp_path / "data.json").write_text(json.dumps([{"id": "pictures", "instance_data_dir": "images"}]))
+    conditions = {"id": "edges", "dataset_type": "conditioning", "instance_data_dir": "images"}
+    images = {"id": "pictures", "instance_data_dir": "images", "conditioning_data": "edges"}
+    (tmp_path / "conditioned.json").write_text(json.dumps([images, conditions]))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -367,6 +367,7 @@ OTHER_VALUES: dict[str, Any] = {
     "crop_style": "center",  # the last choice, face, needs a library
     "crop_aspect_buckets": [{"aspect": 1.5, "weight": 2}, 1],
 }
+OF_CONDITIONS = ("conditioning_data", "resize_filter")
 SAMPLES = {"type": "aws", "path": "someone/pictures", "urls": ["a.tar", "b.tar"]}
 STARTS = {"huggingface": ROWS, "webdataset": TARS}
 
@@ -392,7 +393,7 @@ def other_value(item: Option) -> Any:
 def test_every_key_lands_in_its_field_or_is_refused_by_name(
     kind: type[Entry], item: Option, folder: Path, write_data: Write, read: Read, refuse: Refuse
 ) -> None:
-    if item.name in ("id", "dataset_type", "disabled", "instance_data_dir", "text_embeds", "metadata_backend", *TABLES):
+    if item.name in ("id", "dataset_type", "disabled", "instance_data_dir", "text_embeds", "metadata_backend", *TABLES, *OF_CONDITIONS):
         return  # tested by name
     value = other_value(item)
     start = STARTS.get(item.of_type, IMAGES) if kind is DatasetConfig else {"id": "t", "dataset_type": "text_embeds"}
@@ -493,3 +494,67 @@ def test_whatever_is_written_is_read_or_explained(entries: list[Any], flags: lis
             read_config([*flags, "--pretrained_model_name_or_path=a/b", f"--data_backend_config={path}"], {}, FactsByAxis())
         except ConfigError as error:
             assert error.problems and all(len(problem) > 10 for problem in error.problems)
+
+
+EDGES: dict[str, Any] = {"id": "edges", "dataset_type": "conditioning", "instance_data_dir": "edges"}
+
+
+@pytest.fixture
+def edges(folder: Path) -> None:
+    (folder / "edges").mkdir()
+
+
+@pytest.mark.usefixtures("edges")
+def test_a_data_set_has_the_conditions_that_it_names(read: Read, write_data: Write) -> None:
+    nearest = {**EDGES, "resize_filter": "nearest", "crop": True, "caption_strategy": "textfile"}
+    write_data([{**IMAGES, "conditioning_data": "edges"}, nearest])
+    config = read("--controlnet")
+    [images] = config.datasets
+    assert images.condition is not None and images.condition.instance_data_dir == Path("edges")
+    assert images.condition.resize_filter == "nearest" and config.conditioning == (images.condition,)
+    does_nothing = "does nothing: a conditioning picture is cut as its image is."
+    assert [note for note in config.notes if "datasets[1]" in note] == [
+        f"data.json: datasets[1].{key} {does_nothing}" for key in ("crop", "caption_strategy")
+    ]
+
+
+@pytest.mark.usefixtures("edges")
+def test_conditions_wait_for_a_controlnet(read: Read, write_data: Write) -> None:
+    write_data([{**IMAGES, "conditioning_data": "edges"}, EDGES, {**EDGES, "id": "unused"}])
+    config = read()
+    assert config.datasets[0].condition is None
+    assert "data.json: datasets[0].conditioning_data does nothing without --controlnet." in config.notes
+    assert "data.json: datasets[2] does nothing: no data set's conditioning_data names it." in config.notes
+
+
+@pytest.mark.usefixtures("edges")
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([IMAGES, EDGES], "datasets[0].conditioning_data is missing; with --controlnet each data set names the entry of dataset_type"),
+        (
+            [{**IMAGES, "conditioning_data": "edge"}, EDGES],
+            "'edge' is not the id of an entry of dataset_type conditioning (did you mean edges?)",
+        ),
+        ([{**IMAGES, "conditioning_data": "a"}, EDGES], "'a' is not the id of an entry of dataset_type conditioning"),
+        (
+            [{**IMAGES, "conditioning_data": "edges", "resize_filter": "nearest"}, EDGES],
+            "datasets[0].resize_filter is for conditioning sets",
+        ),
+        (
+            [{**IMAGES, "conditioning_data": "edges"}, {**EDGES, "instance_data_dir": "none"}],
+            "datasets[1].instance_data_dir: there is no folder",
+        ),
+        ([{**IMAGES, "conditioning_data": "edges"}, {**EDGES, "id": "a"}], "datasets[1].id: 'a' is the id of datasets[0] already"),
+        ([EDGES], "has no enabled image data set"),
+    ],
+)
+def test_conditions_that_cannot_be_meant_are_named(entries: list[dict[str, Any]], said: str, write_data: Write, refuse: Refuse) -> None:
+    write_data(entries)
+    assert said in refuse("--controlnet")
+
+
+@pytest.mark.usefixtures("edges")
+def test_nothing_is_written_into_a_folder_of_conditions(write_data: Write, refuse: Refuse) -> None:
+    write_data([{**IMAGES, "conditioning_data": "edges"}, EDGES])
+    assert "is inside the images of data set 'edges'" in refuse("--controlnet", "--output_dir=edges/out")

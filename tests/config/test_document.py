@@ -99,3 +99,23 @@ def test_the_env_file_scanner_finds_what_bash_sets(name: str, repository: Path) 
     sourced = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={}, check=True).stdout
     names = {entry.partition("=")[0] for entry in sourced.split("\0")} - {"PWD", "SHLVL", "_", ""}
     assert set(read_env_file(repository / name).lines) == names
+
+
+OFFERED = [
+    (name, line)
+    for name in EXAMPLES
+    for line in (Path(__file__).resolve().parents[2] / name).read_text(encoding="utf-8").splitlines()
+    if re.match(r"#[A-Z][A-Z0-9_]+=", line) and "TEXT_ENCODER" not in line
+]
+
+
+@pytest.mark.parametrize(("name", "line"), OFFERED)
+def test_a_line_that_an_example_offers_can_be_taken_as_it_stands(
+    name: str, line: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = tmp_path / name
+    example.write_text(f"{(repository / name).read_text(encoding='utf-8')}\n{line[1:]}\n", encoding="utf-8")
+    family = {"sd3-env.sh.example": "sd3", "sd21-env.sh.example": "sd2x"}.get(name, "sdxl")
+    for note in settings_of(example, tmp_path, family=family).notes:
+        assert " with " in line.partition("#")[2].partition("#")[2], note  # it says beside what it goes

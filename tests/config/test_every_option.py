@@ -33,6 +33,7 @@ SAMPLES = {
 }
 # Other settings that a value needs beside it.
 COMPANIONS = {
+    ("controlnet", "true"): ("--data_backend_config=conditioned.json",),
     ("resolution_type", "pixel"): ("--resolution=512",),
     ("maximum_image_size", "0.05"): ("--target_downsample_size=0.05",),
     ("target_downsample_size", "0.05"): ("--maximum_image_size=1",),
@@ -43,6 +44,7 @@ COMPANIONS = {
     ("only_instance_prompt", "true"): ("--instance_prompt=a dog",),
     ("training_num_machines", "2"): ("--training_num_processes=2",),
     ("num_train_epochs", "0"): ("--max_train_steps=5",),
+    **{("base_quantization", kind): ("--model_type=lora",) for kind in ("int8", "fp8", "nf4")},
 }
 SWITCHES = {"use_8bit_adam": "adamw8bit", "use_prodigy_optimizer": "prodigy", "use_dadapt_optimizer": "dadaptation"}
 OF_OPTIMIZERS = {name: module for name, (module, _, _) in OPTIMIZER_LIBRARIES.items()}

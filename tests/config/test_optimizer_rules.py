@@ -21,6 +21,12 @@ def problem(read: Read, *flags: str, **variables: str) -> str:
     return sentence
 
 
+def test_a_rate_that_is_found_is_not_scaled(read: Read) -> None:
+    assert "prodigy finds its learning rate by itself" in problem(read, "--lr_scale", "--optimizer=prodigy")
+    assert "--lr_scale" in problem(read, "--lr_scale", "--optimizer=adafactor", "--adafactor_relative_step")
+    assert read("--lr_scale").schedule.lr_scale
+
+
 # -- names ------------------------------------------------------------------------------------------------------------------
 
 

@@ -80,13 +80,13 @@ def test_a_misspelt_option_of_a_preset_is_named(tmp_path: Path) -> None:
 
 
 def test_all_mistakes_are_told_at_once(refuse: Refuse) -> None:
-    problems = refuse("--lora_rnk=4", "--seed=x", "--controlnet", "stray", LEARNING_RATE="fast").splitlines()
+    problems = refuse("--lora_rnk=4", "--seed=x", "--push_to_hub", "stray", LEARNING_RATE="fast").splitlines()
     assert problems == [
         "LEARNING_RATE: 'fast' is not a number.",
         "--lora_rnk is not an option (did you mean --lora_rank?).",
         "--seed: 'x' is not a whole number.",
         "'stray' is not an option; a value with spaces stands in quotes.",
-        "--controlnet is not available yet; leave it at false.",
+        "--push_to_hub is not available yet; leave it at false.",
     ]
 
 
@@ -116,12 +116,6 @@ def test_an_empty_variable_counts_as_not_set(read: Read) -> None:
 def test_two_variables_of_one_option_must_agree(read: Read, refuse: Refuse) -> None:
     assert read(TRAINING_SEED="5", SEED="5").run.seed == 5
     assert refuse(TRAINING_SEED="5", SEED="6") == "TRAINING_SEED and SEED are the same setting and differ; remove one."
-
-
-@pytest.mark.parametrize("variable", ["CONTROLNET"])
-def test_another_network_is_refused_by_name_until_it_is_built(variable: str, read: Read, refuse: Refuse) -> None:
-    assert refuse(**{variable: "true"}).startswith(f"{variable}: --")
-    assert read(**{variable: "false"}).family_name == "sdxl"
 
 
 def test_the_wrapper_chooses_the_family(read: Read, refuse: Refuse) -> None:

@@ -77,6 +77,24 @@ def test_the_sizes_of_each_data_set_are_judged_in_its_own_unit(folder: Path, ref
     assert refuse() == "data set 'a', resolution: 1 pixels; did you mean resolution_type area?"
 
 
+def test_a_default_that_no_data_set_falls_back_to_is_not_judged(folder: Path, read: Read, refuse: Refuse) -> None:
+    """The default resolution is an area: beside --resolution_type=pixel it is wrong only for who uses it."""
+
+    def write(*entries: dict[str, object]) -> None:
+        sets = [{"id": f"set{number}", "instance_data_dir": "images", **entry} for number, entry in enumerate(entries)]
+        (folder / "data.json").write_text(json.dumps(sets))
+
+    write({"resolution": 512}, {"resolution": 0.5, "resolution_type": "area"})
+    assert [(dataset.resolution, dataset.resolution_type) for dataset in read("--resolution_type=pixel").datasets] == [
+        (512, "pixel"),
+        (0.5, "area"),
+    ]
+    said = "--resolution: 1 pixels; did you mean --resolution_type=area?"
+    assert refuse("--resolution=1", "--resolution_type=pixel") == said
+    write({"resolution": 512}, {})
+    assert refuse("--resolution_type=pixel") == said
+
+
 def test_validation_is_refused_where_no_data_set_may_be_used_for_it(folder: Path, refuse: Refuse) -> None:
     entry = {"id": "pictures", "instance_data_dir": "images", "disable_validation": True}
     (folder / "data.json").write_text(json.dumps([entry]))

@@ -43,7 +43,22 @@ def test_gamma_and_min_snr_imply_each_other(read: Read, refuse: Refuse) -> None:
     assert read(MIN_SNR_GAMMA="0").objective.snr_gamma is None
     assert read("--loss_weighting=none", MIN_SNR_GAMMA="5").objective.loss_weighting == "none"
     assert "remove one" in refuse("--loss_weighting=none", "--snr_gamma=5")
+    assert "remove one" in refuse("--loss_weighting=debiased", "--snr_gamma=5")
     assert "remove one" in refuse("--loss_weighting=min_snr", "--snr_gamma=0")
+
+
+def test_soft_min_snr_has_a_gamma_or_the_deviation_of_the_data(read: Read, refuse: Refuse) -> None:
+    assert read("--use_soft_min_snr").objective.snr_gamma == 5
+    assert read("--use_soft_min_snr", "--snr_gamma=3").objective.snr_gamma == 3
+    config = read("--loss_weighting=soft_min_snr", "--soft_min_snr_sigma_data=0.5")
+    assert (config.objective.loss_weighting, config.objective.snr_gamma) == ("soft_min_snr", 4)
+    assert read("--use_soft_min_snr", "--snr_gamma=4", "--soft_min_snr_sigma_data=0.5").objective.snr_gamma == 4
+    assert "--soft_min_snr_sigma_data means snr_gamma=4.0, but --snr_gamma says 5.0; remove one" in refuse(
+        "--use_soft_min_snr", "--snr_gamma=5", "--soft_min_snr_sigma_data=0.5"
+    )
+    assert "remove one" in refuse("--use_soft_min_snr", "--snr_gamma=0")
+    [note] = read("--soft_min_snr_sigma_data=0.5").notes
+    assert note == "--soft_min_snr_sigma_data does nothing while loss_weighting is none."
 
 
 def test_an_alias_of_an_optimiser_sets_it_unless_something_stronger_says_otherwise(read: Read, refuse: Refuse) -> None:

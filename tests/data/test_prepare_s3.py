@@ -41,17 +41,17 @@ class Bucket:
         self.name = s3.new_bucket()
         self.s3, self.proxy, self.folder = s3, proxy, folder
         s3.put_folder(self.name, "data", pictures(folder / "pictures"))
+        self.keys = {
+            "aws_bucket_name": self.name,
+            "aws_endpoint_url": proxy.url,
+            "aws_access_key_id": KEY,
+            "aws_secret_access_key": SECRET,
+        }
 
     def prepare(
         self, machine: str = "machine", family: ToyFamily | None = None, story: Story | None = None, **changed: Any
     ) -> TrainingData:
-        keys = {
-            "type": "aws",
-            "aws_bucket_name": self.name,
-            "aws_endpoint_url": self.proxy.url,
-            "aws_access_key_id": KEY,
-            "aws_secret_access_key": SECRET,
-        }
+        keys = {"type": "aws", **self.keys}
         limit = changed.get("cache_local_limit_gb")
         texts = TextCacheConfig(id="texts", aws_data_prefix="caches/text", default=True, cache_local_limit_gb=limit, **keys)
         entry = dataset(Path(), self.folder, aws_data_prefix="data", latents_prefix="caches/latents", text_entry=texts, **keys, **changed)
@@ -86,6 +86,24 @@ def test_a_bucket_gives_the_batches_of_a_folder_also_to_another_machine_with_lit
     assert family.codec.batches == [] and family.encoders.encoded == []
     assert not list((tmp_path / "other").rglob("*-*-*-*.safetensors"))
     assert bucket.s3.contents(bucket.name, "data/") == before
+
+
+def test_conditions_in_a_bucket_are_those_of_a_folder(bucket: Bucket, tmp_path: Path) -> None:
+    edges = tmp_path / "edges"
+    for place in (tmp_path / "pictures").glob("*.png"):
+        edges.mkdir(exist_ok=True)
+        Image.open(place).rotate(180).save(edges / place.name)
+    bucket.s3.put_folder(bucket.name, "edges", edges)
+    plain: dict[str, Any] = {"id": "edges", "caption_strategy": "instanceprompt", "instance_prompt": "a condition"}
+    there = dataset(Path(), tmp_path, type="aws", aws_data_prefix="edges", **bucket.keys, **plain)
+    here = dataset(edges, tmp_path, **plain)
+    family = ToyFamily()
+    family.condition_as_latents = False  # type: ignore[attr-defined]
+    entry = dataset(tmp_path / "pictures", tmp_path / "local", condition=here)
+    local = prepare_data([entry], settings(tmp_path / "out"), family, Workers(), Story())  # type: ignore[arg-type]
+    expected = [batch.condition for [batch] in local.steps(0, 8)]
+    found = [batch.condition for [batch] in bucket.prepare(family=family, condition=there).steps(0, 8)]
+    assert all(one is not None and other is not None and torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_a_warm_start_asks_for_two_listings_and_no_object(bucket: Bucket) -> None:

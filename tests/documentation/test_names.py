@@ -31,6 +31,8 @@ GUIDES = [
     "documentation/DATALOADER.md",
     "documentation/OPTIMIZERS.md",
     "documentation/TEXT_ENCODER.md",
+    "documentation/OBJECTIVES.md",
+    "documentation/MEMORY.md",
     "documentation/ARCHITECTURE.md",
 ]
 # Variables that are read before the env file is: by the wrappers and the set-up.

@@ -30,6 +30,7 @@ from helpers.methods.full import FullFineTune
 from helpers.objectives.diffusion import Diffusion
 from helpers.training.validation import parse_sizes
 from tests.families.conftest import CAPTIONS, CPU, PIXELS, Tried, open_family
+from tests.families.other_losses import other_losses
 
 LONG = "a photo of a cat " * 30
 
@@ -67,7 +68,7 @@ def question(tried: Tried, noisy: Tensor) -> tuple[Tensor, dict[str, Any]]:
     return torch.cat((noisy, image), dim=1), {"class_labels": levels}
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_prediction_target_and_loss_are_those_of_diffusers(deepfloyd: Tried, prediction: str) -> None:
     objective = Diffusion(ObjectiveOptions(prediction_type=prediction), deepfloyd.family.scheduler_config)
     batch = deepfloyd.batch()
@@ -78,7 +79,8 @@ def test_prediction_target_and_loss_are_those_of_diffusers(deepfloyd: Tried, pre
     assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
     noise, timesteps = batch.draws.normal("noise", *batch.latents.shape[1:]), corrupted.timesteps
     noisy = pipeline.scheduler.add_noise(batch.latents, noise, timesteps)
-    target = noise if prediction == "epsilon" else pipeline.scheduler.get_velocity(batch.latents, noise, timesteps)
+    velocity = pipeline.scheduler.get_velocity(batch.latents, noise, timesteps)
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": batch.latents}[prediction]
     shown, told = question(deepfloyd, noisy)
     with torch.no_grad():
         text = pipeline.encode_prompt(list(CAPTIONS), do_classifier_free_guidance=False, device=CPU)[0]
@@ -86,6 +88,8 @@ def test_prediction_target_and_loss_are_those_of_diffusers(deepfloyd: Tried, pre
     assert torch.allclose(corrupted.noisy, noisy, atol=1e-5)
     assert torch.allclose(corrupted.target, target, atol=1e-5)
     assert torch.allclose(losses, ((predicted - target) ** 2).mean(dim=(1, 2, 3)), rtol=1e-5)
+    for ours, expected in other_losses(deepfloyd, batch, prediction, predicted, target, pipeline.scheduler.alphas_cumprod[timesteps]):
+        assert torch.allclose(ours, expected, rtol=1e-4)
 
 
 def test_captions_are_encoded_as_the_pipeline_encodes_them(deepfloyd: Tried) -> None:
@@ -251,6 +255,29 @@ def test_validation_makes_the_pictures_that_the_pipeline_makes(deepfloyd: Tried,
     ).images
     assert made.shape == (1, 3, 16, 24)
     assert torch.allclose(made, expected, atol=1e-5)
+
+
+def test_pictures_of_stage_one_that_begin_with_pictures_are_those_of_the_pipeline(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    from diffusers import IFImg2ImgPipeline
+
+    family = _tried("deepfloyd_1", miniature, tmp_path).family
+    schedule = DDPMScheduler.from_config({**family.scheduler_config, "timestep_spacing": "trailing"})
+    plain: Any = IFImg2ImgPipeline.from_pretrained(miniature("deepfloyd_1"), scheduler=schedule)
+    ours = family.img2img_pipeline(plain.unet.eval(), schedule)
+    for pipeline in (plain, ours):
+        pipeline.set_progress_bar_config(disable=True)
+    with family.text_encoders(CPU) as encoders:
+        text, negative = ({n: t[0] for n, t in encoders.encode([caption]).items()} for caption in ("a red circle", "blue"))
+    picture = torch.linspace(-1, 1, 24).expand(1, 3, 16, 24).contiguous()
+    begins = family.begin_with(picture, 10, 0.4)
+    usual = {"guidance_scale": 4.0, "generator": torch.Generator()}
+    usual["generator"].manual_seed(3)
+    made = ours(**family.prompt_arguments(text, negative), **begins, **usual, output_type="latent").images
+    usual["generator"].manual_seed(3)
+    asked = {"image": picture, "strength": 0.4, "num_inference_steps": 10, "output_type": "pt", "clean_caption": False}
+    expected = plain("a red circle", negative_prompt="blue", **asked, **usual).images
+    assert made.shape == picture.shape
+    assert torch.allclose(made, expected, atol=1e-5) and not torch.allclose(made, picture, atol=1e-2)
 
 
 def test_sizes_of_pictures_are_multiples_of_eight(deepfloyd: Tried) -> None:

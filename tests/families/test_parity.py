@@ -15,6 +15,7 @@ from helpers.families import clip
 from helpers.families.tiny import MINIATURES
 from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CLIP_ALONE, CPU, PIXELS, Tried, open_family
+from tests.families.other_losses import other_losses
 
 # What the geometry of the batches means to each family: (height, width) of the file, (top, left), and the target size or the score.
 NUMBERS = {"sdxl": [1157.0, 1920, 36, 25, 768, 1344], "sdxl_refiner": [1157.0, 1920, 36, 25, 7]}
@@ -39,7 +40,7 @@ def answer(pipeline: Any, miniature: str, noisy: Tensor, timesteps: Tensor, capt
 
 
 @pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", None])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", None])
 def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, prediction: str | None) -> None:
     objective = Diffusion(ObjectiveOptions(prediction_type=prediction), tried.family.scheduler_config)
     batch = tried.batch()
@@ -50,13 +51,16 @@ def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, predict
     scheduler: Any = DDPMScheduler.from_pretrained(tried.folder, subfolder="scheduler")
     noise, timesteps = batch.draws.normal("noise", *batch.latents.shape[1:]), corrupted.timesteps
     noisy = scheduler.add_noise(batch.latents, noise, timesteps)
-    velocity = (prediction or {"sd2": "v_prediction"}.get(tried.miniature, "epsilon")) == "v_prediction"
-    target = scheduler.get_velocity(batch.latents, noise, timesteps) if velocity else noise
+    predicts = prediction or {"sd2": "v_prediction"}.get(tried.miniature, "epsilon")
+    velocity = scheduler.get_velocity(batch.latents, noise, timesteps)
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": batch.latents}[predicts]
     pipeline: Any = DiffusionPipeline.from_pretrained(tried.folder)
     predicted = answer(pipeline, tried.miniature, noisy, timesteps, list(CAPTIONS))
     assert torch.allclose(corrupted.noisy, noisy, atol=1e-5)
     assert torch.allclose(corrupted.target, target, atol=1e-5)
     assert torch.allclose(losses, ((predicted - target) ** 2).mean(dim=(1, 2, 3)), rtol=1e-5)
+    for ours, expected in other_losses(tried, batch, predicts, predicted, target, scheduler.alphas_cumprod[timesteps]):
+        assert torch.allclose(ours, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)

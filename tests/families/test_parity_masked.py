@@ -15,6 +15,7 @@ from helpers.config.options import ObjectiveOptions
 from helpers.families import t5
 from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CPU, PEFT_ALONE, Tried
+from tests.families.other_losses import other_losses
 
 PIXART = ("pixart_sigma", "pixart_alpha")
 SIZES = {"resolution": [768.0, 1344], "aspect_ratio": [768 / 1344]}  # of the target, (height, width): Alpha is told them
@@ -61,7 +62,7 @@ def answer(pipeline: Any, miniature: str, noisy: Tensor, timesteps: Tensor, capt
 
 
 @pytest.mark.parametrize("tried", PEFT_ALONE, indirect=True)
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", None])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", None])
 def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, prediction: str | None) -> None:
     objective = Diffusion(ObjectiveOptions(prediction_type=prediction), tried.family.scheduler_config)
     batch = tried.batch()
@@ -72,12 +73,15 @@ def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, predict
     scheduler: Any = DDPMScheduler.from_pretrained(tried.folder, subfolder="scheduler")
     noise, timesteps = batch.draws.normal("noise", *batch.latents.shape[1:]), corrupted.timesteps
     noisy = scheduler.add_noise(batch.latents, noise, timesteps)
-    velocity = (prediction or ("epsilon" if tried.miniature in PIXART else "v_prediction")) == "v_prediction"
-    target = scheduler.get_velocity(batch.latents, noise, timesteps) if velocity else noise
+    predicts = prediction or ("epsilon" if tried.miniature in PIXART else "v_prediction")
+    velocity = scheduler.get_velocity(batch.latents, noise, timesteps)
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": batch.latents}[predicts]
     predicted = answer(DiffusionPipeline.from_pretrained(tried.folder), tried.miniature, noisy, timesteps, list(CAPTIONS))
     assert torch.allclose(corrupted.noisy, noisy, atol=1e-5)
     assert torch.allclose(corrupted.target, target, atol=1e-5)
     assert torch.allclose(losses, ((predicted - target) ** 2).mean(dim=(1, 2, 3)), rtol=1e-5)
+    for ours, expected in other_losses(tried, batch, predicts, predicted, target, scheduler.alphas_cumprod[timesteps]):
+        assert torch.allclose(ours, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tried", PEFT_ALONE, indirect=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from torch.nn.functional import huber_loss
 
 import train
 from helpers.config.options import OPTIONS
@@ -62,7 +63,10 @@ def test_prediction_target_and_loss_are_those_of_flow_matching(tried: Tried) -> 
         noisy = (1 - share) * batch.latents + share * noise
         answer = pipeline.transformer(noisy, states, pooled, corrupted.timesteps, return_dict=False)[0]
     assert torch.allclose(corrupted.noisy, noisy, atol=1e-5)
-    assert torch.allclose(losses, ((answer - (noise - batch.latents)) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4)
+    target = noise - batch.latents
+    assert torch.allclose(losses, ((answer - target) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4)
+    huber = 2 * huber_loss(answer, target, reduction="none", delta=0.3).mean(dim=(1, 2, 3))
+    assert torch.allclose(tried.objective(loss="huber", huber_delta=0.3).loss(answer, corrupted), huber, rtol=1e-4)
 
 
 def test_t5_reads_as_many_tokens_as_it_is_told(miniature: Callable[[str], Path], tmp_path: Path) -> None:

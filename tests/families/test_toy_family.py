@@ -34,3 +34,4 @@ def test_a_family_of_one_file_and_one_line_trains(method: str, made: str, tmp_pa
     assert len(rows) == 6 and max(row["timestep"] for row in rows) < 50
     assert (tmp_path / "out" / made).exists()
     assert any(line.startswith("training: Toy") for line in story.lines)
+    assert sum("a toy of one convolution" in line for line in story.lines) == 1

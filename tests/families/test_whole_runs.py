@@ -63,6 +63,7 @@ def test_a_run_through_the_wrapper_trains_resumes_and_hands_over(
     assert "going on from checkpoint-1" in ended.said
     assert [row["step"] for row in ended.rows("metrics.jsonl")] == [1, 2]
     assert made <= {path.name for path in ended.folder.iterdir()}
+    assert ("the base model is without T5" in unwrapped(ended.said)) == (name == "sd35")
     refines = name == "sdxl_refiner"
     timesteps = [row["timestep"] for row in ended.rows("samples.jsonl")]
     assert (max(timesteps) < 200) == refines

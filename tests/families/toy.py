@@ -47,6 +47,7 @@ class Toy:
     facts = Facts(name="toy", title="Toy", defaults={"learning_rate": 2e-3})
     latents = LatentSpec(channels=3, downsampling=8)
     refines = False
+    notes = ("a toy of one convolution",)
     name = identity = "toy"
     loads_lora = True
     lora_targets = ("conv1",)

@@ -39,6 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--lora_algorithm=loha --init_lora=first.safetensors", "LoHa cannot start from a file"),
         ("--lora_algorithm=lokr --lora_dropout=0.1", "LoKr has no input of its own"),
         ("--lora_algorithm=lokr --use_rslora", "whole matrices of LoKr do not have"),
+        ("--model_type=full --base_quantization=nf4", "--base_quantization: nf4 rounds the weights of a base model that stands still"),
+        ("--model_type=full --use_bitfit --base_quantization=int8", "use --model_type=lora, or --base_quantization=none"),
         ("--lora_init_type=loftq", "'loftq' is not available yet"),
     ],
 )

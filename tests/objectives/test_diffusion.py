@@ -11,7 +11,9 @@ import torch
 from helpers.config.options import OPTIONS, ObjectiveOptions
 from helpers.data.draws import StepDraws
 from helpers.errors import ConfigError
-from helpers.objectives.diffusion import Diffusion, min_snr_weight, trained_timesteps
+from helpers.objectives.diffusion import Diffusion
+from helpers.objectives.timesteps import trained_timesteps
+from helpers.objectives.weights import loss_weight
 
 SDXL_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -45,16 +47,17 @@ def test_schedule_is_the_one_of_stable_diffusion() -> None:
     assert diffusion().alphas_cumprod[0].item() == pytest.approx(0.99915, abs=1e-7)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_exact_answer_has_no_loss_and_recovers_the_latents(prediction_type: str) -> None:
-    objective = diffusion(prediction_type=prediction_type)
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_exact_answer_has_no_loss_and_recovers_the_latents(prediction_type: str, loss: str) -> None:
+    objective = diffusion(prediction_type=prediction_type, loss=loss)
     corrupted = objective.corrupt(LATENTS, draws())
     assert objective.loss(corrupted.target, corrupted).tolist() == [0.0] * 4
     kept = alphas_cumprod()[corrupted.timesteps].view(-1, 1, 1, 1)
     a, s = kept.sqrt(), (1 - kept).sqrt()
     noisy, target = corrupted.noisy.double(), corrupted.target.double()
-    recovered = (noisy - s * target) / a if prediction_type == "epsilon" else a * noisy - s * target
-    assert torch.allclose(recovered, LATENTS.double(), atol=2e-3)
+    recovered = {"epsilon": (noisy - s * target) / a, "v_prediction": a * noisy - s * target, "sample": target}
+    assert torch.allclose(recovered[prediction_type], LATENTS.double(), atol=2e-3)
 
 
 def test_losses_of_the_parametrisations_differ_by_the_signal_to_noise_ratio() -> None:
@@ -78,12 +81,72 @@ def test_losses_of_the_parametrisations_differ_by_the_signal_to_noise_ratio() ->
     [
         ("epsilon", {0: 0.004254, 100: 0.591445, 250: 1.0, 999: 1.0}),
         ("v_prediction", {0: 0.004250, 100: 0.528884, 250: 0.673792, 500: 0.276332, 999: 0.004660}),
+        ("sample", {0: 5.0, 100: 5.0, 400: 0.737568, 999: 0.004682}),
     ],
 )
 def test_min_snr_weights_are_those_of_the_paper(prediction_type: str, expected: dict[int, float]) -> None:
-    weights = min_snr_weight(alphas_cumprod(), 5.0, prediction_type)
+    weights = loss_weight("min_snr", alphas_cumprod(), 5.0, prediction_type)
     for timestep, weight in expected.items():
         assert weights[timestep].item() == pytest.approx(weight, abs=5e-6), timestep
+
+
+PREDICTIONS = {"sample": lambda snr: 1.0, "epsilon": lambda snr: 1 / snr, "v_prediction": lambda snr: 1 / (snr + 1)}
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"),
+    [
+        ("soft_min_snr", {0.1: 0.0980, 1.0: 0.8333, 5.0: 2.5, 50.0: 4.5455}),  # S gamma / (S + gamma)
+        ("debiased", {0.04: 0.2, 1.0: 1.0, 25.0: 5.0}),  # sqrt(S): of the noise 1 / sqrt(S)
+    ],
+)
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_other_weights_are_those_of_their_papers(weighting: str, expected: dict[float, float], prediction_type: str) -> None:
+    """Whatever is predicted, it is one weight of the picture's error: the noise's is S times as large, the velocity's S + 1 times."""
+    for snr, weight in expected.items():
+        kept = torch.tensor(snr / (1 + snr), dtype=torch.float64)
+        ours = loss_weight(weighting, kept, 5.0, prediction_type).item()
+        assert ours == pytest.approx(weight * PREDICTIONS[prediction_type](snr), rel=1e-3)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_soft_min_snr_is_the_weight_of_the_preconditioned_loss(sigma_data: float) -> None:
+    """(s d)^2 / (s^2 + d^2)^2 of the answer that is scaled by s d / sqrt(s^2 + d^2), with s = sqrt((1 - abar) / abar)."""
+    kept = alphas_cumprod()
+    sigma = ((1 - kept) / kept).sqrt()
+    of_answer = (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2) ** 2
+    scale = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+    assert torch.allclose(loss_weight("soft_min_snr", kept, 1 / sigma_data**2, "sample"), of_answer / scale**2)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr", "debiased"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_weights_are_numbers_where_only_noise_is_left(weighting: str, prediction_type: str) -> None:
+    objective = diffusion(prediction_type=prediction_type, rescale_betas_zero_snr=True, loss_weighting=weighting, snr_gamma=5.0)
+    weights = loss_weight(weighting, objective.alphas_cumprod.double(), 5.0, prediction_type)
+    assert weights[-1] == 0 and (weights[:-1] > 0).all() and weights.isfinite().all()
+
+
+def test_debiased_weights_without_a_limit_are_refused() -> None:
+    """1 / sqrt(S) of a cosine schedule, which ends in a signal of 2.4e-9, would be 20,000 at the end."""
+    cosine = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+    options = ObjectiveOptions(loss_weighting="debiased")
+    with pytest.raises(ConfigError, match="the weight 20,"):
+        Diffusion(options, cosine)
+    Diffusion(dataclasses.replace(options, prediction_type="v_prediction"), cosine)
+    Diffusion(dataclasses.replace(options, refiner_training=True), cosine)  # trains no timestep near the end
+    assert loss_weight("debiased", alphas_cumprod(), None, "epsilon").max().item() == pytest.approx(14.615, abs=1e-3)
+
+
+def test_huber_is_square_below_delta_and_linear_above() -> None:
+    objective = diffusion(loss="huber", huber_delta=0.5)
+    corrupted = objective.corrupt(LATENTS, draws())
+    for error, distance in ((0.1, 0.01), (-0.1, 0.01), (0.5, 0.25), (2.0, 0.5 * (2 * 2.0 - 0.5)), (-10.0, 0.5 * (2 * 10.0 - 0.5))):
+        losses = objective.loss(corrupted.target + error, corrupted)
+        assert losses.tolist() == pytest.approx([distance] * 4, rel=1e-4)
+    answer = corrupted.target + 0.5 * torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(5))
+    expected = 2 * torch.nn.functional.huber_loss(answer, corrupted.target, reduction="none", delta=0.5).mean(dim=(1, 2, 3))
+    assert torch.allclose(objective.loss(answer, corrupted), expected)
 
 
 def test_min_snr_weighs_each_sample_of_the_loss() -> None:
@@ -98,7 +161,7 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_start() -> None:
     objective = diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True, loss_weighting="min_snr", snr_gamma=5.0)
     assert objective.alphas_cumprod[-1].item() == 0.0
     assert objective.alphas_cumprod[0].item() == pytest.approx(0.99915, abs=1e-6)
-    assert min_snr_weight(objective.alphas_cumprod.double(), 5.0, "v_prediction")[-1].item() == 0.0
+    assert loss_weight("min_snr", objective.alphas_cumprod.double(), 5.0, "v_prediction")[-1].item() == 0.0
 
 
 def test_zero_terminal_snr_with_epsilon_is_refused() -> None:
@@ -197,8 +260,8 @@ def test_an_expert_sees_its_own_timesteps_only_and_all_of_them(samples: int, inv
 
 
 def test_the_whole_schedule_is_trained_by_default_and_by_a_refiner_that_is_asked_to() -> None:
-    assert diffusion().timesteps == range(1000)
-    assert diffusion(refiner_training=True, sdxl_refiner_uses_full_range=True).timesteps == range(1000)
+    assert diffusion().distribution.interval == range(1000)
+    assert diffusion(refiner_training=True, sdxl_refiner_uses_full_range=True).distribution.interval == range(1000)
 
 
 def test_a_part_without_timesteps_is_refused() -> None:
@@ -214,3 +277,121 @@ def test_settings_of_a_part_that_is_not_trained_are_refused() -> None:
     assert judged(refiner_training_invert_schedule=True) == ["--refiner_training_invert_schedule needs --refiner_training."]
     [problem] = judged(refiner_training=True, sdxl_refiner_uses_full_range=True)
     assert "exclude each other" in problem
+
+
+# -- timesteps that are drawn more often -------------------------------------------------------------------------------------
+
+
+def drawn_timesteps(objective: Diffusion, samples: int, steps: int) -> torch.Tensor:
+    """(steps, samples)"""
+    return torch.stack([objective.corrupt(torch.zeros(samples, 1, 1, 1), draws(samples, step)).timesteps for step in range(steps)])
+
+
+BIASES = {
+    "earlier": ({"timestep_bias_strategy": "earlier"}, range(0, 250)),
+    "later": ({"timestep_bias_strategy": "later", "timestep_bias_portion": 0.1}, range(900, 1000)),
+    "range": ({"timestep_bias_strategy": "range", "timestep_bias_begin": 300, "timestep_bias_end": 500}, range(300, 500)),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 2, 8])
+@pytest.mark.parametrize("strategy", BIASES)
+def test_a_part_is_drawn_as_much_more_often_as_asked(strategy: str, samples: int) -> None:
+    options, part = BIASES[strategy]
+    chosen = drawn_timesteps(diffusion(timestep_bias_multiplier=3.0, **options), samples, 4000 // samples).flatten()
+    inside = (chosen >= part.start) & (chosen < part.stop)
+    expected = 3 * len(part) / (3 * len(part) + 1000 - len(part))
+    assert inside.double().mean().item() == pytest.approx(expected, abs=3 * math.sqrt(expected * (1 - expected) / 4000))
+    assert chosen[inside].double().mean().item() == pytest.approx((part.start + part.stop - 1) / 2, abs=len(part) / 20)
+    assert chosen.min() >= 0 and chosen.max() <= 999 and (~inside).any()
+
+
+@pytest.mark.parametrize("strategy", BIASES)
+def test_a_step_has_one_timestep_of_each_equally_likely_part_of_a_bias(strategy: str) -> None:
+    """Strata follow the cumulative of the biased density, so that every step has the part's share to the nearest sample."""
+    options, part = BIASES[strategy]
+    share = 3 * len(part) / (3 * len(part) + 1000 - len(part))
+    chosen = drawn_timesteps(diffusion(timestep_bias_multiplier=3.0, **options), 16, 50)
+    counts = ((chosen >= part.start) & (chosen < part.stop)).sum(dim=1)
+    assert (counts - 16 * share).abs().max() < 2
+    assert len({tuple(row.argsort().tolist()) for row in chosen}) > 45  # dealt anew each step
+
+
+def test_a_bias_is_of_the_timesteps_that_are_trained() -> None:
+    """Of the expert for 200 to 999 the later half is 600 to 999, and no timestep of the other expert is drawn."""
+    half = {"timestep_bias_strategy": "later", "timestep_bias_portion": 0.5, "timestep_bias_multiplier": 9.0}
+    chosen = drawn_timesteps(diffusion(refiner_training=True, refiner_training_invert_schedule=True, **half), 10, 100)
+    assert chosen.min() >= 200
+    assert (chosen >= 600).sum(dim=1).tolist() == [9] * 100
+
+
+def test_without_strata_every_timestep_is_drawn_by_itself() -> None:
+    objective = diffusion(disable_segmented_timestep_sampling=True, refiner_training=True)
+    chosen = drawn_timesteps(objective, 4, 1000)
+    assert chosen.min() >= 0 and 195 <= chosen.max() <= 199
+    in_order = (chosen // 50).sort(dim=1).values
+    together = (in_order == torch.arange(4)).all(dim=1).double().mean().item()
+    assert together == pytest.approx(24 / 256, abs=0.03)  # 4! / 4^4, where strata make it always
+    alone = objective.corrupt(torch.zeros(1, 1, 1, 1), StepDraws(1, 5, (2,), 4)).timesteps
+    assert alone[0] == chosen[5, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"timestep_bias_strategy": "range", "timestep_bias_end": 1001}, "timestep_bias_end=1001 is beyond"),
+        ({"timestep_bias_strategy": "range"}, "hold all of the 1000 timesteps"),
+        ({"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "refiner_training": True}, "hold none of the 200 timesteps"),
+        ({"timestep_bias_strategy": "earlier", "timestep_bias_portion": 0.0001}, "hold none"),
+    ],
+)
+def test_a_bias_that_prefers_nothing_is_refused(options: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        diffusion(timestep_bias_multiplier=2.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"timestep_bias_strategy": "later"}, "needs a --timestep_bias_multiplier"),
+        ({"timestep_bias_strategy": "later", "timestep_bias_portion": 0.0, "timestep_bias_multiplier": 2.0}, "nothing of"),
+        ({"timestep_bias_strategy": "earlier", "timestep_bias_portion": 1.0, "timestep_bias_multiplier": 2.0}, "all of"),
+        (
+            {"timestep_bias_strategy": "range", "timestep_bias_begin": 9, "timestep_bias_end": 9, "timestep_bias_multiplier": 2.0},
+            "is not below",
+        ),
+        ({"prediction_type": "sample", "validation_noise_scheduler": "euler-a"}, "cannot sample"),
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "needs --prediction_type=v_prediction"),
+        ({"rescale_betas_zero_snr": True, "offset_noise": True}, "exclude each other"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_at_once(settings: dict[str, object], told: str) -> None:
+    [problem] = judged(**settings)
+    assert told in problem
+
+
+def test_a_model_that_ends_in_noise_refuses_offset_noise() -> None:
+    with pytest.raises(ConfigError, match="--offset_noise and zero terminal SNR exclude each other"):
+        Diffusion(ObjectiveOptions(offset_noise=True), {**SDXL_SCHEDULE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+
+
+def test_every_sampler_that_is_named_samples_what_is_predicted() -> None:
+    """From pure noise to one picture: a network that always knows it leads there, whatever it answers with."""
+    import diffusers
+
+    picture = LATENTS[:1]
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        objective = diffusion(prediction_type=prediction)
+        assert ("euler-a" in objective.samplers) == (prediction != "sample")
+        for name, kind in objective.samplers.items():
+            scheduler = getattr(diffusers, kind).from_config({**objective.scheduler_config, "clip_sample": False})
+            scheduler.set_timesteps(20)
+            x = torch.randn(picture.shape, generator=torch.Generator().manual_seed(2)) * scheduler.init_noise_sigma
+            for t in scheduler.timesteps:
+                seen = scheduler.scale_model_input(x, t)
+                kept = alphas_cumprod()[int(t)].float()
+                noise = (seen - kept.sqrt() * picture) / (1 - kept).sqrt()
+                velocity = kept.sqrt() * noise - (1 - kept).sqrt() * picture
+                answer = {"epsilon": noise, "v_prediction": velocity, "sample": picture}[prediction]
+                x = scheduler.step(answer, t, x).prev_sample
+            assert (x - picture).abs().max() < 0.15, (prediction, name)

@@ -145,6 +145,22 @@ def test_no_place_of_a_step_is_favoured_and_the_whole_has_its_distribution() -> 
     assert chosen.std().item() == pytest.approx(0.208, abs=0.003)
 
 
+def test_without_strata_every_timestep_is_drawn_by_itself() -> None:
+    objective = flow(weighting_scheme="uniform", flow_shift=1.0, disable_segmented_timestep_sampling=True)
+    chosen = torch.stack([objective.sigmas(draws(4, step)) for step in range(1000)])
+    assert chosen.mean().item() == pytest.approx(0.5, abs=3 * 0.2887 / math.sqrt(4000))
+    one_of_each = ((chosen * 4).long().sort(dim=1).values == torch.arange(4)).all(dim=1).double().mean().item()
+    assert one_of_each == pytest.approx(24 / 256, abs=0.03)  # 4! / 4^4, where strata make it always
+    assert objective.sigmas(StepDraws(1, 5, (2,), 4))[0] == chosen[5, 2]
+
+
+def test_huber_is_square_below_delta_and_linear_above() -> None:
+    objective = flow(loss="huber", huber_delta=0.5)
+    corrupted = objective.corrupt(LATENTS, draws())
+    for error, distance in ((0.1, 0.01), (0.5, 0.25), (-2.0, 0.5 * (2 * 2.0 - 0.5))):
+        assert objective.loss(corrupted.target + error, corrupted).tolist() == pytest.approx([distance] * 4, rel=1e-4)
+
+
 def test_a_sample_gets_the_same_noise_and_timestep_wherever_it_is_computed() -> None:
     together = flow().corrupt(LATENTS, draws(4))
     for place in range(4):
@@ -182,6 +198,7 @@ def test_mode_scales_whose_function_turns_back_are_refused(scale: float, refused
         {"snr_weight": 2.0},
         {"offset_noise": True},
         {"input_perturbation": 0.1},
+        {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0},
         {"training_scheduler_timestep_spacing": "leading"},
         {"inference_scheduler_timestep_spacing": "leading"},
         {"refiner_training": True},

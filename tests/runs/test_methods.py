@@ -16,9 +16,10 @@ METHODS: dict[str, dict[str, object]] = {
     "LoCon": {"lora_algorithm": "locon", "lora_rank": 4},
     "LoKr": {"lora_algorithm": "lokr", "lora_dropout": 0, "lokr_factor": 4, "lora_rank": 2},
     "LoHa": {"lora_algorithm": "loha", "lora_dropout": 0, "lora_rank": 4},
+    "nf4 base": {"base_quantization": "nf4"},
     "BitFit": {"model_type": "full", "use_bitfit": True, "lora_dropout": None},
 }
-SHORT = ("PiSSA", "BitFit")
+SHORT = ("PiSSA", "nf4 base", "BitFit")
 SELECTED = METHODS if os.environ.get("SIMPLETUNER_TEST_LONG") else SHORT
 HANDED_OVER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_live.kohya.safetensors")
 
@@ -38,3 +39,21 @@ def test_a_run_in_two_lives_ends_in_the_same_bytes(method: str, trainer: Trainer
     handed_over = ("pipeline/unet/diffusion_pytorch_model.safetensors",) if method == "BitFit" else HANDED_OVER
     for name in (*kept, *handed_over):
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"lora_targets": "to_nothing"}, "--lora_targets=to_nothing fits no layer of this model"),
+        ({"lora_algorithm": "lokr", "lora_dropout": 0, "lora_targets": "to_nothing"}, "--lora_targets=to_nothing fits no linear layer"),
+        ({"lora_init_type": "pissa", "lora_dropout": 0, "lora_rank": 1024}, "lower --lora_rank"),
+    ],
+    ids=["no layer fits", "no layer fits LyCORIS", "a rank above the layer's"],
+)
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_encoded(
+    settings: dict[str, object], says: str, trainer: Trainer
+) -> None:
+    ended = trainer.run(**settings)
+    assert ended.code == 2 and says in ended.said, ended.said
+    assert not list(ended.folder.glob("cache/**/*.safetensors"))

@@ -36,10 +36,12 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-def engine(model: nn.Module, **options: object) -> Engine:
+def engine(model: nn.Module, gradient_precision: str = "unmodified", **options: object) -> Engine:
     runtime = Runtime(Accelerator(mixed_precision="no"), StopRequest(), "no", [], [])
     trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
-    return Engine(runtime, trainable, dataclasses.replace(OptimizerOptions(), **{"optimizer": "adamw", **options}), CONSTANT)
+    return Engine(
+        runtime, trainable, dataclasses.replace(OptimizerOptions(), **{"optimizer": "adamw", **options}), CONSTANT, gradient_precision
+    )
 
 
 def losses(model: nn.Module, rows: slice) -> torch.Tensor:
@@ -61,9 +63,9 @@ def test_planned_samples_that_are_not_there_do_not_count() -> None:
     expected_loss, expected_norm, expected = undivided(0.05)
     model = network()
     steps = engine(model, max_grad_norm=0.05)
-    steps.backward(losses(steps.denoiser, slice(0, 3)), WEIGHTS[:3], 7, last=False, samples=3)
-    steps.backward(losses(steps.denoiser, slice(0, 1)), torch.zeros(1), 7, last=False, samples=0)
-    steps.backward(losses(steps.denoiser, slice(3, 5)), WEIGHTS[3:], 7, last=True, samples=2)
+    steps.backward(losses(steps.denoiser, slice(0, 3)), WEIGHTS[:3], 7, samples=3)
+    steps.backward(losses(steps.denoiser, slice(0, 1)), torch.zeros(1), 7, samples=0)
+    steps.backward(losses(steps.denoiser, slice(3, 5)), WEIGHTS[3:], 7, samples=2)
     update = steps.step(seed=1, step=0, updates=0, global_samples=7)
     assert (update.taken, update.samples) == (True, 5)
     assert update.loss == pytest.approx(expected_loss, rel=1e-6)
@@ -76,7 +78,7 @@ def test_a_step_without_a_single_sample_moves_nothing() -> None:
     model = network()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     steps = engine(model)
-    steps.backward(losses(steps.denoiser, slice(0, 1)), torch.zeros(1), 2, last=True, samples=0)
+    steps.backward(losses(steps.denoiser, slice(0, 1)), torch.zeros(1), 2, samples=0)
     update = steps.step(seed=1, step=0, updates=0, global_samples=2)
     assert (update.taken, update.samples, update.loss) == (False, 0, 0.0)
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
@@ -87,9 +89,9 @@ def test_short_micro_batches_weigh_what_they_hold(cuts: list[tuple[int, int]]) -
     expected_loss, expected_norm, expected = undivided(0.05)
     model = network()
     steps = engine(model, max_grad_norm=0.05)
-    for number, (start, end) in enumerate(cuts):
+    for start, end in cuts:
         rows = slice(start, end)
-        steps.backward(losses(steps.denoiser, rows), WEIGHTS[rows], 5, last=number == len(cuts) - 1)
+        steps.backward(losses(steps.denoiser, rows), WEIGHTS[rows], 5)
     update = steps.step(seed=1, step=0, updates=0, global_samples=5)
     assert update.taken
     assert update.loss == pytest.approx(expected_loss, rel=1e-6)
@@ -102,11 +104,11 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_leaves_nothing_behind()
     model = network()
     steps = engine(model)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    steps.backward(losses(steps.denoiser, slice(0, 2)) * float("inf"), WEIGHTS[:2], 2, last=True)
+    steps.backward(losses(steps.denoiser, slice(0, 2)) * float("inf"), WEIGHTS[:2], 2)
     update = steps.step(seed=1, step=0, updates=0, global_samples=2)
     assert (update.taken, update.finite_loss) == (False, False)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), before, strict=True))
-    steps.backward(losses(steps.denoiser, slice(0, 2)), WEIGHTS[:2], 2, last=True)
+    steps.backward(losses(steps.denoiser, slice(0, 2)), WEIGHTS[:2], 2)
     assert steps.step(seed=1, step=1, updates=0, global_samples=2).taken
 
 
@@ -116,7 +118,7 @@ def test_the_optimiser_is_put_back_bit_for_bit(optimizer: str) -> None:
 
     def steps(engine: Engine, start: int, count: int) -> None:
         for step in range(start, start + count):
-            engine.backward(losses(engine.denoiser, slice(0, 5)).float(), WEIGHTS, 5, last=True)
+            engine.backward(losses(engine.denoiser, slice(0, 5)).float(), WEIGHTS, 5)
             engine.step(seed=1, step=step, updates=step, global_samples=5)
 
     def build() -> tuple[nn.Module, Engine]:
@@ -134,6 +136,33 @@ def test_the_optimiser_is_put_back_bit_for_bit(optimizer: str) -> None:
     second.restore({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
     steps(second, 2, 1)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed.parameters(), undisturbed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kept_in", ["unmodified", "fp32"])
+def test_the_gradients_of_many_micro_batches_add_up_in_float32_where_that_is_asked_for(kept_in: str) -> None:
+    """Of one weight: 1 and 300 times 0.002, of which a sum in bfloat16 keeps nothing, since its next number after 1 is 1.0078."""
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    steps = engine(model, gradient_precision=kept_in, optimizer="adamw_bf16", max_grad_norm=0.0, **ADAM_DEFAULTS)
+    for value in (1.0, *[0.002] * 300):
+        inputs = torch.tensor([[value]], dtype=torch.bfloat16)
+        steps.backward(steps.denoiser(inputs).squeeze(-1).float(), torch.ones(1), 1)
+    found = steps.step(seed=1, step=0, updates=0, global_samples=1).grad_norm
+    assert found == pytest.approx(1.6 if kept_in == "fp32" else 1.0, rel=1e-2)
+
+
+def test_a_loss_scaler_finds_the_gradients_of_an_optimiser_that_takes_its_steps_elsewhere() -> None:
+    model = network()
+    steps = engine(model, optimizer_cpu_offload=True, max_grad_norm=0.0)
+    steps.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # accelerate has one for fp16 on a GPU alone
+    expected = network()
+    losses(expected, slice(0, 5)).mean().backward()
+    steps.accelerator.scaler.scale(losses(steps.denoiser, slice(0, 5)).mean()).backward()
+    steps._samples = 5
+    update = steps.step(seed=1, step=0, updates=0, global_samples=5)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in expected.parameters() if parameter.grad is not None])
+    assert update.taken
+    assert update.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def on_processes(count: int) -> list[dict[str, Any]]:
@@ -156,6 +185,8 @@ def test_two_processes_with_uneven_shares_take_the_step_of_one_and_agree_on_what
     """3 samples here and 1 there: a plain mean over processes would be 15 % off. A NaN on one rank is a skipped step on both."""
     [alone], pair = on_processes(1), on_processes(2)
     assert pair[0]["states"] == pair[1]["states"]  # of every optimiser, to the bit
+    assert pair[0]["sums"] == pair[1]["sums"]
+    assert pair[0]["sums"]["grad_norm"] == pytest.approx(alone["sums"]["grad_norm"], rel=1e-2)  # bf16 holds three digits
     assert pair[0]["states"].keys() == alone["states"].keys()
     for rank in pair:
         assert rank["first"]["loss"] == pytest.approx(alone["first"]["loss"], rel=1e-6)

@@ -112,6 +112,44 @@ def test_every_optimiser_of_the_library_is_offered_or_refused_with_a_reason() ->
     assert {*PYTORCH_OPTIMIZER, *REFUSED, *ours} == set(library.get_supported_optimizers())
 
 
+# -- steps in the CPU's memory -----------------------------------------------------------------------------------------------
+
+
+IN_PLACE = tuple(name for name in NAMED if not name.startswith("paged_"))
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_steps_taken_with_copies_are_the_same_steps(name: str) -> None:
+    rate = usual_rate(name)
+    plain, offloaded = Training(options(name), rate), Training(options(name, optimizer_cpu_offload=True), rate)
+    own = offloaded.optimizer.own
+    assert all(own[name] is not parameter for name, parameter in offloaded.model.named_parameters())
+    assert set(map(id, own.values())) >= {
+        id(weights) for group in offloaded.optimizer.torch_optimizer.param_groups for weights in group["params"]
+    }
+    for training in (plain, offloaded):
+        training.steps(0, 3)
+    assert equal(offloaded.weights(), plain.weights())
+    assert offloaded.file() == plain.file()  # so a checkpoint of either is one of both
+
+
+@pytest.mark.parametrize("name", ["adamw", "schedulefree"])
+def test_copies_are_put_back_with_the_weights(name: str) -> None:
+    chosen = options(name, optimizer_cpu_offload=True)
+    whole, stopped, resumed = (Training(chosen, 1e-2) for _ in range(3))
+    whole.steps(0, 5)
+    stopped.steps(0, 3)
+    tensors, values = stopped.file()
+    with stopped.optimizer.averaged():
+        shown = {name: tensor.clone() for name, tensor in stopped.model.state_dict().items()}
+    assert equal(stopped.weights(), list(shown.values())) is (name == "adamw")
+    resumed.model.load_state_dict(shown)
+    resumed.optimizer.restore(load(tensors), json.loads(values))
+    for training in (stopped, resumed):
+        training.steps(3, 5)
+        assert equal(training.weights(), whole.weights())
+
+
 # -- averages ---------------------------------------------------------------------------------------------------------------
 
 

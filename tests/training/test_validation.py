@@ -15,6 +15,7 @@ from helpers.data.batches import Batch
 from helpers.data.draws import StepDraws
 from helpers.data.sample import Geometry, Sample, Size
 from helpers.errors import ConfigError
+from helpers.training.prompt_library import PROMPTS
 from helpers.training.validation import Prompt, first_pictures, parse_sizes, read_prompts
 
 TRAINED = Size(1216, 832)
@@ -53,6 +54,20 @@ def test_prompts_come_in_the_order_of_their_pictures(tmp_path: Path) -> None:
     ]
     without = dataclasses.replace(options, validation_disable_unconditional=True, user_prompt_library=None, validation_prompt=None)
     assert read_prompts(without) == []
+
+
+def test_the_users_prompts_come_after_the_built_in_ones_and_replace_those_of_their_name(tmp_path: Path) -> None:
+    library = tmp_path / "prompts.json"
+    library.write_text(json.dumps({"owl": "a painted owl", "own": "a prompt of my own"}))
+    options = dataclasses.replace(ValidationOptions(), validation_prompt_library=True, user_prompt_library=library)
+    prompts = read_prompts(options)
+    assert len(prompts) == 1 + len(PROMPTS) + 1 and prompts[-1] == Prompt("own", "a prompt of my own")
+    assert Prompt("owl", "a painted owl") in prompts and Prompt("owl", PROMPTS["owl"]) not in prompts
+
+
+def test_every_built_in_prompt_has_a_name_for_files_and_is_read_whole() -> None:
+    assert len(PROMPTS) == 32 and all(name.isidentifier() for name in PROMPTS)
+    assert all(len(text.split()) < 25 for text in PROMPTS.values())  # of 77 tokens
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '{"a": 1}', "not json", '{"../a": "b"}'])

@@ -39,12 +39,30 @@ def state_after_steps(name: str, runtime: Runtime, mine: slice) -> str:
     engine = Engine(runtime, trainable, options, Schedule("constant", 1.0 if name in ADAPTIVE_RATE else 1e-2, 0.0, 0, 100))
     for step in range(3):
         losses = (engine.denoiser(INPUTS[mine].to(dtype)).squeeze(-1).float() - TARGETS[mine]) ** 2
-        engine.backward(losses, torch.ones(len(losses)), 4, last=True)
+        engine.backward(losses, torch.ones(len(losses)), 4)
         engine.step(seed=1, step=step, updates=step, global_samples=4)
     tensors, values = engine.state()
     weights = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
     content = save({"tensors/" + name: tensor.contiguous() for name, tensor in {**tensors, **weights}.items()})
     return hashlib.sha256(content + json.dumps(values).encode()).hexdigest()
+
+
+def sums_in_float32(runtime: Runtime, mine: slice) -> dict[str, object]:
+    """A step of bf16 weights whose samples come one by one, their gradients added up in float32."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).to(torch.bfloat16)
+    trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
+    options = dataclasses.replace(OptimizerOptions(), **{"optimizer": "adamw_bf16", **ADAM_DEFAULTS})
+    engine = Engine(runtime, trainable, options, Schedule("constant", 1e-2, 0.0, 0, 100), gradient_precision="fp32")
+    places = range(4)[mine]
+    for place in places:
+        row = slice(place, place + 1)
+        with engine.micro_batch(last=place == places[-1]):
+            losses = (engine.denoiser(INPUTS[row].to(torch.bfloat16)).squeeze(-1).float() - TARGETS[row]) ** 2
+            engine.backward(losses, torch.ones(1), 4)
+    update = engine.step(seed=1, step=0, updates=0, global_samples=4)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
+    return {"grad_norm": update.grad_norm, "weights": weights}
 
 
 def main() -> None:
@@ -59,7 +77,7 @@ def main() -> None:
 
     def step(number: int, factor: float) -> dict[str, object]:
         losses = (engine.denoiser(INPUTS[mine]).squeeze(-1) - TARGETS[mine]) ** 2 * factor
-        engine.backward(losses, torch.ones(len(losses)), 4, last=True)
+        engine.backward(losses, torch.ones(len(losses)), 4)
         update = engine.step(seed=1, step=number, updates=number, global_samples=4)
         weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
         return {"taken": update.taken, "loss": update.loss, "grad_norm": update.grad_norm, "weights": weights}
@@ -67,7 +85,8 @@ def main() -> None:
     first = step(0, 1.0)
     second = step(1, float("nan") if runtime.rank == runtime.world_size - 1 else 1.0)
     states = {name: state_after_steps(name, runtime, mine) for name in OPTIMIZERS if name != "auto"}
-    print(json.dumps({"first": first, "second": {**second, "loss": None, "grad_norm": None}, "states": states}))
+    sums = sums_in_float32(runtime, mine)
+    print(json.dumps({"sums": sums, "first": first, "second": {**second, "loss": None, "grad_norm": None}, "states": states}))
     runtime.wait_for_everyone()
     runtime.accelerator.end_training()
 

@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from helpers import registry
 from helpers.config.config import Config
+from helpers.config.datasets import DatasetConfig
 from helpers.config.saved import read_saved_config
 from helpers.data.buckets import BucketPlan, plan
 from helpers.data.catalogue import Catalogue
+from helpers.data.conditions import Conditions
 from helpers.data.latents import cuts, latents_facts, latents_key, latents_subject
-from helpers.data.planning import columns_of, rules_of
+from helpers.data.planning import columns_of, rules_of, rules_of_conditions
 from helpers.data.sample import Sample
-from helpers.data.scan import scan
+from helpers.data.scan import refresh, scan
 from helpers.data.sources import latents_place, open_source, texts_place
 from helpers.data.texts import text_key, text_subject
 from helpers.errors import DataError
@@ -29,7 +31,7 @@ from helpers.families import FAMILIES
 from helpers.training.validation import captions_to_encode, read_prompts
 
 if TYPE_CHECKING:
-    from helpers.protocols import ModelFamily
+    from helpers.protocols import ControlledFamily, ModelFamily
 
 CATALOGUE = "catalogue.sqlite"
 
@@ -81,11 +83,12 @@ class Present:
         for index, dataset in enumerate(config.datasets):
             rows = (self.plan.columns["dataset"] == index).nonzero()[0]
             latents = needed.setdefault(latents_place(dataset, config.cache.cache_dir).folder, {})
-            named = zip(self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), cuts(self.plan, rows), strict=True)
-            source = open_source(dataset)
-            for key, known, cut in named:
-                content = known or hashlib.sha256(source.read(key)).hexdigest()
-                latents[latents_key(latents_facts(content, cut, self.image_fingerprint, precision))] = f"{dataset.id}/{key}"
+            images = self.plan.columns["row"][rows].tolist()
+            named = zip(images, self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), cuts(self.plan, rows), strict=True)
+            conditions = self._conditions(dataset)
+            for image, key, known, cut in named:
+                facts = latents_facts(known or self._content(image), cut, self.image_fingerprint, precision, conditions)
+                latents[latents_key(facts)] = f"{dataset.id}/{key}"
             texts = needed.setdefault(texts_place(dataset, config.cache.cache_dir).folder, {})
             for caption in self.catalogue.captions(dataset.id):
                 texts[text_key(caption, self.text_fingerprint, precision)] = text_subject(caption)
@@ -131,10 +134,22 @@ class Present:
         if reason:
             return Picture(sample, reason, cache, {})
         planned = ((self.plan.columns["dataset"] == index) & (self.plan.columns["row"] == row)).nonzero()[0]
-        content = hashlib.sha256(open_source(dataset).read(key)).hexdigest()
-        return Picture(
-            sample, "", cache, latents_facts(content, cuts(self.plan, planned)[0], self.image_fingerprint, self.config.cache.cache_dtype)
-        )
+        precision, conditions = self.config.cache.cache_dtype, self._conditions(dataset)
+        facts = latents_facts(self._content(row), cuts(self.plan, planned)[0], self.image_fingerprint, precision, conditions)
+        return Picture(sample, "", cache, facts)
+
+    def _conditions(self, dataset: DatasetConfig) -> Conditions | None:
+        of = dataset.condition
+        if of is None:
+            return None
+        return Conditions(open_source(of), of.resize_filter, cast("ControlledFamily", self.family).condition_as_latents)
+
+    def _content(self, image: int) -> str:
+        """What `Catalogue.content` says of an image whose files have been read, from the files as they are now."""
+        sources = {of.id: of for of in (*self.config.datasets, *self.config.conditioning)}
+        paired = self.catalogue.condition(image)
+        samples = [self.catalogue.sample(image), *([paired] if paired is not None else [])]
+        return " ".join(hashlib.sha256(open_source(sources[of.dataset]).read(of.key)).hexdigest() for of in samples)
 
 
 @contextmanager
@@ -153,6 +168,8 @@ def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[
         copy = Path(folder) / CATALOGUE
         _copy(config.cache.cache_dir / CATALOGUE, copy)
         with Catalogue(copy) as catalogue:
+            for conditions in config.conditioning:
+                refresh(open_source(conditions), rules_of_conditions(conditions, config.datasets), catalogue, on_progress=progress)
             for dataset in config.datasets:
                 scan(open_source(dataset), rules_of(dataset, config.run.seed), catalogue, on_progress=progress, undecodable=())
             planned = plan([columns_of(dataset, catalogue, config.run.seed) for dataset in config.datasets])

@@ -13,10 +13,11 @@ from toolkit.cache.stats import shape_of
 from toolkit.cache.view import CacheView, Shard
 
 NAMES = {
-    "image": "SHA-256 of the file",
+    "image": "SHA-256 of the file, and of its condition where it has one",
     "encoder": "codec: weights and their precision",
     "geometry": "resized; top, left of the cut; shape; version of our pixels",
     "precision": "of the cache",
+    "condition": "what becomes of the condition; version of our pixels",
 }
 
 

@@ -95,4 +95,7 @@ class CacheOptions:
     vae_cache_preprocess: bool = option(
         True, "Encode all latents before the first step; false begins at once and encodes what is missing while training runs."
     )
-    vae_tiling: bool = option(False, "Encode and decode in tiles, for less memory.", not_yet=True)
+    vae_tiling: bool = option(
+        False, "Pictures larger than the VAE was made for pass through it in overlapping tiles: less memory, slightly other latents."
+    )
+    vae_slicing: bool = option(False, "The pictures of a batch pass through the VAE one by one, for less memory.")

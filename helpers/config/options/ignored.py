@@ -18,7 +18,7 @@ class IgnoredOptions:
     delete_unwanted_images: bool = option(False, "Deleted small images.", env="DELETE_SMALL_IMAGES", does_nothing=_KEEPS_DATA)
     delete_problematic_images: bool = option(False, "Deleted broken images.", env="DELETE_ERRORED_IMAGES", does_nothing=_KEEPS_DATA)
     enable_xformers_memory_efficient_attention: bool = option(
-        False, "Attention by xformers.", env="USE_XFORMERS", does_nothing="PyTorch's own attention is as lean"
+        False, "Attention by xformers.", env="USE_XFORMERS", does_nothing="PyTorch's own attention is as lean; see --attention"
     )
     non_ema_revision: str | None = option(None, "Was read by nothing.", does_nothing="it never did")
     lora_type: str = option("Standard", "Kind of LoRA.", choices=("Standard",), does_nothing="it never did")

@@ -14,7 +14,11 @@ class LaunchOptions:
     training_num_processes: int = option(1, "Processes in all, usually one a GPU.", at_least=1)
     training_num_machines: int = option(1, "Machines that train together.", at_least=1)
     accelerate_extra_args: str = option("", "More arguments of accelerate launch, split by the shell's rules.")
-    training_dynamo_backend: str = option("no", "torch.compile backend given to accelerate.")
+    training_dynamo_backend: str = option(
+        "no",
+        "Compile the network for training by this back end of torch.compile, as accelerate names it; then a resumed run only nearly equals"
+        " an undisturbed one.",
+    )
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,14 @@ class ModelOptions:
     pixart_sigma: bool = option(False, "Same as --model_family=pixart_sigma.", means=("model_family", "pixart_sigma"))
     pixart_alpha: bool = option(False, "Same as --model_family=pixart_alpha.", means=("model_family", "pixart_alpha"))
     hunyuan_dit: bool = option(False, "Same as --model_family=hunyuan_dit.", means=("model_family", "hunyuan_dit"))
-    controlnet: bool = option(False, "Train a ControlNet beside a frozen network.", not_yet=True)
-    controlnet_model_name_or_path: str | None = option(None, "ControlNet to start from.", not_yet=True)
+    controlnet: bool = option(
+        False,
+        "Train a ControlNet: a copy of the network's encoder that follows a second picture, beside the network, which stays as it is."
+        " Each image data set names those pictures by conditioning_data.",
+    )
+    controlnet_model_name_or_path: str | None = option(
+        None, "ControlNet to start from: a folder as diffusers saves it, or a hub name.", default_text="a copy of the network's encoder"
+    )
     freeze_unet_strategy: str = option(
         "none", "bitfit trains only the parameters whose name contains 'bias'; it needs --model_type=full.", choices=("none", "bitfit")
     )

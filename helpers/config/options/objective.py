@@ -15,9 +15,8 @@ class ObjectiveOptions:
 
     prediction_type: str | None = option(
         None,
-        "What the network predicts.",
+        "What the network predicts: the noise, the velocity, or the picture (sample).",
         choices=("epsilon", "v_prediction", "sample"),
-        later=("sample",),
         default_text="what the base model's scheduler says",
     )
     rescale_betas_zero_snr: bool | None = option(
@@ -27,33 +26,49 @@ class ObjectiveOptions:
         "trailing", "Timestep spacing of the training and the exported scheduler.", choices=SPACINGS
     )
     inference_scheduler_timestep_spacing: str = option("trailing", "Timestep spacing for validation images.", choices=SPACINGS)
-    loss: str = option("mse", "Distance between prediction and target.", choices=("mse", "huber"), later=("huber",))
-    huber_delta: float = option(0.1, "Where the Huber loss turns from square to linear.", above=0, not_yet=True)
+    loss: str = option(
+        "mse",
+        "Distance between prediction and target: the squared error, or one that is linear for large errors, so that outliers weigh less.",
+        choices=("mse", "huber"),
+    )
+    huber_delta: float = option(0.1, "Where the Huber loss turns from square to linear; below, it is the squared error.", above=0)
     loss_weighting: str = option(
         "none",
-        "Weight of a sample by its timestep: min_snr is Hang et al. (2023), with --snr_gamma.",
+        "Weight of a sample by its timestep: min_snr is Hang et al. (2023), soft_min_snr the same without a corner (Crowson et al., 2024),"
+        " both with --snr_gamma; debiased is Yu et al. (2023). See documentation/OBJECTIVES.md.",
         choices=("none", "min_snr", "soft_min_snr", "debiased"),
-        later=("soft_min_snr", "debiased"),
     )
     snr_gamma: float | None = option(
-        None, "Gamma of min-SNR, usually 5; implies --loss_weighting=min_snr. 0 turns it off.", env="MIN_SNR_GAMMA", at_least=0
+        None,
+        "Gamma of min-SNR and soft min-SNR, usually 5; implies --loss_weighting=min_snr. 0 turns it off.",
+        env="MIN_SNR_GAMMA",
+        at_least=0,
     )
     use_soft_min_snr: bool = option(False, "Same as --loss_weighting=soft_min_snr.", means=("loss_weighting", "soft_min_snr"))
-    soft_min_snr_sigma_data: float = option(1.0, "sigma_data of soft min-SNR.", above=0, not_yet=True)
-    snr_weight: float = option(1.0, "Factor on the loss where min-SNR is off.", above=0)
+    soft_min_snr_sigma_data: float | None = option(
+        None,
+        "Standard deviation of the data, another way to say the gamma of soft min-SNR: 1 / sigma_data^2.",
+        above=0,
+        default_text="--snr_gamma says it",
+    )
+    snr_weight: float = option(1.0, "Factor on the loss where --loss_weighting is none.", above=0)
     offset_noise: bool = option(False, "Add a constant offset to the noise of each channel.")
     noise_offset: float = option(0.1, "Strength of the offset noise.", at_least=0)
     noise_offset_probability: float = option(0.25, "Chance that a step gets offset noise.", at_least=0, at_most=1)
     input_perturbation: float = option(0.0, "Extra noise that only the network's input gets, not its target.", at_least=0)
     timestep_bias_strategy: str = option(
-        "none", "Train one part of the schedule more often.", choices=("earlier", "later", "range", "none"), not_yet=True
+        "none",
+        "Draw one part of the timesteps more often: the earlier ones, of little noise, the later ones, or a range.",
+        choices=("earlier", "later", "range", "none"),
     )
-    timestep_bias_multiplier: float = option(1.0, "How much more often.", above=0, not_yet=True)
-    timestep_bias_portion: float = option(0.25, "Size of that part.", at_least=0, at_most=1, not_yet=True)
-    timestep_bias_begin: int = option(0, "First timestep of the range.", at_least=0, not_yet=True)
-    timestep_bias_end: int = option(1000, "Timestep after the range.", at_least=1, not_yet=True)
+    timestep_bias_multiplier: float = option(1.0, "How much more often; below 1, less often.", above=0)
+    timestep_bias_portion: float = option(
+        0.25, "With earlier and later: size of that part, as a share of the timesteps that are trained.", at_least=0, at_most=1
+    )
+    timestep_bias_begin: int = option(0, "With range: its first timestep.", at_least=0)
+    timestep_bias_end: int = option(1000, "With range: the timestep after its last.", at_least=1)
     disable_segmented_timestep_sampling: bool = option(
-        False, "Draw each timestep by itself, not one from each equal part of the schedule.", not_yet=True
+        False, "Draw each timestep by itself, not one from each of as many equally likely parts as a step has samples."
     )
     refiner_training: bool = option(
         False,

@@ -29,7 +29,12 @@ class RunOptions:
         None, "Optimiser steps. Give this or --num_train_epochs, not both.", env="MAX_NUM_STEPS", at_least=0
     )
     num_train_epochs: int = option(1, "Passes over the data.", env="NUM_EPOCHS", at_least=0)
-    max_train_seconds: float | None = option(None, "Save and stop after this time.", above=0, not_yet=True)
+    max_train_seconds: float | None = option(
+        None,
+        "Seconds from the start of the program, encoding included, after which it finishes the step, saves, and ends with exit code 75. "
+        "The next start has as many again.",
+        above=0,
+    )
     gradient_accumulation_steps: int = option(4, "Micro-batches of each process in one optimiser step.", at_least=1)
     gradient_checkpointing: bool = option(
         False, "Compute activations twice instead of keeping them: less memory, more time.", env="USE_GRADIENT_CHECKPOINTING"
@@ -39,12 +44,26 @@ class RunOptions:
     )
     allow_tf32: bool = option(False, "Let fp32 matrix products use TF32 on NVIDIA GPUs.")
     accelerator_cache_clear_interval: int | None = option(None, "Empty the accelerator's memory cache every so many steps.", at_least=1)
-    unet_attention_slice: bool = option(False, "Compute attention in slices, for less memory.", not_yet=True)
-    gradient_precision: str | None = option(
-        None, "Precision that gradients accumulate in.", choices=("unmodified", "fp32"), not_yet=True, default_text="the weights' own"
+    attention: str = option(
+        "auto",
+        "PyTorch's kernel for attention: the best that fits (auto), or one (flash, efficient, cudnn), with math where that does not fit.",
+        choices=("auto", "flash", "efficient", "cudnn", "math"),
     )
-    channels_last: bool = option(False, "Channels-last memory layout.", not_yet=True)
-    base_quantization: str = option("none", "Quantise the frozen base model.", choices=("none", "int8", "nf4", "fp8"), not_yet=True)
+    unet_attention_slice: bool = option(
+        False, "Compute the attention of a U-Net in slices, for less memory where PyTorch has no lean kernel (Apple)."
+    )
+    gradient_precision: str = option(
+        "unmodified",
+        "Precision that the gradients of a step's micro-batches add up in: the weights' own (unmodified), or fp32 for bf16 weights too.",
+        choices=("unmodified", "fp32"),
+    )
+    channels_last: bool = option(False, "Keep the weights of convolutions with their channels last, which is faster on many GPUs.")
+    base_quantization: str = option(
+        "none",
+        "Keep the weights of a base model that stands still in 8 bits (int8, fp8) or 4 (nf4), beside adapters of any kind; "
+        "see documentation/MEMORY.md.",
+        choices=("none", "int8", "nf4", "fp8"),
+    )
     offload_param_path: Path | None = option(None, "Folder for DeepSpeed's parameter offload to NVMe.", not_yet=True)
     plan: bool = option(False, "Tell what the run would do, and stop.", env=(), not_yet=True)
     rehearse: bool = option(False, "Go through every stage of the run in small, and stop.", env=(), not_yet=True)
@@ -70,6 +89,9 @@ class OptimizerOptions:
     )
     optimizer_args: str | None = option(
         None, "More arguments of the optimiser, as its library names them: 'betas=0.9,0.99 weight_decay=0.1'.", default_text="its own"
+    )
+    optimizer_cpu_offload: bool = option(
+        False, "Keep the optimiser's state in the CPU's memory and take its step there: less memory of the accelerator, more time."
     )
     adam_bfloat16: bool = option(False, "Same as --optimizer=adamw_bf16.", means=("optimizer", "adamw_bf16"))
     use_8bit_adam: bool = option(False, "Same as --optimizer=adamw8bit.", means=("optimizer", "adamw8bit"))
@@ -122,7 +144,9 @@ class ScheduleOptions:
     lr_num_cycles: int = option(1, "Restarts of cosine_with_restarts.", at_least=1)
     lr_power: float = option(0.8, "Power of the polynomial.", above=0)
     lr_end: float = option(4e-7, "Where linear, cosine and polynomial end; the floor of sine.", env="LEARNING_RATE_END", at_least=0)
-    lr_scale: bool = option(False, "Multiply the learning rate by batch, accumulation and processes.", not_yet=True)
+    lr_scale: bool = option(
+        False, "Multiply --learning_rate by the samples of a step: batch times accumulation times processes. --lr_end stays as it is."
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ class ValidationOptions:
 
     validation_prompt: str | None = option(None, "A prompt; its images are named 'validation'.")
     user_prompt_library: Path | None = option(None, "JSON file of more prompts: {name: prompt}.")
-    validation_prompt_library: bool = option(False, "Use the built-in prompt library.", not_yet=True)
+    validation_prompt_library: bool = option(
+        False,
+        "Make pictures of 32 prompts of all kinds too (helpers/training/prompt_library.py); the user's replace those of the same name.",
+    )
     validation_negative_prompt: str = option(
         "blurry, cropped, ugly", "What the images should not look like; empty for nothing.", may_be_empty=True
     )
@@ -43,9 +46,11 @@ class ValidationOptions:
     )
     num_eval_images: int = option(4, "Pictures of each data set to begin with: the first that are trained.", at_least=1)
     eval_dataset_id: str | None = option(None, "Take them from the data set with this id only.")
-    validation_torch_compile: bool = option(False, "Compile the pipeline.", not_yet=True)
+    validation_torch_compile: bool = option(
+        False, "Compile the network for the images (torch.compile); worth its minutes where they are many. Training is as before."
+    )
     validation_torch_compile_mode: str = option(
-        "max-autotune", "How it is compiled.", choices=("max-autotune", "reduce-overhead", "default"), not_yet=True
+        "max-autotune", "What is compiled for.", choices=("max-autotune", "reduce-overhead", "default")
     )
 
 

@@ -9,7 +9,7 @@ from helpers.config.datasets import DatasetConfig, TableConfig
 from helpers.config.declare import options_of
 from helpers.config.options.data import TABLES
 from tests.config.effects.buckets import IMAGE_BUCKET_EFFECTS, TEXT_BUCKET_EFFECTS
-from tests.config.effects.lab import ENTRY, SECOND, Effect, cropped, refusal
+from tests.config.effects.lab import ENTRY, SECOND, Effect, conditioned, cropped, refusal
 from tests.config.effects.options import OPTION_EFFECTS
 from tests.config.effects.sights import (
     begun,
@@ -32,6 +32,7 @@ FILES = {
     "huggingface": {f"{index:07}.jpg" for index in range(6)},
     "webdataset": {f"images/picture_{index}.png" for index in range(6)},
 }
+CONTROLNET = ("--model_type=full", "--controlnet")
 SIDES = ("left", "right")
 SHAPES = {"96x64": 2, "64x96": 2, "64x64": 2}
 
@@ -108,6 +109,15 @@ def with_a_filter(key: str, value: tuple[str, ...]) -> list[dict[str, Any]]:
     return [{**ENTRY, "caption_strategy": "textfile"}, {"id": "text", "dataset_type": "text_embeds", key: value}]
 
 
+def followed(key: str, value: str) -> list[dict[str, Any]]:
+    return conditioned(**{key: value})
+
+
+def resized(key: str, value: str) -> list[dict[str, Any]]:
+    [images, dark, light] = conditioned()
+    return [images, {**dark, key: value}, light]
+
+
 def captions(start: str) -> set[str]:
     return {f"{start} {index}" for index in range(6)}
 
@@ -136,6 +146,8 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "crop_aspect": Effect(buckets, {"square": {"64x64": 6}, "preserve": SHAPES, "random": {"96x64": 6}}, (), cropped_to_wide),
     "crop_aspect_buckets": Effect(buckets, {"1": {"64x64": 6}, "1.5": {"96x64": 6}}, (), cropped_to_one_of),
     "vae_cache_clear_each_epoch": Effect(same_cuts_in_two_epochs, {"false": True, "true": False}, ("--max_train_steps=6",), cropped),
+    "conditioning_data": Effect(losses, ["dark", "light"], CONTROLNET, followed),
+    "resize_filter": Effect(losses, ["lanczos", "nearest"], CONTROLNET, resized),
     "flip": Effect(losses, ["false", "true"]),
     "probability": Effect(of_samples("dataset"), {"0": {"pictures"}, "1e9": {"second"}}, (), beside_another),
     "ignore_epochs": Effect(steps, {"false": 6, "true": 4}, ("--max_train_steps=0", "--num_train_epochs=1"), mixed_in_thinly),

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
@@ -28,6 +29,7 @@ from helpers.config.read import read_config
 from helpers.errors import ConfigError, UserError
 from helpers.families import tiny, tiny_pixart, tiny_sd, tiny_sd3
 from helpers.reporting import Reporters
+from helpers.training.lean import choose_attention
 from helpers.training.stopping import StopRequest
 from tests.data.toys import Story, picture
 from tests.families.original_layout import write_single_file
@@ -128,6 +130,7 @@ def alone_in_this_process() -> Iterator[None]:
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        choose_attention("auto")
         gc.unfreeze()
         gc.enable()
 
@@ -149,6 +152,7 @@ def build_lab(folder: Path) -> Lab:
     write_single_file(tiny_sd.write_sd1(folder / "sd1"), folder / "sd1.safetensors")
     _with_variant(folder)
     _write_loras(folder)
+    _write_controlnets(folder)
     for name, first in (("images", 0), ("other_images", 100)):
         for index in range(6):
             picture(folder / name / f"picture_{index}.png", first + index, SIZES[index % 3], f"caption number {index}")
@@ -165,6 +169,12 @@ def build_lab(folder: Path) -> Lab:
     reshaped = {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [0.5, 1, 2], "vae_cache_clear_each_epoch": True}
     (folder / "reshaped.json").write_text(json.dumps([{**ENTRY, **reshaped}]))
     (folder / "cropped.json").write_text(json.dumps([{**ENTRY, "crop": True}]))
+    for place in sorted((folder / "images").glob("*.png")):  # conditions of the same names and shapes, one set dark and one light
+        for name, shade in (("dark", 0), ("light", 200)):
+            (folder / name).mkdir(exist_ok=True)
+            size = tuple(2 * edge for edge in Image.open(place).size)
+            Image.effect_noise(size, 40).point(lambda value, shade=shade: shade + value // 5).save(folder / name / place.name)
+    (folder / "conditioned.json").write_text(json.dumps(conditioned()))
     (folder / "mapped").mkdir()
     (folder / "mapped" / "aspect_resolution_map-1.0.json").write_text(json.dumps({"1.5": [1152, 768]}))
     (folder / "prompts.json").write_text(json.dumps({"cat": "a cat", "dog": "a dog"}))
@@ -257,6 +267,12 @@ class Effect:
         assert all(one != other for one, other in itertools.combinations(seen.values(), 2)), seen
 
 
+def conditioned(**keys: Any) -> list[dict[str, Any]]:
+    """The images with the dark conditions; `keys` are of their entry."""
+    sets = [{"id": name, "dataset_type": "conditioning", "instance_data_dir": name} for name in ("dark", "light")]
+    return [{**ENTRY, "conditioning_data": "dark", **keys}, *sets]
+
+
 def cropped(key: str, value: Any) -> list[dict[str, Any]]:
     return [{**ENTRY, "crop": True, key: value}]
 
@@ -270,3 +286,13 @@ def refusal(lab: Lab, flags: Flags) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def _write_controlnets(folder: Path) -> None:
+    """`controlnet_0` and `controlnet_1`: of `model`, with different weights in a layer that begins as zeros."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    controlnet = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(folder / "model" / "unet"))
+    for seed in (0, 1):
+        torch.nn.init.normal_(controlnet.controlnet_mid_block.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
+        controlnet.save_pretrained(folder / f"controlnet_{seed}")

@@ -8,6 +8,7 @@ from helpers.data.sample import Size
 from tests.config.effects.lab import Effect, cropped, refusal
 from tests.config.effects.sights import (
     allows_tf32,
+    attention_kernels,
     average,
     average_device,
     base_weights,
@@ -17,9 +18,11 @@ from tests.config.effects.sights import (
     cached_dtypes,
     calls,
     checkpoints,
+    compiled_for,
     demo_pictures,
     different_pictures_in_two_runs,
     encodes_behind_training,
+    ends,
     event_files,
     exported_spacing,
     finds_a_new_picture,
@@ -52,14 +55,17 @@ from tests.config.effects.sights import (
     shown_and_trained,
     size_of_an_image_before_its_cut,
     steps,
+    steps_with_copies,
     target_of_an_image,
     timesteps_below,
     trained_roles,
 )
 
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 SPACINGS = ("leading", "linspace", "trailing")
 FILENAMES = {f"picture {index}" for index in range(6)}
 CAPTIONS = {f"caption number {index}" for index in range(6)}
+CONDITIONED = "--data_backend_config=conditioned.json"
 CROPPED = "--data_backend_config=cropped.json"
 DOG = "--instance_prompt=a dog"
 TABLE_COLUMNS = {"description": "left", "other": "other"}
@@ -68,6 +74,8 @@ TABLE = ("--data_backend_config=table.json",)
 REFINER = "--pretrained_model_name_or_path=refiner"
 ALPHA = "--pretrained_model_name_or_path=alpha"
 EXPERT = "--refiner_training"
+MUCH = "--timestep_bias_multiplier=100000"
+HALF = "--timestep_bias_portion=0.5"
 SD3_MODEL = "--pretrained_model_name_or_path=sd3"
 SD3 = ("--model_family=sd3", SD3_MODEL)
 MODE = "--weighting_scheme=mode"
@@ -95,6 +103,8 @@ MODEL = {
     "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
     "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
+    "controlnet": Effect(handed_over, {"false": {"pipeline"}, "true": {"controlnet"}}, ("--model_type=full", CONDITIONED)),
+    "controlnet_model_name_or_path": Effect(losses, ["controlnet_0", "controlnet_1"], ("--model_type=full", "--controlnet", CONDITIONED)),
     "freeze_unet_strategy": Effect(losses, ["none", "bitfit"], ("--model_type=full",)),
     "use_bitfit": Effect(losses, ["false", "true"], ("--model_type=full",)),
     "tokenizer_max_length": Effect(losses, ["16", "64"], SD3),
@@ -132,17 +142,27 @@ TEXT_ENCODER = {
 }
 
 OBJECTIVE = {
-    "prediction_type": Effect(losses, ["epsilon", "v_prediction"]),
+    "prediction_type": Effect(losses, ["epsilon", "v_prediction", "sample"]),
     "rescale_betas_zero_snr": Effect(losses, ["false", "true"], ("--prediction_type=v_prediction",)),
     "training_scheduler_timestep_spacing": Effect(exported_spacing, {name: name for name in SPACINGS}, ("--model_type=full",)),
     "inference_scheduler_timestep_spacing": Effect(picture_bytes, SPACINGS),
-    "loss_weighting": Effect(losses, ["none", "min_snr"]),
+    "loss": Effect(losses, ["mse", "huber"]),
+    "huber_delta": Effect(losses, ["0.1", "1"], ("--loss=huber",)),
+    "loss_weighting": Effect(losses, ["none", "min_snr", "soft_min_snr", "debiased"]),
     "snr_gamma": Effect(losses, ["0", "5"]),
+    "use_soft_min_snr": Effect(losses, ["false", "true"]),
+    "soft_min_snr_sigma_data": Effect(losses, ["1", "0.5"], ("--use_soft_min_snr",)),
     "snr_weight": Effect(losses, ["1", "2"]),
     "offset_noise": Effect(losses, ["false", "true"], ("--noise_offset_probability=1",)),
     "noise_offset": Effect(losses, ["0.1", "0.2"], ("--offset_noise", "--noise_offset_probability=1")),
     "noise_offset_probability": Effect(losses, ["0", "1"], ("--offset_noise",)),
     "input_perturbation": Effect(losses, ["0", "0.1"]),
+    "timestep_bias_strategy": Effect(timesteps_below(500), {"none": False, "earlier": True}, (MUCH, HALF)),
+    "timestep_bias_multiplier": Effect(timesteps_below(500), {"0.001": False, "1000": True}, ("--timestep_bias_strategy=earlier", HALF)),
+    "timestep_bias_portion": Effect(timesteps_below(200), {"0.2": True, "0.9": False}, ("--timestep_bias_strategy=earlier", MUCH)),
+    "timestep_bias_begin": Effect(losses, ["0", "500"], ("--timestep_bias_strategy=range", "--timestep_bias_end=600", MUCH)),
+    "timestep_bias_end": Effect(timesteps_below(200), {"200": True, "900": False}, ("--timestep_bias_strategy=range", MUCH)),
+    "disable_segmented_timestep_sampling": Effect(losses, ["false", "true"]),
     "refiner_training": Effect(timesteps_below(200), {"false": False, "true": True}),
     "refiner_training_strength": Effect(timesteps_below(350), {"0.35": True, "0.9": False}, (EXPERT,)),
     "refiner_training_invert_schedule": Effect(timesteps_below(200), {"false": True, "true": False}, (EXPERT,)),
@@ -207,6 +227,10 @@ CACHE = {
         ("--data_backend_config=reshaped.json", "--max_train_steps=14", "--train_batch_size=1"),
     ),
     "vae_cache_preprocess": Effect(encodes_behind_training, {"true": False, "false": True}),
+    "vae_tiling": Effect(
+        calls("Encoder", of=lambda arguments: max(arguments[0].shape[2:])), {"false": {96: 2, 64: 1}, "true": {64: 7, 48: 2}}
+    ),
+    "vae_slicing": Effect(calls("Encoder", of=lambda arguments: len(arguments[0])), {"false": {2: 3}, "true": {1: 6}}),
     "vae_dtype": Effect(
         calls("Encoder", of=lambda arguments: arguments[0].dtype), {"fp32": {torch.float32: 3}, "bf16": {torch.bfloat16: 3}}
     ),
@@ -218,6 +242,7 @@ RUN = {
     "seed": Effect(losses, ["1", "2"]),
     "max_train_steps": Effect(steps, {"1": 1, "4": 4}),
     "num_train_epochs": Effect(steps, {"1": 3, "2": 6}, ("--max_train_steps=0",)),
+    "max_train_seconds": Effect(ends, {"0.001": "stopped", "600": "finished"}),
     "gradient_accumulation_steps": Effect(samples_of_a_step, {"1": 2, "3": 6}),
     "gradient_checkpointing": Effect(calls("BasicTransformerBlock", of=lambda arguments: "calls"), ["false", "true"]),
     "mixed_precision": Effect(
@@ -226,6 +251,17 @@ RUN = {
     ),
     "allow_tf32": Effect(allows_tf32, {"false": {False}, "true": {True}}),
     "accelerator_cache_clear_interval": Effect(cache_clearings, {"1": 3, "2": 1}),
+    "attention": Effect(attention_kernels, {"flash": {FLASH}, "math": set()}),
+    "unet_attention_slice": Effect(attention_kernels, {"false": {FLASH}, "true": set()}),
+    "gradient_precision": Effect(
+        losses,
+        ["unmodified", "fp32"],
+        ("--model_type=full", "--mixed_precision=bf16", "--optimizer=adamw_bf16", "--gradient_accumulation_steps=3"),
+    ),
+    "channels_last": Effect(
+        calls("Conv2d", of=lambda arguments: arguments[0].is_contiguous(memory_format=torch.channels_last)), ["false", "true"]
+    ),
+    "base_quantization": Effect(losses, ["none", "int8", "nf4", "fp8"]),
     "dataset_report": Effect(shown_and_trained, {"false": (True, True), "true": (True, False)}),
 }
 
@@ -235,6 +271,7 @@ OPTIMIZER = {
     "optimizer": Effect(
         full_weights_dtype, {"adamw": {torch.float32}, "adamw_bf16": {torch.bfloat16}}, ("--model_type=full", "--mixed_precision=bf16")
     ),
+    "optimizer_cpu_offload": Effect(steps_with_copies, {"false": False, "true": True}),
     "adam_bfloat16": Effect(optimizer_or_refusal, {"false": "AdamW", "true": "AdamWBF16"}, ("--model_type=full",)),
     "optimizer_args": Effect(losses, ["", "betas=0.5,0.9"]),
     "use_8bit_adam": Effect(optimizer_or_refusal, ["false", "true"]),
@@ -261,6 +298,9 @@ OPTIMIZER = {
 
 SCHEDULE = {
     "learning_rate": Effect(rates_of_a_run, {"1e-3": [1e-3] * 3, "1e-2": [1e-2] * 3}),
+    "lr_scale": Effect(
+        rates_of_a_run, {"false": [1e-3] * 3, "true": [6e-3] * 3}, ("--learning_rate=1e-3", "--gradient_accumulation_steps=3")
+    ),
     "lr_scheduler": Effect(
         rates,
         ["linear", "sine", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
@@ -295,6 +335,7 @@ CHECKPOINTS = {
 
 VALIDATION = {
     "validation_prompt": Effect(picture_bytes, ["a cat", "a dog"]),
+    "validation_prompt_library": Effect(lambda lab, flags: len(picture_names(lab, flags)), {"false": 1, "true": 33}),
     "user_prompt_library": Effect(
         picture_names, {"none": {"validation_64x64"}, "prompts.json": {"cat_64x64", "dog_64x64", "validation_64x64"}}
     ),
@@ -315,6 +356,10 @@ VALIDATION = {
         kinds_of_pictures, {"1": {"validation", *begun(1)}, "2": {"validation", *begun(2)}}, ("--validation_using_datasets",)
     ),
     "eval_dataset_id": Effect(pictures_of_data, ["pictures", "second"], ("--validation_using_datasets", "--data_backend_config=both.json")),
+    "validation_torch_compile": Effect(compiled_for, {"false": [], "true": ["max-autotune"]}),
+    "validation_torch_compile_mode": Effect(
+        compiled_for, {"default": ["default"], "reduce-overhead": ["reduce-overhead"]}, ("--validation_torch_compile",)
+    ),
     "validation_randomize": Effect(different_pictures_in_two_runs, {"false": 1, "true": 2}),
 }
 

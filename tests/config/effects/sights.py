@@ -18,15 +18,17 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.data.buckets import geometry
 from helpers.data.planning import rules_of
 from helpers.data.sample import Size
 from helpers.data.targets import target_size
+from helpers.errors import Interrupted
 from helpers.families.sdxl import SDXL
 from helpers.launch import plan_launch
 from helpers.training.ema import Average
-from helpers.training.optimizers import create_optimizer
+from helpers.training.optimizers import NamedOptimizer, create_optimizer
 from helpers.training.runtime import Runtime
 from helpers.training.schedules import Schedule
 from tests.config.effects.lab import Flags, Lab, Ran, refusal
@@ -54,7 +56,7 @@ def base_weights(lab: Lab, flags: Flags) -> object:
 def handed_over(lab: Lab, flags: Flags) -> object:
     """Names of weights in OUTPUT_DIR."""
     names = {path.name for path in lab.run(flags).folder.iterdir()}
-    return names & {"pipeline", "unet_live", LORA, LORA.replace(".", "_live.")}
+    return names & {"pipeline", "unet_live", "controlnet", LORA, LORA.replace(".", "_live.")}
 
 
 def lora_ranks(lab: Lab, flags: Flags) -> object:
@@ -258,6 +260,49 @@ def cache_clearings(lab: Lab, flags: Flags) -> object:
     return count
 
 
+def attention_kernels(lab: Lab, flags: Flags) -> object:
+    """PyTorch's fused kernels for attention that the network of a run called."""
+    seen: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "scaled_dot_product" in (name := func.overloadpacket.__name__) and "backward" not in name:
+                seen.add(name)
+            return func(*args, **(kwargs or {}))
+
+    lab.run()  # whose caches all runs share: the encoders are not to be seen
+    with pytest.MonkeyPatch.context() as patch:
+        predict = SDXL.predict
+
+        def watched(*arguments: Any) -> Any:
+            with Watch():
+                return predict(*arguments)
+
+        patch.setattr(SDXL, "predict", staticmethod(watched))
+        lab.run_again(flags, lab.new_folder())
+    return seen
+
+
+def steps_with_copies(lab: Lab, flags: Flags) -> object:
+    """Whether the optimiser takes its steps with copies of the weights, or with those of the network."""
+    return NamedOptimizer(lab.config((*flags, "--optimizer=adamw")).optimizer, {"w": nn.Parameter(torch.zeros(1))}, 1.0).offloaded
+
+
+def compiled_for(lab: Lab, flags: Flags) -> object:
+    """What the network of the pictures is compiled for; compiling itself takes a minute, and is left out here."""
+    modes: list[str] = []
+
+    def compile_nothing(module: nn.Module, mode: str = "") -> nn.Module:
+        if mode:
+            modes.append(mode)
+        return module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compile_nothing)
+        lab.run_again((*PICTURES, *flags), lab.new_folder())
+    return modes
+
+
 def optimizer_or_refusal(lab: Lab, flags: Flags) -> object:
     """The optimiser's class, or that its library is not installed."""
     if said := refusal(lab, (*flags, "--max_train_steps=1")):
@@ -277,6 +322,15 @@ def prodigys(setting: str) -> Sight:
         return create_optimizer(options, {"w": nn.Parameter(torch.zeros(1))}, 1.0).param_groups[0][setting]
 
     return see
+
+
+def ends(lab: Lab, flags: Flags) -> object:
+    """How a run does."""
+    try:
+        lab.run(flags)
+    except Interrupted:
+        return "stopped"
+    return "finished"
 
 
 def rates(lab: Lab, flags: Flags) -> object:
@@ -317,7 +371,7 @@ def resumed_from(lab: Lab, flags: Flags) -> object:
 # -- pictures and reports ---------------------------------------------------------------------------------------------------
 
 
-def picture_names(lab: Lab, flags: Flags) -> object:
+def picture_names(lab: Lab, flags: Flags) -> set[str]:
     return {path.stem.split("_", 2)[2] for path in _pictures(lab.run((*PICTURES, *flags)).folder)}
 
 

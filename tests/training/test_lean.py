@@ -1,0 +1,57 @@
+"""Less memory by the ways that are the device's: what a machine cannot do is said before anything is cached."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.backends import cuda
+
+from helpers.errors import ConfigError
+from helpers.training.lean import choose_attention, try_attention, try_compiling
+
+CPU = torch.device("cpu")
+
+
+def switches() -> tuple[bool, ...]:
+    return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"), [("efficient", "choose auto, or another"), ("cudnn", "no such kernel for float32 on this cpu")]
+)
+def test_a_kernel_that_the_device_does_not_have_is_refused(kernel: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"--attention={kernel}: .*{said}"):
+        try_attention(kernel, CPU, torch.float32)
+    assert switches() == (True, True, True, True)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "flash", "math"])
+def test_a_kernel_that_it_has_is_not(kernel: str) -> None:
+    try_attention(kernel, CPU, torch.float32)
+    assert switches() == (True, True, True, True)
+
+
+def test_the_one_that_can_do_everything_stays_beside_the_one_chosen() -> None:
+    try:
+        choose_attention("flash")
+        assert switches() == (True, False, False, True)
+        choose_attention("math")
+        assert switches() == (False, False, False, True)
+    finally:
+        choose_attention("auto")
+
+
+def test_without_a_compiler_compiling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="--validation_torch_compile: torch.compile needs a C\\+\\+ compiler on a CPU"):
+        try_compiling("--validation_torch_compile", CPU)
+
+
+def test_what_the_compiler_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(module: object) -> object:
+        raise RuntimeError("Triton is not here\nlong trace")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    with pytest.raises(ConfigError, match="does not work here \\(Triton is not here\\); leave it out"):
+        try_compiling("--validation_torch_compile", CPU)
