@@ -18,7 +18,8 @@ class Facts:
 
     `defaults` replace declared defaults of options the user did not set; `judge` yields one sentence for every setting that
     this choice refuses, naming the option and the remedy. `options` mean something to this choice, and nothing to those that do not
-    name them too. `objective` is what a family's networks are asked, by its name in the registry.
+    name them too. `objective` is what a family's networks are asked, by its name in the registry; `switched` are switches
+    of the settings after which they are asked something else.
     """
 
     name: str
@@ -26,10 +27,15 @@ class Facts:
     defaults: Settings = field(default_factory=dict)
     options: frozenset[str] = frozenset()
     objective: str = "diffusion"
+    switched: Mapping[str, str] = field(default_factory=dict)  # switch => objective
     img2img: bool = False  # of a family: its pictures can begin with pictures
     trains_text_encoders: frozenset[str] = frozenset()  # of a family: the values of --model_type that can train them too
     controlnet: bool = False  # of a family: a ControlNet can be trained beside its networks
     judge: Callable[[Settings], Iterable[str]] = no_objection
+
+    def objective_for(self, settings: Settings) -> str:
+        """What a family's networks are asked under these settings."""
+        return next((objective for switch, objective in self.switched.items() if settings[switch]), self.objective)
 
 
 def family_problems(family: Facts, settings: Settings) -> Iterable[str]:

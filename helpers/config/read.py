@@ -112,7 +112,8 @@ def _unavailable(chosen: Chosen) -> Iterator[str]:
 def _names(chosen: Chosen, facts: FactsByAxis) -> dict[str, str]:
     """The run's choice on each axis; the family says which objective its networks have."""
     family = str(chosen["model_family"].value)
-    objective = facts.families[family].objective if family in facts.families else "diffusion"
+    settings = {name: setting.value for name, setting in chosen.items()}
+    objective = facts.families[family].objective_for(settings) if family in facts.families else "diffusion"
     return {"family": family, "method": chosen_method(chosen), "objective": objective}
 
 

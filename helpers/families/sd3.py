@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
+from helpers.config.options import OPTIONS
 from helpers.errors import ModelError
 from helpers.families import condition, img2img, transformer_lora
 from helpers.families.checkpoint import Checkpoint
@@ -28,9 +29,23 @@ CLIP_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 T5_FOLDERS = ("text_encoder_3", "tokenizer_3")
 T5_LENGTH = 256  # tokens, as the pipeline of diffusers
 LONGEST_T5 = 512  # that the pipeline takes
+FLOW_OPTIONS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift")
+# What --sd3_uses_diffusion trains: the schedule of SDXL that ends in pure noise, as flow matching does.
+DIFFUSION_SCHEDULE: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "clip_sample": False,
+}
+SCALE_NOTHING = ("ddim", "ddpm", "unipc")  # samplers that show the network what they hold: the pipeline does not scale it for others
 
 
 def _judge(settings: Settings) -> Iterable[str]:
+    if settings["sd3_uses_diffusion"]:
+        yield from _judge_diffusion(settings)
     if settings["aspect_bucket_alignment"] == 8:
         yield "--aspect_bucket_alignment=8 cuts through the patches of Stable Diffusion 3, which are 16 pixels wide; use 64."
     if settings["validation_guidance_rescale"]:
@@ -38,6 +53,20 @@ def _judge(settings: Settings) -> Iterable[str]:
     length = settings["tokenizer_max_length"]
     if length is not None and length > LONGEST_T5:  # type: ignore[operator]  # a number
         yield f"--tokenizer_max_length={length} is more than the {LONGEST_T5} tokens that pipelines of Stable Diffusion 3 take; lower it."
+
+
+def _judge_diffusion(settings: Settings) -> Iterable[str]:
+    for name in FLOW_OPTIONS:
+        if settings[name] != OPTIONS[name].default:
+            yield f"--{name} is for flow matching, and --sd3_uses_diffusion trains by diffusion; remove one of them."
+    sampler = settings["validation_noise_scheduler"]
+    if sampler not in SCALE_NOTHING:
+        yield (
+            f"--validation_noise_scheduler={sampler} cannot sample with --sd3_uses_diffusion: the pipeline of Stable Diffusion 3 does not "
+            f"scale what the network sees. Use {', '.join(SCALE_NOTHING)}."
+        )
+    if settings["validation_using_datasets"]:
+        yield "--validation_using_datasets: the pipeline that begins with a picture knows flow matching alone, not diffusion; remove it."
 
 
 class StableDiffusion3:
@@ -50,8 +79,9 @@ class StableDiffusion3:
         name="sd3",
         title="Stable Diffusion 3",
         defaults={"aspect_bucket_alignment": 64},
-        options=frozenset({"tokenizer_max_length", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift"}),
+        options=frozenset({"tokenizer_max_length", "sd3_uses_diffusion", *FLOW_OPTIONS}),
         objective="flow",
+        switched={"sd3_uses_diffusion": "diffusion"},
         img2img=True,
         controlnet=True,
         judge=_judge,
@@ -75,7 +105,7 @@ class StableDiffusion3:
             )
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])
-        self.scheduler_config = self.base.config("scheduler")
+        self.scheduler_config = _schedule(self.base, options.sd3_uses_diffusion)
         self.t5_length = options.tokenizer_max_length or T5_LENGTH
         self.controlnet_start = self._controlnet_start(options)
 
@@ -196,3 +226,11 @@ class StableDiffusion3:
         from helpers.families.sd3_text import joined
 
         return joined(text, self.transformer["joint_attention_dim"], self.t5_length)
+
+
+def _schedule(base: Checkpoint, by_diffusion: bool) -> Mapping[str, Any]:
+    """The base model's own, or that of diffusion for one that was trained by flow matching. ModelError for the other way around."""
+    own = base.config("scheduler")
+    if "beta_schedule" in own and not by_diffusion:
+        raise ModelError(f"{base.name} was trained by diffusion, as its scheduler says: set --sd3_uses_diffusion.")
+    return DIFFUSION_SCHEDULE if by_diffusion and "beta_schedule" not in own else own

@@ -48,9 +48,9 @@ def try_quantisation(kind: str, device: torch.device, dtype: torch.dtype) -> Non
         question = torch.ones(1, TOGETHER, device=device, dtype=dtype, requires_grad=True)
         QuantisedLinear(nn.Linear(TOGETHER, TOGETHER, dtype=dtype), kind, device)(question).sum().backward()
     except (RuntimeError, TypeError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"--base_quantization={kind} does not work on this {device.type} device ({str(error).splitlines()[0]}); "
-            "choose another kind, or leave it out."
+            f"--base_quantization={kind} does not work on this {device.type} device ({reason}); choose another kind, or leave it out."
         ) from error
 
 

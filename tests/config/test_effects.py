@@ -10,7 +10,7 @@ from helpers.config.datasets import DatasetConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of
 from helpers.config.options import OPTIONS
 from tests.config.effects.keys import DATASET_EFFECTS, TEXT_CACHE_EFFECTS
-from tests.config.effects.lab import ENTRY, Effect, Lab, build_lab
+from tests.config.effects.lab import ENTRY, Effect, Lab, build_lab, refusal
 from tests.config.effects.options import OPTION_EFFECTS
 from tests.config.effects.sights import exported_scheduler
 from tests.config.test_every_option import values_to_try
@@ -47,11 +47,52 @@ def test_the_same_settings_give_the_same_losses(lab: Lab) -> None:
     assert lab.run_again((), lab.new_folder()).rows("samples.jsonl") == lab.run().rows("samples.jsonl")
 
 
+BF16 = ("--model_type=full", "--mixed_precision=bf16", "--optimizer=adamw_bf16")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--base_quantization=nf4", "--validation_prompt=a cat", "--validation_num_inference_steps=1", "--validation_steps=2"),
+        ("--base_quantization=int8", "--lora_algorithm=lokr", "--gradient_checkpointing"),
+        ("--model_type=full", "--channels_last", "--unet_attention_slice"),
+        (*BF16, "--optimizer_cpu_offload", "--gradient_precision=fp32", "--gradient_accumulation_steps=3", "--attention=math"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_a_run_in_less_memory_goes_on_as_if_it_had_not_stopped(flags: tuple[str, ...], lab: Lab) -> None:
+    whole = lab.run_again((*flags, "--max_train_steps=4"), lab.new_folder())
+    folder = lab.new_folder()
+    lab.run_again((*flags, "--max_train_steps=2"), folder)
+    again = lab.run_again((*flags, "--max_train_steps=4"), folder)
+    assert "going on from checkpoint-2" in " ".join(again.story)
+    assert [row["loss"] for row in again.rows("metrics.jsonl")] == [row["loss"] for row in whole.rows("metrics.jsonl")]
+
+
 def test_the_exported_pipeline_samples_as_validation_does(lab: Lab) -> None:
     """The second effect of --validation_noise_scheduler."""
     for name, kind in (("euler", "EulerDiscreteScheduler"), ("ddim", "DDIMScheduler")):
         exported = exported_scheduler(lab, ("--model_type=full", f"--validation_noise_scheduler={name}"))
         assert exported["_class_name"] == exported["index"] == kind
+
+
+def test_stable_diffusion_3_that_is_trained_by_diffusion_is_exported_and_trained_on_as_such(lab: Lab) -> None:
+    """Its pipeline samples in diffusers, and as a base model it says what it was trained for."""
+    from diffusers import StableDiffusion3Pipeline
+
+    by_diffusion = ("--model_family=sd3", "--sd3_uses_diffusion", "--validation_noise_scheduler=ddim")
+    first = ("--model_type=full", "--pretrained_model_name_or_path=sd3", *by_diffusion)
+    exported = exported_scheduler(lab, first)
+    assert exported["_class_name"] == exported["index"] == "DDIMScheduler"
+    assert (exported["prediction_type"], exported["rescale_betas_zero_snr"], exported["clip_sample"]) == ("v_prediction", True, False)
+    folder = lab.run(first).folder / "pipeline"
+    picture = StableDiffusion3Pipeline.from_pretrained(folder)(
+        "a cat", width=64, height=64, num_inference_steps=2, output_type="pt", max_sequence_length=32
+    ).images
+    assert picture.shape == (1, 3, 64, 64) and picture.isfinite().all()
+    again = (f"--pretrained_model_name_or_path={folder}", "--max_train_steps=1")
+    assert "was trained by diffusion, as its scheduler says: set --sd3_uses_diffusion" in refusal(lab, ("--model_family=sd3", *again))
+    assert refusal(lab, (*by_diffusion, *again)) == ""
 
 
 # -- the table is complete: there is no list of exceptions ------------------------------------------------------------------

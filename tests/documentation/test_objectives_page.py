@@ -55,3 +55,15 @@ def test_an_example_can_be_trained_with(number: int, tmp_path: Path, monkeypatch
     schedule = {"shift": 3.0} if config.objective_name == "flow" else SDXL_SCHEDULE
     objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, schedule)
     assert objective.scheduler_config["shift" if config.objective_name == "flow" else "prediction_type"]
+
+
+def test_the_scheduler_for_stable_diffusion_3_by_diffusion_is_the_one_that_is_trained() -> None:
+    from diffusers import DDIMScheduler
+
+    from helpers.families.sd3 import DIFFUSION_SCHEDULE
+
+    names: dict[str, object] = {}
+    exec(PAGE.block("python"), names)
+    trained = DDIMScheduler.from_config({**DIFFUSION_SCHEDULE, "timestep_spacing": OPTIONS["inference_scheduler_timestep_spacing"].default})
+    told, expected = ({key: value for key, value in made.config.items() if key[0] != "_"} for made in (names["scheduler"], trained))  # type: ignore[attr-defined]
+    assert told == expected

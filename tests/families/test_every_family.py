@@ -17,7 +17,9 @@ from helpers.families.tiny import MINIATURES
 from helpers.methods.full import FullFineTune
 from helpers.methods.lora import Lora
 from helpers.protocols import Trainable
-from tests.families.conftest import CPU, Tried, family_name
+from tests.families.conftest import CPU, Tried, family_name, open_family
+
+TOLD_THE_EMPTY_CAPTION = [name for name in MINIATURES if name not in ("sdxl", "sdxl_refiner", "sd3", "sd35")]
 
 
 def test_every_family_has_a_miniature() -> None:
@@ -66,6 +68,19 @@ def test_latents_have_the_shape_that_the_family_says_and_so_has_the_answer(tried
     assert answer.shape == noisy.shape
 
 
+def test_saturated_pixels_have_finite_latents_and_come_back_finite(tried: Tried, tmp_path: Path) -> None:
+    """In the precision of a GPU too, where SDXL's VAE in fp16 would give black pictures."""
+    flat = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 3, 32, 32)
+    stripes = torch.ones(1, 3, 32, 32)
+    stripes[..., ::2] = -1
+    family = open_family(family_name(tried.miniature), tried.folder, tmp_path / "bf16", vae_dtype="bf16", latent_sampling="sample")
+    for codec_of in (tried.family, family):
+        with codec_of.image_codec(CPU) as codec:
+            encoded = codec.encode(torch.cat([flat, stripes]))
+            assert all(tensor.isfinite().all() for tensor in encoded.values())
+            assert codec.decode(encoded["mean"]).isfinite().all()
+
+
 def test_conditioning_is_finite_and_has_a_row_for_each_sample(tried: Tried) -> None:
     conditioning = tried.family.conditioning(tried.batch(), CPU)
     assert all(tensor.isfinite().all() and len(tensor) == 4 for tensor in conditioning.values())
@@ -75,6 +90,24 @@ def test_a_dropped_caption_has_the_tensors_of_a_caption(tried: Tried) -> None:
     with tried.family.text_encoders(CPU) as encoders:
         dropped, caption = tried.family.unconditional(encoders), encoders.encode(["a cat"])
     assert {name: tensor.shape for name, tensor in dropped.items()} == {name: tensor.shape[1:] for name, tensor in caption.items()}
+
+
+def test_a_caption_is_encoded_to_the_same_bits_each_time(tried: Tried) -> None:
+    """In training an encoder of T5 would drop a tenth of what it knows, another tenth each time."""
+    with tried.family.text_encoders(CPU) as encoders:
+        first, second = encoders.encode(["a red circle"]), encoders.encode(["a red circle"])
+    with tried.family.text_encoders(CPU) as encoders:
+        again = encoders.encode(["a red circle"])
+    assert all(torch.equal(first[name], second[name]) and torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("tried", TOLD_THE_EMPTY_CAPTION, indirect=True)
+def test_a_dropped_caption_is_the_empty_one_to_the_last_bit_where_the_base_model_learnt_that(tried: Tried) -> None:
+    """The others see zeros: SDXL, its refiner and Stable Diffusion 3."""
+    with tried.family.text_encoders(CPU) as encoders:
+        dropped, empty = tried.family.unconditional(encoders), encoders.encode([""])
+    assert all(torch.equal(dropped[name], empty[name][0]) for name in empty)
+    assert max(tensor.abs().max() for tensor in dropped.values() if tensor.is_floating_point()) > 0
 
 
 @pytest.mark.parametrize("network", [full, lora])

@@ -8,16 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DDPMScheduler, StableDiffusion3Pipeline
 from torch.nn.functional import huber_loss
 
 import train
-from helpers.config.options import OPTIONS
+from helpers.config.options import OPTIONS, ObjectiveOptions
 from helpers.errors import ModelError
+from helpers.families.clip import ClipAnswer
 from helpers.families.sd3 import StableDiffusion3
+from helpers.families.sd3_text import both_pooled, joined
 from helpers.families.t5 import load_tokenizer, tokenize
+from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
 
 BOTH = ("sd3", "sd35")
@@ -50,6 +54,33 @@ def test_captions_are_told_as_the_pipeline_tells_them(tried: Tried) -> None:
     assert ours["prompt_embeds"][:, 77:].any() == (tried.miniature == "sd3")
 
 
+@pytest.mark.parametrize(("t5_length", "tokens"), [(77, 154), (256, 333)])
+def test_the_parts_stand_where_the_network_expects_them(t5_length: int, tokens: int) -> None:
+    """At the sizes of the real encoders: 768 of CLIP-L before 1280 of bigG, zeros up to 4096, and T5 behind them along the sequence."""
+    one, two, t5 = (
+        torch.full((1, length, width), number) for length, width, number in ((77, 768, 1.0), (77, 1280, 2.0), (t5_length, 4096, 3.0))
+    )
+    pooled = torch.cat([torch.full((1, 768), 4.0), torch.full((1, 1280), 5.0)], dim=1)
+    told = joined({"clip": torch.cat([one, two], dim=-1), "t5": t5, "pooled": pooled}, 4096, t5_length)
+    assert told["prompt_embeds"].shape == (1, tokens, 4096)
+    expected = torch.zeros(1, tokens, 4096)
+    expected[:, :77, :768], expected[:, :77, 768:2048], expected[:, 77:] = 1, 2, 3
+    assert torch.equal(told["prompt_embeds"], expected) and torch.equal(told["pooled"], pooled)
+    without = joined({"clip": torch.cat([one, two], dim=-1), "pooled": pooled}, 4096, t5_length)["prompt_embeds"]
+    expected[:, 77:] = 0
+    assert torch.equal(without, expected)
+
+
+def test_both_clip_encoders_stand_side_by_side_in_their_order() -> None:
+    answers = [
+        ClipAnswer(torch.full((1, 77, width), number), torch.full((1, width), -number)) for width, number in ((768, 1.0), (1280, 2.0))
+    ]
+    parts = both_pooled(answers)
+    assert parts["clip"].shape == (1, 77, 2048) and parts["pooled"].shape == (1, 2048)
+    assert (parts["clip"][..., :768] == 1).all() and (parts["clip"][..., 768:] == 2).all()
+    assert (parts["pooled"][..., :768] == -1).all() and (parts["pooled"][..., 768:] == -2).all()
+
+
 @pytest.mark.parametrize("tried", BOTH, indirect=True)
 def test_prediction_target_and_loss_are_those_of_flow_matching(tried: Tried) -> None:
     """The expected side: x_s = (1 - s) x_0 + s e, the network of diffusers told 1000 s, and (answer - (e - x_0))^2 with weight 1."""
@@ -67,6 +98,70 @@ def test_prediction_target_and_loss_are_those_of_flow_matching(tried: Tried) -> 
     assert torch.allclose(losses, ((answer - target) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4)
     huber = 2 * huber_loss(answer, target, reduction="none", delta=0.3).mean(dim=(1, 2, 3))
     assert torch.allclose(tried.objective(loss="huber", huber_delta=0.3).loss(answer, corrupted), huber, rtol=1e-4)
+
+
+BY_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "clip_sample": False,
+}
+
+
+def test_by_diffusion_prediction_target_and_loss_are_those_of_diffusers(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    tried = Tried("sd3", miniature("sd3"), open_family("sd3", miniature("sd3"), tmp_path, sd3_uses_diffusion=True))
+    batch, objective = tried.batch(), Diffusion(ObjectiveOptions(), tried.family.scheduler_config)
+    pipeline = pipeline_of(tried)
+    states, pooled = encoded(pipeline, list(CAPTIONS))
+    scheduler: Any = DDPMScheduler(**BY_DIFFUSION)
+    with torch.no_grad():
+        losses, corrupted = train.train_step(tried.family, objective, tried.family.load(torch.float32).denoiser, batch, CPU)
+        noise, timesteps = batch.draws.normal("noise", *batch.latents.shape[1:]), corrupted.timesteps
+        noisy = scheduler.add_noise(batch.latents, noise, timesteps)
+        answer = pipeline.transformer(noisy, states, pooled, timesteps, return_dict=False)[0]
+    target = scheduler.get_velocity(batch.latents, noise, timesteps)
+    assert torch.allclose(corrupted.noisy, noisy, atol=1e-5)
+    assert torch.allclose(losses, ((answer - target) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "unipc", "euler", "euler-a"])
+def test_by_diffusion_the_pipeline_samples_rightly_with_the_samplers_that_are_accepted(
+    name: str, miniature: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the pipeline of diffusers, with a network that always knows the picture: it is shown as much noise as the timestep says."""
+    tried = Tried("sd3", miniature("sd3"), open_family("sd3", miniature("sd3"), tmp_path, sd3_uses_diffusion=True))
+    objective = Diffusion(ObjectiveOptions(), tried.family.scheduler_config)
+    pipeline = pipeline_of(tried)
+    pipeline.scheduler = getattr(diffusers, objective.samplers[name]).from_config({**objective.scheduler_config})
+    picture = tried.batch(["a cat"]).latents
+    abar = DDPMScheduler(**BY_DIFFUSION).alphas_cumprod
+
+    strengths: list[float] = []
+
+    def exact(hidden_states: torch.Tensor, timestep: torch.Tensor, **told: Any) -> tuple[torch.Tensor]:
+        signal = abar[timestep.long()].view(-1, 1, 1, 1).sqrt()
+        sigma = (1 - signal**2).sqrt()
+        noise = (hidden_states - signal * picture) / sigma
+        strengths.append(noise.std().item())
+        return (signal * noise - sigma * picture,)
+
+    monkeypatch.setattr(pipeline.transformer, "forward", exact)
+    made = pipeline(
+        "a cat", width=64, height=64, num_inference_steps=20, guidance_scale=1.0, output_type="latent", generator=torch.manual_seed(1)
+    ).images
+    settings = {key: item.default for key, item in OPTIONS.items()} | {"sd3_uses_diffusion": True, "validation_noise_scheduler": name}
+    problems = list(StableDiffusion3.facts.judge(settings))
+    assert (strengths == [pytest.approx(1, abs=0.1)] * 20) == (problems == [])
+    assert problems or (made - picture).abs().max() < 0.1
+
+
+def test_what_only_flow_matching_has_is_refused_by_diffusion() -> None:
+    settings = {key: item.default for key, item in OPTIONS.items()} | {"sd3_uses_diffusion": True, "validation_noise_scheduler": "ddim"}
+    for name, value in {"weighting_scheme": "mode", "logit_mean": 1.0, "flow_shift": 2.0, "validation_using_datasets": True}.items():
+        [problem] = StableDiffusion3.facts.judge({**settings, name: value})
+        assert problem.startswith(f"--{name}") and "remove" in problem
 
 
 def test_t5_reads_as_many_tokens_as_it_is_told(miniature: Callable[[str], Path], tmp_path: Path) -> None:

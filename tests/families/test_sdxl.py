@@ -5,20 +5,26 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from PIL import Image
 
 from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+from helpers.data.batches import Batch
+from helpers.data.buckets import geometry
+from helpers.data.draws import StepDraws
+from helpers.data.images import cut
 from helpers.data.sample import Geometry, Size
+from helpers.data.targets import ResolutionRule
 from helpers.errors import ModelError
 from helpers.families.sdxl import SDXL
 from helpers.families.tiny import write_sdxl
 
 CPU = torch.device("cpu")
+CUT = Geometry(Size(1920, 1157), Size(1394, 840), top=36, left=25, target=Size(1344, 768))
 
 
 @pytest.fixture(scope="session")
@@ -69,13 +75,53 @@ def test_latents_are_scaled_means_and_decode_to_what_was_encoded(model: Path, tm
     assert torch.allclose(decoded, expected, atol=1e-5)
 
 
+def batch_of(cut: Geometry, dtype: torch.dtype = torch.float32) -> Batch:
+    """One picture with that cut, whose caption says nothing."""
+    draws = StepDraws(seed=1, step=0, places=(0,), step_samples=1)
+    text = {"prompt_embeds": torch.zeros(1, 77, 64, dtype=dtype), "pooled": torch.zeros(1, 32, dtype=dtype)}
+    return Batch(torch.zeros(1, 4, 8, 8), text, ("",), (), (cut,), torch.ones(1), draws, epoch=0)
+
+
 def test_size_numbers_are_exact_and_in_the_order_of_the_paper(model: Path, tmp_path: Path) -> None:
     """(original height, width, top, left, target height, width); 1157 would be 1160 in bfloat16."""
-    geometry = Geometry(Size(1920, 1157), Size(1394, 840), top=36, left=25, target=Size(1344, 768))
-    batch: Any = SimpleNamespace(geometry=(geometry,), text={"prompt_embeds": torch.zeros(1, 77, 64), "pooled": torch.zeros(1, 32)})
+    batch = batch_of(CUT)
     assert make(model, tmp_path).conditioning(batch, CPU)["time_ids"].tolist() == [[1157, 1920, 36, 25, 768, 1344]]
     intermediary = make(model, tmp_path, original="intermediary")
     assert intermediary.conditioning(batch, CPU)["time_ids"].tolist() == [[840, 1394, 36, 25, 768, 1344]]
+
+
+@pytest.mark.parametrize(("style", "left"), [("center", 10), ("corner", 21)])
+def test_a_wide_picture_is_told_in_whole_numbers_of_the_resized_picture(style: str, left: int, model: Path, tmp_path: Path) -> None:
+    """1920 x 1080 is shrunk to 1365 x 768, of which 1344 are kept: 21 columns too many, of which the central cut has 10 at its left."""
+    rule = ResolutionRule(1.0, crop=True, crop_style=style, crop_aspect="preserve")
+    found = geometry(Size(1920, 1080), rule)
+    assert found.resized == Size(1365, 768) and found.target == Size(1344, 768)
+    batch = batch_of(found)
+    assert make(model, tmp_path).conditioning(batch, CPU)["time_ids"].tolist() == [[1080, 1920, 0, left, 768, 1344]]
+    assert cut(Image.new("RGB", (1920, 1080)), found).shape == (3, 768, 1344)
+
+
+def test_size_numbers_reach_the_sinusoid_in_float32_whatever_the_precision_of_the_weights(model: Path, tmp_path: Path) -> None:
+    """1157 is 1160 in bfloat16, and its embedding then another one: their cosine is 0.823."""
+    family = make(model, tmp_path)
+    denoiser = family.load(torch.bfloat16).denoiser
+    seen: list[torch.Tensor] = []
+    denoiser.add_time_proj.register_forward_hook(lambda module, given, embedded: seen.extend((given[0], embedded)))
+    batch = batch_of(CUT, torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        family.predict(denoiser, torch.zeros(1, 4, 8, 8), torch.tensor([500]), family.conditioning(batch, CPU))
+    assert seen[0].dtype == torch.float32 and seen[0].tolist() == [1157, 1920, 36, 25, 768, 1344]
+    exact, rounded = sinusoid(1157.0), sinusoid(torch.tensor(1157.0).bfloat16().item())
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0).item() == pytest.approx(0.823, abs=5e-4)
+    width = seen[1].shape[1]
+    assert torch.allclose(seen[1][0], sinusoid(1157.0, width), atol=1e-3)
+
+
+def sinusoid(number: float, width: int = 256) -> torch.Tensor:
+    """cos and sin of the number at frequencies from 1 down towards 1 / 10,000."""
+    half = width // 2
+    angles = number * 10_000 ** (-torch.arange(half, dtype=torch.float64) / half)
+    return torch.cat([angles.cos(), angles.sin()]).float()
 
 
 def test_fingerprints_follow_the_weights_and_are_known_without_loading_them(model: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ Elsewhere = Callable[[str, torch.Tensor], str]
 
 def trained(family: SDXL, **options: object) -> tuple[Lora, Trainable]:
     """An adapter with weights as training might leave them."""
-    method = Lora(dataclasses.replace(AdapterOptions(), lora_rank=4, lora_alpha=8.0, **options), family)
+    method = Lora(dataclasses.replace(AdapterOptions(), **{"lora_rank": 4, "lora_alpha": 8.0, **options}), family)
     trainable = method.attach(family.load(torch.float32))
     generator = torch.Generator().manual_seed(0)
     trainable.put({name: 0.05 * torch.randn(weights.shape, generator=generator) for name, weights in trainable.parameters.items()})
@@ -93,6 +93,45 @@ def test_rank_and_alpha_travel_with_the_file(family: SDXL, tmp_path: Path) -> No
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 8.0)
+
+
+@pytest.mark.parametrize("file", ["pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetensors"])
+def test_merging_a_file_gives_the_weights_that_were_trained(file: str, family: SDXL, tmp_path: Path) -> None:
+    """W + a / r B A with rank 64 and alpha 16: a reader that does not learn alpha, and takes it for the rank, merges four times as much."""
+    method, trainable = trained(family, lora_rank=64, lora_alpha=16.0)
+    method.save(trainable, tmp_path)
+    path, layer = tmp_path / file, "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = load_file(path)
+    if "kohya" in file:
+        name = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+        a, b, alpha = (tensors[f"{name}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+        factor = alpha.item() / len(a)
+    else:
+        a, b = tensors[f"unet.{layer}.lora_A.weight"], tensors[f"unet.{layer}.lora_B.weight"]
+        with safe_open(path, "pt") as opened:
+            told = json.loads(opened.metadata()["lora_adapter_metadata"])
+        factor = told["unet.lora_alpha"] / told["unet.r"]
+    adapted = trainable.denoiser.get_submodule(layer).eval()
+    base = adapted.get_base_layer().weight
+    with torch.no_grad():
+        live = adapted(torch.eye(base.shape[1])).T  # a linear layer without bias answers with its matrix
+    assert factor == 0.25
+    assert torch.allclose(base + factor * b @ a, live, atol=1e-6)
+    assert not torch.allclose(base + b @ a, live, atol=1e-2)
+
+
+def test_small_steps_of_an_adapter_arrive_though_the_model_is_in_half_precision(family: SDXL) -> None:
+    """0.02 - 1000 x 1e-6 is 0.019; of float16 or bfloat16, 0.02 would stay where it is."""
+    trainable = Lora(dataclasses.replace(AdapterOptions(), lora_targets=(r"mid_block\..*attn1\.to_q",)), family).attach(
+        family.load(torch.bfloat16)
+    )
+    trainable.put({name: torch.full_like(weights, 0.02) for name, weights in trainable.parameters.items()})
+    optimizer = torch.optim.SGD(trainable.parameters.values(), lr=1e-6)
+    for weights in trainable.parameters.values():
+        weights.grad = torch.ones_like(weights)
+    for _ in range(1000):
+        optimizer.step()
+    assert all(torch.allclose(weights, torch.tensor(0.019), atol=1e-6) for weights in trainable.parameters.values())
 
 
 def test_what_was_saved_is_read_back_bit_for_bit(family: SDXL, tmp_path: Path) -> None:

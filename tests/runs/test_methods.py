@@ -19,7 +19,7 @@ METHODS: dict[str, dict[str, object]] = {
     "nf4 base": {"base_quantization": "nf4"},
     "BitFit": {"model_type": "full", "use_bitfit": True, "lora_dropout": None},
 }
-SHORT = ("PiSSA", "nf4 base", "BitFit")
+SHORT = ("PiSSA", "BitFit")
 SELECTED = METHODS if os.environ.get("SIMPLETUNER_TEST_LONG") else SHORT
 HANDED_OVER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_live.kohya.safetensors")
 

@@ -15,12 +15,15 @@ def rounded(exact: torch.Tensor) -> torch.Tensor:
 
 
 def test_small_updates_arrive_on_average() -> None:
-    """1 - 1000 x 0.001 = 0 in the mean; rounded to nearest, bfloat16 would stay at 1."""
+    """1 - 1000 x 0.001 = 0 in the mean, with a spread of 0.041; rounded to nearest, bfloat16 stays at 1."""
     torch.manual_seed(0)
-    weights = torch.ones(2000, dtype=torch.bfloat16)
+    weights = nearest = torch.ones(2000, dtype=torch.bfloat16)
     for _ in range(1000):
         weights = rounded(weights.float() - 0.001)
-    assert weights.float().mean().item() == pytest.approx(0.0, abs=0.01)
+        nearest = (nearest.float() - 0.001).bfloat16()
+    assert weights.float().mean().item() == pytest.approx(0.0, abs=3 * 0.041 / 2000**0.5)
+    assert weights.float().std().item() == pytest.approx(0.041, abs=0.004)
+    assert nearest.eq(1).all()
 
 
 def test_rounding_is_unbiased_and_keeps_what_bf16_can_hold() -> None:

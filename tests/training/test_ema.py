@@ -19,6 +19,10 @@ def average(parameter: nn.Parameter, **options: object) -> Average:
 def test_warm_up_follows_its_formula() -> None:
     assert [round(warmed_decay(0.9999, n), 4) for n in (1, 10, 100, 1000)] == [0.1818, 0.55, 0.9182, 0.9911]
     assert warmed_decay(0.9, 1000) == 0.9
+    shadow = average(nn.Parameter(torch.ones(1)), ema_decay=0.9)
+    for step in range(1, 20):
+        shadow.update(step)
+    assert shadow.decay == 0.9  # what was asked for is not overwritten by what is warming up
 
 
 def test_average_of_bf16_weights_moves_because_it_is_float32() -> None:

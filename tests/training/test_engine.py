@@ -100,6 +100,29 @@ def test_short_micro_batches_weigh_what_they_hold(cuts: list[tuple[int, int]]) -
         assert torch.allclose(ours, theirs, atol=1e-7)
 
 
+def step_of(*micro_batches: tuple[list[float], float]) -> float:
+    """The loss of a step of micro-batches: the losses of their samples, and the weight that all of these have."""
+    model, samples = network(), sum(len(values) for values, _ in micro_batches)
+    steps = engine(model)
+    for number, (values, weight) in enumerate(micro_batches):
+        moves = losses(steps.denoiser, slice(0, 1)) * 0  # so that there is a gradient
+        steps.backward(moves + torch.tensor(values), torch.full((len(values),), weight), samples, last=number == len(micro_batches) - 1)
+    return steps.step(seed=1, step=0, updates=0, global_samples=samples).loss
+
+
+def test_the_loss_of_a_step_is_the_mean_of_its_samples_and_not_of_its_micro_batches() -> None:
+    """Four of loss 1 and one of loss 5 are 9 / 5; the mean of the two means would be 3."""
+    assert step_of(([1.0] * 4, 1.0), ([5.0], 1.0)) == pytest.approx(1.8, rel=1e-6)
+
+
+def test_pictures_of_a_prior_count_with_their_weight_however_they_are_cut_into_micro_batches() -> None:
+    """As many of the subject as of its class: twice the loss of the step is L_subject + w L_class."""
+    subject, prior, weight = [1.0, 2.0], [4.0, 8.0], 0.25
+    expected = 1.5 + weight * 6.0
+    assert 2 * step_of((subject, 1.0), (prior, weight)) == pytest.approx(expected, rel=1e-6)
+    assert 2 * step_of((subject, 1.0), (prior[:1], weight), (prior[1:], weight)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_gradient_that_is_not_finite_moves_nothing_and_leaves_nothing_behind() -> None:
     model = network()
     steps = engine(model)
@@ -192,5 +215,6 @@ def test_two_processes_with_uneven_shares_take_the_step_of_one_and_agree_on_what
         assert rank["first"]["loss"] == pytest.approx(alone["first"]["loss"], rel=1e-6)
         assert rank["first"]["grad_norm"] == pytest.approx(alone["first"]["grad_norm"], rel=1e-6)
         assert rank["first"]["weights"] == pytest.approx(alone["first"]["weights"], abs=1e-7)
+        assert rank["first"]["learning_rate"] == alone["first"]["learning_rate"] == 2.5e-3  # the first of four steps of warm-up
         assert rank["second"]["taken"] is False
         assert rank["second"]["weights"] == rank["first"]["weights"]

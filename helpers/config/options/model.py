@@ -52,7 +52,10 @@ class ModelOptions:
     )
     pretrained_t5_model_name_or_path: str | None = option(None, "Another source for the T5 tokenizer and encoder (PixArt).", not_yet=True)
     sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", means=("model_family", "sd3"))
-    sd3_uses_diffusion: bool = option(False, "Train SD3 with v-prediction instead of flow matching.", not_yet=True)
+    sd3_uses_diffusion: bool = option(
+        False,
+        "Train Stable Diffusion 3 by diffusion with v-prediction, not by flow matching: a long training. See documentation/OBJECTIVES.md.",
+    )
     pixart_sigma: bool = option(False, "Same as --model_family=pixart_sigma.", means=("model_family", "pixart_sigma"))
     pixart_alpha: bool = option(False, "Same as --model_family=pixart_alpha.", means=("model_family", "pixart_alpha"))
     hunyuan_dit: bool = option(False, "Same as --model_family=hunyuan_dit.", means=("model_family", "hunyuan_dit"))

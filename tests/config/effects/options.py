@@ -93,6 +93,9 @@ LIVE_FULL = (
 MODEL = {
     "model_family": Effect(refusal, ["sdxl", "sd2x", "sd3"]),
     "sd3": Effect(lambda lab, flags: refusal(lab, flags) == "", {"false": False, "true": True}, (SD3_MODEL,)),
+    "sd3_uses_diffusion": Effect(
+        lambda lab, flags: refusal(lab, flags) == "", {"false": False, "true": True}, (*SD3, "--validation_noise_scheduler=ddim")
+    ),
     "pretrained_model_name_or_path": Effect(losses, ["model", "other"]),
     "single_file_config": Effect(
         refusal,
