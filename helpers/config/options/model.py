@@ -35,7 +35,8 @@ class ModelOptions:
     )
     single_file_config: str | None = option(
         None,
-        "For a base model in one .safetensors file: a model folder or hub name of the same kind, whose settings and tokenizers it shares.",
+        "For a base model in one .safetensors file: a model folder or hub name of the same kind, whose settings and tokenizers it shares. "
+        "From a folder, text encoders that a file of Stable Diffusion 3 lacks are taken too.",
         default_text="the model on the hub that diffusers takes the file for",
     )
     model_type: str = option(
