@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from helpers import ranks, registry
 from helpers.choices import known_facts
@@ -52,10 +52,11 @@ if TYPE_CHECKING:
     from helpers.data.settings import DataSettings
     from helpers.data.training_data import TrainingData
     from helpers.data.workers import Workers
-    from helpers.protocols import Corrupted, ModelFamily, Objective, Parts, TextTensors, TrainingMethod
+    from helpers.protocols import Corrupted, ModelFamily, Objective, Parts, TextTensors, TextTrainer, TrainingMethod
     from helpers.reporting import Reporters
     from helpers.training.checkpoints import Checkpointer, Found
     from helpers.training.learner import Learner
+    from helpers.training.live_text import LiveText
     from helpers.training.runtime import Runtime
     from helpers.training.state import TrainState
     from helpers.training.validation import Prompt, Start, Validator
@@ -115,12 +116,14 @@ def train(config: Config, stop: StopRequest, report: Reporters) -> None:
 def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.data.order import OrderStart
     from helpers.data.prepare import prepare_data
+    from helpers.methods.text_encoders import require_something_to_train
     from helpers.reporting.contact_sheet import write_contact_sheet
     from helpers.training.checkpoints import Checkpointer
     from helpers.training.ema import Average
     from helpers.training.engine import Engine
     from helpers.training.lean import choose_attention, slim
     from helpers.training.learner import Learner
+    from helpers.training.live_text import LiveText
     from helpers.training.schedules import Schedule
     from helpers.training.steps import in_order, sample_rows, step_result, timed
     from helpers.training.validation import read_prompts
@@ -129,6 +132,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     config = of_the_base_model(config, runtime, report)
     family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
     method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
+    if config.text_encoder.train_text_encoder and config.model.model_type == "full":
+        require_something_to_train(cast("TextTrainer", family), config.text_encoder)
     objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
     require_sampler(config, objective)
     prompts = read_prompts(config.validation)
@@ -166,28 +171,37 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
 
     runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
-    trainable = method.attach(load_network(config, runtime, family, method, report))
+    parts = load_network(config, runtime, family, method, report)
+    add_text(parts, config, family, method, runtime)
+    trainable = method.attach(parts)
     slim(trainable.denoiser, config.run, family.facts.options)
+    if config.run.gradient_checkpointing:
+        for encoder in trainable.text_encoders.values():
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     choose_attention(config.run.attention)
     total = total_steps(config, data, accumulation * runtime.world_size, state.order)
     schedule = Schedule.create(config.schedule, total)
     if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
         laid = f"--lr_scheduler={schedule.name} was laid over {planned:,} steps and now is over {total:,}"
         report.chapter("", f"the learning rate bends: {laid}")
-    engine = Engine(runtime, trainable, config.optimizer, schedule, config.run.gradient_precision)
+    text_stop = text_encoder_stop(config, found, total, report)
+    text_rate = (config.text_encoder.text_encoder_lr or config.schedule.learning_rate) / config.schedule.learning_rate
+    engine = Engine(runtime, trainable, config.optimizer, schedule, config.run.gradient_precision, text_rate, text_stop)
+    live = LiveText(cast("TextTrainer", family), trainable, engine) if trainable.text_encoders else None
     average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
     learner = Learner(method, trainable, engine, average)
     if found:
         learner.restore(found)
         if runtime.is_main and (left := checkpoints.set_newer_aside(found.step)):
             report.chapter("checkpoint", f"later than {found.folder.name} and set aside: {', '.join(path.name for path in left)}")
-    validator = make_validator(config, runtime, family, objective, data, prompts, state)
+    validator = make_validator(config, runtime, family, objective, data, prompts, state, live)
 
     def save() -> None:
         if runtime.is_main:  # it writes for all: weights, optimiser and average are the same everywhere
             position = {
                 "state": state.to_json(),
                 "total_steps": total,
+                **({"text_encoder_stop": text_stop} if live else {}),
                 "untouched_epoch": data.untouched_epoch(state.step, state.order),
                 "identity": identity,
                 "data": data.fingerprint(),
@@ -216,7 +230,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         for number, batch in enumerate(batches):
             runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
             with engine.micro_batch(last=number == len(batches) - 1):
-                losses, corrupted = train_step(family, objective, engine.denoiser, batch, runtime.device)
+                told = live.told(batch, state.step) if live else batch
+                losses, corrupted = train_step(family, objective, engine.denoiser, told, runtime.device)
                 engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, batch.size)
             if config.data.record_samples:
                 rows += sample_rows(state.step + 1, batch, corrupted, losses)
@@ -408,6 +423,7 @@ def data_settings(
         caption_dropout=config.data.caption_dropout_probability,
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
+        live_text=config.text_encoder.train_text_encoder,
         extra_captions=captions_to_encode(prompts, config.validation, from_pictures),
     )
 
@@ -422,6 +438,8 @@ def workers(runtime: Runtime) -> Workers:
 def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:
     """What must stay as it is from one life of a run to the next, beside the data: JSON values by the options' names."""
     adapter = dataclasses.asdict(config.adapter) if config.model.model_type == "lora" else {}
+    encoders = dataclasses.asdict(config.text_encoder) if config.text_encoder.train_text_encoder else {}
+    text = {name: value for name, value in encoders.items() if name != "text_encoder_lr"}  # like the learning rate it may change
     if config.model.controlnet:
         adapter = {"controlnet_model_name_or_path": config.model.controlnet_model_name_or_path}
     loss = dataclasses.asdict(config.objective)
@@ -443,9 +461,32 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "base_quantization": config.run.base_quantization,
         "use_ema": config.ema.use_ema,
         **adapter,
+        **text,
         **{name: value for name, value in {**loss, **objective.identity}.items() if name not in sampling_only},
     }
     return json.loads(json.dumps(identity, default=str))  # as it will be read back: tuples become lists
+
+
+def add_text(parts: Parts, config: Config, family: ModelFamily, method: TrainingMethod, runtime: Runtime) -> None:
+    """Load the text encoders that are to be trained beside the network."""
+    from helpers.methods.text_encoders import add_text_encoders
+
+    if config.text_encoder.train_text_encoder:
+        dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
+        freezes = config.model.model_type == "full"
+        add_text_encoders(parts, cast("TextTrainer", family), config.text_encoder, dtype, freezes)
+
+
+def text_encoder_stop(config: Config, found: Found | None, total: int, report: Reporters) -> int:
+    """The step, counted from 0, that the text encoders stop before. It is settled when a run starts, and stays."""
+    from helpers.training.live_text import stop_of
+
+    if not config.text_encoder.train_text_encoder:
+        return 0
+    stop = stop_of(config.text_encoder.text_encoder_limit, total, found.content["text_encoder_stop"] if found else None)
+    rate = config.text_encoder.text_encoder_lr or config.schedule.learning_rate
+    report.chapter("text", f"the text encoders are trained up to step {min(stop, total):,}, at a learning rate of {rate:g} at most")
+    return stop
 
 
 def total_steps(config: Config, data: TrainingData, micro_batches_per_step: int, order: OrderStart) -> int:
@@ -464,6 +505,7 @@ def make_validator(
     data: TrainingData,
     prompts: Sequence[Prompt],
     state: TrainState,
+    live: LiveText | None,
 ) -> Validator:
     from helpers.training.validation import Validator, after_the_first, parse_sizes
 
@@ -476,6 +518,8 @@ def make_validator(
     spacing = config.objective.inference_scheduler_timestep_spacing
 
     def text(caption: str | None) -> TextTensors:
+        if live:
+            return live.of(caption or None)
         return data.text(caption) if caption else data.unconditional
 
     return Validator(

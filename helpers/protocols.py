@@ -85,6 +85,8 @@ class Parts:
 
     denoiser: Any  # nn.Module with diffusers' ModelMixin
     denoiser_folder: str  # its name in a diffusers folder: "unet" or "transformer"
+    text_encoders: dict[str, Any] = field(default_factory=dict)  # those that are trained too, by their names in a diffusers folder
+    text_weights: frozenset[str] = frozenset()  # of those, the parameters that may move: "text_encoder.encoder.layers.0...."
 
 
 @dataclass
@@ -96,6 +98,19 @@ class Trainable:
     description: str  # "LoRA rank 16, 23.2 M of 2,567.5 M parameters"
     role: str  # the name of what is trained in a diffusers folder: "unet", "transformer" or "controlnet"
     fixed: dict[str, Tensor] = field(default_factory=dict)  # stand still, and are kept in checkpoints: what moves is measured from them
+    text_encoders: dict[str, Any] = field(default_factory=dict)  # by role, as `attach` left them; their parameters' names begin with it
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """Every network in which something moves, by role."""
+        return {self.role: self.denoiser, **self.text_encoders}
+
+    def of(self, role: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of some weights that are this network's, by its own names for them."""
+        if role in self.text_encoders:
+            return {name.removeprefix(f"{role}."): tensor for name, tensor in weights.items() if name.startswith(f"{role}.")}
+        others = tuple(f"{other}." for other in self.text_encoders)
+        return {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the weights that move, and of those that stand still what is given, in place and in their own precision."""
@@ -178,6 +193,22 @@ class ModelFamily(Protocol):
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
         """Write a complete diffusers folder around a saved denoiser, which other tools load."""
+        ...
+
+
+class TextTrainer(Protocol):
+    """What a family has too whose text encoders can be trained (`facts.trains_text_encoders`)."""
+
+    def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The encoders, by role, on the CPU."""
+        ...
+
+    def text_layers_read(self, role: str) -> int:
+        """How many layers of an encoder that is trained the network is told of, from the first; what is behind gets no gradient."""
+        ...
+
+    def embed(self, encoders: Mapping[str, nn.Module], captions: Sequence[str | None], device: torch.device) -> dict[str, Tensor]:
+        """What `text_encoders` gives for captions, None being the unconditional, by those encoders on the device and differentiable."""
         ...
 
 

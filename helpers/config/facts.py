@@ -29,6 +29,7 @@ class Facts:
     objective: str = "diffusion"
     switched: Mapping[str, str] = field(default_factory=dict)  # switch => objective
     img2img: bool = False  # of a family: its pictures can begin with pictures
+    trains_text_encoders: frozenset[str] = frozenset()  # of a family: the values of --model_type that can train them too
     controlnet: bool = False  # of a family: a ControlNet can be trained beside its networks
     judge: Callable[[Settings], Iterable[str]] = no_objection
 
@@ -41,6 +42,17 @@ def family_problems(family: Facts, settings: Settings) -> Iterable[str]:
     """What a family refuses: what its networks or pipelines cannot, and by its own rules."""
     if settings["validation_using_datasets"] and not family.img2img:
         yield f"--validation_using_datasets: there is no pipeline of {family.title} that begins with a picture; remove it."
+    if settings["train_text_encoder"] and settings["controlnet"]:
+        yield "--train_text_encoder goes without --controlnet, beside which everything else stands still; remove one of them."
+    elif settings["train_text_encoder"] and settings["model_type"] not in family.trains_text_encoders:
+        yield _without_text_encoders(family)
     if settings["controlnet"] and not family.controlnet:
         yield f"--controlnet is not for {family.title}: there is no ControlNet of it to train here. Remove it, or choose another model."
     yield from family.judge(settings)
+
+
+def _without_text_encoders(family: Facts) -> str:
+    if family.trains_text_encoders:
+        kinds = " or ".join(f"--model_type={kind}" for kind in sorted(family.trains_text_encoders))
+        return f"--train_text_encoder: the text encoders of {family.title} are trained by {kinds} alone; set that, or remove it."
+    return f"--train_text_encoder: what {family.title} is told of captions comes from encoders that are not trained; remove it."

@@ -18,6 +18,8 @@ Chosen = dict[str, Setting]
 DEFAULT_SNR_GAMMA = 5.0  # Hang et al. (2023), section 4
 
 ADAPTER_OPTIONS = tuple(item.name for item in options_of(AdapterOptions))
+FREEZING = ("freeze_encoder_strategy", "freeze_encoder_before", "freeze_encoder_after")
+TEXT_ENCODER_OPTIONS = (*FREEZING, "freeze_encoder", "text_encoder_lr", "text_encoder_limit")
 WITHOUT_DROPOUT = {"lora_algorithm": ("lokr", "loha"), "lora_init_type": ("pissa", "olora")}  # where its default is 0
 
 # What has an effect only beside another setting: (options, the other, the values of it that they need).
@@ -28,6 +30,12 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("training_scheduler_timestep_spacing",), "model_type", ("full",)),  # it stands in the scheduler of an exported pipeline
     (("logit_mean", "logit_std"), "weighting_scheme", ("logit_normal",)),
     (("mode_scale",), "weighting_scheme", ("mode",)),
+    (TEXT_ENCODER_OPTIONS, "train_text_encoder", (True,)),
+    ((*FREEZING, "freeze_encoder"), "model_type", ("full",)),
+    (FREEZING, "freeze_encoder", (True,)),
+    (("freeze_encoder_before",), "freeze_encoder_strategy", ("before", "between", "outside")),
+    (("freeze_encoder_after",), "freeze_encoder_strategy", ("after", "between", "outside")),
+    (("cache_dir_text",), "train_text_encoder", (False,)),
     (("huber_delta",), "loss", ("huber",)),
     (("snr_weight",), "loss_weighting", ("none",)),
     (("soft_min_snr_sigma_data",), "loss_weighting", ("soft_min_snr",)),

@@ -30,13 +30,15 @@ class Batch:
     """
 
     latents: Tensor  # (B, C, h, w) float32
-    text: dict[str, Tensor]  # what the family's text encoders gave, each (B, ...), in the dtype of the cache; see masked.py for masks
+    # What the family's text encoders gave, each (B, ...), in the dtype of the cache; see masked.py for masks. Empty where they are trained.
+    text: dict[str, Tensor]
     captions: tuple[str, ...]  # trained under; "" where the caption was dropped and the text is the family's unconditional
     samples: tuple[Sample, ...]
     geometry: tuple[Geometry, ...]
     loss_weight: Tensor  # (B,) float32, of the data set
     draws: StepDraws  # the randomness of these samples in this step
     epoch: int  # from 0
+    dropped: tuple[bool, ...] = ()  # which captions were
     stands_in: bool = False
     condition: Tensor | None = None  # (B, 3, H, W) in [0, 1], or (B, C, h, w) where the network reads latents; None where there are none
 
@@ -125,6 +127,7 @@ class BatchMaker:
             loss_weight=torch.tensor([self.records.loss_weight(row) for row in rows], dtype=torch.float32),
             draws=draws,
             epoch=micro.epoch,
+            dropped=tuple(caption is None for caption in captions),
             condition=_condition(latents),
         )
 

@@ -49,6 +49,7 @@ from helpers.data.workers import Workers
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:
+    from helpers.data.cache import Cache
     from helpers.protocols import ControlledFamily, ModelFamily, Reporter, TextEncoders
 
 
@@ -245,6 +246,12 @@ class _Preparation:
     # -- captions -------------------------------------------------------------------------------------------------------
 
     def encode_captions(self) -> None:
+        if self.settings.live_text:
+            self.text_caches: list[Cache] = []
+            with self.family.text_encoders(self.settings.device) as encoders:
+                self.text_fingerprint = f"trained from {encoders.fingerprint}"
+            self.report.chapter("text", self._why_uncached())
+            return
         places = [texts_place(dataset, self.settings.cache_dir) for dataset in self.datasets]
         places.append(self._place_of_extra_captions())
         options = self.settings.fill_options(self.settings.text_batch_size, self.workers)
@@ -272,6 +279,11 @@ class _Preparation:
         self.report.chapter("text", gathered(filled, self.workers).describe(needed, "the text encoders"))
         if cut_off:
             self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and were cut off")
+
+    def _why_uncached(self) -> str:
+        entries = sorted({dataset.text_entry.id for dataset in self.datasets if dataset.text_entry is not None})
+        unused = f"; text_embeds {', '.join(entries)} is not used" if entries else ""
+        return f"the text encoders are trained: captions are encoded in every step, and none is cached{unused}"
 
     def _place_of_extra_captions(self) -> CachePlace:
         """Beside those of the data where these are in a bucket by default, or else another machine would have to encode them."""
@@ -315,15 +327,17 @@ class _Preparation:
             dataclasses.replace(settings.fill_options(settings.text_batch_size, workers), world_size=1, should_stop=lambda: False),
         )
         images = self.images
+        caches: Sequence[Cache | None] = self.text_caches or [None] * (len(self.datasets) + 1)
+        *texts, extra_texts = caches
         records = CachedRecords(
             images.passes,
             [
-                PreparedDataset(texts, dataset.loss_weight, dataset.is_regularisation_data)
-                for dataset, texts in zip(self.datasets, self.text_caches[:-1], strict=True)
+                PreparedDataset(cache, dataset.loss_weight, dataset.is_regularisation_data)
+                for dataset, cache in zip(self.datasets, texts, strict=True)
             ],
             self.catalogue,
             recall,
-            unconditional=recall.text(self.text_caches[-1], None, lambda: []),
+            unconditional={} if extra_texts is None else recall.text(extra_texts, None, lambda: []),
             from_the_start=images.from_the_start,
             ahead=images.ahead(),
             are_remote=images.are_remote or any(cache.remote for cache in self.text_caches),
@@ -342,8 +356,8 @@ class _Preparation:
             tell_of_failures=self.tell_of_failures,
             remove_passes=images.remove_passes,
             needed=images.new_steps,
-            extra_texts=self.text_caches[-1],
-            extra_captions=self.extra_captions,
+            extra_texts=extra_texts,
+            extra_captions=[] if extra_texts is None else self.extra_captions,
         )
 
     def _fingerprint(self) -> DataFingerprint:

@@ -30,6 +30,7 @@ class DataSettings:
     text_batch_size: int = 16
     threads: int = field(default_factory=available_threads)  # that read, decode and resize, over all processes
     extra_captions: Sequence[str] = ()  # that the run needs besides those of the data, such as validation prompts
+    live_text: bool = False  # the text encoders are trained, and captions encoded in every step: none is cached
     behind: bool = False  # encode latents while training runs
     step: int = 0  # training begins with, counted from 0
     order: OrderStart = FROM_THE_BEGINNING

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class PreparedDataset:
     """What the records of a data set have in common."""
 
-    texts: Cache
+    texts: Cache | None  # None where captions are encoded in every step
     loss_weight: float
     regularises: bool = False  # it is not what the run is for
 
@@ -205,8 +205,11 @@ class CachedRecords:
     def text(self, row: int, caption: str | None) -> Mapping[str, Tensor]:
         if caption is None:
             return self.unconditional
+        texts = self._dataset(row).texts
+        if texts is None:
+            return {}
         name = self.plan.datasets[self._column("dataset", row)]
-        return self.recall.text(self._dataset(row).texts, caption, lambda: list(self.catalogue.captions(name)))
+        return self.recall.text(texts, caption, lambda: list(self.catalogue.captions(name)))
 
     def _dataset(self, row: int) -> PreparedDataset:
         return self.datasets[self._column("dataset", row)]
@@ -232,7 +235,7 @@ class TrainingData:
         tell_of_failures: Callable[[], None],
         remove_passes: Callable[[int], None],
         needed: Callable[[], Steps],
-        extra_texts: Cache,
+        extra_texts: Cache | None,
         extra_captions: Sequence[str],
     ) -> None:
         self.undecodable = undecodable
@@ -344,6 +347,8 @@ class TrainingData:
 
     def text(self, caption: str) -> TextTensors:
         """The text encoders' answer for "" or one of the extra captions, without a batch dimension, in the cache's precision."""
+        if self._extra_texts is None:
+            raise ValueError("The text encoders are trained: no caption is cached.")
         return self._records.recall.text(self._extra_texts, caption, lambda: self._extra_captions)
 
     @property

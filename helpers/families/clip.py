@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +59,11 @@ class ClipEncoders:
         self.truncated = 0
         self._loaded: list[tuple[Any, Any]] = []
 
+    @torch.no_grad()
     def answers(self, captions: Sequence[str]) -> list[ClipAnswer]:
         """The answer of each encoder; captions that are longer than one of them reads are counted in `truncated`."""
-        given, longest = [], 0
-        for tokenizer, encoder in self._encoders():
-            ids, too_long = tokenize(tokenizer, captions)
-            given.append(answer(encoder, ids, self.layer))
-            longest = max(longest, too_long)
-        self.truncated += longest
+        given, too_long = answers(self._encoders(), captions, self.layer, self.device)
+        self.truncated += too_long
         return given
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -78,16 +75,43 @@ class ClipEncoders:
 
     def _encoders(self) -> list[tuple[Any, Any]]:
         if not self._loaded:
-            import transformers
-
             for suffix in self.suffixes:
-                name = f"text_encoder{suffix}"
-                tokenizer = transformers.CLIPTokenizer.from_pretrained(
-                    self.base.folder, subfolder=f"tokenizer{suffix}", local_files_only=True
-                )
-                encoder = self.base.load(getattr(transformers, self.base.index[name][1]), name, self.dtype)
-                self._loaded.append((tokenizer, encoder.to(self.device).eval().requires_grad_(False)))
+                encoder = _load(self.base, suffix, self.dtype).to(self.device).eval().requires_grad_(False)
+                self._loaded.append((_tokenizer(self.base, suffix), encoder))
         return self._loaded
+
+
+class TrainedClip:
+    """The CLIP encoders of a base model where they are trained: the caller has the modules, and this what `ClipEncoders` makes of them."""
+
+    def __init__(self, base: Checkpoint, suffixes: Sequence[str], layer: Layer, arrange: Arrange) -> None:
+        self.base = base
+        self.layer = layer
+        self.arrange = arrange
+        self._tokenizers = {f"text_encoder{suffix}": _tokenizer(base, suffix) for suffix in suffixes}
+
+    def embed(self, encoders: Mapping[str, Any], captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """B captions => tensors by name, each (B, ...), on the device and differentiable in the encoders' weights."""
+        pairs = [(tokenizer, encoders[role]) for role, tokenizer in self._tokenizers.items()]
+        return self.arrange(answers(pairs, captions, self.layer, device)[0])
+
+
+def load_encoders(base: Checkpoint, suffixes: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+    """CLIP encoders by their folders' names, on the CPU."""
+    return {f"text_encoder{suffix}": _load(base, suffix, dtype) for suffix in suffixes}
+
+
+def _load(base: Checkpoint, suffix: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    name = f"text_encoder{suffix}"
+    return base.load(getattr(transformers, base.index[name][1]), name, dtype)
+
+
+def _tokenizer(base: Checkpoint, suffix: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(base.folder, subfolder=f"tokenizer{suffix}", local_files_only=True)
 
 
 @contextmanager
@@ -141,9 +165,18 @@ def clip_caption_lengths(base: Checkpoint, suffixes: Sequence[str]) -> ClipCapti
     return ClipCaptionLengths([base.folder / name for name in names], base.hash_of(*names))
 
 
-@torch.no_grad()
+def answers(pairs: Sequence[tuple[Any, Any]], captions: Sequence[str], layer: Layer, device: torch.device) -> tuple[list[ClipAnswer], int]:
+    """The answer of each encoder, given beside its tokenizer, and how many captions are longer than one of them reads."""
+    given, longest = [], 0
+    for tokenizer, encoder in pairs:
+        ids, too_long = tokenize(tokenizer, captions)
+        given.append(answer(encoder, ids.to(device), layer))
+        longest = max(longest, too_long)
+    return given, longest
+
+
 def answer(encoder: Any, ids: Tensor, layer: Layer) -> ClipAnswer:
     """Token ids (B, 77) => the states of a layer and the pooled output, projected where the encoder has a projection."""
-    output = encoder(ids.to(encoder.device), output_hidden_states=True)
+    output = encoder(ids, output_hidden_states=True)
     pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
     return ClipAnswer(output.hidden_states[-2] if layer == "penultimate" else output.last_hidden_state, pooled)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from helpers.config.options import CacheOptions, DataOptions, ModelOptions
     from helpers.data.batches import Batch
+    from helpers.families.clip import TrainedClip
 
 ACTIVATION_OF_VERSION_1 = "quick_gelu"  # of CLIP's own text encoder; version 2 has OpenCLIP's, which uses the exact one
 
@@ -39,7 +41,15 @@ class StableDiffusion:
     the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
     """
 
-    facts = Facts(name="sd2x", title="Stable Diffusion", options=UNET_OPTIONS, img2img=True, controlnet=True, judge=_judge)
+    facts = Facts(
+        name="sd2x",
+        title="Stable Diffusion",
+        options=UNET_OPTIONS,
+        img2img=True,
+        controlnet=True,
+        judge=_judge,
+        trains_text_encoders=frozenset({"full", "lora"}),
+    )
     refines = False
     notes = ()
     condition_as_latents = False
@@ -74,6 +84,23 @@ class StableDiffusion:
 
     def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)
+
+    def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
+        from helpers.families.clip import load_encoders
+
+        return load_encoders(self.base, ("",), dtype)
+
+    def text_layers_read(self, role: str) -> int:
+        return int(self.base.config(role)["num_hidden_layers"])
+
+    @cached_property
+    def _trained_clip(self) -> TrainedClip:
+        from helpers.families.clip import TrainedClip, states_of_one
+
+        return TrainedClip(self.base, ("",), "last", states_of_one)
+
+    def embed(self, encoders: Mapping[str, nn.Module], captions: Sequence[str | None], device: torch.device) -> dict[str, Tensor]:
+        return self._trained_clip.embed(encoders, [caption or "" for caption in captions], device)
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         import torch

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from helpers.config.options import CacheOptions, DataOptions, ModelOptions
     from helpers.data.batches import Batch
+    from helpers.families.clip import TrainedClip
 
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 ENCODERS = ("", "_2")  # suffixes of their folders
@@ -28,7 +30,14 @@ ENCODERS = ("", "_2")  # suffixes of their folders
 class SDXL:
     """SDXL base: two CLIP encoders, size and crop conditioning, a U-Net on latents of 4 channels at an eighth of the pixels."""
 
-    facts = Facts(name="sdxl", title="SDXL", options=UNET_OPTIONS | {"sdxl_original_size"}, img2img=True, controlnet=True)
+    facts = Facts(
+        name="sdxl",
+        title="SDXL",
+        options=UNET_OPTIONS | {"sdxl_original_size"},
+        img2img=True,
+        controlnet=True,
+        trains_text_encoders=frozenset({"lora"}),
+    )
     refines = False
     notes = ()
     condition_as_latents = False
@@ -67,6 +76,29 @@ class SDXL:
 
     def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)
+
+    def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
+        from helpers.families.clip import load_encoders
+
+        return load_encoders(self.base, ENCODERS, dtype)
+
+    def text_layers_read(self, role: str) -> int:
+        """All but the last; the pooled projection of the second encoder is made of its last too."""
+        return int(self.base.config(role)["num_hidden_layers"]) - (role == "text_encoder")
+
+    @cached_property
+    def _trained_clip(self) -> TrainedClip:
+        from helpers.families.clip import TrainedClip, states_and_pooled
+
+        return TrainedClip(self.base, ENCODERS, "penultimate", states_and_pooled)
+
+    def embed(self, encoders: Mapping[str, nn.Module], captions: Sequence[str | None], device: torch.device) -> dict[str, Tensor]:
+        """Dropped captions are encoded too, and made zeros after: every process then has a gradient for every weight."""
+        import torch
+
+        told = self._trained_clip.embed(encoders, [caption or "" for caption in captions], device)
+        dropped = torch.tensor([caption is None for caption in captions], device=device)
+        return {name: tensor.masked_fill(dropped.view(-1, *[1] * (tensor.ndim - 1)), 0.0) for name, tensor in told.items()}
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Text, and (original height, width, top, left, target height, width)."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from helpers.config.facts import Facts
+from collections.abc import Iterator
+
+from helpers.config.facts import Facts, Settings
 from helpers.errors import ConfigError
 from helpers.methods.full import FullFineTune
 from helpers.protocols import Parts, Trainable
 
 
+def refusals(settings: Settings) -> Iterator[str]:
+    if settings["train_text_encoder"]:
+        yield "--train_text_encoder goes without --freeze_unet_strategy=bitfit, which trains biases of the network alone; remove one."
+
+
 class BitFit(FullFineTune):
     """A full fine-tune in which the biases are all that moves; it is kept and handed over as one."""
 
-    facts = Facts(name="bitfit", title="BitFit")
+    facts = Facts(name="bitfit", title="BitFit", judge=refusals)
 
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw"  # on float32 weights: few numbers move, and in bfloat16 most of their updates would be lost

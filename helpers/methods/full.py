@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
+from helpers.methods.text_encoders import WEIGHTS_FILE as TEXT_WEIGHTS_FILE
+from helpers.methods.text_encoders import let_move, name_in_files
 from helpers.protocols import Parts, Trainable
 from helpers.storage.atomic import atomic_folder, scratch_folder
 from helpers.storage.tensors import save_tensors
@@ -46,44 +48,84 @@ class FullFineTune:
     def attach(self, parts: Parts) -> Trainable:
         parts.denoiser.requires_grad_(True).train()
         parameters = dict(parts.denoiser.named_parameters())
+        for role, encoder in parts.text_encoders.items():
+            parameters |= let_move(encoder, parts.text_weights, role)
         count = sum(parameter.numel() for parameter in parameters.values())
         dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
-        return Trainable(parts.denoiser, parameters, f"full fine-tune of {count / 1e6:,.1f} M parameters in {dtype}", parts.denoiser_folder)
+        description = f"full fine-tune of {count / 1e6:,.1f} M parameters in {dtype}"
+        return Trainable(parts.denoiser, parameters, description, parts.denoiser_folder, text_encoders=parts.text_encoders)
 
     def network(self, trainable: Trainable) -> Any:
         """What is trained, as the module that is saved."""
         return trainable.denoiser
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write `<role><label>/` (unet, transformer) as diffusers does, so that the folder loads by itself."""
+        """Write `<role><label>/` (unet, transformer) as diffusers does, so that the folder loads by itself; text encoders alike."""
         target = folder / f"{trainable.role}{label}"
         target.mkdir(parents=True)
         network = self.network(trainable)
         network.save_config(target)
-        tensors = {**network.state_dict(), **(weights or {})}
+        tensors = {**network.state_dict(), **trainable.of(trainable.role, weights or {})}
         save_tensors(tensors, target / WEIGHTS_FILE)
-        return [target]
+        return [target, *(self._save_text(trainable, role, folder / f"{role}{label}", weights) for role in trainable.text_encoders)]
+
+    def _save_text(self, trainable: Trainable, role: str, target: Path, weights: Mapping[str, Tensor] | None) -> Path:
+        target.mkdir(parents=True)
+        trainable.text_encoders[role].config.save_pretrained(target)
+        tensors = {name_in_files(name): tensor for name, tensor in _text_tensors(trainable, role, weights).items()}
+        save_tensors(tensors, target / TEXT_WEIGHTS_FILE, {"format": "pt"})
+        return target
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        tensors = load_file(folder / f"{trainable.role}{label}" / WEIGHTS_FILE)
-        return {name: tensors[name] for name in trainable.parameters}
+        stored = load_file(folder / f"{trainable.role}{label}" / WEIGHTS_FILE)
+        tensors = {name: stored[name] for name in trainable.of(trainable.role, trainable.parameters)}
+        for role in trainable.text_encoders:
+            stored = load_file(folder / f"{role}{label}" / TEXT_WEIGHTS_FILE)
+            tensors |= {f"{role}.{name}": stored[name_in_files(name)] for name in trainable.of(role, trainable.parameters)}
+        return tensors
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
-        """Write `pipeline/`, of the average if there is one, with the live denoiser beside it as `<unet|transformer>_live/`."""
+        """Write `pipeline/`, of the average if there is one, with the live networks beside it as `<unet|transformer>_live/` and so on."""
         written = [folder / "pipeline"]
         with scratch_folder(folder, "export") as aside, atomic_folder(folder / "pipeline") as pipeline:
-            [denoiser] = self.save(trainable, aside, average)
+            denoiser, *encoders = self.save(trainable, aside, average)
             self.family.export_pipeline(denoiser, schedule, pipeline)
-            check(pipeline / trainable.role, self.network(trainable), average)
+            for encoder in encoders:
+                shutil.rmtree(pipeline / encoder.name)
+                shutil.copytree(encoder, pipeline / encoder.name)
+            self._check_all(pipeline, trainable, average)
         if average is not None:
-            written.append(folder / f"{trainable.role}_live")
-            with scratch_folder(folder, "export") as aside, atomic_folder(written[-1]) as live:
-                [denoiser] = self.save(trainable, aside)
-                shutil.copytree(denoiser, live, dirs_exist_ok=True)
-                check(live, self.network(trainable), None)
+            with scratch_folder(folder, "export") as aside:
+                self.save(trainable, aside)
+                self._check_all(aside, trainable, None)
+                for role in trainable.modules:
+                    written.append(folder / f"{role}_live")
+                    with atomic_folder(written[-1]) as live:
+                        shutil.copytree(aside / role, live, dirs_exist_ok=True)
         return written
+
+    def _check_all(self, folder: Path, trainable: Trainable, weights: Mapping[str, Tensor] | None) -> None:
+        """Raises RuntimeError unless what lies in `folder` describes these networks and holds their weights to the bit."""
+        check(folder / trainable.role, self.network(trainable), trainable.of(trainable.role, weights or {}))
+        for role in trainable.text_encoders:
+            _check_text(folder / role, trainable, role, weights)
+
+
+def _text_tensors(trainable: Trainable, role: str, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """A text encoder's tensors, of `weights` where these have them."""
+    return {**trainable.text_encoders[role].state_dict(), **trainable.of(role, weights or {})}
+
+
+def _check_text(folder: Path, trainable: Trainable, role: str, weights: Mapping[str, Tensor] | None) -> None:
+    import torch
+
+    kind = type(trainable.text_encoders[role])
+    found = kind.from_pretrained(folder, local_files_only=True, dtype="auto").state_dict()
+    expected = _text_tensors(trainable, role, weights)
+    if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name].cpu()) for name in expected):
+        raise RuntimeError(f"{folder} does not read back as the text encoder that was trained.")
 
 
 def check(folder: Path, network: Any, weights: Mapping[str, Tensor] | None) -> None:

@@ -20,6 +20,7 @@ from helpers.errors import ConfigError
 from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
 from helpers.methods.lora_start import FROM_WEIGHTS, STARTS, first_matrices, read_start, require_same_layers
 from helpers.methods.peft_layout import write_adapter
+from helpers.methods.text_encoders import name_in_files, projections
 from helpers.protocols import Parts, Trainable
 from helpers.storage.atomic import atomic_folder, scratch_folder, write_file
 from helpers.storage.tensors import save_tensors
@@ -48,6 +49,10 @@ def refusals(settings: Settings) -> Iterator[str]:
         yield f"--lora_init_type={kind} begins with a large B A, which --lora_dropout would turn into noise; set --lora_dropout=0."
     if kind == "orthogonal" and isinstance(rank, int) and rank % 2:
         yield f"--lora_init_type=orthogonal splits the rank in two halves; --lora_rank={rank} is odd."
+    if settings["train_text_encoder"] and settings["init_lora"]:
+        yield "--init_lora starts from a LoRA of the network alone; leave out one of it and --train_text_encoder."
+    if settings["train_text_encoder"] and settings["use_dora"]:
+        yield "--use_dora is for the network alone; leave out one of it and --train_text_encoder."
     if kind != "default" and settings["init_lora"]:
         yield f"--init_lora and --lora_init_type={kind} both say what the matrices start from; leave out one of them."
 
@@ -83,18 +88,17 @@ class Lora:
     def attach(self, parts: Parts) -> Trainable:
         from helpers.methods.quantised_base import size_of
 
-        denoiser = parts.denoiser
-        denoiser.requires_grad_(False)
-        total = size_of(denoiser)
-        targets = self._targets(denoiser)
-        self._inject(denoiser, ADAPTER, targets, self.options.lora_dropout)
-        if self.options.lora_init_type in FROM_WEIGHTS:
-            self._inject(denoiser, ORIGIN, targets, dropout=0.0)
-            _use_both(denoiser)
-        denoiser.train()
-        parameters, fixed = self._adapter_parameters(denoiser)
-        if self.options.lora_init_type in STARTS:
-            self._start_from_weights(denoiser)
+        networks = {"": parts.denoiser, **{f"{role}.": encoder for role, encoder in parts.text_encoders.items()}}
+        total = sum(size_of(network) for network in networks.values())
+        parameters: dict[str, nn.Parameter] = {}
+        fixed: dict[str, Tensor] = {}
+        for prefix, network in networks.items():
+            role = prefix.removesuffix(".")
+            everywhere = self.options.lora_algorithm == "locon"
+            targets = projections(parts, role, everywhere) if role else self._targets(network)
+            moving, still = self._adapt(network, targets)
+            parameters |= {prefix + name: parameter for name, parameter in moving.items()}
+            fixed |= {prefix + name: tensor for name, tensor in still.items()}
         if self.start is not None and self.options.init_lora is not None:
             named = {_public_name(name): parameter for name, parameter in parameters.items()}
             require_same_layers(self.options.init_lora, self.start, named)
@@ -102,16 +106,33 @@ class Lora:
                 parameter.data.copy_(self.start[name].reshape(parameter.shape))
         count = sum(parameter.numel() for parameter in parameters.values())
         description = f"{self._title()} rank {self.options.lora_rank}, {count / 1e6:,.2f} M of {total / 1e6:,.1f} M parameters"
-        return Trainable(denoiser, parameters, description, parts.denoiser_folder, fixed)
+        return Trainable(parts.denoiser, parameters, description, parts.denoiser_folder, fixed, parts.text_encoders)
+
+    def _adapt(self, network: Any, targets: list[str]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        """Put the adapter beside some layers of a network. => what moves, and what stands still beside it."""
+        network.requires_grad_(False)
+        self._inject(network, ADAPTER, targets, self.options.lora_dropout)
+        if self.options.lora_init_type in FROM_WEIGHTS:
+            self._inject(network, ORIGIN, targets, dropout=0.0)
+            _use_both(network)
+        network.train()
+        parameters, fixed = self._adapter_parameters(network)
+        if self.options.lora_init_type in STARTS:
+            self._start_from_weights(network)
+        return parameters, fixed
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
         """Write diffusers' layout, beside it kohya's where the family has one, peft's where no pipeline loads it. All are read back."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._adapter_tensors(trainable, weights or trainable.parameters)
-        metadata = {f"{trainable.role}.{key}": value for key, value in self._metadata(trainable).items()}
+        metadata = {
+            f"{role}.{key}": value
+            for role, network in trainable.modules.items()
+            for key, value in self._metadata(trainable, network).items()
+        }
         path = folder / f"{WEIGHTS_NAME}{label}.safetensors"
         header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
-        save_tensors({f"{trainable.role}.{name}": tensor for name, tensor in tensors.items()}, path, header)
+        save_tensors({_name_in_file(trainable, name): tensor for name, tensor in tensors.items()}, path, header)
         self._check(path, tensors)
         if kohya := to_kohya(tensors, self.factor, self.family.kohya_name):
             copy = folder / f"{WEIGHTS_NAME}{label}.kohya.safetensors"
@@ -119,7 +140,7 @@ class Lora:
             self._check_kohya(copy, tensors, kohya)
             return [path, copy]
         if not self.family.loads_lora:
-            return [path, write_adapter(folder / f"{WEIGHTS_NAME}{label}.peft", tensors, self._metadata(trainable))]
+            return [path, write_adapter(folder / f"{WEIGHTS_NAME}{label}.peft", tensors, self._metadata(trainable, trainable.denoiser))]
         return [path]
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
@@ -130,7 +151,7 @@ class Lora:
         rank = self.options.lora_rank
         weights: dict[str, Tensor] = {}
         for name in [*trainable.parameters, *trainable.fixed]:
-            both = stored[f"{trainable.role}.{_public_name(name)}"]
+            both = stored[_name_in_file(trainable, _name_of(trainable, name))]
             if trainable.fixed:
                 along = 0 if ".lora_A." in name else 1
                 both = both.narrow(along, 0 if f".{ADAPTER}." in name else rank, rank).contiguous()
@@ -223,19 +244,21 @@ class Lora:
         """By peft's names in files; the pair that stands still stands behind the one that moves."""
         import torch
 
-        tensors = {_public_name(name): weights[name].detach().float() for name in trainable.parameters}
+        tensors = {_name_of(trainable, name): weights[name].detach().float() for name in trainable.parameters}
         for name, still in trainable.fixed.items():
-            public = _public_name(name)
+            public = _name_of(trainable, name)
             tensors[public] = torch.cat((tensors[public], still.detach().to(tensors[public].device)), 0 if ".lora_A." in name else 1)
         return tensors
 
-    def _metadata(self, trainable: Trainable) -> dict[str, object]:
+    def _metadata(self, trainable: Trainable, network: Any) -> dict[str, object]:
         """Rank, alpha and targets as peft describes them: without these a loader takes alpha to be the rank.
 
         Dropout is for training: diffusers would switch it on again for whoever loads the file, in networks left in training mode. So is
         how the matrices began: peft would begin again.
         """
-        described = trainable.denoiser.peft_config[ADAPTER].to_dict()
+        described = network.peft_config[ADAPTER].to_dict()
+        if network is not trainable.denoiser:  # the endings of names that this transformers and older ones share
+            described["target_modules"] = {name.removeprefix("text_model.") for name in described["target_modules"]}
         described |= {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}
         if trainable.fixed:
             rank = 2 * self.options.lora_rank
@@ -309,6 +332,19 @@ def _public_name(parameter: str) -> str:
     module, ending = split_name(parameter)
     kind = ending.partition(".")[0]
     return f"{module}.{kind}" if kind == "lora_magnitude_vector" else f"{module}.{kind}.weight"
+
+
+def _name_of(trainable: Trainable, parameter: str) -> str:
+    """`_public_name`; a text encoder's begins with its role, and has the level that files have."""
+    for role in trainable.text_encoders:
+        if parameter.startswith(f"{role}."):
+            return f"{role}.{name_in_files(_public_name(parameter.removeprefix(f'{role}.')))}"
+    return _public_name(parameter)
+
+
+def _name_in_file(trainable: Trainable, name: str) -> str:
+    """In diffusers' layout every name begins with a role."""
+    return name if name.startswith(tuple(f"{role}." for role in trainable.text_encoders)) else f"{trainable.role}.{name}"
 
 
 def _use_both(denoiser: nn.Module) -> None:

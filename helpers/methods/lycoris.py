@@ -35,6 +35,8 @@ def refusals(settings: Settings) -> Iterator[str]:
     kind = str(settings["lora_algorithm"])
     title = TITLES.get(kind, kind)
     yield from refused_by_adapters(settings)
+    if settings["train_text_encoder"]:
+        yield f"--train_text_encoder needs --lora_algorithm=lora or locon; {settings['lora_algorithm']} trains the network alone."
     if settings["use_dora"]:
         yield f"--use_dora is for LoRA and LoCon; leave it out, or use --lora_algorithm=lora instead of {kind}."
     if settings["lora_init_type"] != "default":

@@ -19,6 +19,8 @@ from helpers.training.schedules import Schedule
 if TYPE_CHECKING:
     from helpers.config.options import OptimizerOptions
 
+OF_TEXT = "/text/"  # before the names of the text encoders' optimiser's tensors in checkpoints
+
 
 @dataclass(frozen=True)
 class Update:
@@ -39,6 +41,9 @@ class Engine:
     The loss of a step is sum(weight x loss) over its samples divided by the samples of the *global* step, so a short
     micro-batch weighs what it holds. Samples that were planned and could not be had do not count. Accumulation is driven here: the
     gradients of all but the last micro-batch stay local.
+
+    Text encoders that are trained have an optimiser of their own: its rate is the schedule's times `text_rate`, and from step
+    `text_stop` on, counted from 0, it takes no more steps. The gradient is clipped as one over all networks.
     """
 
     def __init__(
@@ -48,15 +53,26 @@ class Engine:
         options: OptimizerOptions,
         schedule: Schedule,
         gradient_precision: str = "unmodified",
+        text_rate: float = 1.0,
+        text_stop: int = 0,
     ) -> None:
         self.runtime = runtime
         self.options = options
         self.schedule = schedule
         self.parameters: Mapping[str, nn.Parameter] = trainable.parameters
         self.accelerator = runtime.accelerator
-        trainable.denoiser.to(runtime.device)
-        self.optimizer = NamedOptimizer(options, trainable.parameters, schedule.rate)
+        self.text_rate, self.text_stop = text_rate, text_stop
+        for module in trainable.modules.values():
+            module.to(runtime.device)
+        roles = tuple(f"{role}." for role in trainable.text_encoders)
+        text = {name: parameter for name, parameter in trainable.parameters.items() if name.startswith(roles)}
+        denoiser = {name: parameter for name, parameter in trainable.parameters.items() if name not in text}
+        self.optimizer = NamedOptimizer(options, denoiser, schedule.rate)
+        self.text_optimizer = NamedOptimizer(options, text, schedule.rate * text_rate) if text else None
         self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser)
+        self.text_encoders: dict[str, nn.Module] = {
+            role: self.accelerator.prepare_model(module) for role, module in trainable.text_encoders.items()
+        }
         in_fewer_bits = [parameter for parameter in self.parameters.values() if parameter.dtype != torch.float32]
         self._sums = Float32Gradients(self.parameters.values()) if gradient_precision == "fp32" and in_fewer_bits else None
         self._samples = 0
@@ -69,7 +85,9 @@ class Engine:
         Processes share gradients in the backward pass of the last one, and DDP wants to know of it before the forward pass.
         """
         shared = last and self._sums is None  # sums in float32 are shared when they are complete
-        with contextlib.nullcontext() if shared else self.accelerator.no_sync(self.denoiser):
+        with contextlib.ExitStack() as local:
+            for module in () if shared else (self.denoiser, *self.text_encoders.values()):
+                local.enter_context(self.accelerator.no_sync(module))
             yield
 
     def backward(self, losses: Tensor, weights: Tensor, global_samples: int, samples: int | None = None) -> None:
@@ -94,8 +112,10 @@ class Engine:
         if self._sums is not None:
             self._sums.give(self.runtime.world_size)
         scaler = self.accelerator.scaler
+        moving = [self.optimizer, *([self.text_optimizer] if self.text_optimizer and step < self.text_stop else [])]
         if scaler is not None:
-            scaler.unscale_(self.optimizer.over_gradients)
+            for optimizer in moving:
+                scaler.unscale_(optimizer.over_gradients)
         grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
         finite = bool(torch.isfinite(grad_norm))
@@ -111,21 +131,36 @@ class Engine:
         taken = not bad and finite_loss and samples > 0
         if taken:
             self.runtime.seed("rounding", seed, step)  # the same on every process: each updates its own copy of the weights
-            self.optimizer.step(self.schedule(updates))
+            for optimizer in moving:
+                optimizer.step(self.schedule(updates) * (self.text_rate if optimizer is self.text_optimizer else 1.0))
         if scaler is not None:
             scaler.update()  # halves the scale where `unscale_` met an overflow
-        self.optimizer.zero_grad()
+        for optimizer in moving:
+            optimizer.zero_grad()
         self._loss.zero_()
         self._samples = 0
         return Update(loss_sum / max(samples, 1), int(samples), float(grad_norm), learning_rate, taken, finite_loss, bool(stop))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, all weights are the average that a schedule-free optimiser means."""
+        with self.optimizer.averaged(), self.text_optimizer.averaged() if self.text_optimizer else contextlib.nullcontext():
+            yield
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Optimiser tensors by name, and the numbers beside them, for a checkpoint."""
         tensors, numbers = self.optimizer.state()
         scaler = self.accelerator.scaler
-        return tensors, {"optimizer": numbers, "scaler": scaler.state_dict() if scaler is not None else None}
+        others = {"scaler": scaler.state_dict() if scaler is not None else None}
+        if self.text_optimizer:
+            of_text, others["text_optimizer"] = self.text_optimizer.state()
+            tensors |= {OF_TEXT + name: tensor for name, tensor in of_text.items()}
+        return tensors, {"optimizer": numbers, **others}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        self.optimizer.restore(tensors, numbers["optimizer"])
+        of_text = {name.removeprefix(OF_TEXT): tensor for name, tensor in tensors.items() if name.startswith(OF_TEXT)}
+        self.optimizer.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(OF_TEXT)}, numbers["optimizer"])
+        if self.text_optimizer:
+            self.text_optimizer.restore(of_text, numbers["text_optimizer"])
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])

@@ -31,7 +31,7 @@ class Learner:
 
     def write_weights(self, folder: Path) -> None:
         """The live weights, or the average that the optimiser means, and the EMA beside them, in the files that other tools load."""
-        with self.engine.optimizer.averaged():
+        with self.engine.averaged():
             self.method.save(self.trainable, folder)
         if self.average is not None:
             self.method.save(self.trainable, folder, self.average.shadow, EMA_LABEL)
@@ -45,10 +45,10 @@ class Learner:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the network runs on the average, where there is one: the EMA's or the optimiser's."""
-        return self.average.swapped_in() if self.average is not None else self.engine.optimizer.averaged()
+        return self.average.swapped_in() if self.average is not None else self.engine.averaged()
 
     def export(self, folder: Path, schedule: Mapping[str, Any]) -> list[Path]:
         """Write what the user came for: the average where there is one, with the live weights beside it."""
         shadow: Mapping[str, Tensor] | None = self.average.shadow if self.average is not None else None
-        with self.engine.optimizer.averaged():
+        with self.engine.averaged():
             return self.method.export(self.trainable, folder, schedule, shadow)

@@ -65,7 +65,7 @@ def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) 
             keys = seen.get(sample.dataset, set())
             if not batch.stands_in and len(keys) < counts.get(sample.dataset, 0) and sample.key not in keys:
                 keys.add(sample.key)
-                text = {name: tensor[index] for name, tensor in batch.text.items()}
+                text = {name: tensor[index] for name, tensor in batch.text.items()} or None  # of trained encoders there is none to keep
                 condition = None if batch.condition is None else batch.condition[index]
                 found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text, condition)
     return found
@@ -178,7 +178,7 @@ class Validator:
         """Write the pictures of a step and return them. An asked-for stop ends it after the picture at hand."""
         self.folder.mkdir(parents=True, exist_ok=True)
         images = []
-        with undisturbed(trainable.denoiser), torch.no_grad(), self.family.image_codec(self.runtime.device) as codec:
+        with undisturbed(*trainable.modules.values()), torch.no_grad(), self.family.image_codec(self.runtime.device) as codec:
             for prompt, size, index in self._wanted():
                 if self.runtime.stop.asked:
                     break

@@ -30,6 +30,7 @@ GUIDES = [
     "documentation/DEEPFLOYD.md",
     "documentation/DATALOADER.md",
     "documentation/OPTIMIZERS.md",
+    "documentation/TEXT_ENCODER.md",
     "documentation/OBJECTIVES.md",
     "documentation/MEMORY.md",
     "documentation/ARCHITECTURE.md",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -25,12 +25,54 @@ _CLIP_LAYER = {
 }
 
 
-def write_single_file(model: Path, path: Path) -> Path:
-    """Write the model of a diffusers folder as one file => the file."""
+# Of a transformer of Stable Diffusion 3: modules outside its blocks, and in a block those of the picture and of the text.
+_MMDIT = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_MMDIT_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+}
+_MMDIT_QKV = {  # three matrices, which are one there
+    "x_block.attn.qkv": [f"attn.to_{side}" for side in "qkv"],
+    "context_block.attn.qkv": [f"attn.add_{side}_proj" for side in "qkv"],
+    "x_block.attn2.qkv": [f"attn2.to_{side}" for side in "qkv"],
+}
+_SD3_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+
+
+def write_single_file(model: Path, path: Path, without: Collection[str] = ()) -> Path:
+    """Write the model of a diffusers folder as one file => the file. `without` names text encoders of Stable Diffusion 3 to leave out."""
     parts = {path.name for path in model.iterdir()}
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in _unet(model / "unet")}
+    network = _mmdit(model / "transformer") if "transformer" in parts else _unet(model / "unet")
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in network}
     tensors |= {f"first_stage_model.{name}": tensor for name, tensor in _vae(model / "vae")}
-    if {"text_encoder", "text_encoder_2"} <= parts:
+    if "transformer" in parts:
+        for part in (parts & _SD3_ENCODERS.keys()) - set(without):
+            tensors |= {
+                f"text_encoders.{_SD3_ENCODERS[part]}.transformer.{name}": tensor for name, tensor in _weights(model / part).items()
+            }
+    elif {"text_encoder", "text_encoder_2"} <= parts:
         tensors |= {f"conditioner.embedders.0.transformer.{name}": tensor for name, tensor in _clip(model / "text_encoder")}
         tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in _open_clip(model / "text_encoder_2")}
     elif "text_encoder_2" in parts:
@@ -55,6 +97,29 @@ def _unet(folder: Path) -> Iterator[tuple[str, Tensor]]:
         module, _, kind = name.rpartition(".")
         original = "out.0" if module == "conv_norm_out" else original_name(module, config["layers_per_block"], attention)
         yield f"{original}.{kind}", tensor
+
+
+def _mmdit(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    weights = _weights(folder)
+    last = json.loads((folder / "config.json").read_text())["num_layers"] - 1
+    yield "pos_embed", weights["pos_embed.pos_embed"]
+    for name, tensor in weights.items():
+        module, _, kind = name.rpartition(".")
+        if module in (
+            "norm_out.linear",
+            f"transformer_blocks.{last}.norm1_context.linear",
+        ):  # scale before shift, which are the other way there
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        if module in _MMDIT:
+            yield f"{_MMDIT[module]}.{kind}", tensor
+        elif (match := re.match(r"transformer_blocks\.(\d+)\.(.+)", module)) and match[2] in _MMDIT_BLOCK:
+            yield f"joint_blocks.{match[1]}.{_MMDIT_BLOCK[match[2]]}.{kind}", tensor
+    for block in range(last + 1):
+        for original, sides in _MMDIT_QKV.items():
+            for kind in ("weight", "bias"):
+                names = [f"transformer_blocks.{block}.{side}.{kind}" for side in sides]
+                if names[0] in weights:
+                    yield f"joint_blocks.{block}.{original}.{kind}", torch.cat([weights[name] for name in names])
 
 
 def _vae(folder: Path) -> Iterator[tuple[str, Tensor]]:

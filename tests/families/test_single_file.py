@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +19,59 @@ from tests.families.conftest import CPU, Tried, family_name, open_family
 from tests.families.original_layout import write_single_file
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sdxl_refiner"])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sdxl_refiner", "sd3", "sd35"])
 def test_a_single_file_predicts_what_its_folder_predicts(name: str, miniature: Callable[[str], Path], tmp_path: Path) -> None:
-    folder, cache = miniature(name), tmp_path / "cache"
+    folder = miniature(name)
     if name == "sdxl":  # diffusers tells its two encoders apart by their width
         folder = write_sdxl(tmp_path / "sdxl", sizes=SdxlSizes(text_2_width=48))
-    file = write_single_file(folder, tmp_path / "model.safetensors")
+    elif family_name(name) == "sd3":
+        folder = as_released(folder, tmp_path / "sd3")
+    require_same_answers(name, write_single_file(folder, tmp_path / "model.safetensors"), folder, tmp_path / "cache")
+
+
+def as_released(folder: Path, target: Path) -> Path:
+    """A miniature of Stable Diffusion 3 whose first encoder projects nothing, which is why files do not hold that projection."""
+    shutil.copytree(folder, target)
+    weights = target / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["text_projection.weight"] = torch.eye(len(tensors["text_projection.weight"]))
+    save_file(tensors, weights, {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    "lacking", [("text_encoder_3",), ("text_encoder", "text_encoder_2"), ("text_encoder", "text_encoder_2", "text_encoder_3")]
+)
+def test_encoders_that_a_file_of_stable_diffusion_3_lacks_come_from_the_folder_beside_it(
+    lacking: tuple[str, ...], miniature: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = as_released(miniature("sd3"), tmp_path / "sd3")
+    require_same_answers("sd3", write_single_file(folder, tmp_path / "model.safetensors", lacking), folder, tmp_path / "cache")
+
+
+def test_a_file_of_stable_diffusion_3_does_without_t5_where_there_is_none(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    """And is made anew when the folder beside it brings T5 after all."""
+    folder = as_released(miniature("sd3"), tmp_path / "sd3")
+    file = write_single_file(folder, tmp_path / "model.safetensors", ["text_encoder_3"])
+    shutil.move(folder / "text_encoder_3", tmp_path / "aside")
+    require_same_answers("sd3", file, folder, tmp_path / "cache")
+    [made] = (tmp_path / "cache" / "converted").iterdir()
+    assert not (made / "text_encoder_3").exists()
+    shutil.move(tmp_path / "aside", folder / "text_encoder_3")
+    require_same_answers("sd3", file, folder, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("config", "lacking"), [(False, "text_encoder and text_encoder_2"), (True, "text_encoder_2")])
+def test_a_clip_encoder_that_is_in_neither_is_named(config: bool, lacking: str, miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = as_released(miniature("sd3"), tmp_path / "sd3")
+    file = write_single_file(folder, tmp_path / "model.safetensors", ["text_encoder", "text_encoder_2"])
+    (folder / "text_encoder_2" / "model.safetensors").unlink()
+    said = refusal(file, tmp_path, folder if config else None, "sd3")
+    assert f"is without the text encoders of Stable Diffusion 3 ({lacking} of" in said
+    assert "with --single_file_config a model folder on this machine that has them" in said
+
+
+def require_same_answers(name: str, file: Path, folder: Path, cache: Path) -> None:
     single = Tried(name, file, open_family(family_name(name), file, cache, single_file_config=str(folder)))
     whole = Tried(name, folder, open_family(family_name(name), folder, cache))
     answers = []
@@ -51,10 +99,10 @@ def test_a_file_is_converted_once_and_again_when_it_changes(miniature: Callable[
     assert len(found()) == 2
 
 
-def refusal(path: Path, tmp_path: Path, config: Path | None = None) -> str:
+def refusal(path: Path, tmp_path: Path, config: Path | None = None, family: str = "sdxl") -> str:
     options = ModelOptions(pretrained_model_name_or_path=str(path), single_file_config=str(config) if config else None)
     with pytest.raises(ModelError) as caught:
-        recognise("sdxl", options, dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
+        recognise(family, options, dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
     return str(caught.value)
 
 

@@ -105,8 +105,9 @@ def step_of(*micro_batches: tuple[list[float], float]) -> float:
     model, samples = network(), sum(len(values) for values, _ in micro_batches)
     steps = engine(model)
     for number, (values, weight) in enumerate(micro_batches):
-        moves = losses(steps.denoiser, slice(0, 1)) * 0  # so that there is a gradient
-        steps.backward(moves + torch.tensor(values), torch.full((len(values),), weight), samples, last=number == len(micro_batches) - 1)
+        with steps.micro_batch(last=number == len(micro_batches) - 1):
+            moves = losses(steps.denoiser, slice(0, 1)) * 0  # so that there is a gradient
+            steps.backward(moves + torch.tensor(values), torch.full((len(values),), weight), samples)
     return steps.step(seed=1, step=0, updates=0, global_samples=samples).loss
 
 

@@ -35,7 +35,8 @@ class ModelOptions:
     )
     single_file_config: str | None = option(
         None,
-        "For a base model in one .safetensors file: a model folder or hub name of the same kind, whose settings and tokenizers it shares.",
+        "For a base model in one .safetensors file: a model folder or hub name of the same kind, whose settings and tokenizers it shares. "
+        "From a folder, text encoders that a file of Stable Diffusion 3 lacks are taken too.",
         default_text="the model on the hub that diffusers takes the file for",
     )
     model_type: str = option(
@@ -135,20 +136,29 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class TextEncoderOptions:
-    """Text encoder training: the later layers of a CLIP text encoder."""
+    """Text encoder training: CLIP's encoders learn beside the network, and captions are encoded in every step."""
 
-    train_text_encoder: bool = option(False, "Train the text encoder too.", not_yet=True)
-    text_encoder_lr: float | None = option(
-        None, "Learning rate of the text encoder.", above=0, not_yet=True, default_text="--learning_rate"
+    train_text_encoder: bool = option(
+        False,
+        "Train the text encoders too: all or some layers of Stable Diffusion 1 and 2 (full), adapters of theirs and SDXL's (lora)."
+        " No caption is cached then.",
     )
-    freeze_encoder: bool = option(True, "Freeze a part of the text encoder.", not_yet=True)
+    text_encoder_lr: float | None = option(
+        None,
+        "Highest learning rate of the text encoders; it follows the same schedule.",
+        above=0,
+        default_text="--learning_rate",
+    )
+    freeze_encoder: bool = option(True, "Leave a part of the text encoder as it is (full); false trains all of it.")
     freeze_encoder_strategy: str = option(
         "after",
-        "Which layers stay frozen.",
+        "Layers that stay frozen, counted from 0: those before --freeze_encoder_before, after --freeze_encoder_after, between the two"
+        " (both included), or outside them. Embeddings lie before the first layer, the final norm after the last.",
         env="TEXT_ENCODER_FREEZE_STRATEGY",
         choices=("before", "between", "after", "outside"),
-        not_yet=True,
     )
-    freeze_encoder_before: int = option(12, "Lower layer bound.", env="TEXT_ENCODER_FREEZE_BEFORE", not_yet=True)
-    freeze_encoder_after: int = option(17, "Upper layer bound.", env="TEXT_ENCODER_FREEZE_AFTER", not_yet=True)
-    text_encoder_limit: int = option(25, "Percentage of the run after which the text encoder stops training.", not_yet=True)
+    freeze_encoder_before: int = option(12, "Lower layer bound of --freeze_encoder_strategy.", env="TEXT_ENCODER_FREEZE_BEFORE", at_least=0)
+    freeze_encoder_after: int = option(17, "Upper layer bound of --freeze_encoder_strategy.", env="TEXT_ENCODER_FREEZE_AFTER", at_least=0)
+    text_encoder_limit: int = option(
+        25, "Percentage of the run's steps after which the text encoders stop training; from 100 on they never do.", at_least=1
+    )

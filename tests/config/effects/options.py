@@ -36,6 +36,7 @@ from tests.config.effects.sights import (
     lora_modules,
     lora_ranks,
     losses,
+    moved_layers,
     new_folders,
     notes,
     of_samples,
@@ -57,6 +58,7 @@ from tests.config.effects.sights import (
     steps_with_copies,
     target_of_an_image,
     timesteps_below,
+    trained_roles,
 )
 
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
@@ -77,6 +79,16 @@ HALF = "--timestep_bias_portion=0.5"
 SD3_MODEL = "--pretrained_model_name_or_path=sd3"
 SD3 = ("--model_family=sd3", SD3_MODEL)
 MODE = "--weighting_scheme=mode"
+
+LIVE = ("--train_text_encoder", "--text_encoder_limit=100")
+LIVE_FULL = (
+    *LIVE,
+    "--model_family=sd2x",
+    "--pretrained_model_name_or_path=sd1",
+    "--model_type=full",
+    "--freeze_encoder_before=1",
+    "--freeze_encoder_after=1",
+)
 
 MODEL = {
     "model_family": Effect(refusal, ["sdxl", "sd2x", "sd3"]),
@@ -116,6 +128,20 @@ ADAPTER = {
     "init_lora": Effect(losses, ["none", "lora_0.safetensors", "lora_1.safetensors"]),
     "use_dora": Effect(losses, ["false", "true"]),
     "lokr_factor": Effect(losses, ["2", "4"], ("--lora_algorithm=lokr",)),
+}
+
+TEXT_ENCODER = {
+    "train_text_encoder": Effect(trained_roles, {"false": {"unet"}, "true": {"unet", "text_encoder", "text_encoder_2"}}),
+    "text_encoder_lr": Effect(losses, ["1e-3", "1e-1"], LIVE),
+    "freeze_encoder": Effect(moved_layers, {"false": {-1, 0, 1, "norm"}, "true": {-1, 0, 1}}, LIVE_FULL),
+    "freeze_encoder_strategy": Effect(
+        moved_layers,
+        {"before": {1, "norm"}, "after": {-1, 0, 1}, "between": {-1, 0, "norm"}, "outside": {1}},
+        LIVE_FULL,
+    ),
+    "freeze_encoder_before": Effect(moved_layers, {"0": {0, 1}, "1": {1}}, (*LIVE_FULL, "--freeze_encoder_strategy=outside")),
+    "freeze_encoder_after": Effect(moved_layers, {"0": {-1, 0}, "1": {-1, 0, 1}}, LIVE_FULL),
+    "text_encoder_limit": Effect(losses, ["1", "100"], ("--train_text_encoder",)),
 }
 
 OBJECTIVE = {
@@ -363,6 +389,7 @@ LAUNCH = {
 OPTION_EFFECTS: dict[str, Effect] = {
     **MODEL,
     **ADAPTER,
+    **TEXT_ENCODER,
     **OBJECTIVE,
     **DATA,
     **CACHE,

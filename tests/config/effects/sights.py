@@ -68,6 +68,23 @@ def lora_modules(lab: Lab, flags: Flags) -> object:
     return {name.rsplit(".lora_", 1)[0].removesuffix(".0").rsplit(".", 1)[1] for name in _tensors(lab.run(flags).folder / LORA)}
 
 
+def trained_roles(lab: Lab, flags: Flags) -> object:
+    """The networks that a LoRA file is for."""
+    return {name.partition(".")[0] for name in _tensors(lab.run(flags).folder / LORA)}
+
+
+def moved_layers(lab: Lab, flags: Flags) -> object:
+    """Layers of the text encoder that training changed: -1 are the embeddings, "norm" is what follows the last."""
+    base = _tensors(lab.folder / "sd1" / "text_encoder" / "model.safetensors")
+    moved: set[object] = set()
+    for name, tensor in _tensors(lab.run(flags).folder / "pipeline" / "text_encoder" / "model.safetensors").items():
+        plain = name.removeprefix("text_model.")
+        if not torch.equal(tensor, base[name] if name in base else base[plain]):
+            kind, _, rest = plain.removeprefix("encoder.").partition(".")
+            moved.add({"embeddings": -1, "layers": int(rest[0]) if rest[0].isdigit() else None}.get(kind, "norm"))
+    return moved
+
+
 def full_weights_dtype(lab: Lab, flags: Flags) -> object:
     return {tensor.dtype for tensor in _tensors(next((lab.run(flags).folder / "pipeline" / "unet").glob("*.safetensors"))).values()}
 
