@@ -43,6 +43,7 @@ MODEL = ROOT / "demo" / "model"
 STARS = ROOT / "demo" / "concept"
 HELD_OUT_SEED = 20_000  # of drawn scenes that no training set has
 REFINED_SHARE = 0.2  # of the schedule, that the refiner and the second expert are for
+WORD = "cat"  # one token of the vocabulary, under which nothing was ever drawn
 BLUR_PX = 2.0  # what the refiner is to put right
 
 EVERYWHERE = "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,time_emb_proj"
@@ -108,14 +109,14 @@ class Bench:
         drawn, pairs = random.Random(1), sorted({(star.foreground, star.background) for star in all_stars(1)} - held_out_pairs())
         return self.written("stars", [random_scene(drawn, (CONCEPT,), pairs[number % len(pairs)]) for number in range(count)])
 
-    def written(self, name: str, scenes: Sequence[Scene], captioned: bool = True) -> Path:
-        """A folder with these scenes, each with its caption beside it."""
+    def written(self, name: str, scenes: Sequence[Scene], captioned: bool = True, shape: str = "") -> Path:
+        """A folder with these scenes, each with its caption beside it, in which `shape` may be the word for what they show."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         for number, scene in enumerate(scenes):
             draw(scene).save(folder / f"{number:05}.png")
             if captioned:
-                (folder / f"{number:05}.txt").write_text(scene.caption, encoding="utf-8")
+                (folder / f"{number:05}.txt").write_text(dataclasses.replace(scene, shape=shape or scene.shape).caption, encoding="utf-8")
         return folder
 
 
@@ -325,6 +326,22 @@ def controlnet(bench: Bench) -> Iterator[Figure]:
     yield from gain("ControlNet, overlap with the silhouette", before, overlap(asked, following(output / "controlnet", asked)), 0.75)
 
 
+def text_encoders(bench: Bench) -> Iterator[Figure]:
+    """A new word for a shape that is known, by adapters of the text encoders: the network all but stands still."""
+    drawn, pairs = random.Random(3), sorted(set(itertools.permutations(COLOURS, 2)) - held_out_pairs())
+    scenes = [random_scene(drawn, ("circle",), pairs[number % len(pairs)]) for number in range(400)]
+    pictures = bench.written("circles", scenes, shape=WORD)
+    still: dict[str, Any] = {"learning_rate": 1e-7, "lr_end": 1e-8, "lr_scheduler": "constant_with_warmup"}
+    taught: dict[str, Any] = {"train_text_encoder": True, "text_encoder_lr": 2e-3, "text_encoder_limit": 100}
+    output = bench.train("text-encoders", pictures, steps=300, model_type="lora", **still, **taught)
+    circles = [Scene("circle", *pair) for pair in sorted(held_out_pairs()) for _ in range(3)]
+    asked = [dataclasses.replace(scene, shape=WORD) for scene in circles]
+    before, after = (
+        share_right(circles, check.generate(MODEL, asked, lora=lora)) for lora in (None, output / "pytorch_lora_weights.safetensors")
+    )
+    yield from gain(f"text encoders, {WORD!r} is a circle", before, after, 0.5)
+
+
 def silhouette(scene: Scene) -> Scene:
     """White where the shape is, black elsewhere."""
     return dataclasses.replace(scene, foreground="white", background="black")
@@ -364,6 +381,7 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Figure]]] = {
     "experts": experts,
     "refiner": refiner,
     "controlnet": controlnet,
+    "text_encoders": text_encoders,
 }
 
 

@@ -206,6 +206,9 @@ def _libraries(chosen: Chosen) -> Iterator[str]:
         module, package = _LIBRARIES.get(name, ("", ""))
         if module and importlib.util.find_spec(module) is None:
             yield f"{_origin(chosen, 'report_to')}: {name} needs the library {package}; .venv/bin/pip install {package}, or choose another."
+    if chosen["base_quantization"].value == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        remedy = ".venv/bin/pip install '.[8bit]'"
+        yield f"{_origin(chosen, 'base_quantization')}: nf4 needs the library bitsandbytes; {remedy}, or choose int8."
     yield from missing_library(chosen)
 
 

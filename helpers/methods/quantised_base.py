@@ -7,8 +7,8 @@
 | `nf4` | one of 16 numbers that a normal distribution fills evenly, times the largest of its 64 (QLoRA: Dettmers et al., 2023) | 4.25 |
 
 A layer's weights are made full again each time they are used, once on the way forward and once for the gradient that flows through them
-to what is trained. It takes nothing but torch. What is not inside a block (the first and last layers, the embeddings of time and text)
-stays as it is: few weights, and every signal passes through them.
+to what is trained. Numbers of 8 bits are torch's own, nf4 is bitsandbytes'. What is not inside a block (the first and last layers, the
+embeddings of time and text) stays as it is: few weights, and every signal passes through them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from helpers.errors import ConfigError
 
 LARGEST_INT8, LARGEST_FLOAT8 = 127.0, 448.0  # the latter of torch.float8_e4m3fn
 TOGETHER = 64  # weights that share a scale in nf4
-NF4_TAIL = 0.9677083  # half-way between 1 - 1/30 and 1 - 1/32, the probabilities that its outermost numbers stand for
 
 
 @dataclass(frozen=True)
@@ -144,32 +143,18 @@ def _unpack_float8(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: tor
     return packed.view(torch.float8_e4m3fn).to(dtype) * scales.to(dtype)
 
 
-def nf4_numbers() -> Tensor:
-    """(16,) float32, ascending from -1 to 1, 0 among them: quantiles of the normal distribution (QLoRA, section 3)."""
-    above = torch.special.ndtri(torch.linspace(NF4_TAIL, 0.5, 9, dtype=torch.float64)[:-1])
-    below = -torch.special.ndtri(torch.linspace(NF4_TAIL, 0.5, 8, dtype=torch.float64)[:-1])
-    numbers = torch.cat((below, torch.zeros(1, dtype=torch.float64), above.flip(0)))
-    return (numbers / numbers.max()).float()
-
-
-_NF4 = nf4_numbers()
-_BETWEEN = (_NF4[1:] + _NF4[:-1]) / 2
-_PAIRS = torch.cartesian_prod(_NF4, _NF4)  # (256, 2): the two weights of each byte
-
-
 def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes (groups, 32) and float16 scales (groups, 1), in the order of rows; the last group is filled up with zeros."""
-    flat = weight.flatten()
-    groups = functional.pad(flat, (0, -len(flat) % TOGETHER)).view(-1, TOGETHER)
-    scales = groups.abs().amax(1, keepdim=True).half().clamp_min(torch.finfo(torch.float16).tiny)
-    places = torch.bucketize(groups / scales.float(), _BETWEEN.to(weight.device)).to(torch.uint8)
-    return places[:, 0::2] * 16 + places[:, 1::2], scales
+    """Bytes and float16 scales, in the order of rows."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight, blocksize=TOGETHER, quant_type="nf4", compress_statistics=False)
+    return packed, state.absmax.half()
 
 
 def _unpack_nf4(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    pairs = _PAIRS.to(packed.device, dtype).index_select(0, packed.flatten().int())
-    full = pairs.view(len(packed), TOGETHER) * scales.to(dtype)
-    return full.flatten()[: shape.numel()].view(shape)
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    return dequantize_4bit(packed, QuantState(scales.float(), shape, None, TOGETHER, "nf4", dtype))
 
 
 KINDS: Mapping[str, Kind] = {

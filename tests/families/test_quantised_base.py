@@ -17,7 +17,7 @@ from helpers.config.options import AdapterOptions
 from helpers.errors import ConfigError
 from helpers.methods.lora import Lora
 from helpers.methods.lycoris import Lycoris
-from helpers.methods.quantised_base import KINDS, QuantisedLinear, bytes_of, nf4_numbers, quantise, size_of, try_quantisation
+from helpers.methods.quantised_base import QuantisedLinear, bytes_of, quantise, size_of, try_quantisation
 from helpers.protocols import Trainable
 from tests.families.conftest import CPU, Tried, open_family
 
@@ -193,18 +193,6 @@ def test_no_weights_become_anything_but_numbers(kind: str, weights: torch.Tensor
     plain = nn.Linear(5, 3)
     plain.weight.data.copy_(weights)
     assert torch.allclose(QuantisedLinear(plain, kind, CPU).weight, weights, rtol=1e-3, atol=1e-8)
-
-
-def test_four_bits_are_those_of_bitsandbytes() -> None:
-    """Whose scales are float32: where the rounding of ours to float16 decides, a weight may be a neighbour."""
-    library = pytest.importorskip("bitsandbytes.functional")
-    assert torch.allclose(nf4_numbers(), library.get_4bit_type("nf4", "cpu"), atol=1e-6)
-    weight = 0.03 * torch.randn(96, 128, generator=torch.Generator().manual_seed(3))
-    packed, scales = KINDS["nf4"].pack(weight)
-    expected, state = library.quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
-    assert (packed.flatten() != expected.flatten()).float().mean() < 0.005
-    full = KINDS["nf4"].unpack(packed, scales, weight.shape, torch.float32)
-    assert off(full, library.dequantize_4bit(expected, state)) < 0.01
 
 
 def test_what_a_device_cannot_do_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
