@@ -99,6 +99,12 @@ def _rate(chosen: Mapping[str, Setting]) -> Iterator[str]:
             f"{_said(chosen, 'learning_rate')}: {rate:g} is a factor to the learning rate that {name} finds by itself; say 1{finer}, "
             "or choose another --optimizer."
         )
+    of_text = chosen["text_encoder_lr"].value
+    if name in ADAPTIVE_RATE and of_text is not None and not SMALLEST_FACTOR <= of_text <= LARGEST_FACTOR:
+        yield (
+            f"{_said(chosen, 'text_encoder_lr')}: {of_text:g} is a factor to the learning rate that {name} finds for the text encoders by "
+            "itself; leave it out, or choose another --optimizer."
+        )
 
 
 def optimizer_notes(chosen: Mapping[str, Setting]) -> Iterator[str]:

@@ -90,6 +90,8 @@ def test_a_rate_that_cannot_be_a_factor_is_refused(read: Read) -> None:
     said = problem(read, "--optimizer=prodigy", LEARNING_RATE="8e-7")
     assert said.startswith("LEARNING_RATE: 8e-07 is a factor to the learning rate that prodigy finds by itself; say 1 and tune it by")
     assert "1000 is a factor" in problem(read, "--optimizer=dadaptadan", "--learning_rate=1000")
+    said = problem(read, "--optimizer=prodigy", "--model_type=lora", "--train_text_encoder", "--text_encoder_lr=5e-5")
+    assert said.startswith("--text_encoder_lr: 5e-05 is a factor to the learning rate that prodigy finds for the text encoders by itself")
     assert "as --dadaptation_learning_rate" in problem(read, "--optimizer=dadaptation", "--dadaptation_learning_rate=1e-4")
 
 
