@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from helpers.data.settings import DataSettings
     from helpers.data.training_data import TrainingData
     from helpers.data.workers import Workers
-    from helpers.protocols import Corrupted, ModelFamily, Objective, Parts, TextTensors, TextTrainer, TrainingMethod
+    from helpers.protocols import Corrupted, ModelFamily, Objective, Parts, TextTensors, TextTrainer, Trainable, TrainingMethod
     from helpers.reporting import Reporters
     from helpers.training.checkpoints import Checkpointer, Found
     from helpers.training.learner import Learner
@@ -116,36 +116,21 @@ def train(config: Config, stop: StopRequest, report: Reporters) -> None:
 def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.data.order import OrderStart
     from helpers.data.prepare import prepare_data
-    from helpers.methods.text_encoders import require_something_to_train
     from helpers.reporting.contact_sheet import write_contact_sheet
     from helpers.training.checkpoints import Checkpointer
     from helpers.training.ema import Average
     from helpers.training.engine import Engine
-    from helpers.training.lean import choose_attention, slim
     from helpers.training.learner import Learner
     from helpers.training.live_text import LiveText
     from helpers.training.schedules import Schedule
     from helpers.training.steps import in_order, sample_rows, step_result, timed
-    from helpers.training.validation import read_prompts
 
     # Which network, which weights, which loss: each refuses here what it cannot do, before hours of caching.
     config = of_the_base_model(config, runtime, report)
-    family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
-    method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
-    if config.text_encoder.train_text_encoder and config.model.model_type == "full":
-        require_something_to_train(cast("TextTrainer", family), config.text_encoder)
-    objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
-    require_sampler(config, objective)
-    prompts = read_prompts(config.validation)
+    family, method, objective = chosen_axes(config)
     for note in family.notes:
         report.chapter("", note)
-    if family.refines:
-        report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
-        prompts = []
-    from_pictures = family.refines or config.model.controlnet or config.validation.validation_using_datasets
-    for name in ("num_eval_images", "eval_dataset_id"):
-        if not from_pictures and config.values()[name] != OPTIONS[name].default:
-            report.chapter("", f"{config.origins[name]} does nothing while validation_using_datasets is off.")
+    prompts, from_pictures = begun_with(config, family, report)
     gc.freeze()
     gc.enable()
 
@@ -171,14 +156,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
 
     runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
-    parts = load_network(config, runtime, family, method, report)
-    add_text(parts, config, family, method, runtime)
-    trainable = method.attach(parts)
-    slim(trainable.denoiser, config.run, family.facts.options)
-    if config.run.gradient_checkpointing:
-        for encoder in trainable.text_encoders.values():
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    choose_attention(config.run.attention)
+    trainable = attached(config, runtime, family, method, report)
     total = total_steps(config, data, accumulation * runtime.world_size, state.order)
     schedule = Schedule.create(config.schedule, total)
     if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
@@ -269,6 +247,34 @@ def train_step(
 # -- how the parts are put together: the only place that sees the whole Config --------------------------------------------
 
 
+def chosen_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]:
+    """Family, method and objective of the run. ConfigError or ModelError where one of them cannot do what is asked."""
+    from helpers.methods.text_encoders import require_something_to_train
+
+    family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+    method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
+    if config.text_encoder.train_text_encoder and config.model.model_type == "full":
+        require_something_to_train(cast("TextTrainer", family), config.text_encoder)
+    objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+    require_sampler(config, objective)
+    return family, method, objective
+
+
+def begun_with(config: Config, family: ModelFamily, report: Reporters) -> tuple[Sequence[Prompt], bool]:
+    """What pictures of validation are made of: prompts, and whether some of them begin with pictures of the data."""
+    from helpers.training.validation import read_prompts
+
+    prompts = read_prompts(config.validation)
+    if family.refines:
+        report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
+        prompts = []
+    from_pictures = family.refines or config.model.controlnet or config.validation.validation_using_datasets
+    for name in ("num_eval_images", "eval_dataset_id"):
+        if not from_pictures and config.values()[name] != OPTIONS[name].default:
+            report.chapter("", f"{config.origins[name]} does nothing while validation_using_datasets is off.")
+    return prompts, from_pictures
+
+
 def require_sampler(config: Config, objective: Objective) -> None:
     """ConfigError where validation and the exported pipeline could not sample what is learnt, which the base model may have settled."""
     asked = config.validation.validation_noise_scheduler
@@ -353,6 +359,21 @@ def try_on_this_device(config: Config, runtime: Runtime, method: TrainingMethod)
         try_compiling("TRAINING_DYNAMO_BACKEND", runtime.device)
     if config.validation.validation_torch_compile:
         try_compiling("--validation_torch_compile", runtime.device)
+
+
+def attached(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Trainable:
+    """The network as the method trains it, in as little memory as was asked for."""
+    from helpers.training.lean import choose_attention, slim
+
+    parts = load_network(config, runtime, family, method, report)
+    add_text(parts, config, family, method, runtime)
+    trainable = method.attach(parts)
+    slim(trainable.denoiser, config.run, family.facts.options)
+    if config.run.gradient_checkpointing:
+        for encoder in trainable.text_encoders.values():
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    choose_attention(config.run.attention)
+    return trainable
 
 
 def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:
