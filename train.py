@@ -475,6 +475,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "sdxl_original_size": config.data.sdxl_original_size,
         "data_aesthetic_score": config.model.data_aesthetic_score,
         "tokenizer_max_length": config.model.tokenizer_max_length,
+        "long_captions": config.model.long_captions,
         "latent_sampling": config.cache.latent_sampling,
         "mixed_precision": config.run.mixed_precision,
         "optimizer": config.optimizer.optimizer,

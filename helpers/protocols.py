@@ -72,7 +72,11 @@ class CaptionLengths(Protocol):
     """How long captions are for the text encoders, from their tokenizers alone."""
 
     fingerprint: str  # changes with anything that changes the lengths
-    limit: int  # tokens that are read of a caption, those that mark its beginning and end included
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that are read of a caption, those that mark its beginning and end included; None where all are."""
+        ...
 
     def of(self, captions: Sequence[str]) -> list[int]:
         """Tokens of each caption, those marks included; where tokenizers differ, by the one that makes most of it."""

@@ -46,6 +46,9 @@ def family_problems(family: Facts, settings: Settings) -> Iterable[str]:
         yield "--train_text_encoder goes without --controlnet, beside which everything else stands still; remove one of them."
     elif settings["train_text_encoder"] and settings["model_type"] not in family.trains_text_encoders:
         yield _without_text_encoders(family)
+    for name in ("controlnet", "train_text_encoder"):
+        if settings[name] and settings["long_captions"] == "chunk":
+            yield f"--long_captions=chunk goes without --{name}, which reads 77 tokens; remove one of them."
     if settings["controlnet"] and not family.controlnet:
         yield f"--controlnet is not for {family.title}: there is no ControlNet of it to train here. Remove it, or choose another model."
     yield from family.judge(settings)

@@ -140,7 +140,7 @@ def caption_report(dataset: str, catalogue: Catalogue, lengths: CaptionLengths, 
     """The distinct captions of a data set: how long they are in tokens, as [[length, captions of this length], ...], and the most shared.
 
     `counted` of the `distinct` ones are measured, every n-th in their order where they are many; `truncated` of these are longer than the
-    `limit` that the text encoders read.
+    `limit` that the text encoders read, None where that is all.
     """
     distinct, step, captions = 0, 1, list[str]()
     shared: list[tuple[int, str]] = []  # a heap whose first is the least shared
@@ -159,7 +159,7 @@ def caption_report(dataset: str, catalogue: Catalogue, lengths: CaptionLengths, 
         "distinct": distinct,
         "counted": len(captions),
         "limit": lengths.limit,
-        "truncated": sum(count for length, count in tokens if length > lengths.limit),
+        "truncated": 0 if lengths.limit is None else sum(count for length, count in tokens if length > lengths.limit),
         "tokens": tokens,
         "shared": [{"caption": caption, "images": images} for images, caption in sorted(shared, key=lambda each: (-each[0], each[1]))],
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
-from helpers.families import condition, img2img, unet_lora
+from helpers.families import clip_states, condition, img2img, unet_lora
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import modelspec, trained_edge, write_pipeline
 from helpers.families.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
@@ -44,7 +44,7 @@ class StableDiffusion:
     facts = Facts(
         name="sd2x",
         title="Stable Diffusion",
-        options=UNET_OPTIONS,
+        options=UNET_OPTIONS | {"long_captions"},
         img2img=True,
         controlnet=True,
         judge=_judge,
@@ -63,6 +63,7 @@ class StableDiffusion:
         self.vae = Vae.open(self.base, options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
+        self.chunked = options.long_captions == "chunk"
         self.controlnet_start = controlnet_start(self.base, options)
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
@@ -71,12 +72,12 @@ class StableDiffusion:
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
         from helpers.families.clip import clip_encoders, states_of_one
 
-        return clip_encoders(self.base, ("",), "last", states_of_one, device)
+        return clip_encoders(self.base, ("",), "last", states_of_one, device, self.chunked)
 
     def caption_lengths(self) -> CaptionLengths:
         from helpers.families.clip import clip_caption_lengths
 
-        return clip_caption_lengths(self.base, ("",))
+        return clip_caption_lengths(self.base, ("",), self.chunked)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """The empty caption, encoded like any other."""
@@ -103,13 +104,11 @@ class StableDiffusion:
         return self._trained_clip.embed(encoders, [caption or "" for caption in captions], device)
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        import torch
-
-        return {"prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32), **condition.of_batch(batch, device)}
+        return {**clip_states.of_batch(batch, device), **condition.of_batch(batch, device)}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        steered = condition.keyword(conditioning)
-        return denoiser(noisy, timesteps, encoder_hidden_states=conditioning["prompt_embeds"], **steered).sample
+        told = {**clip_states.arguments(conditioning), **condition.keyword(conditioning)}
+        return denoiser(noisy, timesteps, **told).sample
 
     def controlnet(self, denoiser: nn.Module) -> Any:
         from helpers.families.controlnet import controlled_unet
@@ -137,11 +136,7 @@ class StableDiffusion:
         vae: Any = VaeSettings(self.vae.config)
         return StableDiffusionImg2ImgPipeline(vae=vae, **others, unet=denoiser, scheduler=sampler, requires_safety_checker=False)
 
-    def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
-        return {
-            "prompt_embeds": text["prompt_embeds"].unsqueeze(0),
-            "negative_prompt_embeds": negative["prompt_embeds"].unsqueeze(0),
-        }
+    prompt_arguments = staticmethod(clip_states.prompt_arguments)
 
     def kohya_name(self, module: str) -> str | None:
         return unet_lora.kohya_name(module)

@@ -33,7 +33,7 @@ class SDXL:
     facts = Facts(
         name="sdxl",
         title="SDXL",
-        options=UNET_OPTIONS | {"sdxl_original_size"},
+        options=UNET_OPTIONS | {"sdxl_original_size", "long_captions"},
         img2img=True,
         controlnet=True,
         trains_text_encoders=frozenset({"lora"}),
@@ -52,6 +52,7 @@ class SDXL:
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
         self.original_size = data.sdxl_original_size
+        self.chunked = options.long_captions == "chunk"
         self.controlnet_start = controlnet_start(self.base, options)
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
@@ -61,18 +62,18 @@ class SDXL:
         """The states that enter the last layers of both encoders side by side, and the second one's pooled projection."""
         from helpers.families.clip import clip_encoders, states_and_pooled
 
-        return clip_encoders(self.base, ENCODERS, "penultimate", states_and_pooled, device)
+        return clip_encoders(self.base, ENCODERS, "penultimate", states_and_pooled, device, self.chunked)
 
     def caption_lengths(self) -> CaptionLengths:
         from helpers.families.clip import clip_caption_lengths
 
-        return clip_caption_lengths(self.base, ENCODERS)
+        return clip_caption_lengths(self.base, ENCODERS, self.chunked)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """Zeros: the pipeline does the same where there is no negative prompt."""
         from helpers.families.clip import zeros
 
-        return zeros(self.base, ENCODERS)
+        return zeros(self.base, ENCODERS, self.chunked)
 
     def load(self, dtype: torch.dtype | None) -> Parts:
         return load_unet(self.base, dtype)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from helpers.data.sample import Geometry
-from helpers.families import condition
+from helpers.families import clip_states, condition
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def text_and_numbers(batch: Batch, numbers: Sequence[Sequence[float]], device: t
     import torch
 
     return {
-        "prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32),
+        **clip_states.of_batch(batch, device),
         "pooled": batch.text["pooled"].to(device, torch.float32),
         "time_ids": torch.tensor(numbers, dtype=torch.float32, device=device),
     }
@@ -39,7 +39,7 @@ def text_and_numbers(batch: Batch, numbers: Sequence[Sequence[float]], device: t
 def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
     added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"]}
     told: dict[str, Any] = {
-        "encoder_hidden_states": conditioning["prompt_embeds"],
+        **clip_states.arguments(conditioning),
         "added_cond_kwargs": added,
         **condition.keyword(conditioning),
     }
@@ -48,8 +48,7 @@ def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning:
 
 def prompt_arguments(text: TextTensors, negative: TextTensors) -> dict[str, Any]:
     return {
-        "prompt_embeds": text["prompt_embeds"].unsqueeze(0),
+        **clip_states.prompt_arguments(text, negative),
         "pooled_prompt_embeds": text["pooled"].unsqueeze(0),
-        "negative_prompt_embeds": negative["prompt_embeds"].unsqueeze(0),
         "negative_pooled_prompt_embeds": negative["pooled"].unsqueeze(0),
     }

@@ -36,7 +36,7 @@ class SDXLRefiner:
         name="sdxl_refiner",
         title="SDXL refiner",
         defaults={"refiner_training": True},
-        options=UNET_OPTIONS | {"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range"},
+        options=UNET_OPTIONS | {"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range", "long_captions"},
         img2img=True,
     )
     refines = True
@@ -52,6 +52,7 @@ class SDXLRefiner:
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
         self.original_size = data.sdxl_original_size
+        self.chunked = options.long_captions == "chunk"
         self.aesthetic_score = options.data_aesthetic_score
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
@@ -61,19 +62,19 @@ class SDXLRefiner:
         """The states that enter the last layer, and the pooled projection."""
         from helpers.families.clip import clip_encoders, states_and_pooled
 
-        return clip_encoders(self.base, ENCODERS, "penultimate", states_and_pooled, device)
+        return clip_encoders(self.base, ENCODERS, "penultimate", states_and_pooled, device, self.chunked)
 
     def caption_lengths(self) -> CaptionLengths:
         from helpers.families.clip import clip_caption_lengths
 
-        return clip_caption_lengths(self.base, ENCODERS)
+        return clip_caption_lengths(self.base, ENCODERS, self.chunked)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """As the checkpoint's pipeline does where there is no negative prompt: the empty caption, or zeros if its index says so."""
         from helpers.families.clip import zeros
 
         if self.base.index.get("force_zeros_for_empty_prompt", True):
-            return zeros(self.base, ENCODERS)
+            return zeros(self.base, ENCODERS, self.chunked)
         return {name: tensor[0] for name, tensor in encoders.encode([""]).items()}
 
     def load(self, dtype: torch.dtype | None) -> Parts:

@@ -249,8 +249,9 @@ def _place(edges: Sequence[float], value: float) -> float:
 
 
 def _captions_chart(captions: Mapping[str, Any]) -> Chart:
-    tokens, limit = captions["tokens"], captions["limit"]
+    tokens, read = captions["tokens"], captions["limit"]
     longest = max((length for length, _ in tokens), default=0)
+    limit = longest if read is None else read
     width = _round_width(max(longest, limit + 1) / MOST_BARS)
     # Bins are laid so that one begins with the first length that is cut off; the bin at 0 may be the narrower for it.
     starts = sorted({0, *range((limit + 1) % width, max(longest, limit + 1) + 1, width)})
@@ -260,7 +261,8 @@ def _captions_chart(captions: Mapping[str, Any]) -> Chart:
     last = [start - 1 for start in (*starts[1:], starts[-1] + width)]
     names = [f"{start} to {end} tokens" if end > start else f"{start} tokens" for start, end in zip(starts, last, strict=True)]
     cut_off = starts.index(limit + 1)
-    labels = [(0.0, "0", "start"), (float(cut_off), f"{limit} are read", "start" if cut_off < len(counts) / 2 else "end")]
+    told = "all are read" if read is None else f"{read} are read"
+    labels = [(0.0, "0", "start"), (float(cut_off), told, "start" if cut_off < len(counts) / 2 else "end")]
     if cut_off < 0.6 * len(counts):
         labels.append((float(len(counts)), f"{longest:,}", "end"))
     note = "" if captions["counted"] == captions["distinct"] else f"{captions['counted']:,} of {captions['distinct']:,}, spread evenly"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from helpers.data.masked import without_padding
 from helpers.data.sample import Size
 from helpers.errors import ConfigError
 from helpers.families.samplers import sampler
@@ -65,7 +66,9 @@ def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) 
             keys = seen.get(sample.dataset, set())
             if not batch.stands_in and len(keys) < counts.get(sample.dataset, 0) and sample.key not in keys:
                 keys.add(sample.key)
-                text = {name: tensor[index] for name, tensor in batch.text.items()} or None  # of trained encoders there is none to keep
+                text = (
+                    without_padding({name: tensor[index] for name, tensor in batch.text.items()}) or None
+                )  # of trained encoders there is none to keep
                 condition = None if batch.condition is None else batch.condition[index]
                 found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text, condition)
     return found

@@ -80,9 +80,8 @@ class ModelOptions:
     )
     long_captions: str = option(
         "truncate",
-        "CLIP captions over 77 tokens: cut off (counted and reported), or encoded in chunks.",
+        "Captions of over 77 tokens where CLIP alone reads them: cut off (counted and reported), or encoded in chunks, one after another.",
         choices=("truncate", "chunk"),
-        later=("chunk",),
     )
     data_aesthetic_score: float = option(
         7.0, "How beautiful the SDXL refiner is told that the pictures are; it asks for 6 when it samples.", at_least=0, at_most=10

@@ -110,6 +110,11 @@ MODEL = {
     "controlnet_model_name_or_path": Effect(losses, ["controlnet_0", "controlnet_1"], ("--model_type=full", "--controlnet", CONDITIONED)),
     "freeze_unet_strategy": Effect(losses, ["none", "bitfit"], ("--model_type=full",)),
     "use_bitfit": Effect(losses, ["false", "true"], ("--model_type=full",)),
+    "long_captions": Effect(
+        losses,
+        ["truncate", "chunk"],
+        ("--caption_strategy=instanceprompt", f"--instance_prompt={'many words ' * 60}", "--lora_targets=to_k"),
+    ),
     "tokenizer_max_length": Effect(losses, ["16", "64"], SD3),
     "pixart_sigma": Effect(refusal, ["false", "true"]),
     "pixart_alpha": Effect(refusal, ["false", "true"]),
