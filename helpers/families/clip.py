@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from helpers.data.masked import MASK
 from helpers.families import folder
 from helpers.families.checkpoint import Checkpoint
-from helpers.families.clip_states import STATES
+from helpers.families.clip_states import MASK, STATES
 from helpers.families.vae import released
 
 Layer = Literal["last", "penultimate"]
@@ -83,7 +82,7 @@ class ClipEncoders:
     @torch.no_grad()
     def _encode_in_chunks(self, captions: Sequence[str]) -> dict[str, Tensor]:
         given, there = answers_in_chunks(self._encoders(), captions, self.layer, self.device)
-        return {**{name: tensor.float().cpu() for name, tensor in self.arrange(given).items()}, STATES + MASK: there}
+        return {**{name: tensor.float().cpu() for name, tensor in self.arrange(given).items()}, MASK: there}
 
     def unload(self) -> None:
         self._loaded.clear()
@@ -143,7 +142,7 @@ def zeros(base: Checkpoint, suffixes: Sequence[str], chunked: bool = False) -> d
     """What `states_and_pooled` gives for a caption, without a batch dimension, of zeros; no encoder is loaded for it."""
     configs = [base.config(f"text_encoder{suffix}") for suffix in suffixes]
     states = torch.zeros(configs[0]["max_position_embeddings"], sum(config["hidden_size"] for config in configs))
-    mask = {STATES + MASK: torch.ones(len(states), dtype=torch.bool)} if chunked else {}
+    mask = {MASK: torch.ones(len(states), dtype=torch.bool)} if chunked else {}
     return {STATES: states, "pooled": torch.zeros(configs[-1]["projection_dim"]), **mask}
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from helpers.data.masked import MASK
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from helpers.protocols import TextTensors
 
 STATES = "prompt_embeds"
+MASK = "prompt_embeds_mask"  # by the rule of helpers/data/masked.py, so that a cache holds what is there alone
 
 
 def of_batch(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -27,14 +26,14 @@ def of_batch(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     import torch
 
     told = {STATES: batch.text[STATES].to(device, torch.float32)}
-    mask = batch.text.get(STATES + MASK)
-    return told if mask is None or bool(mask.all()) else {**told, STATES + MASK: mask.to(device)}
+    mask = batch.text.get(MASK)
+    return told if mask is None or bool(mask.all()) else {**told, MASK: mask.to(device)}
 
 
 def arguments(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
     """What diffusers' U-Nets call them."""
     told = {"encoder_hidden_states": conditioning[STATES]}
-    mask = conditioning.get(STATES + MASK)
+    mask = conditioning.get(MASK)
     return told if mask is None else {**told, "encoder_attention_mask": mask}
 
 
