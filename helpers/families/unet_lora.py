@@ -57,5 +57,5 @@ def read_lora(pipeline: Any, path: Path, unet: Mapping[str, Any]) -> tuple[dict[
     matrices = convert_unet_state_dict_to_peft(of_unet)
     if text:
         matrices |= convert_state_dict_to_peft(convert_state_dict_to_diffusers(text))
-    found = list((alphas or {}).values()) or [alpha for name, alpha in metadata.items() if name.endswith(".lora_alpha")]
+    found = list((alphas or {}).values()) or [alpha for name, alpha in (metadata or {}).items() if name.endswith(".lora_alpha")]
     return matrices, [float(alpha) for alpha in found]

@@ -78,3 +78,11 @@ def test_a_file_that_is_no_lora_is_refused_before_anything_is_cached(family: SDX
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ConfigError, match=r"--init_lora: .*text.safetensors is not a LoRA of SDXL that can be read"):
         attached(family, init_lora=tmp_path / "text.safetensors")
+
+
+def test_a_file_without_metadata_is_a_start_like_any_other(family: SDXL, tmp_path: Path) -> None:
+    """As many published ones are."""
+    written(family, tmp_path, lora_targets=("to_q",))
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(tmp_path / FILES["diffusers"]), bare)
+    attached(family, init_lora=bare, lora_targets=("to_q",))
