@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,10 +80,13 @@ class StableDiffusion3:
         name="sd3",
         title="Stable Diffusion 3",
         defaults={"aspect_bucket_alignment": 64},
-        options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path", "sd3_uses_diffusion", *FLOW_OPTIONS}),
+        options=frozenset(
+            {"tokenizer_max_length", "pretrained_t5_model_name_or_path", "sd3_uses_diffusion", "sd3_caption_dropout", *FLOW_OPTIONS}
+        ),
         objective="flow",
         switched={"sd3_uses_diffusion": "diffusion"},
         img2img=True,
+        encoders_apart=True,
         controlnet=True,
         judge=_judge,
     )
@@ -109,6 +112,7 @@ class StableDiffusion3:
         self.scheduler_config = _schedule(self.base, options.sd3_uses_diffusion)
         self.t5_length = options.tokenizer_max_length or T5_LENGTH
         self.t5 = self._t5(options)
+        self.encoders_apart = self._encoders() if data.sd3_caption_dropout == "apart" else ()
         self.controlnet_start = self._controlnet_start(options)
 
     @property
@@ -136,10 +140,16 @@ class StableDiffusion3:
         return T5CaptionLengths(self.t5, self.t5_length) if self.t5 else clip_caption_lengths(self.base, CLIPS)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
-        """Zeros of all encoders together, as the base model was trained with; there each was dropped by itself too."""
+        """Zeros of all encoders."""
         from helpers.families.sd3_text import zeros
 
         return zeros(self.base, self.t5, self.t5_length)
+
+    def without(self, text: TextTensors, encoders: Collection[str]) -> TextTensors:
+        """Zeros of these encoders: the base models were trained with each dropped by itself (Esser et al., 2024, appendix B.3)."""
+        from helpers.families.sd3_text import without
+
+        return without(self.base, text, encoders)
 
     def load(self, dtype: torch.dtype | None) -> Parts:
         from diffusers import SD3Transformer2DModel
@@ -226,6 +236,9 @@ class StableDiffusion3:
         if not (options.pretrained_t5_model_name_or_path or brought):
             return None
         return T5Source.open(self.base, T5, options, width=self.transformer["joint_attention_dim"])
+
+    def _encoders(self) -> tuple[str, ...]:
+        return tuple(f"text_encoder{suffix}" for suffix in (*CLIPS, T5)[: 3 if self.t5 else 2])
 
     def _controlnet_start(self, options: ModelOptions) -> Path | None:
         if not options.controlnet:
