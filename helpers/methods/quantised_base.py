@@ -152,9 +152,11 @@ def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_nf4(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """As one long row: on a CPU bitsandbytes (0.50) takes other scales than it packed by where 64 are parts of several rows."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    return dequantize_4bit(packed, QuantState(scales.float(), shape, None, TOGETHER, "nf4", dtype))
+    row = torch.Size((shape.numel(),))
+    return dequantize_4bit(packed, QuantState(scales.float(), row, None, TOGETHER, "nf4", dtype)).reshape(shape)
 
 
 KINDS: Mapping[str, Kind] = {
