@@ -52,7 +52,17 @@ if TYPE_CHECKING:
     from helpers.data.settings import DataSettings
     from helpers.data.training_data import TrainingData
     from helpers.data.workers import Workers
-    from helpers.protocols import Corrupted, ModelFamily, Objective, Parts, TextTensors, TextTrainer, Trainable, TrainingMethod
+    from helpers.protocols import (
+        Corrupted,
+        EncodersApart,
+        ModelFamily,
+        Objective,
+        Parts,
+        TextTensors,
+        TextTrainer,
+        Trainable,
+        TrainingMethod,
+    )
     from helpers.reporting import Reporters
     from helpers.training.checkpoints import Checkpointer, Found
     from helpers.training.learner import Learner
@@ -148,7 +158,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         method.try_on(family.load(None))
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
-    settings = data_settings(config, runtime, found, state, accumulation, prompts, from_pictures)
+    settings = data_settings(config, family, runtime, found, state, accumulation, prompts, from_pictures)
     data = prepare_data(config.datasets, settings, family, workers(runtime), report)
     if found and (changed := found.changed_data(data.fingerprint(like=found.content["data"]), config.data.accept_changed_data)):
         state.order = OrderStart(state.step, found.content["untouched_epoch"])
@@ -305,7 +315,7 @@ def look_at_data(
 
     if config.run.seed <= 0 and not state.step:
         report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
-    survey_data(config.datasets, data_settings(config, runtime, found, state, accumulation, ()), family, workers(runtime), report)
+    survey_data(config.datasets, data_settings(config, family, runtime, found, state, accumulation, ()), family, workers(runtime), report)
     report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
 
 
@@ -419,6 +429,7 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
 
 def data_settings(
     config: Config,
+    family: ModelFamily,
     runtime: Runtime,
     found: Found | None,
     state: TrainState,
@@ -442,6 +453,7 @@ def data_settings(
         undecodable=found.content["undecodable"] if found else None,
         accumulation=accumulation,
         caption_dropout=config.data.caption_dropout_probability,
+        encoders_apart=cast("EncodersApart", family).encoders_apart if family.facts.encoders_apart else (),
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
         live_text=config.text_encoder.train_text_encoder,
@@ -472,6 +484,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "seed": config.run.seed,
         "train_batch_size": config.data.train_batch_size,
         "caption_dropout_probability": config.data.caption_dropout_probability,
+        "sd3_caption_dropout": config.data.sd3_caption_dropout,
         "sdxl_original_size": config.data.sdxl_original_size,
         "data_aesthetic_score": config.model.data_aesthetic_score,
         "tokenizer_max_length": config.model.tokenizer_max_length,

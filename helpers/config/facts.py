@@ -30,6 +30,7 @@ class Facts:
     switched: Mapping[str, str] = field(default_factory=dict)  # switch => objective
     img2img: bool = False  # of a family: its pictures can begin with pictures
     trains_text_encoders: frozenset[str] = frozenset()  # of a family: the values of --model_type that can train them too
+    encoders_apart: bool = False  # of a family: one text encoder may be told of a caption and another not
     controlnet: bool = False  # of a family: a ControlNet can be trained beside its networks
     judge: Callable[[Settings], Iterable[str]] = no_objection
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,10 +79,11 @@ class StableDiffusion3:
         name="sd3",
         title="Stable Diffusion 3",
         defaults={"aspect_bucket_alignment": 64},
-        options=frozenset({"tokenizer_max_length", "sd3_uses_diffusion", *FLOW_OPTIONS}),
+        options=frozenset({"tokenizer_max_length", "sd3_uses_diffusion", "sd3_caption_dropout", *FLOW_OPTIONS}),
         objective="flow",
         switched={"sd3_uses_diffusion": "diffusion"},
         img2img=True,
+        encoders_apart=True,
         controlnet=True,
         judge=_judge,
     )
@@ -107,6 +108,7 @@ class StableDiffusion3:
         self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])
         self.scheduler_config = _schedule(self.base, options.sd3_uses_diffusion)
         self.t5_length = options.tokenizer_max_length or T5_LENGTH
+        self.encoders_apart = self._encoders() if data.sd3_caption_dropout == "apart" else ()
         self.controlnet_start = self._controlnet_start(options)
 
     @property
@@ -137,10 +139,16 @@ class StableDiffusion3:
         return T5CaptionLengths(self.base, T5, self.t5_length) if self.has_t5 else clip_caption_lengths(self.base, CLIPS)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
-        """Zeros of all encoders together, as the base model was trained with; there each was dropped by itself too."""
+        """Zeros of all encoders."""
         from helpers.families.sd3_text import zeros
 
         return zeros(self.base, self.t5_length if self.has_t5 else None)
+
+    def without(self, text: TextTensors, encoders: Collection[str]) -> TextTensors:
+        """Zeros of these encoders: the base models were trained with each dropped by itself (Esser et al., 2024, appendix B.3)."""
+        from helpers.families.sd3_text import without
+
+        return without(self.base, text, encoders)
 
     def load(self, dtype: torch.dtype | None) -> Parts:
         from diffusers import SD3Transformer2DModel
@@ -214,6 +222,9 @@ class StableDiffusion3:
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
         write_pipeline(self.base, {"transformer": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)
+
+    def _encoders(self) -> tuple[str, ...]:
+        return tuple(f"text_encoder{suffix}" for suffix in (*CLIPS, T5)[: 3 if self.has_t5 else 2])
 
     def _controlnet_start(self, options: ModelOptions) -> Path | None:
         if not options.controlnet:

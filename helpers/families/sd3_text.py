@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -74,6 +74,20 @@ def zeros(base: Checkpoint, t5_length: int | None) -> dict[str, Tensor]:
         "pooled": torch.zeros(sum(config["projection_dim"] for config in clips)),
     }
     return {**parts, "t5": torch.zeros(t5_length, base.config(f"text_encoder{T5}")["d_model"])} if t5_length else parts
+
+
+def without(base: Checkpoint, parts: Mapping[str, Tensor], encoders: Collection[str]) -> dict[str, Tensor]:
+    """Parts of one caption, without a batch dimension, with zeros for what these encoders, by their folders, said of it."""
+    clips = {f"text_encoder{suffix}": base.config(f"text_encoder{suffix}") for suffix in CLIPS}
+
+    def kept(part: Tensor, width: str) -> Tensor:
+        pieces = part.split([config[width] for config in clips.values()], dim=-1)
+        return torch.cat(
+            [torch.zeros_like(piece) if name in encoders else piece for name, piece in zip(clips, pieces, strict=True)], dim=-1
+        )
+
+    told = {**parts, "clip": kept(parts["clip"], "hidden_size"), "pooled": kept(parts["pooled"], "projection_dim")}
+    return {**told, "t5": torch.zeros_like(parts["t5"])} if f"text_encoder{T5}" in encoders else told
 
 
 def joined(parts: Mapping[str, Tensor], width: int, t5_length: int) -> dict[str, Tensor]:

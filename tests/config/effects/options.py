@@ -211,6 +211,7 @@ DATA = {
     "prepend_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {f"a dog {name}" for name in FILENAMES}}, (DOG,)),
     "only_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {"a dog"}}, (DOG,)),
     "caption_dropout_probability": Effect(of_samples("caption"), {"0": FILENAMES, "1": {""}}),
+    "sd3_caption_dropout": Effect(losses, ["apart", "together"], (*SD3, "--caption_dropout_probability=0.4")),
     "parquet_caption_column": Effect(
         of_samples("caption"), {name: {f"{said} {index}" for index in range(6)} for name, said in TABLE_COLUMNS.items()}, TABLE
     ),
