@@ -117,9 +117,9 @@ class AdapterOptions:
     lora_init_type: str = option(
         "default",
         "What the matrices start from: kaiming uniform (default) or gaussian, with B zero; orthogonal, with B A zero; the largest "
-        "directions of the base model's weights (pissa), or the first of its QR decomposition (olora). loftq needs a quantised base model.",
+        "directions of the base model's weights (pissa), the first of its QR decomposition (olora), or the largest directions of what "
+        "--base_quantization takes from it (loftq).",
         choices=("default", "gaussian", "orthogonal", "pissa", "olora", "loftq"),
-        later=("loftq",),
     )
     lora_targets: tuple[str, ...] = option(
         (),

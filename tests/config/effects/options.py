@@ -129,7 +129,7 @@ ADAPTER = {
     "lora_alpha": Effect(losses, ["1", "16"]),
     "use_rslora": Effect(losses, ["false", "true"]),
     "lora_dropout": Effect(losses, ["0", "0.5"]),
-    "lora_init_type": Effect(losses, ["default", "gaussian", "orthogonal", "pissa", "olora"]),
+    "lora_init_type": Effect(losses, ["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"], ("--base_quantization=int8",)),
     "lora_targets": Effect(lora_modules, {"to_q": {"to_q"}, "to_k,to_out.0": {"to_k", "to_out"}}),
     "init_lora": Effect(losses, ["none", "lora_0.safetensors", "lora_1.safetensors"]),
     "use_dora": Effect(losses, ["false", "true"]),
