@@ -395,7 +395,7 @@ def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: 
         from helpers.methods.quantised_base import bytes_of, quantise
 
         before = bytes_of(parts.denoiser)
-        quantise(parts.denoiser, kind, runtime.device)
+        parts.unrounded = quantise(parts.denoiser, kind, runtime.device, keep=config.adapter.lora_init_type == "loftq")
         report.chapter("model", f"weights in {kind}: {bytes_of(parts.denoiser) / 2**30:,.2f} GiB instead of {before / 2**30:,.2f}")
     return parts
 

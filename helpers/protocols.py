@@ -91,6 +91,7 @@ class Parts:
     denoiser_folder: str  # its name in a diffusers folder: "unet" or "transformer"
     text_encoders: dict[str, Any] = field(default_factory=dict)  # those that are trained too, by their names in a diffusers folder
     text_weights: frozenset[str] = frozenset()  # of those, the parameters that may move: "text_encoder.encoder.layers.0...."
+    unrounded: Mapping[str, Tensor] = field(default_factory=dict)  # of quantised layers, where a start needs them
 
 
 @dataclass
