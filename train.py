@@ -41,6 +41,7 @@ from helpers.families import FAMILIES
 from helpers.methods import METHODS
 from helpers.objectives import OBJECTIVES
 from helpers.storage.atomic import write_json
+from helpers.threads import wait_briefly
 from helpers.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -52,7 +53,17 @@ if TYPE_CHECKING:
     from helpers.data.settings import DataSettings
     from helpers.data.training_data import TrainingData
     from helpers.data.workers import Workers
-    from helpers.protocols import Corrupted, ModelFamily, Objective, Parts, TextTensors, TextTrainer, Trainable, TrainingMethod
+    from helpers.protocols import (
+        Corrupted,
+        EncodersApart,
+        ModelFamily,
+        Objective,
+        Parts,
+        TextTensors,
+        TextTrainer,
+        Trainable,
+        TrainingMethod,
+    )
     from helpers.reporting import Reporters
     from helpers.training.checkpoints import Checkpointer, Found
     from helpers.training.learner import Learner
@@ -68,6 +79,7 @@ SEARCHED_STEPS = 64  # of the first epoch, for pictures that validation begins w
 def main() -> int:
     """Run, and say how it ended by the exit code (helpers/errors.py)."""
     ranks.tie_to_launcher(os.environ)
+    wait_briefly(os.environ)
     stop = StopRequest().listen()
     try:
         config = read_config(sys.argv[1:], os.environ, known_facts())  # all mistakes at once, before torch is imported
@@ -148,7 +160,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         method.try_on(family.load(None))
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
-    settings = data_settings(config, runtime, found, state, accumulation, prompts, from_pictures)
+    settings = data_settings(config, family, runtime, found, state, accumulation, prompts, from_pictures)
     data = prepare_data(config.datasets, settings, family, workers(runtime), report)
     if found and (changed := found.changed_data(data.fingerprint(like=found.content["data"]), config.data.accept_changed_data)):
         state.order = OrderStart(state.step, found.content["untouched_epoch"])
@@ -305,7 +317,7 @@ def look_at_data(
 
     if config.run.seed <= 0 and not state.step:
         report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
-    survey_data(config.datasets, data_settings(config, runtime, found, state, accumulation, ()), family, workers(runtime), report)
+    survey_data(config.datasets, data_settings(config, family, runtime, found, state, accumulation, ()), family, workers(runtime), report)
     report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
 
 
@@ -383,7 +395,7 @@ def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: 
         from helpers.methods.quantised_base import bytes_of, quantise
 
         before = bytes_of(parts.denoiser)
-        quantise(parts.denoiser, kind, runtime.device)
+        parts.unrounded = quantise(parts.denoiser, kind, runtime.device, keep=config.adapter.lora_init_type == "loftq")
         report.chapter("model", f"weights in {kind}: {bytes_of(parts.denoiser) / 2**30:,.2f} GiB instead of {before / 2**30:,.2f}")
     return parts
 
@@ -419,6 +431,7 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
 
 def data_settings(
     config: Config,
+    family: ModelFamily,
     runtime: Runtime,
     found: Found | None,
     state: TrainState,
@@ -442,6 +455,7 @@ def data_settings(
         undecodable=found.content["undecodable"] if found else None,
         accumulation=accumulation,
         caption_dropout=config.data.caption_dropout_probability,
+        encoders_apart=cast("EncodersApart", family).encoders_apart if family.facts.encoders_apart else (),
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
         live_text=config.text_encoder.train_text_encoder,
@@ -472,6 +486,7 @@ def run_identity(config: Config, family: ModelFamily, objective: Objective) -> d
         "seed": config.run.seed,
         "train_batch_size": config.data.train_batch_size,
         "caption_dropout_probability": config.data.caption_dropout_probability,
+        "sd3_caption_dropout": config.data.sd3_caption_dropout,
         "sdxl_original_size": config.data.sdxl_original_size,
         "data_aesthetic_score": config.model.data_aesthetic_score,
         "tokenizer_max_length": config.model.tokenizer_max_length,

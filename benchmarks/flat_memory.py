@@ -94,7 +94,7 @@ def watched(config: Config, steps: int) -> Watched:
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
         family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
         data = prepare_data(
-            config.datasets, data_settings(config, runtime, None, TrainState(seed=1), 1, ()), family, workers(runtime), Reporter()
+            config.datasets, data_settings(config, family, runtime, None, TrainState(seed=1), 1, ()), family, workers(runtime), Reporter()
         )
         run = Ours(config, runtime, family, data)
         resident: list[int] = []

@@ -73,7 +73,7 @@ with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.g
     gc.freeze()
     gc.enable()
     stage("runtime and choices")
-    settings = train.data_settings(config, runtime, None, TrainState(seed=1), 1, ())
+    settings = train.data_settings(config, family, runtime, None, TrainState(seed=1), 1, ())
     data = prepare_data(config.datasets, settings, family, train.workers(runtime), Reporter())
     stage("data")
     optimizer = config.replaced("settled", optimizer="adamw").optimizer

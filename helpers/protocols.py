@@ -6,7 +6,7 @@ Four axes and one observer. Each axis is a protocol, a registry of one line an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +91,7 @@ class Parts:
     denoiser_folder: str  # its name in a diffusers folder: "unet" or "transformer"
     text_encoders: dict[str, Any] = field(default_factory=dict)  # those that are trained too, by their names in a diffusers folder
     text_weights: frozenset[str] = frozenset()  # of those, the parameters that may move: "text_encoder.encoder.layers.0...."
+    unrounded: Mapping[str, Tensor] = field(default_factory=dict)  # of quantised layers, where a start needs them
 
 
 @dataclass
@@ -213,6 +214,16 @@ class TextTrainer(Protocol):
 
     def embed(self, encoders: Mapping[str, nn.Module], captions: Sequence[str | None], device: torch.device) -> dict[str, Tensor]:
         """What `text_encoders` gives for captions, None being the unconditional, by those encoders on the device and differentiable."""
+        ...
+
+
+class EncodersApart(Protocol):
+    """What a family has too that may be told of a caption by one text encoder and not by another (`facts.encoders_apart`)."""
+
+    encoders_apart: tuple[str, ...]  # those a caption is kept from each by itself, by their folders; none where it is dropped as a whole
+
+    def without(self, text: TextTensors, encoders: Collection[str]) -> TextTensors:
+        """A caption's tensors, without a batch dimension, as if these encoders had not been told of it."""
         ...
 
 

@@ -39,6 +39,8 @@ class Batch:
     draws: StepDraws  # the randomness of these samples in this step
     epoch: int  # from 0
     dropped: tuple[bool, ...] = ()  # which captions were
+    # Of each caption the encoders that were not told of it, where each is told by itself (`EncodersApart`); empty where all are told alike.
+    dropped_encoders: tuple[tuple[str, ...], ...] = ()
     stands_in: bool = False
     condition: Tensor | None = None  # (B, 3, H, W) in [0, 1], or (B, C, h, w) where the network reads latents; None where there are none
 
@@ -78,18 +80,31 @@ class TrainingRecords(Protocol):
         """Zeros of the shape that the row's latents have."""
         ...
 
-    def text(self, row: int, caption: str | None) -> Mapping[str, Tensor]:
-        """What the text encoders gave for a caption of the row, without a batch dimension; None is the unconditional."""
+    def text(self, row: int, told: Told) -> Mapping[str, Tensor]:
+        """What the text encoders gave for a caption of the row, without a batch dimension."""
         ...
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the network is told by words in one appearance of a sample."""
+
+    caption: str | None  # None where it was dropped, and the family's unconditional stands for it
+    without: tuple[str, ...] = ()  # the text encoders that were not told of it; all of them where it was dropped
+
+
+NOTHING = Told(None)
 
 
 class BatchMaker:
     """Makes batches of micro-batches; the choice and the dropping of captions are drawn by address."""
 
-    def __init__(self, records: TrainingRecords, seed: int, caption_dropout: float = 0.0) -> None:
+    def __init__(self, records: TrainingRecords, seed: int, caption_dropout: float = 0.0, encoders_apart: Sequence[str] = ()) -> None:
+        """`encoders_apart` are the text encoders that a caption is kept from each by itself; none where it is dropped as a whole."""
         self.records = records
         self.seed = seed
         self.caption_dropout = caption_dropout
+        self.encoders_apart = encoders_apart
 
     def make(self, micro: MicroBatch, step: int) -> Batch:
         """The batch of a micro-batch of step `step`, counted from 0."""
@@ -98,13 +113,13 @@ class BatchMaker:
         if not there:
             return self._stand_in(micro, step)
         samples = tuple(self.records.sample(int(micro.samples[i])) for i in there)
-        captions = [self._caption(sample, micro.epoch, int(micro.repeats[i])) for i, sample in zip(there, samples, strict=True)]
-        return self._batch(micro, step, there, [record for record in latents if record is not None], samples, captions)
+        told = [self._told(sample, micro.epoch, int(micro.repeats[i])) for i, sample in zip(there, samples, strict=True)]
+        return self._batch(micro, step, there, [record for record in latents if record is not None], samples, told)
 
     def _stand_in(self, micro: MicroBatch, step: int) -> Batch:
         row = int(micro.samples[0])
         latents = self.records.blank_latents(row, micro.epoch)
-        batch = self._batch(micro, step, [0], [latents], (self.records.sample(row),), [None])
+        batch = self._batch(micro, step, [0], [latents], (self.records.sample(row),), [NOTHING])
         return dataclasses.replace(batch, loss_weight=torch.zeros(1), stands_in=True)
 
     def _batch(
@@ -114,29 +129,36 @@ class BatchMaker:
         there: Sequence[int],
         latents: Sequence[Mapping[str, Tensor]],
         samples: tuple[Sample, ...],
-        captions: Sequence[str | None],
+        told: Sequence[Told],
     ) -> Batch:
         rows = [int(micro.samples[i]) for i in there]
         draws = StepDraws(self.seed, step, tuple(micro.places[i] for i in there), micro.step_samples)
         return Batch(
             latents=_latents(latents, draws),
-            text=stacked([self.records.text(row, caption) for row, caption in zip(rows, captions, strict=True)]),
-            captions=tuple(caption or "" for caption in captions),
+            text=stacked([self.records.text(row, words) for row, words in zip(rows, told, strict=True)]),
+            captions=tuple(words.caption or "" for words in told),
             samples=samples,
             geometry=tuple(self.records.geometry(row, micro.epoch) for row in rows),
             loss_weight=torch.tensor([self.records.loss_weight(row) for row in rows], dtype=torch.float32),
             draws=draws,
             epoch=micro.epoch,
-            dropped=tuple(caption is None for caption in captions),
+            dropped=tuple(words.caption is None for words in told),
+            dropped_encoders=tuple(words.without for words in told) if self.encoders_apart else (),
             condition=_condition(latents),
         )
 
-    def _caption(self, sample: Sample, epoch: int, repeat: int) -> str | None:
-        """The caption for one appearance of a sample, or None where it is dropped."""
+    def _told(self, sample: Sample, epoch: int, repeat: int) -> Told:
+        """The caption for one appearance of a sample, and who is not told of it.
+
+        Each of n encoders is left out at the nth root of the rate, so that all of them are at the rate itself.
+        """
         address = (self.seed, epoch, sample.dataset, sample.key, repeat)
-        if uniform("caption_dropout", *address) < self.caption_dropout:
-            return None
-        return sample.captions[int(uniform("caption", *address) * len(sample.captions))]
+        encoders = self.encoders_apart or ("all",)
+        rate = self.caption_dropout ** (1 / len(encoders))
+        without = tuple(name for name in encoders if uniform("caption_dropout", *address, name) < rate)
+        if len(without) == len(encoders):
+            return Told(None, without)
+        return Told(sample.captions[int(uniform("caption", *address) * len(sample.captions))], without)
 
 
 def _latents(records: Sequence[Mapping[str, Tensor]], draws: StepDraws) -> Tensor:

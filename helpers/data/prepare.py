@@ -344,7 +344,7 @@ class _Preparation:
         return TrainingData(
             records,
             images.steps,
-            BatchMaker(records, settings.seed, settings.caption_dropout),
+            BatchMaker(records, settings.seed, settings.caption_dropout, settings.encoders_apart),
             fingerprint=self._fingerprint(),
             undecodable=left_out,
             tell_of_failures=self.tell_of_failures,

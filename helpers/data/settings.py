@@ -25,6 +25,7 @@ class DataSettings:
     batch_size: int
     accumulation: int = 1  # micro-batches of one process in a step
     caption_dropout: float = 0.0
+    encoders_apart: Sequence[str] = ()  # text encoders that a caption is kept from each by itself
     cache_dtype: str = "auto"  # auto, fp16, bf16 or fp32
     vae_batch_size: int = 4
     text_batch_size: int = 16

@@ -8,13 +8,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.data.batches import Batch, BatchMaker, prefetched
+from helpers.data.batches import Batch, BatchMaker, Told, prefetched
 from helpers.data.behind import LatentsAhead
 from helpers.data.cache import Cache, DamagedRecordError
 from helpers.data.catalogue import Catalogue
@@ -28,7 +28,7 @@ from helpers.data.texts import TextFiller, text_key
 from helpers.errors import DataError
 
 if TYPE_CHECKING:
-    from helpers.protocols import ModelFamily, TextTensors
+    from helpers.protocols import EncodersApart, ModelFamily, TextTensors
 
 STEPS_AHEAD = 2  # made before they are asked for
 MICRO_BATCHES_AT_ONCE = 16  # read from a network at the same time, so many more are in memory
@@ -202,14 +202,15 @@ class CachedRecords:
             return {"mean": blank}
         return {"mean": blank, CONDITION: blank if conditions.as_latents else torch.zeros(3, target.height, target.width)}
 
-    def text(self, row: int, caption: str | None) -> Mapping[str, Tensor]:
-        if caption is None:
+    def text(self, row: int, told: Told) -> Mapping[str, Tensor]:
+        if told.caption is None:
             return self.unconditional
         texts = self._dataset(row).texts
         if texts is None:
             return {}
         name = self.plan.datasets[self._column("dataset", row)]
-        return self.recall.text(texts, caption, lambda: list(self.catalogue.captions(name)))
+        text = self.recall.text(texts, told.caption, lambda: list(self.catalogue.captions(name)))
+        return cast("EncodersApart", self.recall.family).without(text, told.without) if told.without else text
 
     def _dataset(self, row: int) -> PreparedDataset:
         return self.datasets[self._column("dataset", row)]

@@ -3,6 +3,10 @@
 Small matrices A and B beside the frozen layers move: W x + factor B A x. Where they start from the base model's weights (PiSSA, OLoRA),
 a second pair that stands still takes away what the first begins with, and the base model stays as it is. What is handed over is one LoRA of
 both pairs, of twice the rank.
+
+LoftQ starts with what a quantised base model lost: nearly W = Q + factor B A, where Q is the rounded W. The file is for W, so the second
+pair takes away what the first began with there, and only there. What W gives with the file then differs from what was trained, Q with the
+adapter, by W - Q - factor B A of the start, which LoftQ makes small; without the second pair it would differ by all of W - Q.
 """
 
 from __future__ import annotations
@@ -18,7 +22,15 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.facts import Facts, Settings
 from helpers.errors import ConfigError
 from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
-from helpers.methods.lora_start import FROM_WEIGHTS, STARTS, first_matrices, read_start, require_same_layers
+from helpers.methods.lora_start import (
+    FROM_ROUNDING,
+    FROM_WEIGHTS,
+    STARTS,
+    first_matrices,
+    nearest_to_unrounded,
+    read_start,
+    require_same_layers,
+)
 from helpers.methods.peft_layout import write_adapter
 from helpers.methods.text_encoders import name_in_files, projections
 from helpers.protocols import Parts, Trainable
@@ -43,16 +55,19 @@ def refusals(settings: Settings) -> Iterator[str]:
     """What LoRA and DoRA cannot do together, or with other settings."""
     kind, rank = settings["lora_init_type"], settings["lora_rank"]
     yield from refused_by_adapters(settings)
-    if kind in FROM_WEIGHTS and settings["use_dora"]:
+    if kind in (*FROM_WEIGHTS, FROM_ROUNDING) and settings["use_dora"]:
         yield f"--lora_init_type={kind} moves the weights that DoRA takes the magnitude of; leave out one of it and --use_dora."
     if kind in FROM_WEIGHTS and settings["lora_dropout"]:
         yield f"--lora_init_type={kind} begins with a large B A, which --lora_dropout would turn into noise; set --lora_dropout=0."
+    if kind == FROM_ROUNDING and settings["base_quantization"] == "none":
+        yield (
+            f"--lora_init_type={kind} starts from what a quantised base model lost, and this one is whole; "
+            "set --base_quantization to int8, fp8 or nf4, or leave it out."
+        )
     if kind == "orthogonal" and isinstance(rank, int) and rank % 2:
         yield f"--lora_init_type=orthogonal splits the rank in two halves; --lora_rank={rank} is odd."
     if settings["train_text_encoder"] and settings["init_lora"]:
         yield "--init_lora starts from a LoRA of the network alone; leave out one of it and --train_text_encoder."
-    if settings["train_text_encoder"] and settings["use_dora"]:
-        yield "--use_dora is for the network alone; leave out one of it and --train_text_encoder."
     if kind != "default" and settings["init_lora"]:
         yield f"--init_lora and --lora_init_type={kind} both say what the matrices start from; leave out one of them."
 
@@ -99,6 +114,9 @@ class Lora:
             moving, still = self._adapt(network, targets)
             parameters |= {prefix + name: parameter for name, parameter in moving.items()}
             fixed |= {prefix + name: tensor for name, tensor in still.items()}
+        if self.options.lora_init_type == FROM_ROUNDING:
+            self._start_from_rounding(parts)
+            fixed = _taken_away(parameters)
         if self.start is not None and self.options.init_lora is not None:
             named = {_public_name(name): parameter for name, parameter in parameters.items()}
             require_same_layers(self.options.init_lora, self.start, named)
@@ -174,6 +192,11 @@ class Lora:
         rank = self.options.lora_rank
         return self.options.lora_alpha / (math.sqrt(rank) if self.options.use_rslora else rank)
 
+    @property
+    def _rank_in_files(self) -> int:
+        """Twice the rank where a second pair stands behind the first."""
+        return self.options.lora_rank * (2 if self.options.lora_init_type in (*FROM_WEIGHTS, FROM_ROUNDING) else 1)
+
     def _title(self) -> str:
         kind = "LoCon" if self.options.lora_algorithm == "locon" else "LoRA"
         return f"DoRA ({kind})" if self.options.use_dora else kind
@@ -240,6 +263,26 @@ class Lora:
                 layer.lora_A[adapter].weight.data.copy_(a)
                 layer.lora_B[adapter].weight.data.copy_(sign * b)
 
+    def _start_from_rounding(self, parts: Parts) -> None:
+        """Layers that are not rounded start as usual. Raises ConfigError where that is all of them."""
+        from peft.tuners.lora import LoraLayer
+
+        from helpers.methods.quantised_base import QuantisedLinear, layers_of_blocks
+
+        rounded = {path.removesuffix(".base_layer") for path, _ in layers_of_blocks(parts.denoiser)}
+        adapted = {name: layer for name, layer in parts.denoiser.named_modules() if isinstance(layer, LoraLayer) and name in rounded}
+        if not adapted:
+            raise ConfigError(
+                f"--lora_init_type={FROM_ROUNDING} starts from what --base_quantization takes from the layers of the network's blocks, "
+                "and --lora_targets has none of those; name others, or leave it out."
+            )
+        for name, layer in adapted.items():
+            if isinstance(base := layer.get_base_layer(), QuantisedLinear):  # in an outline of the network it is not
+                down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                a, b = nearest_to_unrounded(base, parts.unrounded[name], down.detach(), self.factor)
+                down.data.copy_(a)
+                up.data.copy_(b)
+
     def _adapter_tensors(self, trainable: Trainable, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By peft's names in files; the pair that stands still stands behind the one that moves."""
         import torch
@@ -261,14 +304,14 @@ class Lora:
             described["target_modules"] = {name.removeprefix("text_model.") for name in described["target_modules"]}
         described |= {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}
         if trainable.fixed:
-            rank = 2 * self.options.lora_rank
+            rank = self._rank_in_files
             described |= {"r": rank, "lora_alpha": self.factor * rank, "use_rslora": False}
         return {key: sorted(value) if isinstance(value, set) else value for key, value in described.items() if _plain(value)}
 
     def _check(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Raises RuntimeError unless diffusers reads from the diffusers layout just what was trained, scaled as it was."""
-        alpha = 2 * self.options.lora_rank * self.factor if self.options.lora_init_type in FROM_WEIGHTS else self.options.lora_alpha
-        self._compare(path, tensors, alpha)
+        rank = self._rank_in_files
+        self._compare(path, tensors, self.options.lora_alpha if rank == self.options.lora_rank else rank * self.factor)
 
     def _check_kohya(self, path: Path, tensors: Mapping[str, Tensor], kohya: Mapping[str, Tensor]) -> None:
         """The same for the kohya layout. diffusers leaves DoRA's magnitudes out, so there the file itself is compared."""
@@ -280,8 +323,7 @@ class Lora:
             if stored.keys() != kohya.keys() or not all(torch.equal(stored[name], kohya[name].cpu()) for name in kohya):
                 raise RuntimeError(f"{path} does not read back as it was trained.")
             return
-        rank = self.options.lora_rank * (2 if self.options.lora_init_type in FROM_WEIGHTS else 1)
-        self._compare(path, tensors, self.factor * rank)
+        self._compare(path, tensors, self.factor * self._rank_in_files)
 
     def _compare(self, path: Path, tensors: Mapping[str, Tensor], alpha: float) -> None:
         import torch
@@ -299,7 +341,7 @@ class Lora:
             )
 
     def _kohya_metadata(self) -> dict[str, str]:
-        rank = self.options.lora_rank * (2 if self.options.lora_init_type in FROM_WEIGHTS else 1)
+        rank = self._rank_in_files
         return {**kohya_metadata(rank, self.factor * rank, self.options.lora_algorithm), **self.family.modelspec("lora")}
 
 
@@ -335,16 +377,28 @@ def _public_name(parameter: str) -> str:
 
 
 def _name_of(trainable: Trainable, parameter: str) -> str:
-    """`_public_name`; a text encoder's begins with its role, and has the level that files have."""
-    for role in trainable.text_encoders:
-        if parameter.startswith(f"{role}."):
-            return f"{role}.{name_in_files(_public_name(parameter.removeprefix(f'{role}.')))}"
-    return _public_name(parameter)
+    """`_public_name`; a text encoder's begins with its role, and has the level that files have.
+
+    Its vector of magnitudes ends with `.weight`: transformers, which loads it for diffusers, finds it by that alone.
+    """
+    public = _public_name(parameter)
+    if not parameter.startswith(tuple(f"{role}." for role in trainable.text_encoders)):
+        return public
+    role, _, name = public.partition(".")
+    return f"{role}.{name_in_files(name)}" + (".weight" if name.endswith("lora_magnitude_vector") else "")
 
 
 def _name_in_file(trainable: Trainable, name: str) -> str:
     """In diffusers' layout every name begins with a role."""
     return name if name.startswith(tuple(f"{role}." for role in trainable.text_encoders)) else f"{trainable.role}.{name}"
+
+
+def _taken_away(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """A second pair that undoes what the first is now. It is for files alone, and so no part of the network."""
+    return {
+        name.replace(f".{ADAPTER}.", f".{ORIGIN}."): (-1 if ".lora_B." in name else 1) * weights.detach()
+        for name, weights in parameters.items()
+    }
 
 
 def _use_both(denoiser: nn.Module) -> None:

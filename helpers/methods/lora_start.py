@@ -1,4 +1,4 @@
-"""What a LoRA starts from: matrices made of the base model's weights, or an existing LoRA file.
+"""What a LoRA starts from: matrices made of the base model's weights or of what rounding took from them, or an existing LoRA file.
 
 A layer's weight W is seen as a matrix (out, in), a convolution's (out, in x height x width). `factor` is what B A is scaled by.
 """
@@ -15,12 +15,14 @@ from helpers.methods.lora_layouts import split_name
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from helpers.methods.quantised_base import QuantisedLinear
     from helpers.protocols import ModelFamily
 
 Start = Callable[["Tensor", int, float], tuple["Tensor", "Tensor"]]  # (W, rank, factor) => A (rank, in), B (out, rank), float32
 
 OVERSAMPLED = 8  # directions beyond the rank in the randomised SVD, and how often it is refined (Halko et al., 2011)
 REFINED = 4
+ALTERNATIONS = 5  # of rounding and decomposing in LoftQ, as in its paper: each gains less than the one before
 
 
 def principal(weight: Tensor, rank: int, factor: float) -> tuple[Tensor, Tensor]:
@@ -54,8 +56,32 @@ def orthogonal(weight: Tensor, rank: int, factor: float) -> tuple[Tensor, Tensor
     return (0.1 * torch.randn(inside, rank // 2) @ q[0::2]).T, 0.1 * torch.randn(out, rank // 2) @ q[1::2]
 
 
+def nearest_to_unrounded(layer: QuantisedLinear, weight: Tensor, usual: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """LoftQ (Li et al., 2023), algorithm 1: rounds `layer` anew => A and B, with which it is nearer to W than rounding alone came.
+
+    Each alternation rounds what B A leaves of W, and gives B A the largest directions of what that rounding lost. Where nothing was lost
+    A is the `usual` (rank, in), and B is 0. What the randomised SVD draws is always the same and not the run's: so are the layer's bytes,
+    on every process and in every life of a run.
+    """
+    import torch
+
+    rank, device = len(usual), layer.packed.device
+    weight = weight.to(device, torch.float32)
+    change = torch.zeros_like(weight)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        for _ in range(ALTERNATIONS):
+            layer.round(weight - change)
+            a, b = principal(weight - layer.weight.float(), min(rank, *weight.shape), factor)
+            change = factor * b @ a
+    more = rank - len(a)  # a layer may be smaller than the rank
+    a, b = torch.nn.functional.pad(a, (0, 0, 0, more)), torch.nn.functional.pad(b, (0, more))
+    return torch.where(a.any(1, keepdim=True), a, usual.to(device)), b
+
+
 STARTS: Mapping[str, Start] = {"pissa": principal, "olora": orthonormal, "orthogonal": orthogonal}
 FROM_WEIGHTS = ("pissa", "olora")  # where B A is not zero, and the same is taken away again by matrices that stand still
+FROM_ROUNDING = "loftq"  # where it is not zero either, and the same is taken away in files: what it gives back nobody lost there
 
 
 def first_matrices(kind: str, layer: str, weight: Tensor, rank: int, factor: float) -> tuple[Tensor, Tensor]:

@@ -35,10 +35,18 @@ class Kind:
     unpack: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
 
 
-def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
-    """Round the weights of a network's blocks in place. Those layers move to `device` one by one; it never holds them all in full."""
-    for parent, name, layer in list(_layers_of_blocks(network)):
-        setattr(parent, name, QuantisedLinear(layer, kind, device))
+def quantise(network: nn.Module, kind: str, device: torch.device, keep: bool = False) -> dict[str, Tensor]:
+    """Round the weights of a network's blocks in place. Those layers move to `device` one by one; it never holds them all in full.
+
+    => where `keep` asks for it, their weights as they were, (out, in), by the layers' names; they stay where they are.
+    """
+    unrounded: dict[str, Tensor] = {}
+    for path, layer in list(layers_of_blocks(network)):
+        parent, _, name = path.rpartition(".")
+        setattr(network.get_submodule(parent), name, QuantisedLinear(layer, kind, device))
+        if keep:
+            unrounded[path] = layer.weight.detach()
+    return unrounded
 
 
 def try_quantisation(kind: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -81,6 +89,10 @@ class QuantisedLinear(nn.Linear):
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
 
+    def round(self, weight: Tensor) -> None:
+        """Keep these weights instead, (out, in) float32 on the layer's device."""
+        self.packed.data, self.scales.data = KINDS[self.kind].pack(weight)
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # no parameter: nothing may keep it
         """(out, in), in the precision that the layer had."""
@@ -109,12 +121,11 @@ class _Product(torch.autograd.Function):
         return gradient @ context.layer._full(gradient.dtype), None
 
 
-def _layers_of_blocks(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every linear layer inside a part of the network whose name ends with block or blocks, with where it hangs."""
+def layers_of_blocks(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """What is rounded: every linear layer, with its name, inside a part of the network whose name ends with block or blocks."""
     for path, module in network.named_modules():
-        parent, _, name = path.rpartition(".")
         if isinstance(module, nn.Linear) and path.split(".")[0].endswith(("block", "blocks")):
-            yield network.get_submodule(parent), name, module
+            yield path, module
 
 
 # -- the kinds --------------------------------------------------------------------------------------------------------------
@@ -152,9 +163,11 @@ def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_nf4(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """As one long row: on a CPU bitsandbytes (0.50) takes other scales than it packed by where 64 are parts of several rows."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    return dequantize_4bit(packed, QuantState(scales.float(), shape, None, TOGETHER, "nf4", dtype))
+    row = torch.Size((shape.numel(),))
+    return dequantize_4bit(packed, QuantState(scales.float(), row, None, TOGETHER, "nf4", dtype)).reshape(shape)
 
 
 KINDS: Mapping[str, Kind] = {

@@ -54,6 +54,7 @@ def sample_rows(step: int, batch: Batch, corrupted: Corrupted, losses: Tensor) -
             "dataset": sample.dataset,
             "key": sample.key,
             "caption": batch.captions[i],
+            **({"dropped_encoders": list(batch.dropped_encoders[i])} if batch.dropped_encoders else {}),
             "timestep": timesteps[i],
             "crop": [geometry.top, geometry.left],
             "target_size": [geometry.target.height, geometry.target.width],

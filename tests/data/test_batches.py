@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.data.batches import BatchMaker, prefetched
+from helpers.data.batches import BatchMaker, Told, prefetched
 from helpers.data.order import MicroBatch
 from helpers.data.sample import Geometry, Sample, Size
 
@@ -42,8 +42,8 @@ class Rows:
     def blank_latents(self, row: int, epoch: int) -> dict[str, Tensor]:
         return {"mean": torch.zeros(4, 8, 8)}
 
-    def text(self, row: int, caption: str | None) -> Mapping[str, Tensor]:
-        return {"pooled": torch.full((8,), -1.0 if caption is None else row, dtype=torch.bfloat16)}
+    def text(self, row: int, told: Told) -> Mapping[str, Tensor]:
+        return {"pooled": torch.full((8,), -1.0 if told.caption is None else row, dtype=torch.bfloat16)}
 
 
 def micro(*rows: int, epoch: int = 0, repeat: int = 0, first_place: int = 0, step_samples: int = 8) -> MicroBatch:
@@ -81,6 +81,32 @@ def test_captions_are_dropped_at_their_rate_and_become_the_unconditional() -> No
     dropped = torch.tensor([caption == "" for caption in batch.captions])
     assert abs(dropped.float().mean() - 0.1) < 3 * (0.1 * 0.9 / 2000) ** 0.5
     assert (batch.text["pooled"][dropped] == -1).all() and (batch.text["pooled"][~dropped] != -1).all()
+
+
+def test_encoders_that_are_told_apart_are_dropped_at_the_root_of_the_rate_each_by_itself() -> None:
+    """Three at 46.4 % each, as in the training of Stable Diffusion 3: all of them in a tenth of the samples."""
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    batch = BatchMaker(Rows(), seed=1, caption_dropout=0.1, encoders_apart=names).make(micro(*range(4000), step_samples=4000), step=0)
+    dropped = torch.tensor([[name in without for name in names] for without in batch.dropped_encoders], dtype=torch.float64)
+
+    def is_rate(found: Tensor, rate: float) -> bool:
+        return abs(found.item() - rate) < 3 * (rate * (1 - rate) / 4000) ** 0.5
+
+    assert all(is_rate(one, 0.4642) for one in dropped.mean(dim=0))
+    assert all(is_rate((dropped[:, i] * dropped[:, j]).mean(), 0.4642**2) for i, j in ((0, 1), (0, 2), (1, 2)))
+    whole = dropped.bool().all(dim=1)
+    assert is_rate(whole.double().mean(), 0.1) and batch.dropped == tuple(whole.tolist())
+    assert (batch.text["pooled"][whole] == -1).all() and (batch.text["pooled"][~whole] != -1).all()
+
+
+def test_which_encoders_are_told_depends_on_epoch_and_repeat_alone() -> None:
+    maker = BatchMaker(Rows(), seed=1, caption_dropout=0.3, encoders_apart=("one", "two"))
+    rows = tuple(range(50))
+    first = maker.make(micro(*rows), step=0).dropped_encoders
+    assert first == tuple(maker.make(micro(row, first_place=3), step=7).dropped_encoders[0] for row in rows)
+    assert (
+        first != maker.make(micro(*rows, epoch=1), step=0).dropped_encoders != maker.make(micro(*rows, repeat=1), step=0).dropped_encoders
+    )
 
 
 def test_captions_depend_on_epoch_and_repeat_but_not_on_step_place_or_batch_mates() -> None:

@@ -161,6 +161,24 @@ def test_it_weighs_what_its_bits_say(kind: str) -> None:
     assert bytes_of(layers) == 512 * 256 * BITS[kind] / 8 + rows
 
 
+# What the 4 bits of nf4 stand for: QLoRA (Dettmers et al., 2023), appendix E.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 32), (24, 32), (40, 96), (7, 100), (5, 66), (3, 5), (1, 2)], ids=str)
+def test_weights_of_any_width_in_nf4_are_their_nearest_numbers_times_the_largest_of_their_64(shape: tuple[int, int]) -> None:
+    plain = nn.Linear(shape[1], shape[0])
+    weights = plain.weight.detach().flatten()
+    largest = torch.cat([part.abs().max().expand(len(part)) for part in weights.split(64)])
+    nearest = (weights / largest - torch.tensor(NF4)[:, None]).abs().argmin(0)
+    expected = torch.tensor(NF4)[nearest] * largest.half().float()  # as scales are kept
+    assert torch.allclose(QuantisedLinear(plain, "nf4", CPU).weight.flatten(), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", TOLERANCES)
 def test_no_full_weights_are_kept_for_the_gradient(kind: str) -> None:
     torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusion3Pipeline
 from torch.nn.functional import huber_loss
+from transformers import T5TokenizerFast
 
 import train
 from helpers.config.options import OPTIONS, ObjectiveOptions
@@ -20,7 +22,7 @@ from helpers.errors import ModelError
 from helpers.families.clip import ClipAnswer
 from helpers.families.sd3 import StableDiffusion3
 from helpers.families.sd3_text import both_pooled, joined
-from helpers.families.t5 import load_tokenizer, tokenize
+from helpers.families.t5 import tokenize
 from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
 
@@ -79,6 +81,43 @@ def test_both_clip_encoders_stand_side_by_side_in_their_order() -> None:
     assert parts["clip"].shape == (1, 77, 2048) and parts["pooled"].shape == (1, 2048)
     assert (parts["clip"][..., :768] == 1).all() and (parts["clip"][..., 768:] == 2).all()
     assert (parts["pooled"][..., :768] == -1).all() and (parts["pooled"][..., 768:] == -2).all()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "states_of_it", "pooled_of_it"),
+    [
+        ("text_encoder", (slice(77), slice(24)), slice(24)),
+        ("text_encoder_2", (slice(77), slice(24, 56)), slice(24, 56)),
+        ("text_encoder_3", (slice(77, None), slice(None)), slice(0)),
+    ],
+)
+@pytest.mark.parametrize("tried", ["sd3"], indirect=True)
+def test_an_encoder_that_is_not_told_of_a_caption_says_zeros_and_the_others_what_they_said(
+    tried: Tried, encoder: str, states_of_it: tuple[slice, slice], pooled_of_it: slice
+) -> None:
+    batch = tried.batch()
+    states, pooled = encoded(pipeline_of(tried), list(CAPTIONS))
+    states[0, states_of_it[0], states_of_it[1]] = 0
+    pooled[0, pooled_of_it] = 0
+    first = tried.family.without({name: tensor[0] for name, tensor in batch.text.items()}, (encoder,))  # type: ignore[attr-defined]
+    text = {name: torch.cat([first[name].unsqueeze(0), tensor[1:]]) for name, tensor in batch.text.items()}
+    told = tried.family.conditioning(dataclasses.replace(batch, text=text), CPU)
+    assert torch.allclose(told["prompt_embeds"], states, atol=1e-5) and torch.allclose(told["pooled"], pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("miniature_name", "how", "expected"),
+    [
+        ("sd3", "apart", ("text_encoder", "text_encoder_2", "text_encoder_3")),
+        ("sd35", "apart", ("text_encoder", "text_encoder_2")),
+        ("sd3", "together", ()),
+    ],
+)
+def test_encoders_are_told_apart_unless_the_user_wants_them_together(
+    miniature_name: str, how: str, expected: tuple[str, ...], miniature: Callable[[str], Path], tmp_path: Path
+) -> None:
+    family: Any = open_family("sd3", miniature(miniature_name), tmp_path, sd3_caption_dropout=how)
+    assert family.encoders_apart == expected
 
 
 @pytest.mark.parametrize("tried", BOTH, indirect=True)
@@ -186,7 +225,7 @@ def test_a_caption_is_cut_off_where_the_encoder_that_reads_most_stops(
 
 
 def test_token_ids_of_t5_end_with_its_end_of_text_and_are_those_of_the_pipeline(miniature: Callable[[str], Path]) -> None:
-    tokenizer = load_tokenizer(miniature("sd3") / "tokenizer_3")
+    tokenizer = T5TokenizerFast.from_pretrained(miniature("sd3") / "tokenizer_3")
     ids, mask, too_long = tokenize(tokenizer, ["a cat", LONG], 256)
     theirs = tokenizer(["a cat", LONG], padding="max_length", max_length=256, truncation=True, return_tensors="pt")
     assert torch.equal(ids, theirs.input_ids) and torch.equal(mask, theirs.attention_mask)

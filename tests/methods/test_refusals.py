@@ -41,7 +41,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--lora_algorithm=lokr --use_rslora", "whole matrices of LoKr do not have"),
         ("--model_type=full --base_quantization=nf4", "--base_quantization: nf4 rounds the weights of a base model that stands still"),
         ("--model_type=full --use_bitfit --base_quantization=int8", "use --model_type=lora, or --base_quantization=none"),
-        ("--lora_init_type=loftq", "'loftq' is not available yet"),
+        ("--lora_init_type=loftq", "what a quantised base model lost, and this one is whole; set --base_quantization to int8, fp8"),
+        ("--lora_init_type=loftq --base_quantization=int8 --use_dora", "DoRA takes the magnitude of"),
+        ("--lora_init_type=loftq --base_quantization=int8 --init_lora=first.safetensors", "both say what the matrices start from"),
+        ("--lora_init_type=loftq --base_quantization=int8 --lora_algorithm=lokr", "--lora_init_type=loftq is for LoRA and LoCon"),
+        ("--lora_init_type=loftq --base_quantization=nf4 --model_type=full", "nf4 rounds the weights of a base model that stands still"),
     ],
 )
 def test_a_combination_that_cannot_be_is_named_with_the_remedy(flags: str, said: str) -> None:
@@ -59,6 +63,7 @@ def test_a_combination_that_cannot_be_is_named_with_the_remedy(flags: str, said:
         "--lora_init_type=pissa --use_rslora --lora_algorithm=locon",
         "--init_lora=first.safetensors --lora_dropout=0.2",
         "--lora_init_type=orthogonal --use_dora",
+        "--lora_init_type=loftq --base_quantization=fp8 --lora_algorithm=locon --use_rslora --lora_dropout=0.1 --use_ema",
     ],
 )
 def test_what_can_be_combined_is(flags: str) -> None:

@@ -17,9 +17,10 @@ METHODS: dict[str, dict[str, object]] = {
     "LoKr": {"lora_algorithm": "lokr", "lora_dropout": 0, "lokr_factor": 4, "lora_rank": 2},
     "LoHa": {"lora_algorithm": "loha", "lora_dropout": 0, "lora_rank": 4},
     "nf4 base": {"base_quantization": "nf4"},
+    "LoftQ": {"base_quantization": "nf4", "lora_init_type": "loftq", "lora_rank": 4},
     "BitFit": {"model_type": "full", "use_bitfit": True, "lora_dropout": None},
 }
-SHORT = ("PiSSA", "BitFit")
+SHORT = ("LoftQ", "BitFit")  # the former has a pair of matrices that stands still, and a base that is rounded anew in each life
 SELECTED = METHODS if os.environ.get("SIMPLETUNER_TEST_LONG") else SHORT
 HANDED_OVER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_live.kohya.safetensors")
 

@@ -53,6 +53,12 @@ class DataOptions:
     caption_dropout_probability: float = option(
         0.1, "Share of the samples trained without their caption, which guidance needs.", at_least=0, at_most=1
     )
+    sd3_caption_dropout: str = option(
+        "apart",
+        "How Stable Diffusion 3 drops captions: each of three text encoders by itself, at the cube root of --caption_dropout_probability,"
+        " as its base models were made, or all of them together. Without T5 it is the square root for two.",
+        choices=("apart", "together"),
+    )
     parquet_caption_column: str = option("description", "Column of captions, in tables of any kind whose entry names none.")
     parquet_filename_column: str = option("id", "Column of file names, in tables of any kind whose entry names none.")
     sdxl_original_size: str = option(

@@ -51,7 +51,12 @@ class ModelOptions:
     pretrained_vae_model_name_or_path: str | None = option(
         None, "Another VAE, for example madebyollin/sdxl-vae-fp16-fix.", default_text="the base model's own"
     )
-    pretrained_t5_model_name_or_path: str | None = option(None, "Another source for the T5 tokenizer and encoder (PixArt).", not_yet=True)
+    pretrained_t5_model_name_or_path: str | None = option(
+        None,
+        "Another T5 encoder with its tokenizer, for a family that reads T5: a folder or hub name of a pipeline or of a T5 alone."
+        " Stable Diffusion 3 without T5 gains one.",
+        default_text="the base model's own",
+    )
     sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", means=("model_family", "sd3"))
     sd3_uses_diffusion: bool = option(
         False,
@@ -112,9 +117,9 @@ class AdapterOptions:
     lora_init_type: str = option(
         "default",
         "What the matrices start from: kaiming uniform (default) or gaussian, with B zero; orthogonal, with B A zero; the largest "
-        "directions of the base model's weights (pissa), or the first of its QR decomposition (olora). loftq needs a quantised base model.",
+        "directions of the base model's weights (pissa), the first of its QR decomposition (olora), or the largest directions of what "
+        "--base_quantization takes from it (loftq).",
         choices=("default", "gaussian", "orthogonal", "pissa", "olora", "loftq"),
-        later=("loftq",),
     )
     lora_targets: tuple[str, ...] = option(
         (),

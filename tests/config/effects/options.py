@@ -106,6 +106,7 @@ MODEL = {
     "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
     "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
+    "pretrained_t5_model_name_or_path": Effect(losses, ["sd3", "t5"], SD3),
     "controlnet": Effect(handed_over, {"false": {"pipeline"}, "true": {"controlnet"}}, ("--model_type=full", CONDITIONED)),
     "controlnet_model_name_or_path": Effect(losses, ["controlnet_0", "controlnet_1"], ("--model_type=full", "--controlnet", CONDITIONED)),
     "freeze_unet_strategy": Effect(losses, ["none", "bitfit"], ("--model_type=full",)),
@@ -128,7 +129,7 @@ ADAPTER = {
     "lora_alpha": Effect(losses, ["1", "16"]),
     "use_rslora": Effect(losses, ["false", "true"]),
     "lora_dropout": Effect(losses, ["0", "0.5"]),
-    "lora_init_type": Effect(losses, ["default", "gaussian", "orthogonal", "pissa", "olora"]),
+    "lora_init_type": Effect(losses, ["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"], ("--base_quantization=int8",)),
     "lora_targets": Effect(lora_modules, {"to_q": {"to_q"}, "to_k,to_out.0": {"to_k", "to_out"}}),
     "init_lora": Effect(losses, ["none", "lora_0.safetensors", "lora_1.safetensors"]),
     "use_dora": Effect(losses, ["false", "true"]),
@@ -211,6 +212,7 @@ DATA = {
     "prepend_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {f"a dog {name}" for name in FILENAMES}}, (DOG,)),
     "only_instance_prompt": Effect(of_samples("caption"), {"false": FILENAMES, "true": {"a dog"}}, (DOG,)),
     "caption_dropout_probability": Effect(of_samples("caption"), {"0": FILENAMES, "1": {""}}),
+    "sd3_caption_dropout": Effect(losses, ["apart", "together"], (*SD3, "--caption_dropout_probability=0.4")),
     "parquet_caption_column": Effect(
         of_samples("caption"), {name: {f"{said} {index}" for index in range(6)} for name, said in TABLE_COLUMNS.items()}, TABLE
     ),
