@@ -54,6 +54,8 @@ def family_problems(family: Facts, settings: Settings) -> Iterable[str]:
     for name in ("controlnet", "train_text_encoder"):
         if settings[name] and settings["long_captions"] == "chunk":
             yield f"--long_captions=chunk goes without --{name}, which reads 77 tokens; remove one of them."
+    if settings["pretrained_t5_model_name_or_path"] and "pretrained_t5_model_name_or_path" not in family.options:
+        yield f"--pretrained_t5_model_name_or_path is not for {family.title}, whose captions no T5 reads; remove it."
     if settings["controlnet"] and not family.controlnet:
         yield f"--controlnet is not for {family.title}: there is no ControlNet of it to train here. Remove it, or choose another model."
     yield from family.judge(settings)

@@ -27,6 +27,12 @@ _LIBRARIES = {  # choice -> module, package
     "comet": ("comet_ml", "comet-ml"),
 }
 
+MODELS = (  # options that name a model
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "pretrained_t5_model_name_or_path",
+    "controlnet_model_name_or_path",
+)
 BESIDE_A_FROZEN_BASE = ("lora", "lycoris")  # methods that only ask the base model's weights
 
 Chosen = Mapping[str, Setting]
@@ -123,7 +129,7 @@ def _files(chosen: Chosen) -> Iterator[str]:
     library = chosen["user_prompt_library"].value
     if library is not None and not os.path.isfile(library):
         yield f"--user_prompt_library: there is no file {library}; check the path."
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path"):
+    for name in MODELS:
         model = chosen[name].value
         if model and _is_path(model) and not os.path.exists(Path(model).expanduser()):
             yield f"{_origin(chosen, name)}: there is no folder {model}; check the path."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,7 @@ EDGE = 64  # pixels: of the pictures of stage I
 QUARTER = 4  # how much smaller the picture is that stage II makes larger
 NOISE_LEVEL_OF_SAMPLING = 250  # of 1000: what IFSuperResolutionPipeline adds to that picture unless it is told otherwise
 OF_BOTH: Settings = {"resolution_type": "pixel", "aspect_bucket_alignment": 8, "validation_noise_scheduler": "ddpm"}
+OPTIONS = UNET_OPTIONS | {"pretrained_t5_model_name_or_path"}
 
 
 def _judge(settings: Settings) -> Iterable[str]:
@@ -63,7 +64,7 @@ class DeepFloyd:
 
     facts: ClassVar[Facts]
     pipeline_class: ClassVar[str]  # of diffusers
-    parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "tokenizer", "scheduler")
+    parts: ClassVar[tuple[str, ...]] = ("unet", "scheduler")  # beside T5
     stage: ClassVar[str]
     refines: ClassVar[bool]
     notes = ()
@@ -73,7 +74,10 @@ class DeepFloyd:
     lora_targets = (*unet_lora.ATTENTION, "add_k_proj", "add_v_proj")  # the last two read the text
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        from helpers.families.t5_source import T5Source
+
         self.base = Checkpoint.open(self.facts.name, self.parts, options, cache)
+        self.t5 = T5Source.open(self.base, "", options, width=self.base.config("unet")["encoder_hid_dim"])
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.scheduler_config: Mapping[str, Any] = {**self.base.config("scheduler"), "variance_type": "fixed_small"}
 
@@ -82,18 +86,16 @@ class DeepFloyd:
 
         return nullcontext(Pixels())
 
-    @contextmanager
-    def text_encoders(self, device: torch.device) -> Iterator[TextEncoders]:
-        from helpers.families.deepfloyd_text import DeepFloydText
-        from helpers.families.vae import released
+    def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
+        """Without the mask: the network attends to all that it is given, the padding too."""
+        from helpers.families.t5 import normalised_text
 
-        with released(DeepFloydText(self.base, TOKENS, device), device) as encoders:
-            yield encoders
+        return normalised_text(self.t5, TOKENS, with_mask=False, device=device)
 
     def caption_lengths(self) -> CaptionLengths:
         from helpers.families.t5 import NormalisedLengths
 
-        return NormalisedLengths(self.base, "", TOKENS)
+        return NormalisedLengths(self.t5, TOKENS)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """The empty caption, encoded like any other."""
@@ -138,7 +140,7 @@ class DeepFloyd:
         return modelspec(self.base, f"{version}/{kind}", "https://github.com/deep-floyd/IF", version, edge)
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
-        write_pipeline(self.base, {"unet": denoiser_folder}, scheduler_config, target)
+        write_pipeline(self.base, {"unet": denoiser_folder, **self.t5.parts}, scheduler_config, target, self.t5.classes)
 
     def _pipeline(self, denoiser: nn.Module, kind: str, **schedulers: Any) -> Any:
         import diffusers
@@ -161,7 +163,7 @@ class StageOne(DeepFloyd):
             "validation_guidance": 7.0,
             "validation_num_inference_steps": 100,
         },
-        options=UNET_OPTIONS,
+        options=OPTIONS,
         img2img=True,
         edge=EDGE,
         judge=_judge,
@@ -188,7 +190,7 @@ class StageTwo(DeepFloyd):
         name="deepfloyd_2",
         title="DeepFloyd IF stage II",
         defaults={**OF_BOTH, "resolution": float(QUARTER * EDGE), "validation_guidance": 4.0, "validation_num_inference_steps": 50},
-        options=UNET_OPTIONS,
+        options=OPTIONS,
         img2img=True,
         edge=QUARTER * EDGE,
         judge=_judge,

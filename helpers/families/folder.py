@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import ModelError
 from helpers.storage.atomic import write_json
 
+WEIGHTS_STEMS = ("model", "diffusion_pytorch_model")  # how transformers and diffusers begin the names of weights
 ALIGNMENT = 64  # bytes: a cache line, and what torch's own allocator gives on a CPU
 
 
@@ -33,10 +34,14 @@ def _fetch(name: str, revision: str | None, variant: str | None) -> Path:
     try:
         return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor a model that the Hugging Face Hub gives us ({reason})."
+            f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor a model that the Hugging Face Hub gives us "
+            f"({_reason(error)})."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def locate_component(option: str, name: str, component: str) -> Path:
@@ -47,13 +52,21 @@ def locate_component(option: str, name: str, component: str) -> Path:
     found = Path(name).expanduser()
     if found.is_dir():
         return found / component if (found / component).is_dir() else found
+    return fetch(option, name, ("*.json", "*.safetensors"))
+
+
+def fetch(option: str, name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The snapshot of a model on the hub, with the files that match in it; a commit as `revision` asks the hub no second time.
+
+    Raises ModelError, naming the option, where the hub does not give them and the local cache has not got them.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ModelError(f"{option}: {name!r} is neither a folder here nor a model of the hub.") from error
+        raise ModelError(f"{option}: {name!r} is neither a folder here nor a model of the hub ({_reason(error)}).") from error
 
 
 def model_index(folder: Path) -> dict[str, Any]:
@@ -76,12 +89,32 @@ def require_components(folder: Path, components: Sequence[str]) -> None:
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
-    for component in (folder / name for name in components):
-        if any(component.glob("*.bin")) and not any(component.glob("*.safetensors")):
-            raise ModelError(f"The weights in {component} are no .safetensors; convert them first, formats that run code are not opened.")
-    for path in (path for name in components for path in sorted((folder / name).glob("*.safetensors"))):
-        if is_cut_off(path):
-            raise ModelError(f"{path} is cut off, as an interrupted download leaves it: fetch the model again.")
+    for name in components:
+        if problem := weights_problem(folder / name):
+            raise ModelError(problem)
+
+
+def weights_problem(component: Path) -> str | None:
+    """What keeps the weights in a folder from being loaded, as one sentence; a folder without weights has no problem."""
+    files = sorted(component.glob("*.safetensors"))
+    if not files and any(component.glob("*.bin")):
+        return f"The weights in {component} are no .safetensors; convert them first, formats that run code are not opened."
+    cut_off = next((path for path in files if is_cut_off(path)), None)
+    return f"{cut_off} is cut off, as an interrupted download leaves it: fetch the model again." if cut_off else None
+
+
+def weight_files(component: Path, variant: str | None) -> list[Path]:
+    """The .safetensors of a component that are loaded, behind the index that lists them where there is one; none where it has none.
+
+    As `load_component` chooses them: the variant's, or else the plain ones.
+    """
+    for kind in dict.fromkeys((f".{variant}" if variant else "", "")):
+        for stem in WEIGHTS_STEMS:
+            if (single := component / f"{stem}{kind}.safetensors").is_file():
+                return [single]
+            if (index := component / f"{stem}.safetensors.index{kind}.json").is_file():
+                return [index, *(component / name for name in sorted(set(read_json(index)["weight_map"].values())))]
+    return []
 
 
 def is_cut_off(path: Path) -> bool:
@@ -150,11 +183,18 @@ class WeightsHashes:
 
     def of(self, *folders: Path) -> str:
         """One hash over every weight and configuration file of these folders."""
+        return self.of_files(
+            (str(path.relative_to(folder)), path)
+            for folder in folders
+            for path in sorted(folder.rglob("*"))
+            if path.suffix in (".safetensors", ".json", ".txt", ".model")
+        )
+
+    def of_files(self, files: Iterable[tuple[str, Path]]) -> str:
+        """One hash over files and the names that they are given."""
         digest = hashlib.sha256()
-        for folder in folders:
-            for path in sorted(folder.rglob("*")):
-                if path.suffix in (".safetensors", ".json", ".txt", ".model"):
-                    digest.update(f"{path.relative_to(folder)} {self.of_file(path)}\n".encode())
+        for name, path in files:
+            digest.update(f"{name} {self.of_file(path)}\n".encode())
         return digest.hexdigest()
 
     def of_file(self, path: Path) -> str:

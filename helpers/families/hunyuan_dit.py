@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.facts import Facts, Settings
 from helpers.families import peft_lora, sdxl_inputs
 from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.families.export import Component, modelspec, trained_edge, write_pipeline
 from helpers.families.recompute import recompute
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, DataOptions, ModelOptions
     from helpers.data.batches import Batch
 
-TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+BERT = ("text_encoder", "tokenizer")
+T5 = ("text_encoder_2", "tokenizer_2")
 BASE_EDGE = 512  # pixels: the edge of the square that positions are laid over, however large the picture
 TOKENIZERS_OF_OLD = {"MT5Tokenizer": "T5Tokenizer"}  # a class that transformers no longer has => the one that reads the same files
 
@@ -45,7 +46,7 @@ class HunyuanDiT:
         name="hunyuan_dit",
         title="Hunyuan-DiT",
         defaults={"aspect_bucket_alignment": 64},
-        options=frozenset({"sdxl_original_size"}),
+        options=frozenset({"sdxl_original_size", "pretrained_t5_model_name_or_path"}),
         judge=_judge,
     )
     refines = False
@@ -54,11 +55,13 @@ class HunyuanDiT:
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        from helpers.families.t5_source import T5Source
         from helpers.families.vae import Vae
 
-        self.base = Checkpoint.open("hunyuan_dit", ("transformer", "vae", *TEXT, "scheduler"), options, cache)
+        self.base = Checkpoint.open("hunyuan_dit", ("transformer", "vae", *BERT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, options, cache)
         self.network = self.base.config("transformer")
+        self.t5 = T5Source.open(self.base, "_2", options, width=self.network["cross_attention_dim_t5"])
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=self.network["patch_size"])
         self.scheduler_config = self.base.config("scheduler")
@@ -73,7 +76,7 @@ class HunyuanDiT:
         from helpers.families.hunyuan_text import HunyuanText
         from helpers.families.vae import released
 
-        text = HunyuanText(self.base, self.network["text_len"], self.network["text_len_t5"], device)
+        text = HunyuanText(self.base, self.t5, self.network["text_len"], self.network["text_len_t5"], device)
         with released(text, device) as encoders:
             yield encoders
 
@@ -81,7 +84,7 @@ class HunyuanDiT:
         """By mT5's tokens: it reads on where BERT stops."""
         from helpers.families.t5 import T5CaptionLengths
 
-        return T5CaptionLengths(self.base, "_2", self.network["text_len_t5"])
+        return T5CaptionLengths(self.t5, self.network["text_len_t5"])
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """The empty caption, encoded like any other."""
@@ -134,7 +137,7 @@ class HunyuanDiT:
         from diffusers import HunyuanDiTPipeline
 
         absent: Any = None  # from embeddings to latents: the caller encodes and decodes
-        others = dict.fromkeys(("vae", *TEXT, "safety_checker", "feature_extractor"), absent)
+        others = dict.fromkeys(("vae", *BERT, *T5, "safety_checker", "feature_extractor"), absent)
         return FromEmbeddings(HunyuanDiTPipeline(**others, transformer=denoiser, scheduler=sampler, requires_safety_checker=False))
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
@@ -162,10 +165,12 @@ class HunyuanDiT:
         return modelspec(self.base, f"hunyuan-dit-v{version}/{kind}", implementation, f"hunyuan_dit_{version}", edge)
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
-        library, tokenizer = self.base.index["tokenizer_2"]
-        index = {**self.base.index, "tokenizer_2": [library, TOKENIZERS_OF_OLD.get(tokenizer, tokenizer)]}
-        base = dataclasses.replace(self.base, index=index)
-        write_pipeline(base, {"transformer": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)
+        parts: dict[str, Component] = {"transformer": denoiser_folder, "vae": self.vae.folder, **self.t5.parts}
+        write_pipeline(self.base, parts, scheduler_config, target, self.t5.classes or self._own_tokenizer())
+
+    def _own_tokenizer(self) -> dict[str, list[str]]:
+        library, kind = self.base.index["tokenizer_2"]
+        return {"tokenizer_2": [library, TOKENIZERS_OF_OLD.get(kind, kind)]}
 
     def _positions(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary embedding for latents of this size, as the pipeline of diffusers makes them."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from helpers.families import folder, t5
+from helpers.families import folder
 from helpers.families.checkpoint import Checkpoint
+from helpers.families.t5 import T5Encoder
+from helpers.families.t5_source import T5Source
 
 
 class HunyuanText:
@@ -20,12 +22,12 @@ class HunyuanText:
     them all, padding too, for what it is told of the caption as a whole.
     """
 
-    def __init__(self, base: Checkpoint, length: int, t5_length: int, device: torch.device) -> None:
+    def __init__(self, base: Checkpoint, t5: T5Source, length: int, t5_length: int, device: torch.device) -> None:
         self.base = base
         self.length = length
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else torch.float16
-        self.t5 = t5.T5Encoder(base, "_2", t5_length, masked=True, device=device)
+        self.t5 = T5Encoder(t5, t5_length, masked=True, device=device)
         weights = base.hash_of("text_encoder", "tokenizer")
         self.fingerprint = folder.fingerprint({"bert": weights, "dtype": str(self.dtype), "length": length, "t5": self.t5.fingerprint})
         self.truncated = 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from helpers.config.facts import Facts, Settings
 from helpers.families import peft_lora
 from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.families.export import Component, modelspec, trained_edge, write_pipeline
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ PATCH = 2  # latent pixels on the edge of what is one token to the network
 SIZED = 128  # the sample_size of the networks that are told sizes, where their config does not say
 # The authors clip the gradient to this; the pictures all come from patches that are at least two latent pixels wide and high.
 DEFAULTS: Settings = {"max_grad_norm": 0.01, "aspect_bucket_alignment": 64}
+OPTIONS = frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path"})
 
 
 def _judge(settings: Settings) -> Iterable[str]:
@@ -52,34 +53,32 @@ class PixArt:
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+        from helpers.families.t5_source import T5Source
         from helpers.families.vae import Vae
 
-        components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-        self.base = Checkpoint.open(self.facts.name, components, options, cache)
+        self.base = Checkpoint.open(self.facts.name, ("transformer", "vae", "scheduler"), options, cache)
         self.vae = Vae.open(self.base, options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=PATCH)
         self.scheduler_config = self.base.config("scheduler")
         self.length = options.tokenizer_max_length or self.tokens
         network = self.base.config("transformer")
+        self.t5 = T5Source.open(self.base, "", options, width=network["caption_channels"])
         told = network.get("use_additional_conditions")
         self.told_sizes: bool = network["sample_size"] == SIZED if told is None else told
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
         return self.vae.codec(device)
 
-    @contextmanager
-    def text_encoders(self, device: torch.device) -> Iterator[TextEncoders]:
-        from helpers.families.pixart_text import PixArtText
-        from helpers.families.vae import released
+    def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
+        from helpers.families.t5 import normalised_text
 
-        with released(PixArtText(self.base, self.length, device), device) as encoders:
-            yield encoders
+        return normalised_text(self.t5, self.length, with_mask=True, device=device)
 
     def caption_lengths(self) -> CaptionLengths:
         from helpers.families.t5 import NormalisedLengths
 
-        return NormalisedLengths(self.base, "", self.length)
+        return NormalisedLengths(self.t5, self.length)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """The empty caption, encoded like any other."""
@@ -118,8 +117,6 @@ class PixArt:
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         import diffusers
 
-        from helpers.families.pixart_text import FromEmbeddings
-
         absent: Any = None  # from embeddings to latents: the caller encodes and decodes
         encoders = dict.fromkeys(("vae", "text_encoder", "tokenizer"), absent)
         return FromEmbeddings(getattr(diffusers, self.pipeline_class)(**encoders, transformer=denoiser, scheduler=sampler))
@@ -148,15 +145,30 @@ class PixArt:
         return modelspec(self.base, f"{self.facts.name.replace('_', '-')}/{kind}", self.code, self.facts.name, edge)
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
+        parts: dict[str, Component] = {"transformer": denoiser_folder, "vae": self.vae.folder, **self.t5.parts}
         # Early copies of Alpha name the class that this one was split from.
-        base = dataclasses.replace(self.base, index={**self.base.index, "transformer": ["diffusers", NETWORK]})
-        write_pipeline(base, {"transformer": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)
+        classes = {"transformer": ["diffusers", NETWORK], **self.t5.classes}
+        write_pipeline(self.base, parts, scheduler_config, target, classes)
+
+
+class FromEmbeddings:
+    """A pipeline of PixArt that is called with embeddings, and makes pictures of just the size that is asked for."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        self.pipeline.set_progress_bar_config(**settings)
+
+    def __call__(self, **arguments: Any) -> Any:
+        # Left alone, the negative prompt is "", which contradicts embeddings; and sizes are rounded to those of the authors' buckets.
+        return self.pipeline(negative_prompt=None, use_resolution_binning=False, **arguments)
 
 
 class PixArtAlpha(PixArt):
     """The network for 1024 pixels is told height, width and aspect of the picture; those for less are not."""
 
-    facts = Facts("pixart_alpha", "PixArt Alpha", DEFAULTS, frozenset({"tokenizer_max_length"}), judge=_judge)
+    facts = Facts("pixart_alpha", "PixArt Alpha", DEFAULTS, OPTIONS, judge=_judge)
     pipeline_class = "PixArtAlphaPipeline"
     tokens = 120
     code = "https://github.com/PixArt-alpha/PixArt-alpha"
@@ -165,7 +177,7 @@ class PixArtAlpha(PixArt):
 class PixArtSigma(PixArt):
     """Reads longer captions, has SDXL's VAE, and is not told sizes."""
 
-    facts = Facts("pixart_sigma", "PixArt Sigma", DEFAULTS, frozenset({"tokenizer_max_length"}), judge=_judge)
+    facts = Facts("pixart_sigma", "PixArt Sigma", DEFAULTS, OPTIONS, judge=_judge)
     pipeline_class = "PixArtSigmaPipeline"
     tokens = 300
     code = "https://github.com/PixArt-alpha/PixArt-sigma"

@@ -13,7 +13,7 @@ from helpers.config.options import OPTIONS
 from helpers.errors import ModelError
 from helpers.families import condition, img2img, transformer_lora
 from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import modelspec, trained_edge, write_pipeline
+from helpers.families.export import Component, modelspec, trained_edge, write_pipeline
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from helpers.config.options import CacheOptions, DataOptions, ModelOptions
     from helpers.data.batches import Batch
+    from helpers.families.t5_source import T5Source
 
 CLIPS = ("", "_2")  # suffixes of their folders
 T5 = "_3"
@@ -79,7 +80,9 @@ class StableDiffusion3:
         name="sd3",
         title="Stable Diffusion 3",
         defaults={"aspect_bucket_alignment": 64},
-        options=frozenset({"tokenizer_max_length", "sd3_uses_diffusion", "sd3_caption_dropout", *FLOW_OPTIONS}),
+        options=frozenset(
+            {"tokenizer_max_length", "pretrained_t5_model_name_or_path", "sd3_uses_diffusion", "sd3_caption_dropout", *FLOW_OPTIONS}
+        ),
         objective="flow",
         switched={"sd3_uses_diffusion": "diffusion"},
         img2img=True,
@@ -108,20 +111,18 @@ class StableDiffusion3:
         self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])
         self.scheduler_config = _schedule(self.base, options.sd3_uses_diffusion)
         self.t5_length = options.tokenizer_max_length or T5_LENGTH
+        self.t5 = self._t5(options)
         self.encoders_apart = self._encoders() if data.sd3_caption_dropout == "apart" else ()
         self.controlnet_start = self._controlnet_start(options)
 
     @property
     def notes(self) -> Sequence[str]:
-        if self.has_t5:
+        if self.t5:
             return ()
-        return ("the base model is without T5: both CLIP encoders read 77 tokens of a caption, and zeros stand in T5's place",)
-
-    @property
-    def has_t5(self) -> bool:
-        """Whether the base model brings T5: it names the encoder, and the folder is there."""
-        named = all((self.base.index.get(part) or [None])[0] is not None for part in T5_FOLDERS)
-        return named and all((self.base.folder / part).is_dir() for part in T5_FOLDERS)
+        return (
+            "the base model is without T5 (--pretrained_t5_model_name_or_path names one): both CLIP encoders read 77 tokens of a caption, "
+            "and zeros stand in T5's place",
+        )
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
         return self.vae.codec(device)
@@ -129,20 +130,20 @@ class StableDiffusion3:
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
         from helpers.families.sd3_text import text_encoders
 
-        return text_encoders(self.base, self.t5_length if self.has_t5 else None, device)
+        return text_encoders(self.base, self.t5, self.t5_length, device)
 
     def caption_lengths(self) -> CaptionLengths:
         """By T5's tokens where it is there: it reads on where CLIP stops."""
         from helpers.families.clip import clip_caption_lengths
         from helpers.families.t5 import T5CaptionLengths
 
-        return T5CaptionLengths(self.base, T5, self.t5_length) if self.has_t5 else clip_caption_lengths(self.base, CLIPS)
+        return T5CaptionLengths(self.t5, self.t5_length) if self.t5 else clip_caption_lengths(self.base, CLIPS)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """Zeros of all encoders."""
         from helpers.families.sd3_text import zeros
 
-        return zeros(self.base, self.t5_length if self.has_t5 else None)
+        return zeros(self.base, self.t5, self.t5_length)
 
     def without(self, text: TextTensors, encoders: Collection[str]) -> TextTensors:
         """Zeros of these encoders: the base models were trained with each dropped by itself (Esser et al., 2024, appendix B.3)."""
@@ -221,10 +222,23 @@ class StableDiffusion3:
         return modelspec(self.base, f"stable-diffusion-3/{kind}", "https://github.com/Stability-AI/sd3-ref", "sd3", edge)
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
-        write_pipeline(self.base, {"transformer": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)
+        parts: dict[str, Component] = {"transformer": denoiser_folder, "vae": self.vae.folder}
+        if self.t5 is None:
+            return write_pipeline(self.base, parts, scheduler_config, target)
+        write_pipeline(self.base, {**parts, **self.t5.parts}, scheduler_config, target, self.t5.classes)
+
+    def _t5(self, options: ModelOptions) -> T5Source | None:
+        """None where none is named and the base model is without: it does not name it, or the folder is not there."""
+        from helpers.families.t5_source import T5Source
+
+        named = all((self.base.index.get(part) or [None])[0] is not None for part in T5_FOLDERS)
+        brought = named and all((self.base.folder / part).is_dir() for part in T5_FOLDERS)
+        if not (options.pretrained_t5_model_name_or_path or brought):
+            return None
+        return T5Source.open(self.base, T5, options, width=self.transformer["joint_attention_dim"])
 
     def _encoders(self) -> tuple[str, ...]:
-        return tuple(f"text_encoder{suffix}" for suffix in (*CLIPS, T5)[: 3 if self.has_t5 else 2])
+        return tuple(f"text_encoder{suffix}" for suffix in (*CLIPS, T5)[: 3 if self.t5 else 2])
 
     def _controlnet_start(self, options: ModelOptions) -> Path | None:
         if not options.controlnet:

@@ -1,4 +1,4 @@
-"""What Stable Diffusion 3 is told of a caption: by two CLIP encoders, and by T5 where the base model brings it."""
+"""What Stable Diffusion 3 is told of a caption: by two CLIP encoders, and by T5 where there is one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from helpers.families import folder
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.clip import ClipAnswer, ClipEncoders
 from helpers.families.t5 import T5Encoder
+from helpers.families.t5_source import T5Source
 from helpers.families.vae import released
 
 CLIPS = ("", "_2")  # suffixes of their folders
@@ -57,23 +58,22 @@ class Sd3TextEncoders:
 
 
 @contextmanager
-def text_encoders(base: Checkpoint, t5_length: int | None, device: torch.device) -> Iterator[Sd3TextEncoders]:
-    """The encoders of a base model, which let their weights go at the end; without T5 where its length is None."""
+def text_encoders(base: Checkpoint, t5: T5Source | None, t5_length: int, device: torch.device) -> Iterator[Sd3TextEncoders]:
+    """CLIP's encoders of a base model, and T5 where there is one; they let their weights go at the end."""
     clip = ClipEncoders(base, CLIPS, "penultimate", both_pooled, device)
-    t5 = T5Encoder(base, T5, t5_length, masked=False, device=device) if t5_length else None
-    encoders = Sd3TextEncoders(clip, t5)
+    encoders = Sd3TextEncoders(clip, T5Encoder(t5, t5_length, masked=False, device=device) if t5 else None)
     with released(encoders, device):
         yield encoders
 
 
-def zeros(base: Checkpoint, t5_length: int | None) -> dict[str, Tensor]:
+def zeros(base: Checkpoint, t5: T5Source | None, t5_length: int) -> dict[str, Tensor]:
     """What the encoders give for a caption, without a batch dimension, of zeros; no encoder is loaded for it."""
     clips = [base.config(f"text_encoder{suffix}") for suffix in CLIPS]
     parts = {
         "clip": torch.zeros(clips[0]["max_position_embeddings"], sum(config["hidden_size"] for config in clips)),
         "pooled": torch.zeros(sum(config["projection_dim"] for config in clips)),
     }
-    return {**parts, "t5": torch.zeros(t5_length, base.config(f"text_encoder{T5}")["d_model"])} if t5_length else parts
+    return {**parts, "t5": torch.zeros(t5_length, t5.width)} if t5 else parts
 
 
 def without(base: Checkpoint, parts: Mapping[str, Tensor], encoders: Collection[str]) -> dict[str, Tensor]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from helpers.families import folder
-from helpers.families.checkpoint import Checkpoint
+from helpers.families.t5_source import T5Source
+from helpers.families.vae import released
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,21 @@ class T5Answer:
 
 
 class T5Encoder:
-    """A T5 encoder of a base model that reads `length` tokens of a caption; suffix "_3" is `text_encoder_3` with `tokenizer_3`.
+    """A T5 encoder that reads `length` tokens of a caption.
 
     Loaded by the first caption. `masked` says whether its layers look past the padding, as in the network's own training: Stable
     Diffusion 3 lets them see it.
     """
 
-    def __init__(self, base: Checkpoint, suffix: str, length: int, masked: bool, device: torch.device) -> None:
-        self.base = base
-        self.encoder_name, self.tokenizer_name = f"text_encoder{suffix}", f"tokenizer{suffix}"
+    def __init__(self, source: T5Source, length: int, masked: bool, device: torch.device) -> None:
+        self.source = source
         self.length = length
         self.masked = masked
         self.device = device
         # The large ones overflow in float16.
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        weights = base.hash_of(self.encoder_name, self.tokenizer_name)
-        self.fingerprint = folder.fingerprint({"weights": weights, "dtype": str(self.dtype), "length": length, "masked": masked})
+        facts = {"weights": source.fingerprint, "dtype": str(self.dtype), "length": length, "masked": masked}
+        self.fingerprint = folder.fingerprint(facts)
         self._loaded: tuple[Any, Any] | None = None
 
     @torch.no_grad()
@@ -56,24 +56,47 @@ class T5Encoder:
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            from transformers import T5EncoderModel
-
-            encoder = self.base.load(T5EncoderModel, self.encoder_name, self.dtype)
-            tokenizer = load_tokenizer(self.base.folder / self.tokenizer_name)
-            self._loaded = tokenizer, encoder.to(self.device).eval().requires_grad_(False)  # in training it has dropout
+            encoder = self.source.load(self.dtype)
+            # In training it has dropout.
+            self._loaded = self.source.load_tokenizer(), encoder.to(self.device).eval().requires_grad_(False)
         return self._loaded
+
+
+class NormalisedText:
+    """The states of T5 for normalised captions, with the mask of their tokens where the network does not look at the padding.
+
+    T5 itself looks past it in any case.
+    """
+
+    def __init__(self, source: T5Source, length: int, with_mask: bool, device: torch.device) -> None:
+        self.t5 = T5Encoder(source, length, masked=True, device=device)
+        self.with_mask = with_mask
+        # Records without the mask are others: what is cached with one is kept without its padding.
+        facts = {"t5": self.t5.fingerprint, "captions": "lower case"} | ({} if with_mask else {"padding": "read"})
+        self.fingerprint = folder.fingerprint(facts)
+        self.truncated = 0
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """B captions => {"prompt_embeds": (B, L, D)[, "prompt_embeds_mask": (B, L) of booleans]}, in T5's precision on the CPU."""
+        answer = self.t5.answer([normalised(caption) for caption in captions])
+        self.truncated += answer.too_long
+        mask = {"prompt_embeds_mask": answer.mask.cpu().bool()} if self.with_mask else {}
+        return {"prompt_embeds": answer.states.cpu(), **mask}
+
+    def unload(self) -> None:
+        self.t5.unload()
+
+
+@contextmanager
+def normalised_text(source: T5Source, length: int, with_mask: bool, device: torch.device) -> Iterator[NormalisedText]:
+    """`NormalisedText` that lets its weights go at the end."""
+    with released(NormalisedText(source, length, with_mask, device), device) as encoders:
+        yield encoders
 
 
 def normalised(caption: str) -> str:
     """As the pipelines of PixArt and DeepFloyd do before they encode: they were trained on captions without capitals."""
     return caption.lower().strip()
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in a folder, of tokenizer.json or of SentencePiece's spiece.model."""
-    from transformers import T5TokenizerFast
-
-    return T5TokenizerFast.from_pretrained(path, local_files_only=True)
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor, int]:
@@ -90,13 +113,13 @@ def lengths(tokenizer: Any, captions: Sequence[str]) -> list[int]:
 class T5CaptionLengths:
     """`CaptionLengths` of a T5 tokenizer of which `limit` tokens are read; loaded when first needed."""
 
-    def __init__(self, base: Checkpoint, suffix: str, limit: int) -> None:
-        self.path = base.folder / f"tokenizer{suffix}"
+    def __init__(self, source: T5Source, limit: int) -> None:
+        self.source = source
         self.limit = limit
-        self.fingerprint = base.hash_of(f"tokenizer{suffix}")
+        self.fingerprint = source.tokenizer_fingerprint
 
     def of(self, captions: Sequence[str]) -> list[int]:
-        return lengths(load_tokenizer(self.path), captions)
+        return lengths(self.source.load_tokenizer(), captions)
 
 
 class NormalisedLengths(T5CaptionLengths):

@@ -33,6 +33,7 @@ SAMPLES = {
 }
 # Other settings that a value needs beside it.
 COMPANIONS = {
+    ("pretrained_t5_model_name_or_path", "some text"): ("--model_family=sd3",),
     ("controlnet", "true"): ("--data_backend_config=conditioned.json",),
     ("resolution_type", "pixel"): ("--resolution=512",),
     ("maximum_image_size", "0.05"): ("--target_downsample_size=0.05",),

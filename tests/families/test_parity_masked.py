@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor
+from transformers import T5TokenizerFast
 
 import train
 from helpers.config.options import ObjectiveOptions
@@ -106,7 +107,7 @@ def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_negative_prompt(tri
 
 @pytest.mark.parametrize("tried", PIXART, indirect=True)
 def test_token_ids_of_t5_end_with_the_end_of_text_or_padding(tried: Tried) -> None:
-    tokenizer = t5.load_tokenizer(tried.folder / "tokenizer")
+    tokenizer = T5TokenizerFast.from_pretrained(tried.folder / "tokenizer")
     ids, mask, too_long = t5.tokenize(tokenizer, [*CAPTIONS, LONG], 8)
     assert ids.shape == (5, 8) and too_long == 2
     assert ids[0, 3:].tolist() == [1, 0, 0, 0, 0] and mask[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusion3Pipeline
 from torch.nn.functional import huber_loss
+from transformers import T5TokenizerFast
 
 import train
 from helpers.config.options import OPTIONS, ObjectiveOptions
@@ -21,7 +22,7 @@ from helpers.errors import ModelError
 from helpers.families.clip import ClipAnswer
 from helpers.families.sd3 import StableDiffusion3
 from helpers.families.sd3_text import both_pooled, joined
-from helpers.families.t5 import load_tokenizer, tokenize
+from helpers.families.t5 import tokenize
 from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
 
@@ -224,7 +225,7 @@ def test_a_caption_is_cut_off_where_the_encoder_that_reads_most_stops(
 
 
 def test_token_ids_of_t5_end_with_its_end_of_text_and_are_those_of_the_pipeline(miniature: Callable[[str], Path]) -> None:
-    tokenizer = load_tokenizer(miniature("sd3") / "tokenizer_3")
+    tokenizer = T5TokenizerFast.from_pretrained(miniature("sd3") / "tokenizer_3")
     ids, mask, too_long = tokenize(tokenizer, ["a cat", LONG], 256)
     theirs = tokenizer(["a cat", LONG], padding="max_length", max_length=256, truncation=True, return_tensors="pt")
     assert torch.equal(ids, theirs.input_ids) and torch.equal(mask, theirs.attention_mask)

@@ -51,7 +51,12 @@ class ModelOptions:
     pretrained_vae_model_name_or_path: str | None = option(
         None, "Another VAE, for example madebyollin/sdxl-vae-fp16-fix.", default_text="the base model's own"
     )
-    pretrained_t5_model_name_or_path: str | None = option(None, "Another source for the T5 tokenizer and encoder (PixArt).", not_yet=True)
+    pretrained_t5_model_name_or_path: str | None = option(
+        None,
+        "Another T5 encoder with its tokenizer, for a family that reads T5: a folder or hub name of a pipeline or of a T5 alone."
+        " Stable Diffusion 3 without T5 gains one.",
+        default_text="the base model's own",
+    )
     sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", means=("model_family", "sd3"))
     sd3_uses_diffusion: bool = option(
         False,

@@ -136,7 +136,7 @@ def alone_in_this_process() -> Iterator[None]:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other`, `varied`, `refiner`, `sd3`, `alpha` and `sd1` (also as a file); pictures, tables, LoRAs, files for flags.
+    """Models `model`, `other`, `varied`, `refiner`, `sd3`, `alpha` and `sd1` (also as a file), `t5` alone; pictures, tables, LoRAs, files.
 
     The pictures are in `images`, `other_images` and `tagged`, the tables in `tables`.
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
@@ -148,6 +148,7 @@ def build_lab(folder: Path) -> Lab:
         tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
     tiny_sd.write_sdxl_refiner(folder / "refiner")
     tiny_sd3.write_sd3(folder / "sd3")
+    _write_t5(folder / "t5")
     tiny_pixart.write_pixart_alpha(folder / "alpha")
     write_single_file(tiny_sd.write_sd1(folder / "sd1"), folder / "sd1.safetensors")
     _with_variant(folder)
@@ -286,6 +287,15 @@ def refusal(lab: Lab, flags: Flags) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def _write_t5(folder: Path) -> None:
+    """A T5 for `sd3`, with other weights than its own."""
+    tokenizer = tiny_sd3.t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        tiny_sd3.t5_encoder(len(tokenizer), tiny_sd3.TEXT_WIDTH).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _write_controlnets(folder: Path) -> None:

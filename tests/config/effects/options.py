@@ -106,6 +106,7 @@ MODEL = {
     "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
     "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
+    "pretrained_t5_model_name_or_path": Effect(losses, ["sd3", "t5"], SD3),
     "controlnet": Effect(handed_over, {"false": {"pipeline"}, "true": {"controlnet"}}, ("--model_type=full", CONDITIONED)),
     "controlnet_model_name_or_path": Effect(losses, ["controlnet_0", "controlnet_1"], ("--model_type=full", "--controlnet", CONDITIONED)),
     "freeze_unet_strategy": Effect(losses, ["none", "bitfit"], ("--model_type=full",)),
