@@ -251,6 +251,8 @@ class _Preparation:
             with self.family.text_encoders(self.settings.device) as encoders:
                 self.text_fingerprint = f"trained from {encoders.fingerprint}"
             self.report.chapter("text", self._why_uncached())
+            if cut_off := self._count_truncated():
+                self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and are cut off in every step")
             return
         places = [texts_place(dataset, self.settings.cache_dir) for dataset in self.datasets]
         places.append(extra_texts_place(self.datasets, self.settings.text_cache_dir, self.settings.cache_dir))
@@ -279,6 +281,20 @@ class _Preparation:
         self.report.chapter("text", gathered(filled, self.workers).describe(needed, "the text encoders"))
         if cut_off:
             self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and were cut off")
+
+    def _count_truncated(self) -> int:
+        """Captions of the data that are longer than the text encoders read, by their tokenizers; in the first process."""
+        lengths = self.family.caption_lengths()
+        limit = lengths.limit
+        if limit is None or not self.workers.is_first:
+            return 0
+        inputs = inputs_digest(self._inputs(), lengths.fingerprint)
+        known = self.remembered.value("truncated", inputs)
+        if known is None:
+            captions = {caption for dataset in self.datasets for caption in self.catalogue.captions(dataset.id)}
+            known = sum(length > limit for length in lengths.of(sorted(captions)))
+            self.remembered.keep("truncated", inputs, known)
+        return int(known)
 
     def _why_uncached(self) -> str:
         entries = sorted({dataset.text_entry.id for dataset in self.datasets if dataset.text_entry is not None})
