@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, StorageError, UserError
-from toolkit.pictures import add_sampling, load_pipeline, noise, words
+from toolkit.pictures import add_sampling, exact_size, load_pipeline, noise, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,10 +39,15 @@ class ClassImages:
     steps: int
     guidance: float
     seed: int
+    t5: str | None = None  # the same of T5, where it is not the model's own
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def picture(self, folder: Path, number: int) -> Path:
         """The file of one picture of the series."""
-        settings = hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:8]
+        settings = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
         return folder / f"class_{settings}_{number:06}.png"
 
 
@@ -65,6 +70,7 @@ def make(images: ClassImages, pipeline: Any, numbers: Sequence[int], batch: int)
             guidance_scale=images.guidance,
             generator=[noise("class image", images.seed, number) for number in some],
             **negative,
+            **exact_size(pipeline),
         ).images
         yield from zip(some, made, strict=True)
 
@@ -76,7 +82,7 @@ def keep(images: ClassImages, folder: Path, number: int, picture: Image) -> None
     from helpers.storage.atomic import write_file
 
     file, facts, content = images.picture(folder, number), PngInfo(), io.BytesIO()
-    for name, value in vars(images).items():
+    for name, value in images.settings.items():
         facts.add_itxt(name, str(value))
     picture.save(content, "PNG", pnginfo=facts)
     for path, data in ((file.with_suffix(".txt"), images.prompt.encode()), (file, content.getvalue())):
@@ -88,9 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
     from helpers.reporting.console import Console
 
     width, height = arguments.size
-    local = Path(arguments.pretrained_model_name_or_path).expanduser()
+    t5 = arguments.pretrained_t5_model_name_or_path
     images = ClassImages(
-        model=str(local.resolve()) if local.exists() else arguments.pretrained_model_name_or_path,
+        model=_as_named(arguments.pretrained_model_name_or_path),
         prompt=arguments.prompt,
         negative_prompt=arguments.negative_prompt,
         width=width,
@@ -98,6 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         guidance=arguments.guidance,
         seed=arguments.seed,
+        t5=_as_named(t5) if t5 else None,
     )
     folder: Path = arguments.output_dir
     try:
@@ -110,12 +117,18 @@ def run(arguments: argparse.Namespace) -> None:
     console.chapter("class", f"{there:,} of {arguments.number:,} pictures of {images.prompt!r} are in {folder}")
     if not numbers:
         return
-    pipeline = load_pipeline(images.model, arguments.revision, arguments.variant, arguments.dtype, arguments.device)
+    pipeline = load_pipeline(images.model, arguments.revision, arguments.variant, arguments.dtype, arguments.device, images.t5)
     with console.progress("make pictures", len(numbers), "pictures") as advance:
         for number, picture in make(images, pipeline, numbers, arguments.batch):
             keep(images, folder, number, picture)
             advance(1)
     console.chapter("finished", f"{arguments.number:,} pictures in {folder}")
+
+
+def _as_named(model: str) -> str:
+    """A hub name as it is, a folder by its whole path: the series does not depend on where the command was typed."""
+    local = Path(model).expanduser()
+    return str(local.resolve()) if local.exists() else model
 
 
 def parser() -> argparse.ArgumentParser:
@@ -128,6 +141,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompt", required=True, type=words, help="what every picture shows, and its caption")
     made.add_argument("--output_dir", required=True, type=Path, metavar="FOLDER", help="where the pictures go")
     add_sampling(made, number=200, what="of pictures that are to be there in the end")
+    made.add_argument(
+        "--pretrained_t5_model_name_or_path", metavar="MODEL", help="the T5 that reads the prompt, where it is not the base model's own"
+    )
     made.add_argument("--revision", help="of a model on the hub")
     made.add_argument("--variant", help="of the weights, such as fp16")
     return made

@@ -9,7 +9,6 @@ config.json. Full fine-tunes and LoRAs may be mixed. Picture n always starts fro
 from __future__ import annotations
 
 import argparse
-import inspect
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.config import Config
 from helpers.config.saved import read_saved_config
 from helpers.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, StorageError, UserError
-from toolkit.pictures import add_sampling, load_pipeline, noise, words
+from toolkit.pictures import add_sampling, exact_size, load_pipeline, noise, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,7 +67,8 @@ class Expert:
         if self.pipeline_folder.is_dir():
             return load_pipeline(str(self.pipeline_folder), None, None, dtype, device, **parts)
         model = self.config.model
-        pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision, model.variant, dtype, device, **parts)
+        t5 = model.pretrained_t5_model_name_or_path
+        pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision, model.variant, dtype, device, t5, **parts)
         if hasattr(pipeline, "load_lora_weights"):
             pipeline.load_lora_weights(self.folder, weight_name=WEIGHTS)
         else:
@@ -116,8 +116,6 @@ def joined(first: Expert, second: Expert, dtype: str, device: str) -> Any:
 def make(pipeline: Any, arguments: argparse.Namespace) -> Iterator[Image]:
     """The pictures in the order of their numbers."""
     width, height = arguments.size
-    taken = inspect.signature(pipeline.__call__).parameters
-    exactly = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}  # or the size is rounded to another
     for start in range(0, arguments.number, arguments.batch):
         some = range(start, min(start + arguments.batch, arguments.number))
         yield from pipeline(
@@ -128,7 +126,7 @@ def make(pipeline: Any, arguments: argparse.Namespace) -> Iterator[Image]:
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance,
             generator=[noise("experts", arguments.seed, number) for number in some],
-            **exactly,
+            **exact_size(pipeline),
         ).images
 
 
