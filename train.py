@@ -41,6 +41,7 @@ from helpers.families import FAMILIES
 from helpers.methods import METHODS
 from helpers.objectives import OBJECTIVES
 from helpers.storage.atomic import write_json
+from helpers.threads import wait_briefly
 from helpers.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ SEARCHED_STEPS = 64  # of the first epoch, for pictures that validation begins w
 def main() -> int:
     """Run, and say how it ended by the exit code (helpers/errors.py)."""
     ranks.tie_to_launcher(os.environ)
+    wait_briefly(os.environ)
     stop = StopRequest().listen()
     try:
         config = read_config(sys.argv[1:], os.environ, known_facts())  # all mistakes at once, before torch is imported

@@ -20,6 +20,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "storage": {"errors"},
+    "threads": set(),
     "ranks": {"errors"},
     "supervisor": {"errors", "ranks"},
     "registry": {"config"},

@@ -1,15 +1,19 @@
-"""What programs that make pictures have in common: a pipeline of diffusers, the noise of a picture, the arguments of a sampler."""
+"""What programs that make pictures have in common: their arguments and exit codes, a pipeline of diffusers, noise, and its sampling."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Container
+import sys
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from helpers.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, ModelError, StorageError, UserError
+
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -25,7 +29,6 @@ def load_pipeline(
     import torch
     import transformers
 
-    from helpers.errors import ModelError
     from helpers.families.checkpoint import T5_CLASSES
     from helpers.families.folder import locate, model_index
 
@@ -63,7 +66,6 @@ def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, 
     import diffusers
     from transformers import T5EncoderModel, T5TokenizerFast
 
-    from helpers.errors import ModelError
     from helpers.families.folder import load_component, model_index, read_json
     from helpers.families.t5_source import OPTION, locate
 
@@ -85,11 +87,6 @@ def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, 
     }
 
 
-def exact_size(pipeline: Any) -> dict[str, bool]:
-    """Call arguments of a pipeline that would otherwise round the size that is asked for to one of its authors'."""
-    return {"use_resolution_binning": False} if "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters else {}
-
-
 def noise(purpose: str, seed: int, number: int) -> torch.Generator:
     """Of one picture, drawn on the CPU: then it starts from the same noise on every device and in every batch."""
     import torch
@@ -97,6 +94,62 @@ def noise(purpose: str, seed: int, number: int) -> torch.Generator:
     from helpers.data.draws import seed_of
 
     return torch.Generator().manual_seed(seed_of(purpose, seed, number))
+
+
+def sample(
+    pipeline: Any,
+    generators: Sequence[torch.Generator],
+    *,
+    prompt: str,
+    negative_prompt: str,
+    width: int,
+    height: int,
+    steps: int,
+    guidance: float,
+) -> list[Image]:
+    """A picture of this very size from each generator. UserError where the model makes none of this size.
+
+    An empty negative prompt is left to the pipeline, which may have zeros for it, as SDXL does, and not an encoded "".
+    """
+    number = len(generators)
+    taken = inspect.signature(pipeline.__call__).parameters
+    exactly = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}  # or the size is rounded to another
+    network = getattr(pipeline, "transformer", None)
+    grid = getattr(pipeline, "vae_scale_factor", 8) * (getattr(network.config, "patch_size", None) or 1) if network is not None else 8
+    if width % grid or height % grid:
+        raise UserError(f"--size: this model makes pictures whose sides are multiples of {grid}, and not {width}x{height}.")
+    return pipeline(
+        prompt=[prompt] * number,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=list(generators),
+        **({"negative_prompt": [negative_prompt] * number} if negative_prompt else {}),
+        **exactly,
+    ).images
+
+
+def make_folder(folder: Path) -> None:
+    """The folder of --output_dir. UserError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: {folder} cannot be made or is no folder ({error.strerror}).") from error
+
+
+def exit_code(work: Callable[[], None], when_stopped: str = "") -> int:
+    """Do the work of a program and say how it ended by its exit code, and on stderr why, where it did not finish."""
+    try:
+        work()
+    except (UserError, StorageError) as error:
+        print(error, file=sys.stderr)
+        return EXIT_REFUSED if isinstance(error, UserError) else EXIT_FAULT
+    except KeyboardInterrupt:
+        if when_stopped:
+            print(when_stopped, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_FINISHED
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, number: int, what: str) -> None:

@@ -68,8 +68,6 @@ def refusals(settings: Settings) -> Iterator[str]:
         yield f"--lora_init_type=orthogonal splits the rank in two halves; --lora_rank={rank} is odd."
     if settings["train_text_encoder"] and settings["init_lora"]:
         yield "--init_lora starts from a LoRA of the network alone; leave out one of it and --train_text_encoder."
-    if settings["train_text_encoder"] and settings["use_dora"]:
-        yield "--use_dora is for the network alone; leave out one of it and --train_text_encoder."
     if kind != "default" and settings["init_lora"]:
         yield f"--init_lora and --lora_init_type={kind} both say what the matrices start from; leave out one of them."
 
@@ -379,11 +377,15 @@ def _public_name(parameter: str) -> str:
 
 
 def _name_of(trainable: Trainable, parameter: str) -> str:
-    """`_public_name`; a text encoder's begins with its role, and has the level that files have."""
-    for role in trainable.text_encoders:
-        if parameter.startswith(f"{role}."):
-            return f"{role}.{name_in_files(_public_name(parameter.removeprefix(f'{role}.')))}"
-    return _public_name(parameter)
+    """`_public_name`; a text encoder's begins with its role, and has the level that files have.
+
+    Its vector of magnitudes ends with `.weight`: transformers, which loads it for diffusers, finds it by that alone.
+    """
+    public = _public_name(parameter)
+    if not parameter.startswith(tuple(f"{role}." for role in trainable.text_encoders)):
+        return public
+    role, _, name = public.partition(".")
+    return f"{role}.{name_in_files(name)}" + (".weight" if name.endswith("lora_magnitude_vector") else "")
 
 
 def _name_in_file(trainable: Trainable, name: str) -> str:

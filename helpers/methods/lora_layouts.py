@@ -35,6 +35,7 @@ def to_kohya(tensors: Mapping[str, Tensor], factor: float, kohya_name: Callable[
         renamed = kohya_name(module)
         if renamed is None:
             return {}
+        ending = ending.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")  # as text encoders have it
         if ending == "lora_A.weight":
             kohya[f"{renamed}.alpha"] = torch.tensor(factor * tensor.shape[0])
         elif ending == "lora_magnitude_vector":

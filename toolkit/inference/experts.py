@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.config import Config
 from helpers.config.saved import read_saved_config
-from helpers.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, StorageError, UserError
-from toolkit.pictures import add_sampling, exact_size, load_pipeline, noise, words
+from helpers.errors import UserError
+from toolkit.pictures import add_sampling, exit_code, load_pipeline, make_folder, noise, sample, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,16 +118,16 @@ def make(pipeline: Any, arguments: argparse.Namespace) -> Iterator[Image]:
     width, height = arguments.size
     for start in range(0, arguments.number, arguments.batch):
         some = range(start, min(start + arguments.batch, arguments.number))
-        yield from pipeline(
-            prompt=[arguments.prompt] * len(some),
-            negative_prompt=[arguments.negative_prompt] * len(some),
+        yield from sample(
+            pipeline,
+            [noise("experts", arguments.seed, number) for number in some],
+            prompt=arguments.prompt,
+            negative_prompt=arguments.negative_prompt,
             width=width,
             height=height,
-            num_inference_steps=arguments.steps,
-            guidance_scale=arguments.guidance,
-            generator=[noise("experts", arguments.seed, number) for number in some],
-            **exact_size(pipeline),
-        ).images
+            steps=arguments.steps,
+            guidance=arguments.guidance,
+        )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -136,10 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     first, second = in_order(Expert.open(arguments.one), Expert.open(arguments.other))
     folder: Path = arguments.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir: {folder} cannot be made or is no folder ({error.strerror}).") from error
+    make_folder(folder)
     console = Console()
     console.chapter("experts", f"{first.folder} begins, {second.folder} has the last {100 * second.strength:g} % of the schedule")
     pipeline = joined(first, second, arguments.dtype, arguments.device)
@@ -166,14 +163,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
-    try:
-        run(chosen)
-    except (UserError, StorageError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_REFUSED if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return EXIT_FINISHED
+    return exit_code(lambda: run(chosen))
 
 
 if __name__ == "__main__":
