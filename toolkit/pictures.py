@@ -1,12 +1,19 @@
-"""What programs that make pictures have in common: a pipeline of diffusers, the noise of a picture, the arguments of a sampler."""
+"""What programs that make pictures have in common: their arguments and exit codes, a pipeline of diffusers, noise, and its sampling."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from helpers.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, ModelError, StorageError, UserError
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -17,7 +24,6 @@ def load_pipeline(model: str, revision: str | None, variant: str | None, dtype: 
     import torch
     import transformers
 
-    from helpers.errors import ModelError
     from helpers.families.folder import locate
 
     folder = locate(model, revision, variant)
@@ -49,6 +55,62 @@ def noise(purpose: str, seed: int, number: int) -> torch.Generator:
     from helpers.data.draws import seed_of
 
     return torch.Generator().manual_seed(seed_of(purpose, seed, number))
+
+
+def sample(
+    pipeline: Any,
+    generators: Sequence[torch.Generator],
+    *,
+    prompt: str,
+    negative_prompt: str,
+    width: int,
+    height: int,
+    steps: int,
+    guidance: float,
+) -> list[Image]:
+    """A picture of this very size from each generator. UserError where the model makes none of this size.
+
+    An empty negative prompt is left to the pipeline, which may have zeros for it, as SDXL does, and not an encoded "".
+    """
+    number = len(generators)
+    taken = inspect.signature(pipeline.__call__).parameters
+    exactly = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}  # or the size is rounded to another
+    network = getattr(pipeline, "transformer", None)
+    grid = getattr(pipeline, "vae_scale_factor", 8) * (getattr(network.config, "patch_size", None) or 1) if network is not None else 8
+    if width % grid or height % grid:
+        raise UserError(f"--size: this model makes pictures whose sides are multiples of {grid}, and not {width}x{height}.")
+    return pipeline(
+        prompt=[prompt] * number,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=list(generators),
+        **({"negative_prompt": [negative_prompt] * number} if negative_prompt else {}),
+        **exactly,
+    ).images
+
+
+def make_folder(folder: Path) -> None:
+    """The folder of --output_dir. UserError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: {folder} cannot be made or is no folder ({error.strerror}).") from error
+
+
+def exit_code(work: Callable[[], None], when_stopped: str = "") -> int:
+    """Do the work of a program and say how it ended by its exit code, and on stderr why, where it did not finish."""
+    try:
+        work()
+    except (UserError, StorageError) as error:
+        print(error, file=sys.stderr)
+        return EXIT_REFUSED if isinstance(error, UserError) else EXIT_FAULT
+    except KeyboardInterrupt:
+        if when_stopped:
+            print(when_stopped, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_FINISHED
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, number: int, what: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import masked, options_of, show
-from helpers.config.facts import Facts, family_problems
+from helpers.config.facts import Facts, family_problems, with_origin
 from helpers.config.options import (
     OPTIONS,
     SECTIONS,
@@ -113,7 +113,8 @@ class Config:
         defaults = {name: value for name, value in family.defaults.items() if name not in self.given}
         config = dataclasses.replace(self.replaced(f"family {family.name}", **defaults), family_name=family.name)
         if problems := list(family_problems(family, config.values())):
-            raise ConfigError(*problems)
+            given = {name: self.origins[name] for name in self.given}
+            raise ConfigError(*(with_origin(problem, given) for problem in problems))
         return config
 
     def of_other_families(self, families: Mapping[str, Facts]) -> Iterator[str]:

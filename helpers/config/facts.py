@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 Settings = Mapping[str, object]  # option name -> effective value, before the Config is built
+SAME_SIZE = 1.25  # the factor up to which the edge of pictures counts as that which a family is for
 
 
 def no_objection(settings: Settings) -> Iterable[str]:
@@ -32,6 +35,7 @@ class Facts:
     trains_text_encoders: frozenset[str] = frozenset()  # of a family: the values of --model_type that can train them too
     encoders_apart: bool = False  # of a family: one text encoder may be told of a caption and another not
     controlnet: bool = False  # of a family: a ControlNet can be trained beside its networks
+    edge: int | None = None  # of a family: the shorter edge in pixels of the pictures it is for, where all its models share one
     judge: Callable[[Settings], Iterable[str]] = no_objection
 
     def objective_for(self, settings: Settings) -> str:
@@ -55,6 +59,27 @@ def family_problems(family: Facts, settings: Settings) -> Iterable[str]:
     if settings["controlnet"] and not family.controlnet:
         yield f"--controlnet is not for {family.title}: there is no ControlNet of it to train here. Remove it, or choose another model."
     yield from family.judge(settings)
+
+
+def size_notes(family: Facts, resolution_of: Mapping[str, tuple[float, str]]) -> Iterable[str]:
+    """One sentence for every data set that is trained at another size than the family's models are for.
+
+    `resolution_of` holds each one's resolution and its unit, "pixel" or "area", by the set's id.
+    """
+    for dataset, (resolution, unit) in resolution_of.items():
+        edge = resolution if unit == "pixel" else math.sqrt(resolution * 1e6)
+        if family.edge and not 1 / SAME_SIZE <= edge / family.edge <= SAME_SIZE:
+            yield (
+                f"data set {dataset!r} is trained at {edge:.0f} pixels, and {family.title} makes pictures of {family.edge}: "
+                "leave RESOLUTION empty, and the set without a resolution, for that size."
+            )
+
+
+def with_origin(problem: str, origins: Mapping[str, str]) -> str:
+    """A sentence that begins with an option, and before it who set that option, where it was not its own flag."""
+    option = re.match(r"--(\w+)", problem)
+    origin = origins.get(option[1]) if option else None
+    return problem if origin is None or origin == f"--{option[1]}" else f"{origin}: {problem}"  # type: ignore[index]
 
 
 def _without_text_encoders(family: Facts) -> str:

@@ -14,7 +14,7 @@ from helpers.config.datasets import DataConfig
 from helpers.config.declare import masked, options_of
 from helpers.config.document import help_text
 from helpers.config.env_file import EnvFile, read_env_file
-from helpers.config.facts import Facts, family_problems
+from helpers.config.facts import Facts, family_problems, size_notes, with_origin
 from helpers.config.options import OPTIONS, SECTIONS, VARIABLES, WITHOUT_EFFECT
 from helpers.config.rules import impossible
 from helpers.config.settle import Chosen, chosen_method, settle, take_switches, without_effect
@@ -56,7 +56,8 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
     values = {name: setting.value for name, setting in chosen.items()}
     problems += [*data.problems, *impossible(chosen, data)]
     judged = [family_problems(choice, values) if axis == "family" else choice.judge(values) for axis, choice in choices]
-    problems += itertools.chain.from_iterable(judged)
+    given = {name: setting.origin for name, setting in chosen.items() if setting.rank > Rank.DECLARED}
+    problems += [with_origin(problem, given) for problem in itertools.chain.from_iterable(judged)]
     if problems:
         raise ConfigError(*dict.fromkeys(masked(problem) for problem in problems))
     sections = {
@@ -70,8 +71,14 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
         method_name=names["method"],
         objective_name=names["objective"],
         origins={name: setting.origin for name, setting in chosen.items()},
-        given=frozenset(name for name, setting in chosen.items() if setting.rank > Rank.DECLARED),
-        notes=(*without_effect(chosen), *data.notes, *_variables_without_effect(env_file), *env_file.maybe_misspelt(KNOWN_VARIABLES)),
+        given=frozenset(given),
+        notes=(
+            *without_effect(chosen),
+            *data.notes,
+            *_size_notes(choices, data),
+            *_variables_without_effect(env_file),
+            *env_file.maybe_misspelt(KNOWN_VARIABLES),
+        ),
         passed_variables=tuple(env_file.unknown(KNOWN_VARIABLES)),
     )
 
@@ -132,6 +139,12 @@ def _data(chosen: Chosen) -> DataConfig:
         return DataConfig(problems=(f"{setting.origin}: there is no file {path}; write a dataloader JSON there, or correct the path.",))
     options = {name: setting.value for name, setting in chosen.items()}
     return read_dataloader(path, options, base=REPOSITORY if chosen["demo"].value else None)
+
+
+def _size_notes(choices: Sequence[tuple[str, Facts]], data: DataConfig) -> Iterator[str]:
+    sizes = {dataset.id: (dataset.resolution, dataset.resolution_type) for dataset in data.datasets}
+    for choice in (choice for axis, choice in choices if axis == "family"):
+        yield from size_notes(choice, sizes)
 
 
 def _variables_without_effect(env_file: EnvFile) -> Iterator[str]:

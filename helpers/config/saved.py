@@ -8,21 +8,26 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from helpers.config.config import Config
-from helpers.config.datasets import DatasetConfig, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import options_of
+from helpers.config.json_file import read_json
 from helpers.config.options import SECTIONS
 from helpers.errors import ConfigError
 
 CONFIG = "config.json"
+KEYS = ("aws_access_key_id", "aws_secret_access_key")
+
+E = TypeVar("E", bound=Entry)
 
 
 def read_saved_config(output_dir: Path) -> Config:
     """The settings that a run was last started with. ConfigError where `output_dir` is no run's, or another version's.
 
-    Secrets are not kept in the file, and so they are not set; paths are as they were given, relative ones to the folder of the start.
+    Paths are as they were given, relative ones to the folder of the start. Secrets are not kept in the file: keys of buckets come from
+    the dataloader file of the run, where that is still there and gives them; else the stores ask the environment, as in a run.
     """
     path = output_dir / CONFIG
     try:
@@ -45,12 +50,21 @@ def _config(content: Mapping[str, Any]) -> Config:
         attribute: _restored(section, {item.name: settings[item.name]["value"] for item in options_of(section)})
         for attribute, section in SECTIONS.items()
     }
-    conditions = {entry["id"]: _restored(DatasetConfig, entry) for entry in content.get("conditioning", ())}
-    datasets = [_restored(DatasetConfig, entry) for entry in content["datasets"]]
+    keys = _keys_by_id(settings["data_backend_config"]["value"])
+
+    def restored(kind: type[E], name: str) -> list[E]:
+        return [_with_keys(_restored(kind, entry), keys) for entry in content[name]]
+
+    texts = {text.id: text for text in restored(TextCacheConfig, "text_caches")}
+    conditions = {entry.id: entry for entry in restored(DatasetConfig, "conditioning")}
+    datasets = [  # which hold the ids of other entries as yet
+        dataclasses.replace(dataset, condition=conditions.get(str(dataset.condition)), text_entry=texts.get(str(dataset.text_entry)))
+        for dataset in restored(DatasetConfig, "datasets")
+    ]
     return Config(
         **sections,
-        datasets=tuple(dataclasses.replace(dataset, condition=conditions.get(dataset.condition)) for dataset in datasets),
-        text_caches=tuple(_restored(TextCacheConfig, entry) for entry in content["text_caches"]),
+        datasets=tuple(datasets),
+        text_caches=tuple(texts.values()),
         family_name=content["family"],
         method_name=content["method"],
         objective_name=content["objective"],
@@ -58,6 +72,26 @@ def _config(content: Mapping[str, Any]) -> Config:
         origins={name: setting["origin"] for name, setting in settings.items()},
         notes=(),
     )
+
+
+def _keys_by_id(dataloader: str | None) -> dict[str, Mapping[str, Any]]:
+    """Entries of a dataloader file that give both keys of a bucket, by their id; none where the file is gone or no longer reads."""
+    try:
+        entries = read_json(Path(dataloader or "").expanduser()).value
+    except ConfigError:
+        return {}
+    found = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return {str(entry.get("id")): entry for entry in found if all(isinstance(entry.get(key), str) for key in KEYS)}
+
+
+def _with_keys(entry: E, keys: Mapping[str, Mapping[str, Any]]) -> E:
+    """An entry with its keys, unless the file now means another bucket or store: that one's keys are nobody else's business."""
+    said = keys.get(entry.id, {})
+    place = ("aws_bucket_name", "aws_endpoint_url")
+    if not said or any((said.get(name) or None) != (getattr(entry, name) or None) for name in place):
+        return entry
+    given: dict[str, Any] = {key: said[key] for key in KEYS}
+    return dataclasses.replace(entry, **given)
 
 
 def _restored(section: type, values: Mapping[str, Any]) -> Any:
@@ -70,9 +104,17 @@ def _restored(section: type, values: Mapping[str, Any]) -> Any:
 
 
 def _value(hint: Any, value: Any) -> Any:
+    """A value of JSON as its type has it: paths, tuples of them, named tuples, and the objects of tables."""
+    if value is None:
+        return None
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if isinstance(value, str) and Path in kinds:
-        return Path(value)
-    if isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in kinds):
-        return tuple(value)
+    for kind in kinds:
+        if isinstance(value, str) and kind is Path:
+            return Path(value)
+        if isinstance(value, list) and hasattr(kind, "_make"):
+            return kind._make(value)
+        if isinstance(value, list) and typing.get_origin(kind) is tuple:
+            return tuple(_value(typing.get_args(kind)[0], item) for item in value)
+        if isinstance(value, dict) and kind is TableConfig:
+            return _restored(TableConfig, value)
     return value

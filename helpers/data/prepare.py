@@ -41,7 +41,7 @@ from helpers.data.remembered import Remembered, inputs_digest
 from helpers.data.report import REPORT, Memory, Survey, caption_report, conditions_report, dataset_report, lost_line, mix_summary, summary
 from helpers.data.scan import DatasetRules, Refreshed, ScanResult, judge, refresh, scan
 from helpers.data.settings import DataSettings
-from helpers.data.sources import CachePlace, open_caches, open_source, texts_place
+from helpers.data.sources import extra_texts_place, open_caches, open_source, texts_place
 from helpers.data.texts import TextFiller, text_key
 from helpers.data.thumbnails import thumbnails
 from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, TrainingData
@@ -253,7 +253,7 @@ class _Preparation:
             self.report.chapter("text", self._why_uncached())
             return
         places = [texts_place(dataset, self.settings.cache_dir) for dataset in self.datasets]
-        places.append(self._place_of_extra_captions())
+        places.append(extra_texts_place(self.datasets, self.settings.text_cache_dir, self.settings.cache_dir))
         options = self.settings.fill_options(self.settings.text_batch_size, self.workers)
         self.extra_captions = sorted({"", *self.settings.extra_captions})
         with self.family.text_encoders(self.settings.device) as encoders:
@@ -284,12 +284,6 @@ class _Preparation:
         entries = sorted({dataset.text_entry.id for dataset in self.datasets if dataset.text_entry is not None})
         unused = f"; text_embeds {', '.join(entries)} is not used" if entries else ""
         return f"the text encoders are trained: captions are encoded in every step, and none is cached{unused}"
-
-    def _place_of_extra_captions(self) -> CachePlace:
-        """Beside those of the data where these are in a bucket by default, or else another machine would have to encode them."""
-        by_default = (dataset for dataset in self.datasets if dataset.text_entry is not None and dataset.text_entry.default)
-        dataset = next(by_default, None)
-        return CachePlace(self.settings.text_cache_dir.absolute()) if dataset is None else texts_place(dataset, self.settings.cache_dir)
 
     def _fill_captions(self, filler: TextFiller, captions: Sequence[str], options: FillOptions) -> Filled:
         pending = filler.pending(captions, options)

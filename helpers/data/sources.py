@@ -65,6 +65,14 @@ class CachePlace:
 
         return Cache(self.folder, RemoteShards(S3Backend(self.bucket), self.folder, self.limit_bytes))
 
+    def store(self) -> SourceBackend | None:
+        """Where shards are that the folder has no copy of, to be read only; None where there is no such place."""
+        if self.bucket is None:
+            return None
+        from helpers.storage.s3 import S3Source
+
+        return S3Source(self.bucket)
+
 
 def open_caches(places: Iterable[CachePlace], say: Callable[[str], None]) -> list[Cache]:
     """A cache for each place; the same one where places are the same. What was found amiss is told to `say`."""
@@ -92,6 +100,16 @@ def texts_place(dataset: DatasetConfig, cache_dir: Path) -> CachePlace:
     if entry is not None:
         return _in_bucket(entry, entry.aws_data_prefix or "", cache_dir)
     return CachePlace(dataset.text_cache_dir.absolute())
+
+
+def extra_texts_place(datasets: Iterable[DatasetConfig], text_cache_dir: Path, cache_dir: Path) -> CachePlace:
+    """Where the embeddings of captions that are no data set's are kept, such as validation prompts; the folders are the run's.
+
+    Beside those of the data where these are in a bucket by default, or else another machine would have to encode them.
+    """
+    by_default = (dataset for dataset in datasets if dataset.text_entry is not None and dataset.text_entry.default)
+    dataset = next(by_default, None)
+    return CachePlace(text_cache_dir.absolute()) if dataset is None else texts_place(dataset, cache_dir)
 
 
 def _in_bucket(entry: Entry, prefix: str, cache_dir: Path) -> CachePlace:

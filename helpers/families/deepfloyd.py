@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 TOKENS = 77  # that T5 reads of a caption: the pipelines of diffusers leave no choice
 PATCH = 8  # the edges of pictures are multiples of it: stage I halves them three times, and stage II takes a quarter of them
+EDGE = 64  # pixels: of the pictures of stage I
 QUARTER = 4  # how much smaller the picture is that stage II makes larger
 NOISE_LEVEL_OF_SAMPLING = 250  # of 1000: what IFSuperResolutionPipeline adds to that picture unless it is told otherwise
 OF_BOTH: Settings = {"resolution_type": "pixel", "aspect_bucket_alignment": 8, "validation_noise_scheduler": "ddpm"}
@@ -157,13 +158,14 @@ class StageOne(DeepFloyd):
         title="DeepFloyd IF stage I",
         defaults={
             **OF_BOTH,
-            "resolution": 64.0,
+            "resolution": float(EDGE),
             # What the pipeline does unless it is told otherwise; stage II likewise.
             "validation_guidance": 7.0,
             "validation_num_inference_steps": 100,
         },
         options=OPTIONS,
         img2img=True,
+        edge=EDGE,
         judge=_judge,
     )
     pipeline_class = "IFPipeline"
@@ -187,9 +189,10 @@ class StageTwo(DeepFloyd):
     facts = Facts(
         name="deepfloyd_2",
         title="DeepFloyd IF stage II",
-        defaults={**OF_BOTH, "resolution": 256.0, "validation_guidance": 4.0, "validation_num_inference_steps": 50},
+        defaults={**OF_BOTH, "resolution": float(QUARTER * EDGE), "validation_guidance": 4.0, "validation_num_inference_steps": 50},
         options=OPTIONS,
         img2img=True,
+        edge=QUARTER * EDGE,
         judge=_judge,
     )
     pipeline_class = "IFSuperResolutionPipeline"

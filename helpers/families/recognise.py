@@ -93,7 +93,7 @@ def _other(found: Path, index: Mapping[str, Any], asked: str) -> ModelError:
     kind = KINDS[family]
     if kind.command == wanted.command:
         remedy = "name another base model"
-    elif kind.command == wanted.wrapper:
+    elif wanted.setting and not kind.setting:  # the wrapper may be the right one already
         remedy = f"it is trained by {kind.command} without {wanted.setting}"
     else:
         remedy = f"it is trained by {kind.command}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from helpers.config.declare import show
 from helpers.config.facts import Facts, Settings
 from helpers.config.options import OPTIONS
 from helpers.errors import ConfigError
@@ -42,7 +43,7 @@ REFUSED: Mapping[str, str] = {
 def _judge(settings: Settings) -> Iterable[str]:
     for name, reason in REFUSED.items():
         if settings[name] not in (OPTIONS[name].default, False):
-            yield f"--{name}={settings[name]} is not for flow matching: {reason}. Remove it."
+            yield f"--{name}={show(settings[name])} is not for flow matching: {reason}. Remove it."
     if settings["validation_noise_scheduler"] not in SAMPLERS:
         yield (
             f"--validation_noise_scheduler={settings['validation_noise_scheduler']} samples diffusion models; "

@@ -4,7 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -178,6 +178,27 @@ def test_every_choice_may_refuse_settings(refuse: Refuse) -> None:
 
     facts = FactsByAxis(methods={"full": Facts("full", "full", judge=judge)})
     assert refuse("--resolution=2", facts=facts) == "the resolution is 2.0."
+
+
+def test_a_refusal_says_who_set_what_it_is_about(refuse: Refuse) -> None:
+    told = refuse("--model_family=sd3", "--offset_noise", MIN_SNR_GAMMA="5", facts=known_facts()).splitlines()
+    assert told[0].startswith("MIN_SNR_GAMMA: --loss_weighting=min_snr is not for flow matching:")
+    assert told[1].startswith("--offset_noise=true is not for flow matching:")
+
+
+@pytest.mark.parametrize(
+    ("flags", "edge"),
+    [
+        (("--resolution=768",), 768),
+        (("--resolution=0.262144", "--resolution_type=area"), 512),
+        (("--resolution=72",), None),
+        ((), None),
+    ],
+)
+def test_another_size_than_deepfloyds_is_said_aloud(flags: Sequence[str], edge: int | None, read: Read) -> None:
+    config = read("--model_type=deepfloyd-lora", *flags, SIMPLETUNER_FAMILY="sd2x", facts=known_facts())
+    said = f"data set 'pictures' is trained at {edge} pixels, and DeepFloyd IF stage I makes pictures of 64: leave RESOLUTION empty"
+    assert [note.startswith(said) for note in config.notes if "is trained at" in note] == [True] * bool(edge)
 
 
 def test_extra_arguments_are_split_once_by_the_shells_rules(read: Read, refuse: Refuse) -> None:

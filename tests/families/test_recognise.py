@@ -57,7 +57,8 @@ def test_a_base_model_is_of_the_family_of_its_wrapper_or_of_one_that_shares_it(
         ("deepfloyd_2", "deepfloyd_1", "./train_sd2x.sh with MODEL_TYPE='deepfloyd-stage2-lora' or 'deepfloyd-stage2'."),
         ("deepfloyd_1", "deepfloyd_2", "./train_sd2x.sh with MODEL_TYPE='deepfloyd-lora' or 'deepfloyd-full'."),
         ("sd2", "deepfloyd_1", "not DeepFloyd IF, stage I: it is trained by ./train_sd2x.sh without MODEL_TYPE='deepfloyd-lora' or"),
-        ("sdxl", "deepfloyd_1", "not DeepFloyd IF, stage I: it is trained by ./train_sdxl.sh."),
+        ("sdxl", "deepfloyd_1", "not DeepFloyd IF, stage I: it is trained by ./train_sdxl.sh without MODEL_TYPE='deepfloyd-lora' or"),
+        ("sd3", "pixart_sigma", "not PixArt Sigma: it is trained by ./train_sd3.sh without PIXART_SIGMA='true'."),
     ],
 )
 def test_a_base_model_of_another_wrapper_is_refused_with_its_name(

@@ -14,6 +14,7 @@ from tests.runs.conftest import Ended, Trainer
 from tests.runs.evidence import refusal, unwrapped
 from tests.storage.fault_proxy import FaultProxy, Request, fault_proxy
 from tests.storage.s3_server import KEY, SECRET, S3Server
+from toolkit.cache.__main__ import main as cache
 
 pytestmark = pytest.mark.slow
 
@@ -96,8 +97,27 @@ def test_a_store_that_storms_stalls_and_cuts_off_costs_time_only(remote: Trainer
     assert all(rule.met == rule.times for rule in rules)
 
 
+def look_into_the_caches(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With keys from the dataloader file, as the run had them; and shards of which there is no copy are read from the bucket."""
+
+    def tool(*words: str) -> tuple[int, str]:
+        code = cache([words[0], f"--output_dir={output}", *words[1:]])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    for copy in (output / "cache" / "s3").rglob("*.safetensors"):
+        copy.unlink()
+    code, said = tool("verify")
+    assert code == 0 and said.count("all well") == 2, said
+    code, said = tool("why", "pictures/a_red_circle_00.png")
+    assert code == 0 and "is current" in said and "shard     s3://" in said
+    assert tool("export", "pictures/a_red_circle_00.png", str(output / "exported.png"))[0] == 0
+    code, said = tool("gc")
+    assert code == 2 and "nothing is ever deleted from a bucket" in said
+
+
 def test_keys_of_the_dataloader_file_work_and_are_written_nowhere(
-    trainer: Trainer, bucket: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, bucket: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -109,6 +129,7 @@ def test_keys_of_the_dataloader_file_work_and_are_written_nowhere(
         time.sleep(0.05)
     said, _ = process.communicate()
     assert process.returncode == 0, said
+    look_into_the_caches(trainer.folder / "out", capsys)
     (trainer.folder / "dataloader.json").unlink()
     told = [said.encode(), *seen, *(path.read_bytes() for path in trainer.folder.rglob("*") if path.is_file())]
     assert len(told) > 20

@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.choices import known_facts
+from helpers.config.read import read_config
 from helpers.config.saved import read_saved_config
 from helpers.data.cache import INDEX, Cache
 from helpers.errors import ConfigError
 from tests.runs.conftest import ROOT, Trainer, draw_pictures
+from tests.storage.s3_server import KEY, SECRET
 from toolkit.cache.__main__ import main
 
 SETTINGS = {"max_train_steps": 1, "checkpointing_steps": 100, "validation_prompt": None, "validation_disable_unconditional": True}
@@ -397,6 +400,42 @@ def test_saved_settings_come_back_as_they_were(run: Run) -> None:
     assert config.to_json() == json.loads((run.output / "config.json").read_text())
     assert isinstance(config.run.output_dir, Path) and isinstance(config.reporting.report_to, tuple)
     assert isinstance(config.datasets[0].instance_data_dir, Path)
+
+
+def everything(folder: Path) -> Path:
+    """A dataloader file with every kind of value that an entry can hold."""
+    (folder / "pictures").mkdir()
+    store = {"type": "aws", "aws_bucket_name": "bucket", "aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
+    path = folder / "dataloader.json"
+    images = {"instance_data_dir": str(folder / "pictures")}
+    entries = [
+        {"id": "shapes", **images, "crop": True, "crop_aspect": "random", "crop_aspect_buckets": [0.5, {"aspect": 1.5, "weight": 2}]},
+        {"id": "table", **images, "caption_strategy": "csv", "csv": {"path": str(folder / "a.csv")}, "text_embeds": "here"},
+        {"id": "stored", **store, "cache_dir_vae": "latents", "aws_data_prefix": "pictures"},
+        {"id": "tars", "type": "webdataset", "urls": [str(folder / "1.tar")]},
+        {"id": "texts", "dataset_type": "text_embeds", **store, "aws_data_prefix": "texts", "default": True},
+        {"id": "here", "dataset_type": "text_embeds", "cache_dir": str(folder), "caption_filter_list": ["s/a/b/"]},
+    ]
+    for name in ("a.csv", "1.tar"):
+        (folder / name).touch()
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_every_kind_of_setting_comes_back_and_keys_of_buckets_from_the_dataloader_file(tmp_path: Path) -> None:
+    dataloader = everything(tmp_path)
+    flags = {"pretrained_model_name_or_path": "model", "data_backend_config": dataloader, "output_dir": tmp_path, "resolution": 0.5}
+    (tmp_path / "aspect_resolution_map-0.5.json").write_text('{"1.5": [128, 64]}')
+    config = read_config([f"--{name}={value}" for name, value in flags.items()], {}, known_facts())
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    assert SECRET not in (tmp_path / "config.json").read_text()
+    read = read_saved_config(tmp_path)
+    assert read.datasets == config.datasets and read.text_caches == config.text_caches
+
+    dataloader.write_text(dataloader.read_text().replace('"bucket"', '"another"'))
+    assert {entry.aws_secret_access_key for entry in (*read_saved_config(tmp_path).datasets, read.datasets[0])} == {None}
+    dataloader.unlink()
+    assert {entry.aws_secret_access_key for entry in read_saved_config(tmp_path).datasets} == {None}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {}}'])

@@ -17,9 +17,14 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from helpers.errors import ConfigError, StorageError, UserError
+from helpers.errors import ConfigError, DataError, StorageError, UserError
+
+if TYPE_CHECKING:
+    from helpers.data.sources import CachePlace
 
 WELL, WRONG, REFUSED = 0, 1, 2
 
@@ -67,19 +72,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verify(chosen: argparse.Namespace) -> int:
     from toolkit.cache.verify import verify
-    from toolkit.cache.view import CacheView
+    from toolkit.cache.view import view_of
 
     wrong = 0
-    for folder in _folders(chosen):
+    for place in _places(chosen):
+        folder = place.folder
         shards, records, size = 0, 0, 0
         try:
-            with CacheView(folder) as view:
+            with view_of(place) as view:
                 known = view.shards()
                 shards, records, size = len(known), sum(len(view.records(shard)) for shard in known), sum(shard.size for shard in known)
         except UserError:
             pass  # `verify` says it
         with _bar(f"verify {folder.name}", size) as advance:
-            problems = list(verify(folder, advance))
+            problems = list(verify(place, advance))
         print(
             f"{folder}: {records:,} records in {shards:,} shards, {size / 1e6:,.2f} MB: {_count(len(problems)) if problems else 'all well'}"
         )
@@ -92,8 +98,8 @@ def _verify(chosen: argparse.Namespace) -> int:
 def _stats(chosen: argparse.Namespace) -> int:
     from toolkit.cache.stats import describe
 
-    for folder in _folders(chosen):
-        print("\n".join(describe(folder)))
+    for place in _places(chosen):
+        print("\n".join(describe(place.folder)))
     return WELL
 
 
@@ -146,19 +152,23 @@ def _gc(chosen: argparse.Namespace) -> int:
     return WELL
 
 
-def _folders(chosen: argparse.Namespace) -> list[Path]:
-    """The caches that exist, each once."""
+def _places(chosen: argparse.Namespace) -> list[CachePlace]:
+    """The caches that exist, each once. DataError where there is none."""
     from helpers.config.saved import read_saved_config
-    from helpers.data.sources import latents_place, texts_place
+    from helpers.data.sources import CachePlace, extra_texts_place, latents_place, texts_place
     from toolkit.cache.view import caches_below
 
     if chosen.cache_dir is not None:
-        return caches_below(chosen.cache_dir)
+        if found := [CachePlace(folder) for folder in caches_below(chosen.cache_dir)]:
+            return found
+        raise DataError(f"{chosen.cache_dir} holds no cache; name the --cache_dir of a run, or a folder of latents or text embeddings.")
     config = read_saved_config(chosen.output_dir)
     places = [place(dataset, config.cache.cache_dir) for dataset in config.datasets for place in (latents_place, texts_place)]
-    folders = [place.folder for place in places]
-    unique = dict.fromkeys(folder.absolute() for folder in (*folders, config.cache.cache_dir_text))
-    return [cache for folder in unique for cache in caches_below(folder)]
+    extras = extra_texts_place(config.datasets, config.cache.cache_dir_text, config.cache.cache_dir)
+    unique = {place.folder: place for place in (*places, extras)}
+    if found := [replace(place, folder=cache) for place in unique.values() for cache in caches_below(place.folder)]:
+        return found
+    raise DataError(f"The run of {chosen.output_dir} has no cache: none was filled yet, or it was removed.")
 
 
 def _count(problems: int) -> str:

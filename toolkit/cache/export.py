@@ -11,8 +11,8 @@ from helpers.data.shards import unpack
 from helpers.errors import DataError
 from helpers.storage.atomic import write_file
 from toolkit.cache.present import Picture, Present
-from toolkit.cache.view import CacheView
-from toolkit.cache.why import explain, payload_of
+from toolkit.cache.view import view_of
+from toolkit.cache.why import explain
 
 
 def export(run: Present, picture: Picture, target: Path) -> tuple[int, int]:
@@ -22,11 +22,11 @@ def export(run: Present, picture: Picture, target: Path) -> tuple[int, int]:
     current, lines = explain(picture)
     if not current:
         raise DataError(lines[0] + ".")
-    with CacheView(picture.cache) as view:
+    with view_of(picture.cache) as view:
         found = view.find(picture.key)
         assert found is not None  # `explain` has just read it
         shard, placed = found
-        mean = unpack(placed.layout, payload_of(view, shard, placed))["mean"].float()
+        mean = unpack(placed.layout, view.payload(shard, placed))["mean"].float()
     device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
     with run.family.image_codec(device) as codec:
         pixels = codec.decode(mean.unsqueeze(0).to(device))[0]  # (3, H, W) in [-1, 1]

@@ -24,7 +24,7 @@ from helpers.data.latents import cuts, latents_facts, latents_key, latents_subje
 from helpers.data.planning import columns_of, rules_of, rules_of_conditions
 from helpers.data.sample import Sample
 from helpers.data.scan import refresh, scan
-from helpers.data.sources import latents_place, open_source, texts_place
+from helpers.data.sources import CachePlace, extra_texts_place, latents_place, open_source, texts_place
 from helpers.data.texts import text_key, text_subject
 from helpers.errors import DataError
 from helpers.families import FAMILIES
@@ -42,7 +42,7 @@ class Picture:
 
     sample: Sample
     left_out: str  # why it is not trained on; "" when it is
-    cache: Path
+    cache: CachePlace
     facts: dict[str, str]  # empty when it is left out
 
     @property
@@ -92,7 +92,8 @@ class Present:
             texts = needed.setdefault(texts_place(dataset, config.cache.cache_dir).folder, {})
             for caption in self.catalogue.captions(dataset.id):
                 texts[text_key(caption, self.text_fingerprint, precision)] = text_subject(caption)
-        texts = needed.setdefault(config.cache.cache_dir_text.absolute(), {})
+        extras = extra_texts_place(config.datasets, config.cache.cache_dir_text, config.cache.cache_dir)
+        texts = needed.setdefault(extras.folder, {})
         for extra in (None, "", *captions_to_encode(read_prompts(config.validation), config.validation)):
             texts[text_key(extra, self.text_fingerprint, precision)] = text_subject(extra)
         return needed
@@ -130,7 +131,7 @@ class Present:
 
     def _picture(self, index: int, row: int, reason: str | None, key: str) -> Picture:
         dataset = self.config.datasets[index]
-        sample, cache = self.catalogue.sample(row), latents_place(dataset, self.config.cache.cache_dir).folder
+        sample, cache = self.catalogue.sample(row), latents_place(dataset, self.config.cache.cache_dir)
         if reason:
             return Picture(sample, reason, cache, {})
         planned = ((self.plan.columns["dataset"] == index) & (self.plan.columns["row"] == row)).nonzero()[0]

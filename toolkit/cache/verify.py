@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from helpers.data.fill import is_finite
-from helpers.data.shards import UNSEALED, DamagedShardError, Placed, abandoned, read_header, unpack
+from helpers.data.shards import UNSEALED, DamagedShardError, Placed, abandoned, parse_header, read_header, unpack
+from helpers.data.sources import CachePlace
 from helpers.errors import DataError
-from toolkit.cache.view import CacheView, Shard
+from toolkit.cache.view import CacheView, Shard, view_of
 
 
-def verify(folder: Path, progress: Callable[[int], None]) -> Iterator[str]:
-    """One sentence for everything that is wrong with the cache in a folder. `progress` is told bytes of shards that are done.
+def verify(place: CachePlace, progress: Callable[[int], None]) -> Iterator[str]:
+    """One sentence for everything that is wrong with a cache. `progress` is told bytes of shards that are done.
 
     The index is compared with the files, each shard's size and header with the index, each record's checksum with its bytes; and no
-    record holds a value that is not finite. A shard that a living process writes at this moment is none of them.
+    record holds a value that is not finite. Shards of a bucket that have no copy here are read from there. A shard that a living process
+    writes at this moment is none of them.
     """
     try:
-        view = CacheView(folder)
+        view = view_of(place)
     except DataError as error:
         yield str(error)
         return
@@ -32,20 +35,22 @@ def verify(folder: Path, progress: Callable[[int], None]) -> Iterator[str]:
 
 
 def _shard(view: CacheView, shard: Shard) -> Iterator[str]:
-    path = view.folder / shard.name
+    path = view.place_of(shard)
     records = view.records(shard)
-    if not path.is_file():
+    stream = view.whole(shard)
+    if stream is None:
         yield f"{path} is missing, with {len(records):,} records"
         return
-    if (size := path.stat().st_size) != shard.size:
-        yield f"{path} has {size:,} bytes instead of {shard.size:,}"
-        return
-    try:
-        written = {placed.key: placed for placed in read_header(path)}
-    except DamagedShardError as error:
-        yield f"{path}: {error}"
-        written = {}
-    with path.open("rb") as stream:
+    with stream:
+        if (size := stream.seek(0, os.SEEK_END)) != shard.size:
+            yield f"{path} has {size:,} bytes instead of {shard.size:,}"
+            return
+        stream.seek(0)
+        try:
+            written = {placed.key: placed for placed in parse_header(stream, size)}
+        except DamagedShardError as error:
+            yield f"{path}: {error}"
+            written = {}
         for placed in records:
             if written and written.get(placed.key) != placed:
                 yield f"{path}: record {placed.key.hex()} is not where the index says"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 from helpers.data.cache import INDEX, SHARD_NAME
 from helpers.data.shards import Placed
-from helpers.errors import DataError
+from helpers.data.sources import CachePlace
+from helpers.errors import DataError, StorageError
+from helpers.storage.backend import SourceBackend
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,14 @@ class Shard:
 
 
 class CacheView:
-    """The index of a cache, read-only. DataError where there is none, or it cannot be read."""
+    """The index of a cache, read-only. DataError where there is none, or it cannot be read.
 
-    def __init__(self, folder: Path) -> None:
+    `store` is where shards are that are not in the folder, if there is such a place.
+    """
+
+    def __init__(self, folder: Path, store: SourceBackend | None = None) -> None:
         self.folder = folder
+        self.store = store
         path = folder / INDEX
         if not path.is_file():
             raise DataError(f"{path} is missing; the next run makes it again from the shards.")
@@ -56,6 +66,42 @@ class CacheView:
         rows = self._index.execute("SELECT key, layout, offset, size, crc FROM records WHERE shard = ? ORDER BY offset", (shard.number,))
         return [Placed(key, self._layouts[layout], offset, size, crc) for key, layout, offset, size, crc in rows]
 
+    def place_of(self, shard: Shard) -> str:
+        """Where a shard is, for messages."""
+        path = self.folder / shard.name
+        return str(path) if self.store is None or path.is_file() else f"{self.store.name}{shard.name}"
+
+    def whole(self, shard: Shard) -> BinaryIO | None:
+        """A shard to be read from beginning to end, from the store where there is no copy here; None where it is gone."""
+        path = self.folder / shard.name
+        if path.is_file():
+            return path.open("rb")
+        return None if self.store is None else self._stored(self.store, shard, lambda store: io.BytesIO(store.read(shard.name)))
+
+    def payload(self, shard: Shard, placed: Placed) -> bytearray:
+        """The bytes of a record; fewer where the shard is cut off or gone."""
+
+        def read(stream: BinaryIO) -> bytearray:
+            with stream:
+                stream.seek(placed.offset)
+                return bytearray(stream.read(placed.size))
+
+        path = self.folder / shard.name
+        if path.is_file():
+            return read(path.open("rb"))
+        found = None if self.store is None else self._stored(self.store, shard, lambda store: read(store.open(shard.name)))
+        return found or bytearray()
+
+    @staticmethod
+    def _stored(store: SourceBackend, shard: Shard, read: Callable[[SourceBackend], Read]) -> Read | None:
+        """What the store says of a shard; None where it has none. StorageError where it fails."""
+        try:
+            return read(store)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"{store.name}: {shard.name} could not be read: {error.strerror or error}.") from error
+
     def find(self, key: bytes) -> tuple[Shard, Placed] | None:
         """Where a record lies."""
         row = self._index.execute(
@@ -83,13 +129,15 @@ class CacheView:
         return [path for path in sorted(self.folder.iterdir()) if SHARD_NAME.fullmatch(path.name) and path.name not in known]
 
 
+def view_of(place: CachePlace) -> CacheView:
+    """The cache at a place that a run told. DataError as above."""
+    return CacheView(place.folder, place.store())
+
+
 def caches_below(folder: Path) -> list[Path]:
-    """The caches in a folder: itself, or folders in it that hold an index or shards. DataError where there is none."""
+    """The caches in a folder: itself, or folders in it that hold an index or shards."""
     candidates = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())] if folder.is_dir() else []
-    found = [path for path in candidates if _is_cache(path)]
-    if not found:
-        raise DataError(f"{folder} holds no cache; name the --cache_dir of a run, or a folder of latents or text embeddings.")
-    return found
+    return [path for path in candidates if _is_cache(path)]
 
 
 def _is_cache(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from helpers.data.shards import Placed
 from helpers.errors import DataError
 from toolkit.cache.present import Picture
 from toolkit.cache.stats import shape_of
-from toolkit.cache.view import CacheView, Shard
+from toolkit.cache.view import CacheView, Shard, view_of
 
 NAMES = {
     "image": "SHA-256 of the file, and of its condition where it has one",
@@ -27,7 +27,7 @@ def explain(picture: Picture) -> tuple[bool, list[str]]:
     if picture.left_out:
         return False, [f"{head} is left out: {picture.left_out}"]
     try:
-        view = CacheView(picture.cache)
+        view = view_of(picture.cache)
     except DataError as error:
         return False, [f"{head}: {error}", *_facts(picture)]
     with view:
@@ -41,17 +41,7 @@ def explain(picture: Picture) -> tuple[bool, list[str]]:
 
 def is_whole(view: CacheView, shard: Shard, placed: Placed) -> bool:
     """Whether a record reads as it was written."""
-    return zlib.crc32(payload_of(view, shard, placed)) == placed.crc
-
-
-def payload_of(view: CacheView, shard: Shard, placed: Placed) -> bytearray:
-    """The bytes of a record; fewer where the shard is cut off or gone."""
-    try:
-        with (view.folder / shard.name).open("rb") as stream:
-            stream.seek(placed.offset)
-            return bytearray(stream.read(placed.size))
-    except FileNotFoundError:
-        return bytearray()
+    return zlib.crc32(view.payload(shard, placed)) == placed.crc
 
 
 def _facts(picture: Picture) -> Iterator[str]:
@@ -61,7 +51,7 @@ def _facts(picture: Picture) -> Iterator[str]:
 
 
 def _place(view: CacheView, shard: Shard, placed: Placed) -> Iterator[str]:
-    yield f"  shard     {view.folder / shard.name}, {placed.size:,} bytes from {placed.offset:,}"
+    yield f"  shard     {view.place_of(shard)}, {placed.size:,} bytes from {placed.offset:,}"
     yield f"  holds     {shape_of(placed.layout)}"
 
 

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, StorageError, UserError
-from toolkit.pictures import add_sampling, load_pipeline, noise, words
+from toolkit.pictures import add_sampling, exit_code, load_pipeline, make_folder, noise, sample, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,16 +55,16 @@ def make(images: ClassImages, pipeline: Any, numbers: Sequence[int], batch: int)
     """The pictures of these numbers, `batch` at a time."""
     for start in range(0, len(numbers), batch):
         some = numbers[start : start + batch]
-        negative = {"negative_prompt": [images.negative_prompt] * len(some)} if images.negative_prompt else {}
-        made = pipeline(
-            prompt=[images.prompt] * len(some),
+        made = sample(
+            pipeline,
+            [noise("class image", images.seed, number) for number in some],
+            prompt=images.prompt,
+            negative_prompt=images.negative_prompt,
             width=images.width,
             height=images.height,
-            num_inference_steps=images.steps,
-            guidance_scale=images.guidance,
-            generator=[noise("class image", images.seed, number) for number in some],
-            **negative,
-        ).images
+            steps=images.steps,
+            guidance=images.guidance,
+        )
         yield from zip(some, made, strict=True)
 
 
@@ -100,10 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     folder: Path = arguments.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir: {folder} cannot be made or is no folder ({error.strerror}).") from error
+    make_folder(folder)
     console = Console()
     numbers = missing(images, folder, arguments.number)
     there = arguments.number - len(numbers)
@@ -135,15 +131,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
-    try:
-        run(chosen)
-    except (UserError, StorageError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_REFUSED if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("Stopped; the same command goes on with what is missing.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return EXIT_FINISHED
+    return exit_code(lambda: run(chosen), "Stopped; the same command goes on with what is missing.")
 
 
 if __name__ == "__main__":

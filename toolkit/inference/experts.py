@@ -9,7 +9,6 @@ config.json. Full fine-tunes and LoRAs may be mixed. Picture n always starts fro
 from __future__ import annotations
 
 import argparse
-import inspect
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.config import Config
 from helpers.config.saved import read_saved_config
-from helpers.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, StorageError, UserError
-from toolkit.pictures import add_sampling, load_pipeline, noise, words
+from helpers.errors import UserError
+from toolkit.pictures import add_sampling, exit_code, load_pipeline, make_folder, noise, sample, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,20 +115,18 @@ def joined(first: Expert, second: Expert, dtype: str, device: str) -> Any:
 def make(pipeline: Any, arguments: argparse.Namespace) -> Iterator[Image]:
     """The pictures in the order of their numbers."""
     width, height = arguments.size
-    taken = inspect.signature(pipeline.__call__).parameters
-    exactly = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}  # or the size is rounded to another
     for start in range(0, arguments.number, arguments.batch):
         some = range(start, min(start + arguments.batch, arguments.number))
-        yield from pipeline(
-            prompt=[arguments.prompt] * len(some),
-            negative_prompt=[arguments.negative_prompt] * len(some),
+        yield from sample(
+            pipeline,
+            [noise("experts", arguments.seed, number) for number in some],
+            prompt=arguments.prompt,
+            negative_prompt=arguments.negative_prompt,
             width=width,
             height=height,
-            num_inference_steps=arguments.steps,
-            guidance_scale=arguments.guidance,
-            generator=[noise("experts", arguments.seed, number) for number in some],
-            **exactly,
-        ).images
+            steps=arguments.steps,
+            guidance=arguments.guidance,
+        )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -138,10 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     first, second = in_order(Expert.open(arguments.one), Expert.open(arguments.other))
     folder: Path = arguments.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir: {folder} cannot be made or is no folder ({error.strerror}).") from error
+    make_folder(folder)
     console = Console()
     console.chapter("experts", f"{first.folder} begins, {second.folder} has the last {100 * second.strength:g} % of the schedule")
     pipeline = joined(first, second, arguments.dtype, arguments.device)
@@ -168,14 +162,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
-    try:
-        run(chosen)
-    except (UserError, StorageError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_REFUSED if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return EXIT_FINISHED
+    return exit_code(lambda: run(chosen))
 
 
 if __name__ == "__main__":
