@@ -323,6 +323,7 @@ class StepResult:
     data_seconds: float  # of them, waiting for data
     samples: int
     skipped: bool = False  # the gradient or the loss was not finite, and the weights stayed as they were
+    text_encoder_lr: float | None = None  # the text encoders' learning rate, 0 where they stand still by now; None where none is trained
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 
@@ -100,6 +101,11 @@ def _rate(chosen: Mapping[str, Setting]) -> Iterator[str]:
             "or choose another --optimizer."
         )
     of_text = chosen["text_encoder_lr"].value
+    if _relative_steps(chosen) and of_text is not None and chosen["train_text_encoder"].value:
+        yield (
+            f"{_said(chosen, 'text_encoder_lr')}: adafactor sets its own rate with its relative step, for the text encoders too; "
+            "leave one of them out."
+        )
     if name in ADAPTIVE_RATE and of_text is not None and not SMALLEST_FACTOR <= of_text <= LARGEST_FACTOR:
         yield (
             f"{_said(chosen, 'text_encoder_lr')}: {of_text:g} is a factor to the learning rate that {name} finds for the text encoders by "
@@ -119,9 +125,18 @@ def optimizer_notes(chosen: Mapping[str, Setting]) -> Iterator[str]:
     if name == "prodigy":
         for setting in (chosen[option] for option in ("adam_weight_decay", "adam_epsilon") if chosen[option].rank > Rank.PRESET):
             yield f"{setting.origin} does nothing while optimizer is prodigy, which has a --prodigy_ option for it."
-    if name == "adafactor" and chosen["adafactor_relative_step"].value:
+    if _relative_steps(chosen):
         for setting in (chosen[option] for option in ("learning_rate", "lr_scheduler") if chosen[option].rank > Rank.PRESET):
-            yield f"{setting.origin} does nothing while adafactor_relative_step is on."
+            yield f"{setting.origin} does nothing while adafactor takes relative steps."
+
+
+def _relative_steps(chosen: Mapping[str, Setting]) -> bool:
+    """Whether adafactor finds its learning rate by the count of its steps."""
+    if chosen["optimizer"].value != "adafactor":
+        return False
+    with contextlib.suppress(ValueError):  # that the arguments cannot be read is told where they are judged
+        return bool(parse_optimizer_args(chosen["optimizer_args"].value).get("relative_step", chosen["adafactor_relative_step"].value))
+    return False
 
 
 def missing_library(chosen: Mapping[str, Setting]) -> Iterator[str]:

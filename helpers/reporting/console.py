@@ -88,7 +88,8 @@ class Console(Reporter):
         self.total_steps = total_steps
 
     def stepped(self, result: StepResult) -> None:
-        facts = f"loss {result.loss:.4f} · lr {result.learning_rate:.2e} · grad {result.grad_norm:.3f}"
+        text = "" if result.text_encoder_lr is None else f" (text {result.text_encoder_lr:.2e})"
+        facts = f"loss {result.loss:.4f} · lr {result.learning_rate:.2e}{text} · grad {result.grad_norm:.3f}"
         if not self.out.is_terminal:
             self._plain_step(result, facts)
             return

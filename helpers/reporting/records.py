@@ -26,7 +26,7 @@ class Records(Reporter):
         self._samples = self._continue(output_dir / SAMPLES, resumed_at) if record_samples else None
 
     def stepped(self, result: StepResult) -> None:
-        _append(self._metrics, asdict(result))
+        _append(self._metrics, {name: value for name, value in asdict(result).items() if value is not None})
 
     def sampled(self, rows: Iterable[Mapping[str, Any]]) -> None:
         if self._samples is not None:

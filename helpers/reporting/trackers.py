@@ -12,7 +12,7 @@ from helpers.protocols import Reporter, StepResult, ValidationImage
 if TYPE_CHECKING:
     from helpers.config.options import ReportingOptions
 
-_LOGGED = ("loss", "learning_rate", "grad_norm", "epoch", "seconds", "data_seconds")
+_LOGGED = ("loss", "learning_rate", "text_encoder_lr", "grad_norm", "epoch", "seconds", "data_seconds")
 
 
 class Trackers(Reporter):
@@ -30,7 +30,8 @@ class Trackers(Reporter):
 
     def stepped(self, result: StepResult) -> None:
         for tracker in self._trackers:
-            tracker.log({f"train/{name}": getattr(result, name) for name in _LOGGED}, step=result.step)
+            told = {f"train/{name}": value for name in _LOGGED if (value := getattr(result, name)) is not None}
+            tracker.log(told, step=result.step)
 
     def validated(self, step: int, images: Sequence[ValidationImage]) -> None:
         import numpy as np

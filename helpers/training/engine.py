@@ -33,6 +33,7 @@ class Update:
     taken: bool  # False: the gradient was not finite, or there was no sample, and the weights stay as they were
     finite_loss: bool
     stop_asked: bool  # by any process, so that all of them stop at the same step
+    text_learning_rate: float | None  # the same of the text encoders: 0 once they stand still, None where none is trained
 
 
 class Engine:
@@ -126,20 +127,23 @@ class Engine:
             grad_norm = grad_norm * (global_samples / samples)
         limit = self.options.max_grad_norm
         nn.utils.clip_grads_with_norm_(self.parameters.values(), limit if limit > 0 else float("inf"), grad_norm)
-        learning_rate = self.optimizer.effective(self.schedule(updates))
+        rates = {optimizer: self.schedule(updates) * (self.text_rate if optimizer is self.text_optimizer else 1.0) for optimizer in moving}
+        used = {optimizer: optimizer.effective(rate) for optimizer, rate in rates.items()}
         finite_loss = bool(torch.isfinite(torch.tensor(loss_sum)))
         taken = not bad and finite_loss and samples > 0
         if taken:
             self.runtime.seed("rounding", seed, step)  # the same on every process: each updates its own copy of the weights
-            for optimizer in moving:
-                optimizer.step(self.schedule(updates) * (self.text_rate if optimizer is self.text_optimizer else 1.0))
+            for optimizer, rate in rates.items():
+                optimizer.step(rate)
         if scaler is not None:
             scaler.update()  # halves the scale where `unscale_` met an overflow
         for optimizer in moving:
             optimizer.zero_grad()
         self._loss.zero_()
         self._samples = 0
-        return Update(loss_sum / max(samples, 1), int(samples), float(grad_norm), learning_rate, taken, finite_loss, bool(stop))
+        of_text = used.get(self.text_optimizer, 0.0) if self.text_optimizer else None
+        loss = loss_sum / max(samples, 1)
+        return Update(loss, int(samples), float(grad_norm), used[self.optimizer], taken, finite_loss, bool(stop), of_text)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -37,6 +37,7 @@ def step_result(state: TrainState, update: Update, batches: Sequence[Batch], beg
         data_seconds=waited,
         samples=update.samples,
         skipped=not update.taken,
+        text_encoder_lr=update.text_learning_rate,
     )
 
 

@@ -119,7 +119,16 @@ def test_one_that_averages_has_no_schedule_and_no_second_average(read: Read) -> 
 
 def test_what_the_relative_step_of_adafactor_leaves_without_effect_is_said(read: Read) -> None:
     notes = read("--optimizer=adafactor", "--adafactor_relative_step", "--learning_rate=1e-4").notes
-    assert notes == ("--learning_rate does nothing while adafactor_relative_step is on.",)
+    assert notes == ("--learning_rate does nothing while adafactor takes relative steps.",)
+
+
+@pytest.mark.parametrize("relative", ["--adafactor_relative_step", "--optimizer_args=relative_step=true"])
+def test_a_rate_for_text_encoders_is_refused_where_adafactor_sets_its_own(relative: str, read: Read) -> None:
+    flags = ("--optimizer=adafactor", "--model_type=lora", "--train_text_encoder")
+    assert read(*flags, relative).notes == ()
+    assert read(*flags, "--text_encoder_lr=1e-5").notes == ()
+    said = problem(read, *flags, relative, "--text_encoder_lr=1e-5")
+    assert said.startswith("--text_encoder_lr: adafactor sets its own rate with its relative step")
 
 
 # -- detail flags and arguments -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_stands(tmp_path: Path) -> No
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     assert metrics[-1]["loss"] == 0.25
     assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [1, 1, 2, 2, 3, 3]
+
+
+def test_the_rate_of_text_encoders_is_kept_and_told_where_they_are_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records, console = Records(tmp_path, 0, record_samples=False), Console()
+    console.started({}, 2)
+    for told in (result(1), dataclasses.replace(result(2), text_encoder_lr=5e-5)):
+        records.stepped(told)
+        console.stepped(told)
+    records.close()
+    without, with_text = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert with_text["text_encoder_lr"] == 5e-5 and "text_encoder_lr" not in without
+    first, last = capsys.readouterr().err.splitlines()
+    assert "lr 1.00e-04 · grad" in first and "lr 1.00e-04 (text 5.00e-05) · grad" in last
 
 
 def test_cutting_back_a_file_that_fits_leaves_it_alone(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def test_the_encoder_stands_still_from_its_step_on_and_did_not_before(whole: End
     assert changed == [True, True, False, False, False]
     handed_over = encoder(whole, "text_encoder_live")
     torch.testing.assert_close(handed_over, kept[-1], rtol=0, atol=0)
+    rates = [(row["learning_rate"], row["text_encoder_lr"]) for row in whole.rows("metrics.jsonl")]
+    assert rates == [(1e-3, pytest.approx(3e-3))] * 3 + [(1e-3, 0)] * 3
     base = load_file(trainer.model / "text_encoder" / "model.safetensors")
     frozen = [name for name in handed_over if "embeddings" in name or ".layers.0." in name]
     assert frozen
