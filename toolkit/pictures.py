@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from helpers.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, ModelError, StorageError, UserError
 
@@ -18,15 +18,22 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
-def load_pipeline(model: str, revision: str | None, variant: str | None, dtype: str, device: str, **parts: Any) -> Any:
-    """The model's own pipeline of diffusers on a device, with these `parts` in place of its own. ModelError where there is none."""
+def load_pipeline(
+    model: str, revision: str | None, variant: str | None, dtype: str, device: str, t5: str | None = None, **parts: Any
+) -> Any:
+    """The model's own pipeline of diffusers on a device, with the T5 of this name and these `parts` in place of its own.
+
+    Raises ModelError where there is none, or none that has a T5.
+    """
     import diffusers
     import torch
     import transformers
 
-    from helpers.families.folder import locate
+    from helpers.families.checkpoint import T5_CLASSES
+    from helpers.families.folder import locate, model_index
 
-    folder = locate(model, revision, variant)
+    folder = locate(model, revision, variant, T5_CLASSES if t5 else ())
+    index = model_index(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype == "auto":
@@ -35,9 +42,12 @@ def load_pipeline(model: str, revision: str | None, variant: str | None, dtype: 
     own = variant if variant and any(folder.rglob(f"*.{variant}*.safetensors")) else None
     diffusers.utils.logging.disable_progress_bar()  # their bars for files of a second would run through ours
     transformers.utils.logging.disable_progress_bar()
+    if t5:
+        parts = {**_t5_parts(folder, t5, variant, kind, parts), **parts}
+    absent = dict.fromkeys(name for name, value in index.items() if value == [None, None])  # diffusers insists on hearing it
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=kind, variant=own, use_safetensors=True, local_files_only=True, **parts
+            folder, torch_dtype=kind, variant=own, use_safetensors=True, local_files_only=True, **{**absent, **parts}
         )
         pipeline = pipeline.to(device)
     except (OSError, ValueError, RuntimeError) as error:
@@ -46,6 +56,35 @@ def load_pipeline(model: str, revision: str | None, variant: str | None, dtype: 
         pipeline.safety_checker = None  # it answers with black pictures, which would be learnt
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, others: Container[str]) -> dict[str, Any]:
+    """The T5 of this name and its tokenizer, as the parts of a model's pipeline; none if they are among `others`.
+
+    Raises ModelError where the pipeline has no T5, or one of another width.
+    """
+    import diffusers
+    from transformers import T5EncoderModel, T5TokenizerFast
+
+    from helpers.families.folder import load_component, model_index, read_json
+    from helpers.families.t5_source import OPTION, locate
+
+    pipeline = model_index(folder)["_class_name"]
+    taken = inspect.signature(getattr(diffusers, pipeline).__init__).parameters.values()
+    names = {kind: part.name for part in taken for kind in (part.annotation, *get_args(part.annotation))}
+    if T5EncoderModel not in names:
+        raise ModelError(f"{OPTION}: a {pipeline} has no T5; remove it.")
+    if names[T5EncoderModel] in others:
+        return {}
+    encoder, tokenizer = locate(name, variant)
+    width = read_json(encoder / "config.json")["d_model"]
+    network = next(path for part in ("transformer", "unet") if (path := folder / part / "config.json").is_file())
+    if width not in read_json(network).values():  # by whatever name a network's config has it
+        raise ModelError(f"{OPTION}: the states of the T5 in {encoder} are {width} wide, which {folder} does not read: name another T5.")
+    return {
+        names[T5EncoderModel]: load_component(T5EncoderModel, encoder, "", dtype, variant),
+        names[T5TokenizerFast]: T5TokenizerFast.from_pretrained(tokenizer, local_files_only=True),
+    }
 
 
 def noise(purpose: str, seed: int, number: int) -> torch.Generator:

@@ -14,13 +14,16 @@ from helpers.families.recognise import require_family
 if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, ModelOptions
 
+T5_CLASSES = ("T5EncoderModel", "MT5EncoderModel")  # as a model_index.json names them: not fetched where T5 comes from elsewhere
+
 
 def locate(options: ModelOptions, cache: CacheOptions) -> Path:
     """The folder of the base model: named, fetched from the hub, or made of a single file. Raises ModelError when there is none."""
     path = Path(options.pretrained_model_name_or_path).expanduser()
     if path.is_file():
         return single_file.converted(path, options.single_file_config, cache.cache_dir)
-    return files.locate(options.pretrained_model_name_or_path, options.revision, options.variant)
+    without = T5_CLASSES if options.pretrained_t5_model_name_or_path else ()
+    return files.locate(options.pretrained_model_name_or_path, options.revision, options.variant, without)
 
 
 @dataclass(frozen=True)

@@ -16,23 +16,29 @@ WEIGHTS_STEMS = ("model", "diffusion_pytorch_model")  # how transformers and dif
 ALIGNMENT = 64  # bytes: a cache line, and what torch's own allocator gives on a CPU
 
 
-def locate(name: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a model, fetched from the hub unless `name` is a folder. Raises ModelError when it is neither."""
+def locate(name: str, revision: str | None = None, variant: str | None = None, without: tuple[str, ...] = ()) -> Path:
+    """The folder of a model, fetched from the hub unless `name` is a folder. Raises ModelError when it is neither.
+
+    Components of the classes in `without` are not fetched.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ModelError(f"--pretrained_model_name_or_path: {folder} is not a model in diffusers layout: it has no model_index.json.")
         return folder
-    return _fetch(name, revision, variant)
+    return _fetch(name, revision, variant, without)
 
 
 @functools.cache  # asked once a process: the hub's answer takes a second
-def _fetch(name: str, revision: str | None, variant: str | None) -> Path:
+def _fetch(name: str, revision: str | None, variant: str | None, without: tuple[str, ...]) -> Path:
     from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
+        index = read_json(Path(hf_hub_download(name, "model_index.json", revision=revision))) if without else {}
+        left_out = dict.fromkeys(part for part, value in index.items() if isinstance(value, list) and value[-1] in without)
+        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **left_out))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ModelError(
             f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor a model that the Hugging Face Hub gives us "

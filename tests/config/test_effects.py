@@ -9,6 +9,7 @@ import pytest
 from helpers.config.datasets import DatasetConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of
 from helpers.config.options import OPTIONS
+from helpers.errors import CheckpointError
 from tests.config.effects.keys import DATASET_EFFECTS, TEXT_CACHE_EFFECTS
 from tests.config.effects.lab import ENTRY, Effect, Lab, build_lab, refusal
 from tests.config.effects.options import OPTION_EFFECTS
@@ -93,6 +94,17 @@ def test_stable_diffusion_3_that_is_trained_by_diffusion_is_exported_and_trained
     again = (f"--pretrained_model_name_or_path={folder}", "--max_train_steps=1")
     assert "was trained by diffusion, as its scheduler says: set --sd3_uses_diffusion" in refusal(lab, ("--model_family=sd3", *again))
     assert refusal(lab, (*by_diffusion, *again)) == ""
+
+
+def test_a_run_does_not_go_on_with_another_t5_unless_that_is_accepted(lab: Lab) -> None:
+    folder, of_sd3 = lab.new_folder(), ("--model_family=sd3", "--pretrained_model_name_or_path=sd3")
+    lab.run_again((*of_sd3, "--max_train_steps=1"), folder)
+    other = (*of_sd3, "--pretrained_t5_model_name_or_path=t5", "--max_train_steps=2")
+    with pytest.raises(CheckpointError, match="text_encoders changed"):
+        lab.run_again(other, folder)
+    assert "changed since checkpoint-1 and accepted (text_encoders)" in " ".join(
+        lab.run_again((*other, "--accept_changed_data"), folder).story
+    )
 
 
 # -- the table is complete: there is no list of exceptions ------------------------------------------------------------------

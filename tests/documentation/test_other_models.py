@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from helpers.families.tiny_sd3 import TEXT_WIDTH, t5_encoder, t5_tokenizer
 from tests.documentation.conftest import Followed, new_reader
 from tests.documentation.pages import Page
 
@@ -61,6 +63,19 @@ def test_the_quick_start_for_stable_diffusion_3_trains_a_lora_that_its_sample_lo
     assert (tmp_path / "rex.png").stat().st_size > 0
     exec(SD3.section("Without T5").block("python"), names)
     assert names["pipeline"].text_encoder_3 is None
+
+    t5 = reader.home / "models" / "t5"
+    tokenizer = t5_tokenizer()
+    t5_encoder(len(tokenizer), TEXT_WIDTH).save_pretrained(t5)
+    tokenizer.save_pretrained(t5)
+    elsewhere = SD3.section("T5 from elsewhere")
+    reader.edit(elsewhere.block("bash"))
+    short = "--max_train_steps=1 --validation_disable_unconditional --validation_prompt='' --output_dir=again"
+    assert "finished   1 steps" in reader.type(f"./train_sd3.sh {short}")
+    settings_used = json.loads((reader.clone / "again" / "config.json").read_text())["settings"]
+    assert settings_used["pretrained_t5_model_name_or_path"]["value"] == str(t5)
+    exec(reader.own(elsewhere.block("python")), names)
+    assert names["pipeline"].text_encoder_3 is not None
 
 
 @pytest.mark.slow

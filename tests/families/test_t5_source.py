@@ -286,6 +286,25 @@ def test_nothing_but_t5_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.
     assert plain in asked
 
 
+def test_the_t5_of_a_base_model_that_reads_another_one_is_not_fetched(
+    miniature: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache knows of all files, and lacks those of T5's encoder: offline that is enough, where another one is named."""
+    from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
+
+    base = miniature("sd3")
+    snapshot = as_hub(base, tmp_path / "hub", "someone/sd3")
+    files = {path.relative_to(base).as_posix(): TreeCacheEntry(path.stat().st_size, "0" * 40) for path in base.rglob("*") if path.is_file()}
+    write_tree_cache(str(snapshot.parents[1]), COMMIT, files)
+    shutil.rmtree(snapshot / "text_encoder_3")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    options = {"cache": tmp_path / "cache", "model": Path("someone/sd3")}
+    with pytest.raises(ModelError, match="is incomplete: 2 file"):
+        open_family("sd3", **options)
+    family = open_family("sd3", **options, pretrained_t5_model_name_or_path=str(Other.of(64).alone(tmp_path / "other")))
+    assert (family.name, list(family.notes)) == ("someone/sd3", [])
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 def test_of_weights_in_several_precisions_those_that_are_loaded_are_handed_over_under_plain_names(
     sharded: bool, miniature: Callable[[str], Path], tmp_path: Path

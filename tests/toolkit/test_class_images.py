@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 from helpers.errors import EXIT_FINISHED, EXIT_REFUSED
+from helpers.families.tiny_pixart import write_pixart_sigma
+from helpers.families.tiny_sd3 import write_sd3, write_sd35
 from toolkit.datasets import class_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,3 +101,28 @@ def test_help_is_answered_at_once() -> None:
     done = subprocess.run([sys.executable, "-m", "toolkit.datasets.class_images", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--prompt" in done.stdout
     assert time.perf_counter() - began < 2
+
+
+def test_a_model_without_t5_makes_them_with_the_one_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is a part of the settings: another T5 begins another series. What cannot read it is refused."""
+    shutil.rmtree(write_pixart_sigma(tmp_path / "model") / "text_encoder")
+    write_pixart_sigma(tmp_path / "one", seed=1)
+    write_pixart_sigma(tmp_path / "two", seed=2)
+    write_sd3(tmp_path / "wide")
+
+    def with_t5(name: str, model: Path = tmp_path / "model") -> int:
+        flags = ("--pretrained_model_name_or_path", str(model), "--pretrained_t5_model_name_or_path", str(tmp_path / name))
+        return make(tmp_path / "out", *flags, number=1)
+
+    assert (with_t5("one"), with_t5("two")) == (EXIT_FINISHED, EXIT_FINISHED)
+    one, two = (path.read_bytes() for path in (tmp_path / "out").glob("*.png"))
+    assert one != two
+    assert with_t5("one", ROOT / "demo" / "model") == EXIT_REFUSED
+    assert "a StableDiffusionXLPipeline has no T5; remove it" in capsys.readouterr().err
+    assert with_t5("wide") == EXIT_REFUSED
+    assert "are 64 wide, which" in capsys.readouterr().err
+
+
+def test_stable_diffusion_3_without_t5_makes_them_without_it(tmp_path: Path) -> None:
+    model = write_sd35(tmp_path / "model")
+    assert make(tmp_path / "out", "--pretrained_model_name_or_path", str(model), number=1) == EXIT_FINISHED

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
+from transformers import T5EncoderModel
 
 from helpers.choices import known_facts
 from helpers.config.config import Config
@@ -134,3 +135,22 @@ def test_what_is_no_finished_expert_is_refused(expert: Any, tmp_path: Path, caps
         command = [str(first), str(tmp_path / name), "--prompt", "a cat", "--output_dir", "out"]
         assert experts.main(command) == EXIT_REFUSED
         assert reason in capsys.readouterr().err
+
+
+def test_a_lora_is_sampled_with_the_t5_that_it_was_trained_with(expert: Any, tmp_path: Path) -> None:
+    from helpers.config.options import AdapterOptions
+    from helpers.families.tiny_pixart import write_pixart_sigma
+    from helpers.methods.lora import Lora
+    from tests.families.conftest import open_family
+
+    model, source = write_pixart_sigma(tmp_path / "model"), write_pixart_sigma(tmp_path / "source", seed=1)
+    of_model = (f"--pretrained_model_name_or_path={model}", f"--pretrained_t5_model_name_or_path={source}")
+    folder = expert("first", INVERTED, "--model_family=pixart_sigma", "--model_type=lora", *of_model)
+    (folder / "pipeline").rmdir()
+    method = Lora(AdapterOptions(), open_family("pixart_sigma", model, tmp_path / "cache"))
+    method.export(method.attach(method.family.load(torch.float32)), folder, {}, None)
+    pipeline = Expert.open(folder).load("fp32", "cpu")
+    expected = T5EncoderModel.from_pretrained(source / "text_encoder").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.text_encoder.state_dict().items())
+    again = Expert.open(folder).load("fp32", "cpu", text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
+    assert again.text_encoder is pipeline.text_encoder

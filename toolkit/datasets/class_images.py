@@ -38,10 +38,15 @@ class ClassImages:
     steps: int
     guidance: float
     seed: int
+    t5: str | None = None  # the same of T5, where it is not the model's own
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def picture(self, folder: Path, number: int) -> Path:
         """The file of one picture of the series."""
-        settings = hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:8]
+        settings = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
         return folder / f"class_{settings}_{number:06}.png"
 
 
@@ -75,7 +80,7 @@ def keep(images: ClassImages, folder: Path, number: int, picture: Image) -> None
     from helpers.storage.atomic import write_file
 
     file, facts, content = images.picture(folder, number), PngInfo(), io.BytesIO()
-    for name, value in vars(images).items():
+    for name, value in images.settings.items():
         facts.add_itxt(name, str(value))
     picture.save(content, "PNG", pnginfo=facts)
     for path, data in ((file.with_suffix(".txt"), images.prompt.encode()), (file, content.getvalue())):
@@ -87,9 +92,9 @@ def run(arguments: argparse.Namespace) -> None:
     from helpers.reporting.console import Console
 
     width, height = arguments.size
-    local = Path(arguments.pretrained_model_name_or_path).expanduser()
+    t5 = arguments.pretrained_t5_model_name_or_path
     images = ClassImages(
-        model=str(local.resolve()) if local.exists() else arguments.pretrained_model_name_or_path,
+        model=_as_named(arguments.pretrained_model_name_or_path),
         prompt=arguments.prompt,
         negative_prompt=arguments.negative_prompt,
         width=width,
@@ -97,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         guidance=arguments.guidance,
         seed=arguments.seed,
+        t5=_as_named(t5) if t5 else None,
     )
     folder: Path = arguments.output_dir
     make_folder(folder)
@@ -106,12 +112,18 @@ def run(arguments: argparse.Namespace) -> None:
     console.chapter("class", f"{there:,} of {arguments.number:,} pictures of {images.prompt!r} are in {folder}")
     if not numbers:
         return
-    pipeline = load_pipeline(images.model, arguments.revision, arguments.variant, arguments.dtype, arguments.device)
+    pipeline = load_pipeline(images.model, arguments.revision, arguments.variant, arguments.dtype, arguments.device, images.t5)
     with console.progress("make pictures", len(numbers), "pictures") as advance:
         for number, picture in make(images, pipeline, numbers, arguments.batch):
             keep(images, folder, number, picture)
             advance(1)
     console.chapter("finished", f"{arguments.number:,} pictures in {folder}")
+
+
+def _as_named(model: str) -> str:
+    """A hub name as it is, a folder by its whole path: the series does not depend on where the command was typed."""
+    local = Path(model).expanduser()
+    return str(local.resolve()) if local.exists() else model
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,6 +136,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompt", required=True, type=words, help="what every picture shows, and its caption")
     made.add_argument("--output_dir", required=True, type=Path, metavar="FOLDER", help="where the pictures go")
     add_sampling(made, number=200, what="of pictures that are to be there in the end")
+    made.add_argument(
+        "--pretrained_t5_model_name_or_path", metavar="MODEL", help="the T5 that reads the prompt, where it is not the base model's own"
+    )
     made.add_argument("--revision", help="of a model on the hub")
     made.add_argument("--variant", help="of the weights, such as fp16")
     return made
