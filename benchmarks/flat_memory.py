@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.material import run_flags, write_photographs
-from benchmarks.measure import Figure, conclude, parser
+from benchmarks.measure import Figure, conclude, parser, table
 from benchmarks.training_step import Ours
 from helpers import registry
 from helpers.choices import known_facts
@@ -138,8 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             boundary = statistics.median(each.boundary for each in rounds)
             # Where cuts are drawn anew the encoder may be the limit of short epochs: that figure is there to be read.
             most = None if redrawn else MOST_BOUNDARY
-            figures.append(Figure(f"memory, {way}", slope, "KiB/step", at_most=MOST_SLOPE))
-            figures.append(Figure(f"first step of an epoch, {way}", boundary, "of another step", at_most=most))
+            told = [
+                Figure(f"memory, {way}", slope, "KiB/step", at_most=MOST_SLOPE),
+                Figure(f"first step of an epoch, {way}", boundary, "of another step", at_most=most),
+            ]
+            print(table(told), file=sys.stderr, flush=True)  # a way takes minutes
+            figures += told
     return conclude(figures, chosen.rounds)
 
 

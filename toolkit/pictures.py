@@ -122,13 +122,16 @@ def sample(
 
     An empty negative prompt is left to the pipeline, which may have zeros for it, as SDXL does, and not an encoded "".
     """
-    number = len(generators)
     taken = inspect.signature(pipeline.__call__).parameters
-    exactly = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}  # or the size is rounded to another
-    network = getattr(pipeline, "transformer", None)
-    grid = getattr(pipeline, "vae_scale_factor", 8) * (getattr(network.config, "patch_size", None) or 1) if network is not None else 8
+    if "image" in taken:
+        raise UserError(
+            "This model makes pictures from pictures; name one that makes them from a prompt alone, such as the base of a refiner."
+        )
+    grid = 8 * _patch(pipeline)
     if width % grid or height % grid:
         raise UserError(f"--size: this model makes pictures whose sides are multiples of {grid}, and not {width}x{height}.")
+    exactly = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}  # or the size is rounded to another
+    number = len(generators)
     return pipeline(
         prompt=[prompt] * number,
         width=width,
@@ -139,6 +142,12 @@ def sample(
         **({"negative_prompt": [negative_prompt] * number} if negative_prompt else {}),
         **exactly,
     ).images
+
+
+def _patch(pipeline: Any) -> int:
+    """The edge in latent pixels of what is one token to the network, which has to divide the latents' edges."""
+    network = getattr(pipeline, "transformer", None)
+    return 1 if network is None else int(network.config.patch_size)
 
 
 def make_folder(folder: Path) -> None:

@@ -111,6 +111,7 @@ class StableDiffusion3:
         self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])
         self.scheduler_config = _schedule(self.base, options.sd3_uses_diffusion)
         self.t5_length = options.tokenizer_max_length or T5_LENGTH
+        self.clips = {f"text_encoder{suffix}": self.base.config(f"text_encoder{suffix}") for suffix in CLIPS}
         self.t5 = self._t5(options)
         self.encoders_apart = self._encoders() if data.sd3_caption_dropout == "apart" else ()
         self.controlnet_start = self._controlnet_start(options)
@@ -143,13 +144,13 @@ class StableDiffusion3:
         """Zeros of all encoders."""
         from helpers.families.sd3_text import zeros
 
-        return zeros(self.base, self.t5, self.t5_length)
+        return zeros(self.clips, self.t5, self.t5_length)
 
     def without(self, text: TextTensors, encoders: Collection[str]) -> TextTensors:
         """Zeros of these encoders: the base models were trained with each dropped by itself (Esser et al., 2024, appendix B.3)."""
         from helpers.families.sd3_text import without
 
-        return without(self.base, text, encoders)
+        return without(self.clips, text, encoders)
 
     def load(self, dtype: torch.dtype | None) -> Parts:
         from diffusers import SD3Transformer2DModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,28 +67,31 @@ def text_encoders(base: Checkpoint, t5: T5Source | None, t5_length: int, device:
         yield encoders
 
 
-def zeros(base: Checkpoint, t5: T5Source | None, t5_length: int) -> dict[str, Tensor]:
+Configs = Mapping[str, Mapping[str, Any]]  # of CLIP's encoders, by their folders
+
+
+def zeros(clips: Configs, t5: T5Source | None, t5_length: int) -> dict[str, Tensor]:
     """What the encoders give for a caption, without a batch dimension, of zeros; no encoder is loaded for it."""
-    clips = [base.config(f"text_encoder{suffix}") for suffix in CLIPS]
     parts = {
-        "clip": torch.zeros(clips[0]["max_position_embeddings"], sum(config["hidden_size"] for config in clips)),
-        "pooled": torch.zeros(sum(config["projection_dim"] for config in clips)),
+        "clip": torch.zeros(clips["text_encoder"]["max_position_embeddings"], sum(_widths(clips, "hidden_size"))),
+        "pooled": torch.zeros(sum(_widths(clips, "projection_dim"))),
     }
     return {**parts, "t5": torch.zeros(t5_length, t5.width)} if t5 else parts
 
 
-def without(base: Checkpoint, parts: Mapping[str, Tensor], encoders: Collection[str]) -> dict[str, Tensor]:
+def without(clips: Configs, parts: Mapping[str, Tensor], encoders: Collection[str]) -> dict[str, Tensor]:
     """Parts of one caption, without a batch dimension, with zeros for what these encoders, by their folders, said of it."""
-    clips = {f"text_encoder{suffix}": base.config(f"text_encoder{suffix}") for suffix in CLIPS}
 
     def kept(part: Tensor, width: str) -> Tensor:
-        pieces = part.split([config[width] for config in clips.values()], dim=-1)
-        return torch.cat(
-            [torch.zeros_like(piece) if name in encoders else piece for name, piece in zip(clips, pieces, strict=True)], dim=-1
-        )
+        said = zip(clips, part.split(_widths(clips, width), dim=-1), strict=True)
+        return torch.cat([torch.zeros_like(piece) if name in encoders else piece for name, piece in said], dim=-1)
 
     told = {**parts, "clip": kept(parts["clip"], "hidden_size"), "pooled": kept(parts["pooled"], "projection_dim")}
     return {**told, "t5": torch.zeros_like(parts["t5"])} if f"text_encoder{T5}" in encoders else told
+
+
+def _widths(clips: Configs, width: str) -> list[int]:
+    return [config[width] for config in clips.values()]
 
 
 def joined(parts: Mapping[str, Tensor], width: int, t5_length: int) -> dict[str, Tensor]:

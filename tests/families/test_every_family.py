@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import train
 from helpers.config.options import AdapterOptions
@@ -66,6 +68,19 @@ def test_latents_have_the_shape_that_the_family_says_and_so_has_the_answer(tried
     with torch.no_grad():
         answer = tried.family.predict(tried.family.load(torch.float32).denoiser, noisy, timesteps, tried.family.conditioning(batch, CPU))
     assert answer.shape == noisy.shape
+
+
+@pytest.mark.parametrize("tried", ["sd2", "sdxl"], indirect=True)
+def test_guidance_rescaled_in_full_leaves_each_sample_the_contrast_of_its_conditional_answer(tried: Tried) -> None:
+    """Lin et al., 2023 (arXiv 2305.08891): by the standard deviation of each sample, not of the batch; half way is half of both."""
+    pipeline = tried.family.pipeline(tried.family.load(torch.float32).denoiser, DDPMScheduler())
+    modules = (sys.modules[kind.__module__] for kind in type(pipeline).__mro__)
+    rescale = next(module.rescale_noise_cfg for module in modules if hasattr(module, "rescale_noise_cfg"))
+    told, untold = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(5)) * torch.tensor([0.5, 1.0, 3.0]).view(3, 1, 1, 1)
+    guided = untold + 7.5 * (told - untold)
+    whole = rescale(guided, told, guidance_rescale=1.0)
+    assert torch.allclose(whole.flatten(1).std(1), told.flatten(1).std(1), rtol=1e-5)
+    assert torch.allclose(rescale(guided, told, guidance_rescale=0.5), (whole + guided) / 2, rtol=1e-5)
 
 
 def test_saturated_pixels_have_finite_latents_and_come_back_finite(tried: Tried, tmp_path: Path) -> None:

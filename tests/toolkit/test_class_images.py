@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import registry
 from helpers.errors import EXIT_FINISHED, EXIT_REFUSED
+from helpers.families.tiny import MINIATURES
 from helpers.families.tiny_pixart import write_pixart_sigma
 from helpers.families.tiny_sd3 import write_sd3, write_sd35
 from toolkit.datasets import class_images
@@ -27,6 +29,10 @@ def make(folder: Path, *more: str, number: int = 2) -> int:
     return class_images.main([*usual, *small, *more])
 
 
+def miniature(family: str, folder: Path) -> tuple[str, str]:
+    return "--pretrained_model_name_or_path", str(registry.load(MINIATURES, family)(folder / family))
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -38,6 +44,21 @@ def test_each_picture_has_its_size_and_its_prompt_beside_it(tmp_path: Path) -> N
     assert [path.with_suffix(".txt").read_text() for path in pictures] == [PROMPT] * 2
     assert len(list(tmp_path.iterdir())) == 4
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "hunyuan_dit"])
+def test_no_pipeline_rounds_the_size(family: str, tmp_path: Path) -> None:
+    assert make(tmp_path / "out", "--size", "80x64", *miniature(family, tmp_path)) == EXIT_FINISHED
+    assert {Image.open(path).size for path in (tmp_path / "out").glob("*.png")} == {(80, 64)}
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("pixart_alpha", "sides are multiples of 16, and not 72x72"), ("sdxl_refiner", "makes pictures from pictures")],
+)
+def test_what_a_model_cannot_make_is_refused(family: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert make(tmp_path / "out", "--size", "72", *miniature(family, tmp_path)) == EXIT_REFUSED
+    assert reason in capsys.readouterr().err
 
 
 def test_what_is_there_stays_and_what_is_missing_is_made_as_it_would_have_been(tmp_path: Path) -> None:

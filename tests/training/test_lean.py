@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch.backends import cuda
 
+from helpers.config.options import RunOptions
 from helpers.errors import ConfigError
-from helpers.training.lean import choose_attention, try_attention, try_compiling
+from helpers.training.lean import choose_attention, slim, try_attention, try_compiling
 
 CPU = torch.device("cpu")
 
@@ -39,6 +41,23 @@ def test_the_one_that_can_do_everything_stays_beside_the_one_chosen() -> None:
         assert switches() == (False, False, False, True)
     finally:
         choose_attention("auto")
+
+
+def test_slices_of_attention_do_not_change_the_answer_where_a_layer_has_a_single_head() -> None:
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(1, 2),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    )
+    told = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.randn(2, 3, 8)
+    whole = network(*told).sample
+    slim(network, RunOptions(unet_attention_slice=True), {"unet_attention_slice"})
+    assert torch.allclose(network(*told).sample, whole, atol=1e-5)
 
 
 def test_without_a_compiler_compiling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
