@@ -137,6 +137,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.schedules import Schedule
     from helpers.training.steps import in_order, sample_rows, step_result, timed
 
+    if config.run.dataset_report:
+        config = without_weights(config, runtime)
     # Which network, which weights, which loss: each refuses here what it cannot do, before hours of caching.
     config = of_the_base_model(config, runtime, report)
     family, method, objective = chosen_axes(config)
@@ -319,6 +321,16 @@ def look_at_data(
         report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
     survey_data(config.datasets, data_settings(config, family, runtime, found, state, accumulation, ()), family, workers(runtime), report)
     report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
+
+
+def without_weights(config: Config, runtime: Runtime) -> Config:
+    """The settings with models of the hub replaced by folders that hold all of them but the weights, which a look at the data spares."""
+    from helpers.families.checkpoint import without_weights
+
+    if runtime.is_main:
+        without_weights(config.model)  # fetches: once
+    runtime.wait_for_everyone()
+    return config.replaced("without weights", **without_weights(config.model))
 
 
 def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Config:

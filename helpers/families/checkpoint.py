@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 T5_CLASSES = ("T5EncoderModel", "MT5EncoderModel")  # as a model_index.json names them: not fetched where T5 comes from elsewhere
 
+SETTINGS = ("*.json", "*.txt", "*.model")  # of a model folder: how its parts are built, and the tables of its tokenizers
+
 
 def locate(options: ModelOptions, cache: CacheOptions) -> Path:
     """The folder of the base model: named, fetched from the hub, or made of a single file. Raises ModelError when there is none."""
@@ -24,6 +26,21 @@ def locate(options: ModelOptions, cache: CacheOptions) -> Path:
         return single_file.converted(path, options.single_file_config, cache.cache_dir)
     without = T5_CLASSES if options.pretrained_t5_model_name_or_path else ()
     return files.locate(options.pretrained_model_name_or_path, options.revision, options.variant, without)
+
+
+def without_weights(options: ModelOptions) -> dict[str, str]:
+    """Models on the hub that options name => folders with their settings and tokenizers, which is all that is fetched.
+
+    For programs that look at data: they ask for the sizes of latents and the lengths of captions. Raises ModelError where the hub does
+    not give them.
+    """
+    revisions = {"pretrained_model_name_or_path": options.revision, "pretrained_vae_model_name_or_path": None}
+    named = {option: getattr(options, option) for option in revisions}
+    return {
+        option: str(files.fetch(f"--{option}", name, SETTINGS, revisions[option]))
+        for option, name in named.items()
+        if name and not Path(name).expanduser().exists()
+    }
 
 
 @dataclass(frozen=True)
