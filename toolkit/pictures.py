@@ -19,9 +19,17 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 def load_pipeline(
-    model: str, revision: str | None, variant: str | None, dtype: str, device: str, t5: str | None = None, **parts: Any
+    model: str,
+    revision: str | None,
+    variant: str | None,
+    dtype: str,
+    device: str,
+    *,
+    t5: str | None = None,
+    vae: str | None = None,
+    **parts: Any,
 ) -> Any:
-    """The model's own pipeline of diffusers on a device, with the T5 of this name and these `parts` in place of its own.
+    """The model's own pipeline of diffusers on a device, with the T5 and the VAE of these names and these `parts` in place of its own.
 
     Raises ModelError where there is none, or none that has a T5.
     """
@@ -30,7 +38,7 @@ def load_pipeline(
     import transformers
 
     from helpers.families.checkpoint import T5_CLASSES
-    from helpers.families.folder import locate, model_index
+    from helpers.families.folder import load_component, locate, locate_component, model_index
 
     folder = locate(model, revision, variant, T5_CLASSES if t5 else ())
     index = model_index(folder)
@@ -44,6 +52,9 @@ def load_pipeline(
     transformers.utils.logging.disable_progress_bar()
     if t5:
         parts = {**_t5_parts(folder, t5, variant, kind, parts), **parts}
+    if vae and "vae" not in parts:
+        found = locate_component("--pretrained_vae_model_name_or_path", vae, "vae")
+        parts["vae"] = load_component(diffusers.AutoencoderKL, found, "", kind, variant)
     absent = dict.fromkeys(name for name, value in index.items() if value == [None, None])  # diffusers insists on hearing it
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(

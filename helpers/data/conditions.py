@@ -54,15 +54,15 @@ class Condition:
     made: Tensor | None = None  # (3, H, W) in [-1, 1] for the codec, or what `packed` gives
 
 
-def read(condition: Condition, conditions: Conditions) -> str:
+def read(condition: Condition, source: SourceBackend) -> str:
     """Read the file. => why that cannot be done, or ""; StorageError where the store fails."""
     key = condition.sample.key
     try:
-        condition.data = conditions.source.read(key)
+        condition.data = source.read(key)
     except (FileNotFoundError, PermissionError) as error:
         return f"condition cannot be opened: {error.strerror or error}"
     except OSError as error:
-        raise StorageError(f"{conditions.source.name}: {key} could not be read: {error.strerror or error}") from error
+        raise StorageError(f"{source.name}: {key} could not be read: {error.strerror or error}") from error
     condition.content = hashlib.sha256(condition.data).hexdigest()
     return ""
 

@@ -69,6 +69,14 @@ class Member:
         return self.content if self.condition is None else f"{self.content} {self.condition.content}"
 
 
+@dataclass(frozen=True)
+class Files:
+    """What the images of a data set, and their conditions where it has them, are read from."""
+
+    images: SourceBackend
+    conditions: SourceBackend | None = None
+
+
 class LatentFiller:
     """Fills the cache of one data set with its images' latents, as one plan cuts them.
 
@@ -135,12 +143,21 @@ class LatentFiller:
         encode_units([(self, rows) for rows in self.batches(options.batch_size) if row in rows], self.catalogue, options)
         return self.locate_row(row, options.cache_dtype)
 
-    def keys(self, rows: Rows) -> list[str]:
-        """The files of some rows of the plan."""
-        return [self.catalogue.sample(int(self.plan.columns["row"][row])).key for row in rows]
+    def keys(self, rows: Rows) -> Iterator[str]:
+        """The images of some rows of the plan, in the order in which `load` asks for them, each once."""
+        return (self.catalogue.sample(int(self.plan.columns["row"][row])).key for row in rows)
 
-    def load(self, rows: Rows, options: FillOptions, source: SourceBackend) -> list[Member]:
-        """The members of a unit, read from `source` and, where one of them is missing, decoded and cut."""
+    def condition_keys(self, rows: Rows) -> Iterator[str]:
+        """Their conditions, likewise."""
+        found = (self._condition(int(self.plan.columns["row"][row])) for row in rows)
+        return (condition.sample.key for condition in found if condition is not None)
+
+    @property
+    def files(self) -> Files:
+        return Files(self.source, None if self.conditions is None else self.conditions.source)
+
+    def load(self, rows: Rows, options: FillOptions, sources: Files) -> list[Member]:
+        """The members of a unit, read and, where one of them is missing, decoded and cut."""
         members = []
         files = {}
         for row, cut_text in zip(rows, cuts(self.plan, rows), strict=True):
@@ -148,18 +165,18 @@ class LatentFiller:
             sample = self.catalogue.sample(image)
             member = Member(int(row), image, sample, self.plan.geometry(int(row)), cut_text, condition=self._condition(image))
             members.append(member)
+            if member.condition is not None and sources.conditions is not None:
+                member.problem = read(member.condition, sources.conditions)
             try:
-                data = source.read(sample.key)
+                data = sources.images.read(sample.key)
             except (FileNotFoundError, PermissionError) as error:
                 member.problem = f"cannot be opened: {error.strerror or error}"
                 continue
             except OSError as error:
                 raise StorageError(f"{self.source.name}: {sample.key} could not be read: {error.strerror or error}") from error
             member.content = hashlib.sha256(data).hexdigest()
-            if member.condition is not None and self.conditions is not None:
-                member.problem = read(member.condition, self.conditions)
-                if member.problem:
-                    continue
+            if member.problem:  # of its condition
+                continue
             member.record_key = self._key(member.cut, member.whole, options.cache_dtype)
             files[member.row] = data
         whole = [member for member in members if member.row in files]
@@ -289,12 +306,12 @@ def encode_units(
         stored(filler, members, writer)
 
     with (
-        _read_ahead(units) as sources,
+        _read_ahead(units) as files,
         Writers(options) as writers,
         background(WRITES_AHEAD) as write,
         _Contents(catalogue) as contents,
     ):
-        for loaded in _loaded(units, sources, options, filled):
+        for loaded in _loaded(units, files, options, filled):
             if loaded is None:
                 contents.flush()
                 write(writers.seal)
@@ -310,23 +327,32 @@ def encode_units(
 
 
 @contextmanager
-def _read_ahead(units: Iterable[Unit | None]) -> Iterator[dict[int, SourceBackend]]:
-    """What to read the files of each source from, by its id. Remote ones are read ahead where it is known what will be asked for."""
-    sources: dict[int, SourceBackend] = {}
+def _read_ahead(units: Iterable[Unit | None]) -> Iterator[dict[str, Files]]:
+    """What to read the files of each data set from. Remote ones are read ahead where it is known what will be asked for."""
+    files: dict[str, Files] = {}
     with ExitStack() as stack:
         if isinstance(units, Sequence):
-            by_source: dict[int, list[Unit]] = {}
+            by_dataset: dict[str, list[Unit]] = {}
             for unit in units:
                 if unit is not None:
-                    by_source.setdefault(id(unit[0].source), []).append(unit)
-            for source, own in by_source.items():
-                keys = (key for filler, rows in own for key in filler.keys(rows))
-                sources[source] = stack.enter_context(read_ahead(own[0][0].source, keys))
-        yield sources
+                    by_dataset.setdefault(unit[0].name, []).append(unit)
+            for dataset, own in by_dataset.items():
+                files[dataset] = _files_ahead(own, stack)
+        yield files
+
+
+def _files_ahead(units: Sequence[Unit], stack: ExitStack) -> Files:
+    """The files of one data set."""
+    files = units[0][0].files
+    images = stack.enter_context(read_ahead(files.images, (key for filler, rows in units for key in filler.keys(rows))))
+    if files.conditions is None:
+        return Files(images)
+    keys = (key for filler, rows in units for key in filler.condition_keys(rows))
+    return Files(images, stack.enter_context(read_ahead(files.conditions, keys)))
 
 
 def _loaded(
-    units: Iterable[Unit | None], sources: Mapping[int, SourceBackend], options: FillOptions, filled: Filled
+    units: Iterable[Unit | None], files: Mapping[str, Files], options: FillOptions, filled: Filled
 ) -> Iterator[tuple[LatentFiller, list[Member]] | None]:
     """The units in order with their members, read, decoded and cut by threads a few units ahead; None where there is none."""
     pool = ThreadPoolExecutor(options.threads, thread_name_prefix="images")
@@ -344,8 +370,7 @@ def _loaded(
                 if unit is None:
                     break
                 filler, rows = unit
-                source = sources.get(id(filler.source), filler.source)
-                waiting.append((filler, pool.submit(filler.load, rows, options, source)))
+                waiting.append((filler, pool.submit(filler.load, rows, options, files.get(filler.name, filler.files))))
             if not waiting:
                 if more:
                     yield None

@@ -38,7 +38,18 @@ from helpers.data.planning import (
 )
 from helpers.data.progress import bar, late_bar
 from helpers.data.remembered import Remembered, inputs_digest
-from helpers.data.report import REPORT, Memory, Survey, caption_report, conditions_report, dataset_report, lost_line, mix_summary, summary
+from helpers.data.report import (
+    REPORT,
+    Memory,
+    Survey,
+    caption_report,
+    conditions_report,
+    cut_off_line,
+    dataset_report,
+    lost_line,
+    mix_summary,
+    summary,
+)
 from helpers.data.scan import DatasetRules, Refreshed, ScanResult, judge, refresh, scan
 from helpers.data.settings import DataSettings
 from helpers.data.sources import extra_texts_place, open_caches, open_source, texts_place
@@ -251,6 +262,8 @@ class _Preparation:
             with self.family.text_encoders(self.settings.device) as encoders:
                 self.text_fingerprint = f"trained from {encoders.fingerprint}"
             self.report.chapter("text", self._why_uncached())
+            if cut_off := self._count_truncated():
+                self.report.chapter("", cut_off_line(cut_off))
             return
         places = [texts_place(dataset, self.settings.cache_dir) for dataset in self.datasets]
         places.append(extra_texts_place(self.datasets, self.settings.text_cache_dir, self.settings.cache_dir))
@@ -278,7 +291,21 @@ class _Preparation:
         needed = cached + len(self.extra_captions)
         self.report.chapter("text", gathered(filled, self.workers).describe(needed, "the text encoders"))
         if cut_off:
-            self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and were cut off")
+            self.report.chapter("", cut_off_line(cut_off))
+
+    def _count_truncated(self) -> int:
+        """Captions of the data that are longer than the text encoders read, by their tokenizers; in the first process."""
+        lengths = self.family.caption_lengths()
+        limit = lengths.limit
+        if limit is None or not self.workers.is_first:
+            return 0
+        inputs = inputs_digest(self._inputs(), lengths.fingerprint)
+        known = self.remembered.value("truncated", inputs)
+        if known is None:
+            captions = {caption for dataset in self.datasets for caption in self.catalogue.captions(dataset.id)}
+            known = sum(length > limit for length in lengths.of(sorted(captions)))
+            self.remembered.keep("truncated", inputs, known)
+        return int(known)
 
     def _why_uncached(self) -> str:
         entries = sorted({dataset.text_entry.id for dataset in self.datasets if dataset.text_entry is not None})

@@ -103,11 +103,16 @@ def read_start(path: Path, family: ModelFamily) -> dict[str, Tensor]:
     """The weights of a LoRA file in any layout that diffusers reads, float32, by peft's names. ConfigError says what is wrong with it."""
     from safetensors.torch import load_file
 
+    not_one = f"--init_lora: {path} is not a LoRA of {family.facts.title} that can be read"
+    try:
+        stored = load_file(path)
+    except Exception as error:  # the library's own, of any kind
+        raise ConfigError(f"{not_one}: {error}") from error
     try:
         matrices, _ = family.read_lora(path)
-        scales = {name: tensor for name, tensor in load_file(path).items() if name.endswith(".dora_scale")}
     except Exception as error:  # whatever diffusers meets in a file that it cannot convert
-        raise ConfigError(f"--init_lora: {path} is not a LoRA of {family.facts.title} that can be read: {error}") from error
+        raise ConfigError(f"{not_one}; its weights have names such as {min(stored, default='none')}.") from error
+    scales = {name: tensor for name, tensor in stored.items() if name.endswith(".dora_scale")}
     modules = {split_name(name)[0] for name in matrices} if scales else set()
     renamed = {family.kohya_name(module): module for module in modules}
     for name, tensor in scales.items():  # diffusers leaves them out

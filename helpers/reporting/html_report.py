@@ -117,6 +117,15 @@ class Section:
 
 
 @dataclass(frozen=True)
+class ConditionsSection:
+    """What the page says of one data set of conditions."""
+
+    entry: Mapping[str, Any]
+    kinds: Sequence[tuple[str, int]]
+    left_out: Shown
+
+
+@dataclass(frozen=True)
 class Picture:
     """A thumbnail as the page has it."""
 
@@ -139,14 +148,18 @@ def page(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
     environment.filters["short"] = short
     environment.filters["sizes"] = lambda text: text.replace("x", "\u00a0×\u00a0")
     sections = [_section(entry, [each for each in thumbnails if each.dataset == entry["id"]]) for entry in report["datasets"]]
+    conditions = [
+        ConditionsSection(entry, _kinds(entry), _shown(entry["left_out"], MOST_LEFT_OUT)) for entry in report.get("conditions", ())
+    ]
     shapes = {shape for entry in report["datasets"] for shape in entry["buckets"]}
     totals = {name: sum(entry[name] for entry in report["datasets"]) for name in ("found", "used")}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(sections=sections, shapes=len(shapes), chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals)
+    return template.render(
+        sections=sections, conditions=conditions, shapes=len(shapes), chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals
+    )
 
 
 def _section(entry: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> Section:
-    kinds = Counter(item["reason"].partition(":")[0] for item in entry["left_out"])
     buckets = sorted(entry["buckets"].items(), key=lambda bucket: -bucket[1])
     largest = buckets[0][1] if buckets else 1
     shapes = [{"shape": shape, "images": images, "bar": images / largest, **_outline(shape)} for shape, images in buckets]
@@ -155,7 +168,7 @@ def _section(entry: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> Secti
     return Section(
         entry,
         list(findings(entry)),
-        kinds.most_common(),
+        _kinds(entry),
         _shown(entry["left_out"], MOST_LEFT_OUT),
         _shown(shapes, MOST_SHAPES),
         _shown(copies, MOST_GROUPS),
@@ -163,6 +176,11 @@ def _section(entry: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> Secti
         [_sizes_chart(entry["sizes"]), _aspects_chart(entry["aspects"]), _captions_chart(entry["captions"])],
         [_picture(each) for each in thumbnails],
     )
+
+
+def _kinds(entry: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Why files are left out, with the number of files, the most frequent reason first."""
+    return Counter(item["reason"].partition(":")[0] for item in entry["left_out"]).most_common()
 
 
 def findings(entry: Mapping[str, Any]) -> Iterator[str]:

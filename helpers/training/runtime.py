@@ -185,6 +185,8 @@ def configure_logging() -> None:
     logging.getLogger("helpers").setLevel(level)
     # transformers says on every import that it does image work without torchvision, and so do we.
     logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
+    # bitsandbytes looks for a product by 4-bit weights that is made for some CPUs; here weights are made full before they multiply.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
 
 
 @contextmanager

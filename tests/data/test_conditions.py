@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from helpers.config.datasets import DatasetConfig
-from helpers.data import images
+from helpers.data import images, prepare
 from helpers.data.batches import Batch
 from helpers.data.conditions import packed, unpacked
 from helpers.data.prepare import prepare_data
@@ -26,6 +30,7 @@ from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError
 from helpers.protocols import ImageCodec, LatentSpec
+from helpers.storage.local import LocalSource
 from tests.data.test_prepare import damage
 from tests.data.toys import ConvCodec, Story, ToyFamily, dataset, picture, settings
 
@@ -307,3 +312,46 @@ def test_a_set_without_conditions_is_as_it_was(paired: Paired) -> None:
     plain: DatasetConfig = dataset(paired.images, cache)
     data = prepare_data([plain], settings(paired.root / "output"), PixelFamily(), Workers(), Story())  # type: ignore[arg-type]
     assert all(batch.condition is None for batch in epochs(data)) and "conditions" not in data.fingerprint()
+
+
+class SlowSource(LocalSource):
+    """A folder that answers as a network does, and counts how many conditions it is asked for at the same time."""
+
+    reads_at_once = 8
+
+    def __init__(self, root: Path, counts: Counter[str], lock: Lock) -> None:
+        super().__init__(root)
+        self.counts, self.lock = counts, lock
+
+    def read(self, key: str) -> bytes:
+        if not key.endswith(".bmp"):
+            return super().read(key)
+        with self.lock:
+            self.counts["now"] += 1
+            self.counts["most"] = max(self.counts["most"], self.counts["now"])
+        sleep(0.05)
+        try:
+            return super().read(key)
+        finally:
+            with self.lock:
+                self.counts["now"] -= 1
+
+
+def test_conditions_of_a_remote_set_are_read_ahead_also_past_an_image_that_vanished(
+    paired: Paired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = by_key(paired.prepare())
+    shutil.rmtree(paired.root / "output")
+    counts, lock = Counter[str](), Lock()
+    monkeypatch.setattr(prepare, "open_source", lambda entry: SlowSource(entry.instance_data_dir, counts, lock))
+    scanned = prepare._Preparation.scan_and_plan
+
+    def then_lose_one(preparation: Any) -> None:
+        scanned(preparation)
+        (paired.images / "deep" / "4.png").unlink()
+
+    monkeypatch.setattr(prepare._Preparation, "scan_and_plan", then_lose_one)
+    found = by_key(paired.prepare())
+    assert counts["most"] > 4  # two threads alone would ask for two
+    assert found.keys() == expected.keys() - {"deep/4.png"}
+    assert all(torch.equal(found[key], expected[key]) for key in found)

@@ -16,7 +16,7 @@ from helpers.data.prepare import prepare_data
 from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
 from tests.data.test_tables import parquet
-from tests.data.toys import HashEncoders, Story, ToyFamily, dataset, picture, settings
+from tests.data.toys import HashEncoders, Story, ToyFamily, WordLengths, dataset, picture, settings
 
 SIZES = [(96, 64), (64, 96)]
 
@@ -136,3 +136,21 @@ def test_the_size_in_a_table_is_that_of_the_picture_as_shown(pictures: Path) -> 
     (pictures / "0.png").unlink()
     data = prepared(pictures, **table(pictures, **{"0": (64, 96)}))
     assert len(drawn(data, epochs=1)) == 4
+
+
+def test_live_text_tells_how_many_captions_are_cut_off_at_every_start_and_measures_them_once(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        (pictures / f"{index}.txt").write_text("longer than what is read, " * 5 + str(index % 2))  # two captions, of 26 words
+    output = pictures.parent / "output"
+
+    def told() -> list[str]:
+        story, entry = Story(), dataset(pictures, output / "cache")
+        prepare_data([entry], settings(output, live_text=True), ToyFamily(), Workers(), story)  # type: ignore[arg-type]
+        return [line for line in story.lines if "longer than the text encoders read" in line]
+
+    assert told() == [": 2 captions are longer than the text encoders read, and are cut off"]
+    again = told()
+    monkeypatch.setattr(WordLengths, "of", lambda self, captions: pytest.fail("measured again"))
+    assert told() == again == [": 2 captions are longer than the text encoders read, and are cut off"]

@@ -75,6 +75,9 @@ def with_settings(path: Path, other: Path) -> Path:
 
 
 def test_a_file_that_is_no_lora_is_refused_before_anything_is_cached(family: SDXL, tmp_path: Path) -> None:
+    save_file({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(2, 4)}, tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match=r"is not a LoRA of SDXL that can be read; its weights have names such as lora_unet_double"):
+        attached(family, init_lora=tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ConfigError, match=r"--init_lora: .*text.safetensors is not a LoRA of SDXL that can be read"):
         attached(family, init_lora=tmp_path / "text.safetensors")

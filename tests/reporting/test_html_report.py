@@ -78,6 +78,17 @@ def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
     assert text.count("data:image/jpeg;base64,") == 1
 
 
+def test_pictures_to_follow_have_a_section_that_lists_what_has_no_image() -> None:
+    left_out = [{"key": f"{EVIL}_{number}.png", "reason": "condition without an image"} for number in range(3)]
+    report = {"datasets": [entry()], "conditions": [{"id": "edges", "found": 11, "used": 8, "left_out": left_out}]}
+    text = page(report, [])
+    of_images, _, of_conditions = text.partition('data-conditions="edges"')
+    assert figures(of_conditions) == {"used": "8", "left_out": "3"} and "files left out of 11" in of_conditions
+    assert of_conditions.count("condition without an image") == 1 + 3 and "condition without" not in of_images
+    assert "<script" not in text and "&lt;script&gt;" in of_conditions
+    assert "data-conditions" not in page({"datasets": [entry()]}, [])
+
+
 def test_what_deserves_a_look_is_said_in_sentences() -> None:
     said = "\n".join(findings(entry()))
     for words in (

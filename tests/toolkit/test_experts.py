@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import T5EncoderModel
 
 from helpers.choices import known_facts
 from helpers.config.config import Config
@@ -137,20 +136,22 @@ def test_what_is_no_finished_expert_is_refused(expert: Any, tmp_path: Path, caps
         assert reason in capsys.readouterr().err
 
 
-def test_a_lora_is_sampled_with_the_t5_that_it_was_trained_with(expert: Any, tmp_path: Path) -> None:
+def test_a_lora_is_sampled_with_the_t5_and_the_vae_that_it_was_trained_with(expert: Any, tmp_path: Path) -> None:
     from helpers.config.options import AdapterOptions
     from helpers.families.tiny_pixart import write_pixart_sigma
     from helpers.methods.lora import Lora
     from tests.families.conftest import open_family
 
     model, source = write_pixart_sigma(tmp_path / "model"), write_pixart_sigma(tmp_path / "source", seed=1)
-    of_model = (f"--pretrained_model_name_or_path={model}", f"--pretrained_t5_model_name_or_path={source}")
+    others = (f"--pretrained_t5_model_name_or_path={source}", f"--pretrained_vae_model_name_or_path={source}")
+    of_model = (f"--pretrained_model_name_or_path={model}", *others)
     folder = expert("first", INVERTED, "--model_family=pixart_sigma", "--model_type=lora", *of_model)
     (folder / "pipeline").rmdir()
     method = Lora(AdapterOptions(), open_family("pixart_sigma", model, tmp_path / "cache"))
     method.export(method.attach(method.family.load(torch.float32)), folder, {}, None)
     pipeline = Expert.open(folder).load("fp32", "cpu")
-    expected = T5EncoderModel.from_pretrained(source / "text_encoder").state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.text_encoder.state_dict().items())
+    for part in ("text_encoder", "vae"):
+        expected = type(getattr(pipeline, part)).from_pretrained(source / part).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in getattr(pipeline, part).state_dict().items())
     again = Expert.open(folder).load("fp32", "cpu", text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
     assert again.text_encoder is pipeline.text_encoder

@@ -67,8 +67,16 @@ class Expert:
         if self.pipeline_folder.is_dir():
             return load_pipeline(str(self.pipeline_folder), None, None, dtype, device, **parts)
         model = self.config.model
-        t5 = model.pretrained_t5_model_name_or_path
-        pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision, model.variant, dtype, device, t5, **parts)
+        pipeline = load_pipeline(
+            model.pretrained_model_name_or_path,
+            model.revision,
+            model.variant,
+            dtype,
+            device,
+            t5=model.pretrained_t5_model_name_or_path,
+            vae=model.pretrained_vae_model_name_or_path,
+            **parts,
+        )
         if hasattr(pipeline, "load_lora_weights"):
             pipeline.load_lora_weights(self.folder, weight_name=WEIGHTS)
         else:
