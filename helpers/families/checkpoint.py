@@ -60,7 +60,8 @@ class Checkpoint:
         found = locate(options, cache)
         index = files.model_index(found)
         require_family(found, index, family)
-        files.require_components(found, components)
+        used = [name for name in components if name != "vae" or not options.pretrained_vae_model_name_or_path]
+        files.require_components(found, used, options.variant)
         return cls(name, found, index, options.variant, files.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
 
     def config(self, component: str) -> dict[str, Any]:
