@@ -324,13 +324,13 @@ def look_at_data(
 
 
 def without_weights(config: Config, runtime: Runtime) -> Config:
-    """The settings with models of the hub replaced by folders that hold all of them but the weights, which a look at the data spares."""
+    """The settings with models that need no weights, of which none are fetched: for a look at the data."""
     from helpers.families.checkpoint import without_weights
 
     if runtime.is_main:
         without_weights(config.model)  # fetches: once
     runtime.wait_for_everyone()
-    return config.replaced("without weights", **without_weights(config.model))
+    return dataclasses.replace(config, model=without_weights(config.model))
 
 
 def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +29,20 @@ def locate(options: ModelOptions, cache: CacheOptions) -> Path:
     return files.locate(options.pretrained_model_name_or_path, options.revision, options.variant, without)
 
 
-def without_weights(options: ModelOptions) -> dict[str, str]:
-    """Models on the hub that options name => folders with their settings and tokenizers, which is all that is fetched.
+def without_weights(options: ModelOptions) -> ModelOptions:
+    """The options for a look at the data, which asks for the sizes of latents and the lengths of captions and so needs no weights.
 
-    For programs that look at data: they ask for the sizes of latents and the lengths of captions. Raises ModelError where the hub does
-    not give them.
+    Of models on the hub they name folders with the settings and tokenizers, which is all that is fetched. Raises ModelError where the hub
+    does not give them.
     """
     revisions = {"pretrained_model_name_or_path": options.revision, "pretrained_vae_model_name_or_path": None}
     named = {option: getattr(options, option) for option in revisions}
-    return {
+    fetched: dict[str, Any] = {
         option: str(files.fetch(f"--{option}", name, SETTINGS, revisions[option]))
         for option, name in named.items()
         if name and not Path(name).expanduser().exists()
     }
+    return dataclasses.replace(options, needs_weights=False, **fetched)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Checkpoint:
         index = files.model_index(found)
         require_family(found, index, family)
         used = [name for name in components if name != "vae" or not options.pretrained_vae_model_name_or_path]
-        files.require_components(found, used, options.variant)
+        files.require_components(found, used, options.variant, options.needs_weights)
         return cls(name, found, index, options.variant, files.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
 
     def config(self, component: str) -> dict[str, Any]:

@@ -91,13 +91,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def require_components(folder: Path, components: Sequence[str], variant: str | None = None) -> None:
+def require_components(folder: Path, components: Sequence[str], variant: str | None = None, needs_weights: bool = True) -> None:
     """Refuse a folder that lacks a part of the model, before hours are spent on the other parts."""
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
     for name in components:
-        if problem := weights_problem(folder / name) or _absent_weights(folder / name, variant):
+        if problem := weights_problem(folder / name) or (_absent_weights(folder / name, variant) if needs_weights else None):
             raise ModelError(problem)
         if name.startswith("tokenizer") and not any((folder / name / file).is_file() for file in VOCABULARIES):
             raise ModelError(
