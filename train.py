@@ -596,7 +596,7 @@ def pictures_of_the_data(config: Config, data: TrainingData) -> dict[Prompt, Sta
     samples = data.samples_of_datasets
     counts = {dataset: min(options.num_eval_images, samples[dataset]) for dataset in used if dataset in samples}
     searched = max(1, min(SEARCHED_STEPS, int(data.steps_per_epoch)))
-    with contextlib.closing(data.steps(0, searched)) as steps:
+    with contextlib.closing(data.steps(0, searched, keep_captions=True)) as steps:
         return first_pictures(steps, counts)
 
 
