@@ -137,6 +137,8 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     from helpers.training.schedules import Schedule
     from helpers.training.steps import in_order, sample_rows, step_result, timed
 
+    if config.run.dataset_report:
+        config = without_weights(config, runtime)
     # Which network, which weights, which loss: each refuses here what it cannot do, before hours of caching.
     config = of_the_base_model(config, runtime, report)
     family, method, objective = chosen_axes(config)
@@ -319,6 +321,16 @@ def look_at_data(
         report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
     survey_data(config.datasets, data_settings(config, family, runtime, found, state, accumulation, ()), family, workers(runtime), report)
     report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
+
+
+def without_weights(config: Config, runtime: Runtime) -> Config:
+    """The settings with models that need no weights, of which none are fetched: for a look at the data."""
+    from helpers.families.checkpoint import without_weights
+
+    if runtime.is_main:
+        without_weights(config.model)  # fetches: once
+    runtime.wait_for_everyone()
+    return dataclasses.replace(config, model=without_weights(config.model))
 
 
 def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Config:
@@ -584,7 +596,7 @@ def pictures_of_the_data(config: Config, data: TrainingData) -> dict[Prompt, Sta
     samples = data.samples_of_datasets
     counts = {dataset: min(options.num_eval_images, samples[dataset]) for dataset in used if dataset in samples}
     searched = max(1, min(SEARCHED_STEPS, int(data.steps_per_epoch)))
-    with contextlib.closing(data.steps(0, searched)) as steps:
+    with contextlib.closing(data.steps(0, searched, keep_captions=True)) as steps:
         return first_pictures(steps, counts)
 
 

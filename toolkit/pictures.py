@@ -25,8 +25,8 @@ def load_pipeline(
     dtype: str,
     device: str,
     *,
-    t5: str | None = None,
-    vae: str | None = None,
+    t5_name: str | None = None,
+    vae_name: str | None = None,
     **parts: Any,
 ) -> Any:
     """The model's own pipeline of diffusers on a device, with the T5 and the VAE of these names and these `parts` in place of its own.
@@ -40,7 +40,7 @@ def load_pipeline(
     from helpers.families.checkpoint import T5_CLASSES
     from helpers.families.folder import load_component, locate, locate_component, model_index
 
-    folder = locate(model, revision, variant, T5_CLASSES if t5 else ())
+    folder = locate(model, revision, variant, T5_CLASSES if t5_name else ())
     index = model_index(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -50,10 +50,10 @@ def load_pipeline(
     own = variant if variant and any(folder.rglob(f"*.{variant}*.safetensors")) else None
     diffusers.utils.logging.disable_progress_bar()  # their bars for files of a second would run through ours
     transformers.utils.logging.disable_progress_bar()
-    if t5:
-        parts = {**_t5_parts(folder, t5, variant, kind, parts), **parts}
-    if vae and "vae" not in parts:
-        found = locate_component("--pretrained_vae_model_name_or_path", vae, "vae")
+    if t5_name:
+        parts = {**_t5_parts(folder, t5_name, variant, kind, parts), **parts}
+    if vae_name and "vae" not in parts:
+        found = locate_component("--pretrained_vae_model_name_or_path", vae_name, "vae")
         parts["vae"] = load_component(diffusers.AutoencoderKL, found, "", kind, variant)
     absent = dict.fromkeys(name for name, value in index.items() if value == [None, None])  # diffusers insists on hearing it
     try:

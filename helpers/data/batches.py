@@ -106,6 +106,10 @@ class BatchMaker:
         self.caption_dropout = caption_dropout
         self.encoders_apart = encoders_apart
 
+    def keeping_captions(self) -> BatchMaker:
+        """The same, with the captions that it would drop."""
+        return BatchMaker(self.records, self.seed, 0.0, self.encoders_apart)
+
     def make(self, micro: MicroBatch, step: int) -> Batch:
         """The batch of a micro-batch of step `step`, counted from 0."""
         latents = [self.records.latents(int(row), micro.epoch) for row in micro.samples]

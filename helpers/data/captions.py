@@ -73,8 +73,14 @@ class Captioner:
         """All captions that an image may be trained under, each as often as it is to be drawn; at least one.
 
         `texts` are what its caption file or its row of the table says, None where there is no such file. CaptionError when nothing is
-        said of the image, DataError when a filter does not come to an end.
+        said of the image, or no text; DataError when a filter does not come to an end.
         """
+        made = self._captions(key, texts)
+        if any("\0" in caption for caption in made):  # UTF-16 without its mark reads as UTF-8 too, with a zero behind every letter
+            raise CaptionError("caption is not text: it holds a zero byte; save it as UTF-8 text")
+        return made
+
+    def _captions(self, key: str, texts: Sequence[str] | None) -> tuple[str, ...]:
         rule = self.rule
         if rule.only_instance_prompt or rule.strategy == "instanceprompt":
             return (rule.instance_prompt,)
@@ -142,7 +148,7 @@ def decode_caption(data: bytes, key: str) -> str:
     CaptionError, naming the file by its key, for any other encoding: guessing would train on garbled words.
     """
     if len(data) > MAX_CAPTION_BYTES:
-        raise CaptionError(f"caption too long: {key} has {len(data):,} bytes")
+        raise CaptionError(f"caption too long: {key} has more than {MAX_CAPTION_BYTES:,} bytes")
     try:
         return clean(data.decode("utf-8-sig"))
     except UnicodeDecodeError:

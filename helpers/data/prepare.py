@@ -38,7 +38,18 @@ from helpers.data.planning import (
 )
 from helpers.data.progress import bar, late_bar
 from helpers.data.remembered import Remembered, inputs_digest
-from helpers.data.report import REPORT, Memory, Survey, caption_report, conditions_report, dataset_report, lost_line, mix_summary, summary
+from helpers.data.report import (
+    REPORT,
+    Memory,
+    Survey,
+    caption_report,
+    conditions_report,
+    cut_off_line,
+    dataset_report,
+    lost_line,
+    mix_summary,
+    summary,
+)
 from helpers.data.scan import DatasetRules, Refreshed, ScanResult, judge, refresh, scan
 from helpers.data.settings import DataSettings
 from helpers.data.sources import extra_texts_place, open_caches, open_source, texts_place
@@ -252,7 +263,7 @@ class _Preparation:
                 self.text_fingerprint = f"trained from {encoders.fingerprint}"
             self.report.chapter("text", self._why_uncached())
             if cut_off := self._count_truncated():
-                self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and are cut off in every step")
+                self.report.chapter("", cut_off_line(cut_off))
             return
         places = [texts_place(dataset, self.settings.cache_dir) for dataset in self.datasets]
         places.append(extra_texts_place(self.datasets, self.settings.text_cache_dir, self.settings.cache_dir))
@@ -280,7 +291,7 @@ class _Preparation:
         needed = cached + len(self.extra_captions)
         self.report.chapter("text", gathered(filled, self.workers).describe(needed, "the text encoders"))
         if cut_off:
-            self.report.chapter("", f"{cut_off:,} captions are longer than the text encoders read, and were cut off")
+            self.report.chapter("", cut_off_line(cut_off))
 
     def _count_truncated(self) -> int:
         """Captions of the data that are longer than the text encoders read, by their tokenizers; in the first process."""

@@ -193,6 +193,12 @@ def summary(result: ScanResult, shapes: int | None = None) -> str:
     return line if shapes is None else line + f" · {shapes:,} shape{'s' if shapes != 1 else ''}"
 
 
+def cut_off_line(count: int) -> str:
+    """One line for the console on captions of which the end is not seen."""
+    are = "is" if count == 1 else "are"
+    return f"{count:,} caption{'s' if count != 1 else ''} {are} longer than the text encoders read, and {are} cut off"
+
+
 def mix_summary(datasets: Sequence[str], mix: Mix) -> str:
     """One line for the console, such as `faces 60 % + streets 40 % of the micro-batches, for 75 % of an epoch, until faces is used up`."""
     until = mix.even_from

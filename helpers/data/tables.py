@@ -156,6 +156,8 @@ def _csv_rows(reader: Any, columns: int, rule: TableRule) -> Iterator[list[str]]
 
 def _require_columns(found: Sequence[str], rule: TableRule) -> None:
     """DataError unless each column that is read is there exactly once."""
+    if len(found) == 1 and ";" in found[0]:  # as spreadsheets write it where the comma stands in numbers
+        raise DataError(f"{rule.path} has semicolons between its columns ({found[0]}); save it with commas.")
     for name in rule.columns:
         if name not in found:
             named = ", ".join(found[:_SHOWN_COLUMNS]) + (", ..." if len(found) > _SHOWN_COLUMNS else "")

@@ -273,13 +273,17 @@ class TrainingData:
         """The first epoch of which nothing was trained in the first `steps` steps."""
         return self._steps.order.untouched_epoch(steps, self._steps.micro_batches, order)
 
-    def steps(self, start: int, end: int, order: OrderStart = FROM_THE_BEGINNING) -> Generator[list[Batch], None, None]:
+    def steps(
+        self, start: int, end: int, order: OrderStart = FROM_THE_BEGINNING, keep_captions: bool = False
+    ) -> Generator[list[Batch], None, None]:
         """For each step from `start` up to but without `end`, this process's batches, one for each round of accumulation.
 
+        `keep_captions` is for those who look at the data and do not train on it: no caption is dropped.
         `order` tells where the order of this data begins, not after `start`. The batches are made ahead in a thread, and latents
         that are missing are encoded in another; both end when the iterator is closed or used up.
         """
         ahead = self._records.ahead
+        maker = self._maker.keeping_captions() if keep_captions else self._maker
 
         def micro_batches() -> Iterator[tuple[MicroBatch, int]]:
             for step in range(start, end):
@@ -287,7 +291,7 @@ class TrainingData:
                     yield micro_batch, step
 
         def make(of_step: tuple[MicroBatch, int]) -> Batch:
-            return self._maker.make(*of_step)
+            return maker.make(*of_step)
 
         def produce() -> Iterator[list[Batch]]:
             # Reading from a network is mostly waiting, for many at once; from a disk one thread is enough, and leaves the cores to others.

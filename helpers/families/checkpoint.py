@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 T5_CLASSES = ("T5EncoderModel", "MT5EncoderModel")  # as a model_index.json names them: not fetched where T5 comes from elsewhere
 
+SETTINGS = ("*.json", "*.txt", "*.model")  # of a model folder: how its parts are built, and the tables of its tokenizers
+
 
 def locate(options: ModelOptions, cache: CacheOptions) -> Path:
     """The folder of the base model: named, fetched from the hub, or made of a single file. Raises ModelError when there is none."""
@@ -24,6 +27,22 @@ def locate(options: ModelOptions, cache: CacheOptions) -> Path:
         return single_file.converted(path, options.single_file_config, cache.cache_dir)
     without = T5_CLASSES if options.pretrained_t5_model_name_or_path else ()
     return files.locate(options.pretrained_model_name_or_path, options.revision, options.variant, without)
+
+
+def without_weights(options: ModelOptions) -> ModelOptions:
+    """The options for a look at the data, which asks for the sizes of latents and the lengths of captions and so needs no weights.
+
+    Of models on the hub they name folders with the settings and tokenizers, which is all that is fetched. Raises ModelError where the hub
+    does not give them.
+    """
+    revisions = {"pretrained_model_name_or_path": options.revision, "pretrained_vae_model_name_or_path": None}
+    named = {option: getattr(options, option) for option in revisions}
+    fetched: dict[str, Any] = {
+        option: str(files.fetch(f"--{option}", name, SETTINGS, revisions[option]))
+        for option, name in named.items()
+        if name and not Path(name).expanduser().exists()
+    }
+    return dataclasses.replace(options, needs_weights=False, **fetched)
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,8 @@ class Checkpoint:
         found = locate(options, cache)
         index = files.model_index(found)
         require_family(found, index, family)
-        files.require_components(found, components)
+        used = [name for name in components if name != "vae" or not options.pretrained_vae_model_name_or_path]
+        files.require_components(found, used, options.variant, options.needs_weights)
         return cls(name, found, index, options.variant, files.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
 
     def config(self, component: str) -> dict[str, Any]:

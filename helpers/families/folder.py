@@ -13,6 +13,7 @@ from helpers.errors import ModelError
 from helpers.storage.atomic import write_json
 
 WEIGHTS_STEMS = ("model", "diffusion_pytorch_model")  # how transformers and diffusers begin the names of weights
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")  # a tokenizer has one of them
 ALIGNMENT = 64  # bytes: a cache line, and what torch's own allocator gives on a CPU
 
 
@@ -90,14 +91,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def require_components(folder: Path, components: Sequence[str]) -> None:
+def require_components(folder: Path, components: Sequence[str], variant: str | None = None, needs_weights: bool = True) -> None:
     """Refuse a folder that lacks a part of the model, before hours are spent on the other parts."""
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
     for name in components:
-        if problem := weights_problem(folder / name):
+        if problem := weights_problem(folder / name) or (_absent_weights(folder / name, variant) if needs_weights else None):
             raise ModelError(problem)
+        if name.startswith("tokenizer") and not any((folder / name / file).is_file() for file in VOCABULARIES):
+            raise ModelError(
+                f"The tokenizer in {folder / name} is without its vocabulary ({', '.join(VOCABULARIES)}): fetch the model again."
+            )
 
 
 def weights_problem(component: Path) -> str | None:
@@ -107,6 +112,21 @@ def weights_problem(component: Path) -> str | None:
         return f"The weights in {component} are no .safetensors; convert them first, formats that run code are not opened."
     cut_off = next((path for path in files if is_cut_off(path)), None)
     return f"{cut_off} is cut off, as an interrupted download leaves it: fetch the model again." if cut_off else None
+
+
+def _absent_weights(component: Path, variant: str | None) -> str | None:
+    """Which weights a network lacks, as one sentence; only a network has a config.json."""
+    if not (component / "config.json").is_file():
+        return None
+    wanted = weight_files(component, variant)
+    if absent := next((path for path in wanted if not path.is_file()), None):
+        return f"{absent} is missing: fetch the model again."
+    if wanted:
+        return None
+    others = {path.name.split(".")[1].partition("-")[0] for path in component.glob("*.*.safetensors")}
+    if others:
+        return f"The weights in {component} are there as {' and '.join(sorted(others))} alone: set --variant={min(others)}."
+    return f"There are no weights in {component}: fetch the model again."
 
 
 def weight_files(component: Path, variant: str | None) -> list[Path]:

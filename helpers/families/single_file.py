@@ -20,6 +20,20 @@ PIPELINE_OF_TENSOR: Mapping[str, str] = {
     "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": "StableDiffusionPipeline",
 }
 PARTS = ("model.diffusion_model.", "first_stage_model.")  # the network and the VAE
+# What is in a file => how the names of its tensors begin.
+BEGINNINGS: Mapping[str, tuple[str, ...]] = {
+    "network": PARTS[:1],
+    "vae": PARTS[1:],
+    "text_encoders": ("cond_stage_model.", "conditioner.", "text_encoders."),
+}
+CONTENT_OF_FOLDER: Mapping[str, str] = {
+    "unet": "network",
+    "transformer": "network",
+    "vae": "vae",
+    **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "text_encoders"),
+}
+# Of weights in a file => the smallest of torch's that holds them exactly and that networks are loaded in.
+PRECISIONS: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float16", "F8_E5M2": "float16"}
 # Files of Stable Diffusion 3 come with and without its text encoders; those are found by how names of their tensors begin.
 ENCODERS_OF_SD3: Mapping[str, str] = {
     "text_encoder": "text_encoders.clip_l.",
@@ -43,7 +57,7 @@ def converted(path: Path, config: str | None, cache_dir: Path) -> Path:
     kind = _pipeline_of(path)
     elsewhere = _encoders_elsewhere(path, config) if kind == "StableDiffusion3Pipeline" else {}
     hashes = folder.WeightsHashes(cache_dir / "weights_hashes.json")
-    facts: dict[str, Any] = {"weights": hashes.of_file(path), "config": config, "pipeline": kind}
+    facts: dict[str, Any] = {"weights": hashes.of_file(path), "config": config, "pipeline": kind, "precision": _dtypes(path)}
     if elsewhere:
         facts["encoders"] = {part: hashes.of(found) if found else None for part, found in elsewhere.items()}
     target = cache_dir / "converted" / folder.fingerprint(facts)
@@ -98,13 +112,14 @@ def _convert(path: Path, kind: str, config: str | None, elsewhere: Mapping[str, 
     import diffusers
     import torch
 
-    dtype = torch.float16 if _is_half(path) else torch.float32
+    dtypes = _dtypes(path)
+    together = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else "float32"  # which holds all others exactly
     chosen: dict[str, Any] = {"config": config} if config else {}
     try:
-        chosen |= {part: _encoder(part, found, dtype) for part, found in elsewhere.items()}
+        chosen |= {part: _encoder(part, found) for part, found in elsewhere.items()}
         if elsewhere.get(T5, Path()) is None:
             chosen["tokenizer_3"] = None
-        pipeline = getattr(diffusers, kind).from_single_file(str(path), torch_dtype=dtype, **chosen)
+        pipeline = getattr(diffusers, kind).from_single_file(str(path), torch_dtype=getattr(torch, together), **chosen)
         if getattr(pipeline, T5, None) is not None:
             pipeline.text_encoder_3.tie_weights()  # a table that files hold once, and of which diffusers fills one of two places
     except Exception as error:  # of many libraries, for many reasons: all end here with the remedy
@@ -113,18 +128,27 @@ def _convert(path: Path, kind: str, config: str | None, elsewhere: Mapping[str, 
             f"--pretrained_model_name_or_path: {path} cannot be made into a folder in diffusers layout ({reason}): its settings and "
             "tokenizers come from the hub, unless --single_file_config names a model folder of the same kind."
         ) from error
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and name not in elsewhere:
+            own = dtypes.get(CONTENT_OF_FOLDER.get(name, ""), together)
+            torch.nn.Module.to(part, getattr(torch, own))  # not the method of diffusers, which would warn
     pipeline.save_pretrained(target, safe_serialization=True)
 
 
-def _encoder(part: str, found: Path | None, dtype: Any) -> Any:
-    """A text encoder of Stable Diffusion 3 from its own folder; None where there is none."""
+def _encoder(part: str, found: Path | None) -> Any:
+    """A text encoder of Stable Diffusion 3 from its own folder, in the precision it has there; None where there is none."""
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
     if found is None:
         return None
-    return (T5EncoderModel if part == T5 else CLIPTextModelWithProjection).from_pretrained(found, torch_dtype=dtype, local_files_only=True)
+    return (T5EncoderModel if part == T5 else CLIPTextModelWithProjection).from_pretrained(found, dtype="auto", local_files_only=True)
 
 
-def _is_half(path: Path) -> bool:
-    """Whether the network is stored in half precision: what is made of it then takes no more space."""
-    return any(name.startswith(PARTS[0]) and entry["dtype"] in ("F16", "BF16") for name, entry in _tensors(path).items())
+def _dtypes(path: Path) -> dict[str, str]:
+    """The precision in which each content of a file is kept: its own, or float32 where it has several."""
+    found: dict[str, set[str]] = {}
+    for name, entry in _tensors(path).items():
+        for content, beginnings in BEGINNINGS.items():
+            if name.startswith(beginnings) and entry["dtype"] in PRECISIONS:
+                found.setdefault(content, set()).add(PRECISIONS[entry["dtype"]])
+    return {content: dtypes.pop() if len(dtypes) == 1 else "float32" for content, dtypes in found.items()}

@@ -48,7 +48,7 @@ class T5Source:
         """
         own = (f"text_encoder{suffix}", f"tokenizer{suffix}")
         if not (name := options.pretrained_t5_model_name_or_path):
-            folder.require_components(base.folder, own)
+            folder.require_components(base.folder, own, base.variant, options.needs_weights)
             return cls(suffix, base.folder / own[0], base.folder / own[1], base.variant, base.hashes)
         encoder, tokenizer = locate(name, base.variant)
         found = _config(encoder)["d_model"]

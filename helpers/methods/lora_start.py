@@ -61,7 +61,7 @@ def nearest_to_unrounded(layer: QuantisedLinear, weight: Tensor, usual: Tensor, 
 
     Each alternation rounds what B A leaves of W, and gives B A the largest directions of what that rounding lost. Where nothing was lost
     A is the `usual` (rank, in), and B is 0. What the randomised SVD draws is always the same and not the run's: so are the layer's bytes,
-    on every process and in every life of a run.
+    on every process and in every life of a run, on devices that compute alike.
     """
     import torch
 

@@ -173,6 +173,11 @@ def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> 
     if schedule["prediction_type"] not in known:
         raise ConfigError(f"The model predicts {schedule['prediction_type']!r}, and only {', '.join(known)} can be trained.")
     if schedule["rescale_betas_zero_snr"] and schedule["prediction_type"] == "epsilon":
+        if options.rescale_betas_zero_snr:
+            raise ConfigError(
+                "--rescale_betas_zero_snr is not for a model that predicts the noise (epsilon), which has nothing to learn where there is "
+                "only noise: remove it, or have the model learn to predict the velocity with --prediction_type=v_prediction."
+            )
         raise ConfigError(
             "The model's schedule ends in pure noise (rescale_betas_zero_snr), which epsilon prediction cannot learn: "
             "set --prediction_type=v_prediction."

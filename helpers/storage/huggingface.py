@@ -161,7 +161,7 @@ def _saved(folder: Path, split: str | None) -> tuple[Any, Sequence[Path]]:
         name = _chosen_split(folder, list(found), split)
         folder, found = folder / name, found[name]
     elif split not in (None, str(found.split)):
-        raise DataError(f"{folder} holds one split, {found.split}, not {split!r}; leave split out.")
+        raise DataError(f"{folder} holds one split, {found.split or 'without a name'}, not {split!r}; leave split out.")
     return found.with_format(None), sorted(path for path in folder.iterdir() if path.is_file())
 
 

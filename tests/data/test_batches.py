@@ -83,6 +83,15 @@ def test_captions_are_dropped_at_their_rate_and_become_the_unconditional() -> No
     assert (batch.text["pooled"][dropped] == -1).all() and (batch.text["pooled"][~dropped] != -1).all()
 
 
+def test_who_only_looks_at_the_data_is_told_the_captions_that_are_dropped() -> None:
+    maker = BatchMaker(Rows(captions=4), seed=1, caption_dropout=0.5, encoders_apart=("one", "two"))
+    rows = micro(*range(50))
+    trained, shown = maker.make(rows, step=0), maker.keeping_captions().make(rows, step=0)
+    assert not any(shown.dropped) and not any(shown.dropped_encoders) and any(trained.dropped)
+    assert all(caption in ("", told) for caption, told in zip(trained.captions, shown.captions, strict=True))
+    assert (shown.text["pooled"] != -1).all() and torch.equal(shown.latents, trained.latents)
+
+
 def test_encoders_that_are_told_apart_are_dropped_at_the_root_of_the_rate_each_by_itself() -> None:
     """Three at 46.4 % each, as in the training of Stable Diffusion 3: all of them in a tenth of the samples."""
     names = ("text_encoder", "text_encoder_2", "text_encoder_3")

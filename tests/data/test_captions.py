@@ -39,8 +39,21 @@ def test_a_caption_in_another_encoding_is_named_and_not_guessed(data: bytes) -> 
         decode_caption(data, "sub/cat.txt")
 
 
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("cat".encode("utf-16-le").decode(), CaptionRule("textfile")),  # which is sound UTF-8
+        ("a cat", CaptionRule("instanceprompt", instance_prompt="a cat\0")),
+        ("a zebra", CaptionRule("textfile", filters=(r"s/zebra/\0/",))),
+    ],
+)
+def test_a_zero_byte_is_no_text_wherever_it_comes_from(text: str, rule: CaptionRule) -> None:
+    with pytest.raises(CaptionError, match="caption is not text: it holds a zero byte; save it as UTF-8 text"):
+        Captioner(rule, "mine").captions("cat.png", (text,))
+
+
 def test_a_book_is_no_caption() -> None:
-    with pytest.raises(CaptionError, match="caption too long: cat.txt has"):
+    with pytest.raises(CaptionError, match="caption too long: cat.txt has more than 1,048,576 bytes"):
         decode_caption(b"x" * (MAX_CAPTION_BYTES + 1), "cat.txt")
 
 

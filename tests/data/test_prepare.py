@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -294,6 +295,14 @@ def test_damaged_records_are_encoded_again_while_training_and_named(place: Place
         assert torch.equal(batch.latents, right.latents)
         assert all(torch.equal(batch.text[name], right.text[name]) for name in right.text)
     assert "encoded again" in caplog.text and ("toys/picture_" if folder == "latents" else "caption number") in caplog.text
+
+
+def test_pictures_of_validation_have_the_captions_that_training_drops(place: Place) -> None:
+    data = place.prepare(caption_dropout=1.0)
+    with contextlib.closing(data.steps(0, 2, keep_captions=True)) as steps:
+        shown = [batch for step in steps for batch in step]
+    assert all(batch.captions and all(batch.captions) and not any(batch.dropped) for batch in shown)
+    assert all(all(batch.dropped) for batch in epoch(data))
 
 
 def test_latents_that_are_not_finite_are_never_trained_on(place: Place, caplog: pytest.LogCaptureFixture) -> None:

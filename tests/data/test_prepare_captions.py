@@ -150,7 +150,7 @@ def test_live_text_tells_how_many_captions_are_cut_off_at_every_start_and_measur
         prepare_data([entry], settings(output, live_text=True), ToyFamily(), Workers(), story)  # type: ignore[arg-type]
         return [line for line in story.lines if "longer than the text encoders read" in line]
 
-    assert told() == [": 2 captions are longer than the text encoders read, and are cut off in every step"]
+    assert told() == [": 2 captions are longer than the text encoders read, and are cut off"]
     again = told()
     monkeypatch.setattr(WordLengths, "of", lambda self, captions: pytest.fail("measured again"))
-    assert told() == again == [": 2 captions are longer than the text encoders read, and are cut off in every step"]
+    assert told() == again == [": 2 captions are longer than the text encoders read, and are cut off"]

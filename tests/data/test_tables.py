@@ -225,6 +225,7 @@ def test_sizes_in_texts_are_numbers_and_captions_that_look_like_numbers_are_text
         ),
         ("csv", b"id,text\na,b\n", "t has no column 'description'; it has id, text"),
         ("csv", b"", "t has no column 'id'; it has none"),
+        ("csv", b"\xef\xbb\xbfid;description\r\na;b\r\n", r"t has semicolons between its columns \(id;description\); save it with commas"),
         ("csv", b"id,id,description\n", "t has 2 columns 'id'; rename all but one"),
         ("csv", b"id,description\na,b\nc,a cat, a mat\n", "t, line 3: 3 values under 2 columns; a value with a comma stands in double quo"),
         ("csv", b'id,description\na,"b\n', "t, line 2: is not CSV: "),

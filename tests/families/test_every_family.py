@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from diffusers import DDPMScheduler
 import train
 from helpers.config.options import AdapterOptions
 from helpers.families import FAMILIES
+from helpers.families.checkpoint import SETTINGS
 from helpers.families.tiny import MINIATURES
 from helpers.methods.full import FullFineTune
 from helpers.methods.lora import Lora
@@ -26,6 +29,17 @@ TOLD_THE_EMPTY_CAPTION = [name for name in MINIATURES if name not in ("sdxl", "s
 
 def test_every_family_has_a_miniature() -> None:
     assert {family_name(miniature) for miniature in MINIATURES} == set(FAMILIES)
+
+
+def test_settings_and_tokenizers_suffice_for_a_look_at_the_data(tried: Tried, tmp_path: Path) -> None:
+    """As much of a model as --dataset_report fetches."""
+    everything = {path.name for path in tried.folder.rglob("*") if path.is_file()}
+    weights = {name for name in everything if not any(fnmatch(name, pattern) for pattern in SETTINGS)}
+    bare = Path(shutil.copytree(tried.folder, tmp_path / "bare", ignore=lambda _, names: weights & set(names)))
+    family = open_family(family_name(tried.miniature), bare, tmp_path / "bare-cache", needs_weights=False)
+    assert weights and family.latents == tried.family.latents
+    assert family.caption_lengths().of(["a red circle"]) == tried.family.caption_lengths().of(["a red circle"])
+    assert family.caption_lengths().fingerprint == tried.family.caption_lengths().fingerprint
 
 
 def full(tried: Tried) -> Trainable:

@@ -99,6 +99,32 @@ def test_a_file_is_converted_once_and_again_when_it_changes(miniature: Callable[
     assert len(found()) == 2
 
 
+@pytest.mark.parametrize(
+    ("network", "vae", "text"),
+    [("bfloat16", "bfloat16", "bfloat16"), ("bfloat16", "float32", "float8_e4m3fn")],
+)
+def test_weights_keep_the_precision_they_have(network: str, vae: str, text: str, miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = as_released(miniature("sd3"), tmp_path / "sd3")
+    file = write_single_file(folder, tmp_path / "model.safetensors")
+    precisions = {"model.": network, "first_stage_model.": vae, "text_encoders.": text}
+    stored = {
+        name: tensor.to(getattr(torch, kind))
+        for name, tensor in load_file(file).items()
+        for beginning, kind in precisions.items()
+        if name.startswith(beginning)
+    }
+    save_file(stored, file)
+    open_family("sd3", file, tmp_path / "cache", single_file_config=str(folder))
+    [made] = (tmp_path / "cache" / "converted").iterdir()
+    expected = {"transformer": network, "vae": vae, **{f"text_encoder{suffix}": text for suffix in ("", "_2", "_3")}}
+    for part, kind in expected.items():
+        [weights] = (made / part).glob("*.safetensors")
+        kept = load_file(weights)
+        assert {tensor.dtype for tensor in kept.values()} == {getattr(torch, kind.replace("float8_e4m3fn", "float16"))}
+    [weights] = (made / "transformer").glob("*.safetensors")
+    assert torch.equal(load_file(weights)["context_embedder.weight"], stored["model.diffusion_model.context_embedder.weight"])
+
+
 def refusal(path: Path, tmp_path: Path, config: Path | None = None, family: str = "sdxl") -> str:
     options = ModelOptions(pretrained_model_name_or_path=str(path), single_file_config=str(config) if config else None)
     with pytest.raises(ModelError) as caught:

@@ -165,7 +165,7 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_start() -> None:
 
 
 def test_zero_terminal_snr_with_epsilon_is_refused() -> None:
-    with pytest.raises(ConfigError, match="v_prediction"):
+    with pytest.raises(ConfigError, match="--rescale_betas_zero_snr is not for a model that predicts the noise"):
         diffusion(rescale_betas_zero_snr=True)
 
 

@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.chapter("class", f"{there:,} of {arguments.number:,} pictures of {images.prompt!r} are in {folder}")
     if not numbers:
         return
-    pipeline = load_pipeline(images.model, arguments.revision, arguments.variant, arguments.dtype, arguments.device, t5=images.t5)
+    pipeline = load_pipeline(images.model, arguments.revision, arguments.variant, arguments.dtype, arguments.device, t5_name=images.t5)
     with console.progress("make pictures", len(numbers), "pictures") as advance:
         for number, picture in make(images, pipeline, numbers, arguments.batch):
             keep(images, folder, number, picture)

@@ -73,8 +73,8 @@ class Expert:
             model.variant,
             dtype,
             device,
-            t5=model.pretrained_t5_model_name_or_path,
-            vae=model.pretrained_vae_model_name_or_path,
+            t5_name=model.pretrained_t5_model_name_or_path,
+            vae_name=model.pretrained_vae_model_name_or_path,
             **parts,
         )
         if hasattr(pipeline, "load_lora_weights"):

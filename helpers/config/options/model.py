@@ -92,6 +92,7 @@ class ModelOptions:
         7.0, "How beautiful the SDXL refiner is told that the pictures are; it asks for 6 when it samples.", at_least=0, at_most=10
     )
     enable_watermark: bool = option(False, "Keep SDXL's invisible watermark in the exported pipeline.", not_yet=True)
+    needs_weights: bool = True  # not an option: a look at the data is content with settings and tokenizers
 
 
 @dataclass(frozen=True)
