@@ -158,7 +158,8 @@ class Lora:
             self._check_kohya(copy, tensors, kohya)
             return [path, copy]
         if not self.family.loads_lora:
-            return [path, write_adapter(folder / f"{WEIGHTS_NAME}{label}.peft", tensors, self._metadata(trainable, trainable.denoiser))]
+            config = self._metadata(trainable, trainable.denoiser)
+            return [path, write_adapter(folder / f"{WEIGHTS_NAME}{label}.peft", tensors, config, self.family.name)]
         return [path]
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
