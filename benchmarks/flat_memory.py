@@ -28,6 +28,7 @@ from benchmarks.material import run_flags, write_photographs
 from benchmarks.measure import Figure, conclude, parser, table
 from benchmarks.training_step import Ours
 from helpers import registry
+from helpers.assembly import data_settings, workers
 from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.read import read_config
@@ -39,7 +40,6 @@ from helpers.training.runtime import start_runtime
 from helpers.training.state import TrainState
 from helpers.training.steps import timed
 from helpers.training.stopping import StopRequest
-from train import data_settings, workers
 
 MOST_SLOPE = 0.25  # KiB a step; a step that kept one latent of the miniature would be above it
 MOST_BOUNDARY = 1.5  # what the first step of an epoch takes, beside other steps

@@ -33,6 +33,7 @@ from torch.nn import functional
 from benchmarks.material import run_settings, write_photographs
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
 from helpers import registry
+from helpers.assembly import data_settings, workers
 from helpers.config.config import Config
 from helpers.data.batches import Batch
 from helpers.data.prepare import prepare_data
@@ -49,7 +50,7 @@ from helpers.training.schedules import Schedule
 from helpers.training.state import TrainState
 from helpers.training.steps import step_result, timed
 from helpers.training.stopping import StopRequest
-from train import MOST_SKIPPED, data_settings, train_step, workers
+from train import MOST_SKIPPED, train_step
 
 MOST_OF_BARE = 1.05  # the time of a step, of the bare loop's
 MOST_WAITING = 0.01  # for data, of the time of a step

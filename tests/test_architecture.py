@@ -33,6 +33,20 @@ ALLOWED = {
     "reporting": {"errors", "config", "storage", "data", "protocols", "registry", "families", "methods", "objectives"},
     "choices": {"config", "registry", "families", "methods", "objectives"},
     "launch": {"errors", "config", "ranks", "supervisor", "choices"},
+    "assembly": {
+        "errors",
+        "config",
+        "storage",
+        "data",
+        "protocols",
+        "registry",
+        "families",
+        "methods",
+        "objectives",
+        "training",
+        "reporting",
+        "choices",
+    },
 }
 # Libraries beside the standard one that a light part may use; it may name the types of any other.
 LIGHT = {
