@@ -1,6 +1,6 @@
 """How many images a second a scan takes in on one core, beside Pillow merely opening them.
 
-    python -m benchmarks.header_scan [--images 5000] [--rounds 5] [--profile]
+    python -m benchmarks.header_scan [--images 5000] [--threads 8] [--rounds 5] [--profile]
 
 A scan lists the files, reads each header for size and orientation, and keeps it in the catalogue; no pixel is decoded. A second
 scan of the same folder opens nothing. Seconds of a core are seconds of processor time, over all threads.
@@ -55,15 +55,15 @@ def opened(folder: Path) -> float:
 class Scans:
     """Scans of one folder into a new catalogue each; `warm` keeps the rates of the second scan into each."""
 
-    def __init__(self, folder: Path, catalogues: Path) -> None:
-        self.folder, self.catalogues = folder, catalogues
+    def __init__(self, folder: Path, catalogues: Path, threads: int | None = None) -> None:
+        self.folder, self.catalogues, self.threads = folder, catalogues, threads
         self.warm: list[float] = []
 
     def cold(self) -> float:
         """Images a second of processor time."""
         with Catalogue(self.catalogues / f"{len(self.warm)}.sqlite") as catalogue:
             began = time.process_time()
-            result = scan(LocalSource(self.folder), RULES, catalogue)
+            result = scan(LocalSource(self.folder), RULES, catalogue, threads=self.threads)
             rate = result.used / (time.process_time() - began)
             began = time.process_time()
             assert scan(LocalSource(self.folder), RULES, catalogue).opened == 0
@@ -74,11 +74,12 @@ class Scans:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=5_000)
+    options.add_argument("--threads", type=int, help="that read (default: as a run does)")
     chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "images"
         make_images(folder, chosen.images)
-        scans = Scans(folder, Path(place))
+        scans = Scans(folder, Path(place), chosen.threads)
         rounds = in_turns(chosen.rounds, lambda: opened(folder), scans.cold)
         beside = compared("scanned, beside Pillow opening them", "/s", rounds, at_least=LEAST_SCANNED, gates_value=True)
         figures = [beside, Figure("scanned again, none opened", statistics.median(scans.warm), "/s")]

@@ -33,7 +33,7 @@ from helpers.storage.backend import RemoteSource, SourceBackend
 _BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
 _STOPPED = "stopped while the data sets were scanned; start again to go on"
 _SHARE = 64  # most files a thread takes at once, and the longest wait for a stop to be noticed
-_LOCAL_THREADS = 8  # for folders on a network: on a disk of one's own two scan a third more, as threads vie for the interpreter
+_LOCAL_THREADS = 8  # for folders on a network: on a disk of one's own fewer scan more, since threads vie for the interpreter
 _NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
 _VERSION = "c.size || ' ' || c.modified_ns || ' ' || c.etag"  # see `Catalogue.version`
 _LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run began, and stays left out to its end"
