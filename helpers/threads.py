@@ -13,7 +13,7 @@ def wait_briefly(environ: MutableMapping[str, str]) -> None:
     """Let waiting threads sleep soon, unless the environment settles it. To be called before torch is imported.
 
     GNU's OpenMP, which PyTorch uses on Linux, has a thread spin for milliseconds at the end of every operation. Beside another busy
-    program the threads that it waits for have no core meanwhile, and a small network takes a hundred times as long
+    program the threads that it waits for have no core meanwhile, and a small network takes more than ten times as long
     (benchmarks/shared_cores.py).
     """
     if not any(name in environ for name in SETTLE_IT):

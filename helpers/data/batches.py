@@ -93,9 +93,6 @@ class Told:
     without: tuple[str, ...] = ()  # the text encoders that were not told of it; all of them where it was dropped
 
 
-NOTHING = Told(None)
-
-
 class BatchMaker:
     """Makes batches of micro-batches; the choice and the dropping of captions are drawn by address."""
 
@@ -123,7 +120,7 @@ class BatchMaker:
     def _stand_in(self, micro: MicroBatch, step: int) -> Batch:
         row = int(micro.samples[0])
         latents = self.records.blank_latents(row, micro.epoch)
-        batch = self._batch(micro, step, [0], [latents], (self.records.sample(row),), [NOTHING])
+        batch = self._batch(micro, step, [0], [latents], (self.records.sample(row),), [Told(None, tuple(self.encoders_apart))])
         return dataclasses.replace(batch, loss_weight=torch.zeros(1), stands_in=True)
 
     def _batch(
