@@ -284,7 +284,7 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> _Facts:
     except (ImageError, CaptionError) as error:
         facts["problem"] = str(error)
     except (FileNotFoundError, PermissionError) as error:
-        facts["problem"] = f"cannot be opened: {error.strerror or error}"
+        facts["problem"] = f"{'caption ' if kind == 'caption' else ''}cannot be opened: {error.strerror or error}"
         facts["modified_ns"] = _NEVER
     except OSError as error:
         raise StorageError(f"{backend.name}: {key} could not be read: {error.strerror or error}") from error

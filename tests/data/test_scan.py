@@ -241,10 +241,19 @@ def test_a_scan_leaves_the_data_as_it_was_and_finds_the_same_in_a_read_only_copy
 def test_a_file_that_could_not_be_opened_is_tried_again(tmp_path: Path, catalogue: Catalogue) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.png").write_bytes(picture())
+    (tmp_path / "data" / "a.txt").write_text("a")
     (tmp_path / "data" / "b.png").symlink_to(tmp_path / "target.png")
-    assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue).used == 1
+    (tmp_path / "data" / "c.png").write_bytes(picture())
+    (tmp_path / "data" / "c.txt").symlink_to(tmp_path / "target.txt")
+    assert scan(LocalSource(tmp_path / "data"), RULES, catalogue).used == 1
+    assert reasons(catalogue) == {
+        "b.png": "cannot be opened: No such file or directory",
+        "c.png": "caption cannot be opened: No such file or directory",
+    }
     (tmp_path / "target.png").write_bytes(picture())
-    assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue).used == 2
+    (tmp_path / "data" / "b.txt").write_text("b")
+    (tmp_path / "target.txt").write_text("c")
+    assert scan(LocalSource(tmp_path / "data"), RULES, catalogue).used == 3
 
 
 @pytest.mark.parametrize(
