@@ -24,7 +24,7 @@ from helpers.data.conditions import Conditions
 from helpers.data.latents import cuts, latents_facts, latents_key, latents_subject
 from helpers.data.planning import columns_of, rules_of, rules_of_conditions
 from helpers.data.sample import Sample
-from helpers.data.scan import refresh, scan
+from helpers.data.scan import ScanOptions, refresh, scan
 from helpers.data.sources import CachePlace, extra_texts_place, latents_place, open_source, texts_place
 from helpers.data.texts import text_key, text_subject
 from helpers.errors import DataError
@@ -168,11 +168,12 @@ def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[
     with tempfile.TemporaryDirectory(prefix="simpletuner-cache-") as folder:
         copy = Path(folder) / CATALOGUE
         _copy(config.cache.cache_dir / CATALOGUE, copy)
+        options = ScanOptions(on_progress=progress)
         with Catalogue(copy) as catalogue:
             for conditions in config.conditioning:
-                refresh(open_source(conditions), rules_of_conditions(conditions, config.datasets), catalogue, on_progress=progress)
+                refresh(open_source(conditions), rules_of_conditions(conditions, config.datasets), catalogue, options)
             for dataset in config.datasets:
-                scan(open_source(dataset), rules_of(dataset, config.run.seed), catalogue, on_progress=progress, undecodable=())
+                scan(open_source(dataset), rules_of(dataset, config.run.seed), catalogue, options, undecodable=())
             planned = plan([columns_of(dataset, catalogue, config.run.seed) for dataset in config.datasets])
             yield Present(config, family, catalogue, planned, image_fingerprint, text_fingerprint)
 
