@@ -3,7 +3,8 @@
     python -m benchmarks.header_scan [--images 5000] [--threads 8] [--rounds 5] [--profile]
 
 A scan lists the files, reads each header for size and orientation, and keeps it in the catalogue; no pixel is decoded. A second
-scan of the same folder opens nothing. Seconds of a core are seconds of processor time, over all threads.
+scan of the same folder opens nothing. Seconds of a core are seconds of processor time, over all threads. Then the same folder as if
+it were far away: every file answers after 5 ms, and a scan is timed by the clock.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -22,11 +24,13 @@ from PIL import Image
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
 from helpers.data.captions import CaptionRule
 from helpers.data.catalogue import Catalogue
-from helpers.data.scan import DatasetRules, scan
+from helpers.data.scan import DatasetRules, ScanOptions, scan
 from helpers.data.targets import ResolutionRule
 from helpers.storage.local import LocalSource
 
 LEAST_SCANNED = 5_000  # images a second of one core
+FAR_SECONDS = 0.005  # until a file of a folder on a network answers
+LEAST_AT_ONCE = 10  # files of such a folder
 RULES = DatasetRules("benchmark", ResolutionRule(), CaptionRule(strategy="filename"))
 
 
@@ -52,6 +56,14 @@ def opened(folder: Path) -> float:
     return len(paths) / (time.process_time() - began)
 
 
+class FarSource(LocalSource):
+    """A folder whose files take a while to answer, however many are asked for at once."""
+
+    def open(self, key: str) -> BinaryIO:
+        time.sleep(FAR_SECONDS)
+        return super().open(key)
+
+
 class Scans:
     """Scans of one folder into a new catalogue each; `warm` keeps the rates of the second scan into each."""
 
@@ -63,12 +75,20 @@ class Scans:
         """Images a second of processor time."""
         with Catalogue(self.catalogues / f"{len(self.warm)}.sqlite") as catalogue:
             began = time.process_time()
-            result = scan(LocalSource(self.folder), RULES, catalogue, threads=self.threads)
+            result = scan(LocalSource(self.folder), RULES, catalogue, ScanOptions(self.threads))
             rate = result.used / (time.process_time() - began)
             began = time.process_time()
             assert scan(LocalSource(self.folder), RULES, catalogue).opened == 0
             self.warm.append(result.used / (time.process_time() - began))
         return rate
+
+    def far(self) -> float:
+        """Images a second by the clock, from a folder that is far away."""
+        name = f"far-{len(list(self.catalogues.glob('far-*.sqlite')))}.sqlite"
+        with Catalogue(self.catalogues / name) as catalogue:
+            began = time.perf_counter()
+            result = scan(FarSource(self.folder), RULES, catalogue, ScanOptions(self.threads))
+            return result.used / (time.perf_counter() - began)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scans = Scans(folder, Path(place), chosen.threads)
         rounds = in_turns(chosen.rounds, lambda: opened(folder), scans.cold)
         beside = compared("scanned, beside Pillow opening them", "/s", rounds, at_least=LEAST_SCANNED, gates_value=True)
-        figures = [beside, Figure("scanned again, none opened", statistics.median(scans.warm), "/s")]
+        far = [(1 / FAR_SECONDS, scans.far()) for _ in range(chosen.rounds)]
+        figures = [
+            beside,
+            Figure("scanned again, none opened", statistics.median(scans.warm), "/s"),
+            compared("scanned far away, beside one file after another", "/s", far, at_least=LEAST_AT_ONCE),
+        ]
         if chosen.profile:
             profile("Pillow opening", lambda: opened(folder))
             profile("a scan (its main thread) and a warm one", scans.cold)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ LARGEST_MEGAPIXELS = 32  # nobody trains above it
 LARGEST_ASPECT = 50  # as wide or as narrow as a picture may be; data leaves out what is thinner
 LARGEST_WEIGHT = 1_000_000
 DEFAULT_ROUNDING = 2  # decimals of a bucket's name
+_MAP = "aspect_resolution_map-"
 
 
 class AspectBucket(NamedTuple):
@@ -52,14 +52,26 @@ def _aspect(raw: Any) -> float:
     return float(raw)
 
 
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def _is_number(raw: Any) -> bool:
     return isinstance(raw, int | float) and not isinstance(raw, bool)
 
 
+def maps_in(output_dir: Path) -> dict[Path, float | None]:
+    """The user's files of sizes, and the resolution that each is for; None where its name holds no number."""
+    found = sorted(path for path in output_dir.glob(f"{_MAP}*.json") if path.is_file())
+    return {path: _number(path.stem.removeprefix(_MAP)) for path in found}
+
+
 def map_of(output_dir: Path, resolution: float) -> Path | None:
     """The user's file of sizes for a resolution, or None. ConfigError where there are two: `...-1.json` and `...-1.0.json` are one."""
-    names = dict.fromkeys(f"aspect_resolution_map-{text}.json" for text in (str(float(resolution)), f"{resolution:g}"))
-    found = [output_dir / name for name in names if os.path.isfile(output_dir / name)]
+    found = [path for path, number in maps_in(output_dir).items() if number == resolution]
     if len(found) > 1:
         raise ConfigError(f"{found[0]} and {found[1]} are for the same resolution; remove one.")
     return found[0] if found else None
@@ -86,10 +98,9 @@ def read_map(path: Path, alignment: int, rounding: int) -> tuple[BucketSize, ...
 
 
 def _bucket_size(name: str, size: Any, alignment: int, rounding: int) -> BucketSize:
-    try:
-        aspect = float(name)
-    except ValueError:
-        raise ValueError("is no aspect; write width / height as a number in quotes") from None
+    aspect = _number(name)
+    if aspect is None:
+        raise ValueError("is no aspect; write width / height as a number in quotes")
     if not 1 / LARGEST_ASPECT <= aspect <= LARGEST_ASPECT:
         raise ValueError(f"is no aspect of a picture; width / height is between {1 / LARGEST_ASPECT:g} and {LARGEST_ASPECT}")
     if round(aspect, rounding) != aspect:

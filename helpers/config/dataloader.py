@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from helpers.config.aspects import map_of, read_map
+from helpers.config.aspects import map_of, maps_in, read_map
 from helpers.config.buckets import bucket_problems, keys_without_a_bucket
 from helpers.config.caption_filters import parse_filter, read_filter_file
 from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TableConfig, TextCacheConfig, complete
@@ -88,6 +88,7 @@ class _Entries:
         self._epochs_end(datasets)
         self._something_to_learn(datasets)
         self.notes += size_option_notes(self.options, [dataset for _, dataset in complete_sets])
+        self._used_maps([dataset for _, dataset in complete_sets])
         if not datasets and not self.problems:
             self.problems.append(f"{self.document.path}: has no enabled image data set; add one with an instance_data_dir.")
         # What stands in for a value that could not be read would be judged with the others, and told as a second mistake.
@@ -292,6 +293,13 @@ class _Entries:
         except ConfigError as error:
             self.problems += error.problems
             return dataset
+
+    def _used_maps(self, datasets: list[DatasetConfig]) -> None:
+        resolutions = {dataset.resolution for dataset in datasets}
+        for path, resolution in maps_in(self.options["output_dir"]).items():
+            if resolution not in resolutions:
+                present = ", ".join(f"{size:g}" for size in sorted(resolutions))
+                self.notes.append(f"{path} does nothing: no data set has the resolution in its name, only {present}.")
 
     def _require_id(self, index: int, entry: Entry) -> None:
         if not entry.id and (index, "id") not in self.unread:

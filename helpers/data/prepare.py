@@ -50,7 +50,7 @@ from helpers.data.report import (
     mix_summary,
     summary,
 )
-from helpers.data.scan import DatasetRules, Refreshed, ScanResult, judge, refresh, scan
+from helpers.data.scan import DatasetRules, Refreshed, ScanOptions, ScanResult, judge, refresh, scan
 from helpers.data.settings import DataSettings
 from helpers.data.sources import extra_texts_place, open_caches, open_source, texts_place
 from helpers.data.texts import TextFiller, text_key
@@ -199,30 +199,19 @@ class _Preparation:
         rules = rules_of(self.datasets[index], self.settings.seed)
         left_out = self.settings.undecodable
         with late_bar(self.report, f"scan {rules.dataset}", "files") as told:
-            return scan(
-                self.sources[index],
-                rules,
-                self.catalogue,
-                on_progress=told,
-                should_stop=self.workers.should_stop,
-                undecodable=None if left_out is None else left_out.get(rules.dataset, ()),
-                trust_listing=self.datasets[index].trusts_listing,
-            )
+            options = ScanOptions(None, told, self.workers.should_stop, self.datasets[index].trusts_listing)
+            undecodable = None if left_out is None else left_out.get(rules.dataset, ())
+            return scan(self.sources[index], rules, self.catalogue, options, undecodable)
 
     def _refresh_conditions(self, name: str) -> Refreshed:
         with late_bar(self.report, f"scan {name}", "files") as told:
-            return refresh(
-                self.condition_sources[name],
-                self._rules_of_conditions(name),
-                self.catalogue,
-                on_progress=told,
-                should_stop=self.workers.should_stop,
-                trust_listing=self.condition_sets[name].trusts_listing,
-            )
+            options = ScanOptions(None, told, self.workers.should_stop, self.condition_sets[name].trusts_listing)
+            return refresh(self.condition_sources[name], self._rules_of_conditions(name), self.catalogue, options)
 
     def _judge_conditions(self, name: str, found: Refreshed) -> ScanResult:
         rules = self._rules_of_conditions(name)
-        return judge(self.condition_sources[name], rules, self.catalogue, found, should_stop=self.workers.should_stop, undecodable=())
+        options = ScanOptions(should_stop=self.workers.should_stop)
+        return judge(self.condition_sources[name], rules, self.catalogue, found, options, undecodable=())
 
     def _rules_of_conditions(self, name: str) -> DatasetRules:
         return rules_of_conditions(self.condition_sets[name], self.datasets)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import io
 import json
 import sqlite3
+import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +35,12 @@ from helpers.storage.backend import RemoteSource, SourceBackend
 _BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
 _STOPPED = "stopped while the data sets were scanned; start again to go on"
 _SHARE = 64  # most files a thread takes at once, and the longest wait for a stop to be noticed
-_LOCAL_THREADS = 8  # for folders on a network: on a disk of one's own fewer scan more, since threads vie for the interpreter
+_TIMED = 32  # files of a block that one thread reads, to see how many threads the rest of it needs
+_MOST_THREADS = 32
 _NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
 _VERSION = "c.size || ' ' || c.modified_ns || ' ' || c.etag"  # see `Catalogue.version`
+_File = tuple[int, str, str]  # a file to open: id, kind and key
+_Facts = dict[str, Any]  # what it says, by column
 _LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run began, and stays left out to its end"
 
 
@@ -54,6 +59,16 @@ class DatasetRules:
     def opens_images(self) -> bool:
         """Whether sizes come from the images themselves."""
         return not any(table.width_column for table in self.tables)
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How a data set is looked at; what is found does not depend on it."""
+
+    threads: int | None = None  # that read; None: as many as the store needs
+    on_progress: Callable[[int, int], None] = lambda done, total: None  # counts the files to open
+    should_stop: Callable[[], bool] = lambda: False  # once it is true, Interrupted is raised after what was read has been kept
+    trust_listing: bool = False  # a data set that has been listed before is as it was, and is not listed again
 
 
 @dataclass(frozen=True)
@@ -87,53 +102,30 @@ def scan(
     backend: SourceBackend,
     rules: DatasetRules,
     catalogue: Catalogue,
-    *,
-    threads: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    options: ScanOptions = ScanOptions(),
     undecodable: Collection[str] | None = None,
-    trust_listing: bool = False,
 ) -> ScanResult:
     """Bring the catalogue's rows of one data set up to date: `refresh`, then `judge`. Source files are read, never written.
 
-    Killed at any moment it loses at most the last `_BLOCK` files read. `threads` read, by default as many as the store needs.
-    `on_progress(done, total)` counts the files to open. When `should_stop()` turns true, Interrupted is raised after what was read has
-    been kept. `undecodable` are the keys that were left out as such when the run began, so that its plan stays the same to its end; None
-    begins a new run, and leaves out what earlier ones could not decode (`Catalogue.leave_out_undecodable`).
-    With `trust_listing` a data set that has been listed before is taken to be as it was, and is not listed again.
-    DataError when there is nothing to train on; StorageError when the store fails while it is read.
+    Killed at any moment it loses at most the last `_BLOCK` files read. `undecodable` is that of `judge`. DataError when there is
+    nothing to train on; StorageError when the store fails while it is read.
     """
-    asked: dict[str, Any] = {"threads": threads, "on_progress": on_progress, "should_stop": should_stop, "trust_listing": trust_listing}
-    refreshed = refresh(backend, rules, catalogue, **asked)
-    return judge(backend, rules, catalogue, refreshed, should_stop=should_stop, undecodable=undecodable)
+    return judge(backend, rules, catalogue, refresh(backend, rules, catalogue, options), options, undecodable)
 
 
-def refresh(
-    backend: SourceBackend,
-    rules: DatasetRules,
-    catalogue: Catalogue,
-    *,
-    threads: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    trust_listing: bool = False,
-) -> Refreshed:
+def refresh(backend: SourceBackend, rules: DatasetRules, catalogue: Catalogue, options: ScanOptions = ScanOptions()) -> Refreshed:
     """List the files, and read what is new or changed."""
-    if trust_listing and catalogue.was_listed(rules.dataset):
+    if options.trust_listing and catalogue.was_listed(rules.dataset):
         new = changed = removed = 0
     else:
         new, changed, removed = _compare(backend, rules.dataset, catalogue)
-    tables = join_tables(backend, rules.dataset, rules.tables, catalogue, should_stop)
+    tables = join_tables(backend, rules.dataset, rules.tables, catalogue, options.should_stop)
     opened = 0
     pending = _count_pending(catalogue, rules)
-    threads = threads or (2 * backend.reads_at_once if isinstance(backend, RemoteSource) else _LOCAL_THREADS)
-    share = max(1, min(_SHARE, _BLOCK // threads))
-    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
-        for block in _pending(catalogue, rules):
-            for files in _read_block(backend, rules.dataset, block, share, pool, catalogue, should_stop):
-                opened += files
-                if on_progress is not None:
-                    on_progress(opened, pending)
+    for block in _pending(catalogue, rules):
+        for files in _read_block(backend, rules.dataset, block, catalogue, options):
+            opened += files
+            options.on_progress(opened, pending)
     return Refreshed(new, changed, removed, opened, tuple(tables))
 
 
@@ -142,12 +134,15 @@ def judge(
     rules: DatasetRules,
     catalogue: Catalogue,
     refreshed: Refreshed,
-    *,
-    should_stop: Callable[[], bool] = lambda: False,
+    options: ScanOptions = ScanOptions(),
     undecodable: Collection[str] | None = None,
 ) -> ScanResult:
-    """Decide of each file whether it is used. Sets that it is paired with must have been refreshed, or for conditions judged."""
-    _judge(catalogue, rules, undecodable, should_stop)
+    """Decide of each file whether it is used. Sets that it is paired with must have been refreshed, or for conditions judged.
+
+    `undecodable` are the keys that were left out as such when the run began, so that its plan stays the same to its end; None begins a
+    new run, and leaves out what earlier ones could not decode (`Catalogue.leave_out_undecodable`).
+    """
+    _judge(catalogue, rules, undecodable, options.should_stop)
     used, kinds = catalogue.totals(rules.dataset)
     left_out = kinds.total()
     if not used:
@@ -209,8 +204,8 @@ def _count_pending(catalogue: Catalogue, rules: DatasetRules) -> int:
         return database.execute(f"SELECT count(*) FROM files WHERE {_PENDING}", _pending_values(rules)).fetchone()[0]
 
 
-def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[tuple[int, str, str]]]:
-    """Blocks of the files to open: id, kind and key."""
+def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[_File]]:
+    """Blocks of the files to open."""
     last = -1
     query = f"SELECT id, kind, key FROM files WHERE {_PENDING} AND id > ? ORDER BY id LIMIT {_BLOCK}"
     while True:
@@ -222,23 +217,11 @@ def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[tuple[i
         last = block[-1][0]
 
 
-def _read_block(
-    backend: SourceBackend,
-    dataset: str,
-    block: list[tuple[int, str, str]],
-    share: int,
-    pool: ThreadPoolExecutor,
-    catalogue: Catalogue,
-    should_stop: Callable[[], bool],
-) -> Iterator[int]:
+def _read_block(backend: SourceBackend, dataset: str, block: list[_File], catalogue: Catalogue, options: ScanOptions) -> Iterator[int]:
     """Read a block of files and keep what they say. Yields the number of files read since it last did."""
-
-    def read(files: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
-        return [] if should_stop() else [_facts(backend, *file) for file in files]
-
-    facts: list[dict[str, Any]] = []
+    facts: list[_Facts] = []
     try:
-        for told in pool.map(read, (block[start : start + share] for start in range(0, len(block), share))):
+        for told in _read(backend, block, options):
             facts += told
             yield len(told)
     finally:
@@ -251,13 +234,46 @@ def _read_block(
             )
             if any(fact["modified_ns"] == _NEVER for fact in facts):
                 database.execute("DELETE FROM listings WHERE dataset = ?", (dataset,))  # the next scan has to look at every row
-    if should_stop():
+    if options.should_stop():
         raise Interrupted(_STOPPED)
 
 
-def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, Any]:
+def _read(backend: SourceBackend, block: list[_File], options: ScanOptions) -> Iterator[list[_Facts]]:
+    """What the files of a block say, some at a time and in their order. Ends early, without a word, where a stop is asked for."""
+
+    def read(files: list[_File]) -> list[_Facts]:
+        return [] if options.should_stop() else [_facts(backend, *file) for file in files]
+
+    threads = options.threads or (2 * backend.reads_at_once if isinstance(backend, RemoteSource) else 0)
+    if not threads:
+        timed = [_timed(backend, file) for file in block[:_TIMED] if not options.should_stop()]
+        yield [facts for facts, _ in timed]
+        threads = _threads_for([longer for _, longer in timed])
+        block = block[_TIMED:]
+    share = max(1, min(_SHARE, _BLOCK // threads))
+    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
+        yield from pool.map(read, (block[start : start + share] for start in range(0, len(block), share)))
+
+
+def _timed(backend: SourceBackend, file: _File) -> tuple[_Facts, float]:
+    """What a file says, and how many times as long as this thread computed that took."""
+    began, began_computing = time.perf_counter(), time.thread_time()
+    facts = _facts(backend, *file)
+    seconds, computing = time.perf_counter() - began, time.thread_time() - began_computing
+    return facts, seconds / max(computing, 1e-6)
+
+
+def _threads_for(longer: list[float]) -> int:
+    """How many threads read fastest, if files took that many times as long as computing alone: no two threads compute at once.
+
+    The median, since another program that takes the core away does so for a few files and not for most.
+    """
+    return max(1, min(_MOST_THREADS, round(statistics.median(longer)))) if longer else 1
+
+
+def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> _Facts:
     """What one file says: an image's size or a caption's text, or the problem with it."""
-    facts: dict[str, Any] = dict.fromkeys(("width", "height", "text", "problem", "modified_ns"))
+    facts: _Facts = dict.fromkeys(("width", "height", "text", "problem", "modified_ns"))
     facts["id"] = row
     try:
         if kind == "image":
@@ -268,7 +284,7 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> dict[str, A
     except (ImageError, CaptionError) as error:
         facts["problem"] = str(error)
     except (FileNotFoundError, PermissionError) as error:
-        facts["problem"] = f"cannot be opened: {error.strerror or error}"
+        facts["problem"] = f"{'caption ' if kind == 'caption' else ''}cannot be opened: {error.strerror or error}"
         facts["modified_ns"] = _NEVER
     except OSError as error:
         raise StorageError(f"{backend.name}: {key} could not be read: {error.strerror or error}") from error

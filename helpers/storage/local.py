@@ -113,7 +113,7 @@ def _walk(root: Path, prefix: str, walked: set[tuple[int, int]], linked: list[st
             if _is_folder(entry):
                 if entry.name not in SYSTEM_FOLDERS:
                     (linked if entry.is_symlink() else below).append(key)
-            elif (listed := _listed(key, entry)) is not None:
+            elif (listed := _listed(root, key, entry)) is not None:
                 yield listed
         folders.extend(reversed(below))
 
@@ -129,7 +129,11 @@ def _entries(root: Path, folder: str, walked: set[tuple[int, int]]) -> list[os.D
         with os.scandir(path) as scan:
             return sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(f"{path} cannot be listed: {error.strerror}. Every folder below {root} must be readable.") from error
+        raise _not_listed(path, root, error) from error
+
+
+def _not_listed(path: Path, root: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be listed: {error.strerror}. Every folder below {root} must be one that you may read and enter.")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -139,15 +143,20 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _listed(key: str, entry: os.DirEntry[str]) -> Entry | None:
-    """A regular file as an `Entry`; None for pipes, sockets and devices, which must not be opened.
+def _listed(root: Path, key: str, entry: os.DirEntry[str]) -> Entry | None:
+    """A regular file as an `Entry`; None for pipes, sockets and devices, which must not be opened, and for what has just been removed.
 
     A link that leads nowhere is listed by its own times, so that whoever opens it can say that it is broken.
     """
     try:
         found = entry.stat()
     except OSError:
-        found = entry.stat(follow_symlinks=False)
+        try:
+            found = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _not_listed((root / key).parent, root, error) from error
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
         return None
     return Entry(key, found.st_size, found.st_mtime_ns)

@@ -116,7 +116,7 @@ def write_map(folder: Path, content: Any, name: str = "aspect_resolution_map-1.0
     (folder / "out" / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-@pytest.mark.parametrize("name", ["aspect_resolution_map-1.0.json", "aspect_resolution_map-1.json"])
+@pytest.mark.parametrize("name", ["aspect_resolution_map-1.0.json", "aspect_resolution_map-1.json", "aspect_resolution_map-1.00.json"])
 def test_sizes_of_ones_own_are_read_from_the_output_folder(name: str, folder: Path, read: Read, write_data: Write) -> None:
     write_map(folder, {"1.46": [1152, 768], "0.68": [768, 1152]}, name)
     write_data([IMAGES, {**IMAGES, "id": "b", "resolution": 0.5}])
@@ -159,6 +159,13 @@ def test_two_files_for_one_resolution_are_one_too_many(folder: Path, refuse: Ref
     for name in ("1", "1.0"):
         write_map(folder, {}, f"aspect_resolution_map-{name}.json")
     assert "are for the same resolution; remove one" in refuse("--output_dir=out")
+
+
+def test_a_file_that_is_for_no_data_set_says_so(folder: Path, read: Read) -> None:
+    for name in ("aspect_resolution_map-0.75.json", "aspect_resolution_map-mine.json"):
+        write_map(folder, {"1.46": [1152, 768]}, name)
+    said = "does nothing: no data set has the resolution in its name, only 1."
+    assert read("--output_dir=out").notes == tuple(f"out/aspect_resolution_map-{name}.json {said}" for name in ("0.75", "mine"))
 
 
 def test_a_file_for_pixels_does_nothing_and_says_so(folder: Path, read: Read, write_data: Write) -> None:

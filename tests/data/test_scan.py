@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from PIL import Image
 from helpers.data.captions import CaptionRule
 from helpers.data.catalogue import Catalogue
 from helpers.data.sample import LeftOut, Sample, Size
-from helpers.data.scan import DatasetRules, scan
+from helpers.data.scan import DatasetRules, ScanOptions, scan
 from helpers.data.targets import ResolutionRule
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
@@ -240,10 +241,19 @@ def test_a_scan_leaves_the_data_as_it_was_and_finds_the_same_in_a_read_only_copy
 def test_a_file_that_could_not_be_opened_is_tried_again(tmp_path: Path, catalogue: Catalogue) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.png").write_bytes(picture())
+    (tmp_path / "data" / "a.txt").write_text("a")
     (tmp_path / "data" / "b.png").symlink_to(tmp_path / "target.png")
-    assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue).used == 1
+    (tmp_path / "data" / "c.png").write_bytes(picture())
+    (tmp_path / "data" / "c.txt").symlink_to(tmp_path / "target.txt")
+    assert scan(LocalSource(tmp_path / "data"), RULES, catalogue).used == 1
+    assert reasons(catalogue) == {
+        "b.png": "cannot be opened: No such file or directory",
+        "c.png": "caption cannot be opened: No such file or directory",
+    }
     (tmp_path / "target.png").write_bytes(picture())
-    assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue).used == 2
+    (tmp_path / "data" / "b.txt").write_text("b")
+    (tmp_path / "target.txt").write_text("c")
+    assert scan(LocalSource(tmp_path / "data"), RULES, catalogue).used == 3
 
 
 @pytest.mark.parametrize(
@@ -282,7 +292,7 @@ def test_a_stop_is_noticed_between_files_and_what_was_read_is_kept(catalogue: Ca
         return len(store.opened) > 200
 
     with pytest.raises(Interrupted):
-        scan(store, BY_NAME, catalogue, threads=1, on_progress=lambda *state: seen.append(state), should_stop=stop)
+        scan(store, BY_NAME, catalogue, ScanOptions(1, lambda *state: seen.append(state), stop))
     assert 200 < len(store.opened) < 400
     assert seen[-1] == (len(store.opened), 1000)
     already = set(store.opened)
@@ -294,7 +304,7 @@ def test_a_stop_while_images_are_judged_leaves_the_verdicts_as_they_were(catalog
     store = MemoryBackend({"a_cat.png": picture(), "a_cat.txt": b"the cat"})
     scan(store, RULES, catalogue)
     with pytest.raises(Interrupted):
-        scan(store, BY_NAME, catalogue, should_stop=lambda: True)
+        scan(store, BY_NAME, catalogue, ScanOptions(should_stop=lambda: True))
     assert list(catalogue.captions("set")) == ["the cat"]
     scan(store, BY_NAME, catalogue)
     assert list(catalogue.captions("set")) == ["a cat"]
@@ -309,7 +319,7 @@ def test_a_scan_killed_at_any_moment_is_finished_by_the_next(tmp_path: Path) -> 
         "really, module._BLOCK = module._facts, 4\n"
         "def slowly(*arguments):\n    print('.', flush=True)\n    time.sleep(0.05)\n    return really(*arguments)\n"
         "module._facts = slowly\n"
-        "module.scan(LocalSource(sys.argv[1]), RULES, Catalogue(sys.argv[2]), threads=1)\n"
+        "module.scan(LocalSource(sys.argv[1]), RULES, Catalogue(sys.argv[2]), module.ScanOptions(threads=1))\n"
     )
     with Catalogue(database) as catalogue:  # an older, finished scan, so that there is a verdict to go stale
         (data / "late").mkdir()
@@ -369,10 +379,42 @@ def test_headers_of_five_thousand_files_a_second_are_scanned_by_one_core(tmp_pat
     def seconds(attempt: int) -> float:
         with Catalogue(tmp_path / f"{attempt}.sqlite") as catalogue:
             started = time.process_time()
-            assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue, threads=2).used == 1000
+            assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue).used == 1000
             return time.process_time() - started
 
     assert min(map(seconds, range(3))) < 1000 / 5000  # the best of three: what else the machine does is not counted
+
+
+class Waiting(MemoryBackend):
+    """Each file takes a while to answer, and it is remembered which threads asked."""
+
+    def __init__(self, files: dict[str, bytes], seconds: float) -> None:
+        super().__init__(files)
+        self.seconds = seconds
+        self.threads: set[int] = set()
+
+    def open(self, key: str) -> BinaryIO:
+        self.threads.add(threading.get_ident())
+        time.sleep(self.seconds)
+        return super().open(key)
+
+
+def test_many_threads_read_where_files_take_long_to_answer_and_few_where_they_do_not(tmp_path: Path) -> None:
+    files = {f"{index:04}.png": picture(30 + index % 50) for index in range(1500)}
+    files["0700.png"] = files["0020.png"] = b"<html>"
+
+    def scanned(attempt: int, seconds: float) -> tuple[int, list[object]]:
+        store = Waiting(files, seconds)
+        with Catalogue(tmp_path / f"{attempt}.sqlite") as catalogue:
+            scan(store, BY_NAME, catalogue)
+            told: list[object] = [reasons(catalogue), [catalogue.sample(row) for row in catalogue.columns("set").rows.tolist()]]
+        return len(store.threads), told
+
+    far, found = scanned(0, 0.01)
+    near = [scanned(attempt, 0) for attempt in (1, 2, 3)]
+    assert far > 16
+    assert min(threads for threads, _ in near) <= 3  # the best of three: beside other programs a thread waits for its core too
+    assert all(told == found for _, told in near)
 
 
 def test_left_out_files_are_records(catalogue: Catalogue) -> None:

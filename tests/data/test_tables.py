@@ -20,7 +20,7 @@ from helpers.data.buckets import ResolutionRule
 from helpers.data.captions import CaptionRule
 from helpers.data.catalogue import Catalogue
 from helpers.data.sample import Size
-from helpers.data.scan import DatasetRules, ScanResult, scan
+from helpers.data.scan import DatasetRules, ScanOptions, ScanResult, scan
 from helpers.data.table_join import JoinedTable
 from helpers.data.tables import TableRule
 from helpers.errors import DataError, Interrupted, StorageError
@@ -334,7 +334,7 @@ def test_an_image_left_out_for_its_size_is_tried_again_once_the_table_says_anoth
 def test_a_stop_while_a_table_is_read_leaves_the_catalogue_as_it_was(catalogue: Catalogue) -> None:
     store = MemoryBackend(images("a.png", parquet=parquet(ROWS[:1])))
     with pytest.raises(Interrupted):
-        scan(store, rules(BOTH), catalogue, should_stop=lambda: True)
+        scan(store, rules(BOTH), catalogue, ScanOptions(should_stop=lambda: True))
     assert scan(store, rules(BOTH), catalogue).used == 1
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from helpers.storage import local
 from helpers.storage.backend import DataBackend, SourceBackend
 from helpers.storage.local import LocalBackend, LocalSource
 from helpers.storage.memory import MemoryBackend
+from tests.runs.evidence import obey_modes
 
 
 def keys(source: SourceBackend) -> list[str]:
@@ -115,6 +118,29 @@ def test_a_missing_folder_and_a_file_in_its_place_are_told_apart(tmp_path: Path)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="file is not a folder"):
         list(LocalSource(tmp_path / "file").list())
+
+
+def test_a_file_that_vanishes_while_its_folder_is_listed_is_not_there(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    listed = LocalSource(tmp_path).list()
+    first = next(listed)
+    (tmp_path / "b.jpg").unlink()
+    assert [first.key, *(entry.key for entry in listed)] == ["a.jpg", "c.jpg"]
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
+def test_a_folder_that_may_not_be_read_or_not_be_entered_is_named(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "x.jpg").write_bytes(b"")
+    script = "import sys; from helpers.storage.local import LocalSource; list(LocalSource(sys.argv[1]).list())"
+    (tmp_path / "closed").chmod(mode)
+    try:
+        ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], preexec_fn=obey_modes, capture_output=True, text=True)
+    finally:
+        (tmp_path / "closed").chmod(0o755)
+    told = f"DataError: {tmp_path / 'closed'} cannot be listed: Permission denied. Every folder below {tmp_path} must be one"
+    assert told in ended.stderr
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from helpers import registry
+from helpers.assembly import captions_of_pictures
 from helpers.config.config import Config
 from helpers.config.datasets import DatasetConfig
 from helpers.config.saved import read_saved_config
@@ -23,12 +24,11 @@ from helpers.data.conditions import Conditions
 from helpers.data.latents import cuts, latents_facts, latents_key, latents_subject
 from helpers.data.planning import columns_of, rules_of, rules_of_conditions
 from helpers.data.sample import Sample
-from helpers.data.scan import refresh, scan
+from helpers.data.scan import ScanOptions, refresh, scan
 from helpers.data.sources import CachePlace, extra_texts_place, latents_place, open_source, texts_place
 from helpers.data.texts import text_key, text_subject
 from helpers.errors import DataError
 from helpers.families import FAMILIES
-from helpers.training.validation import captions_to_encode, read_prompts
 
 if TYPE_CHECKING:
     from helpers.protocols import ControlledFamily, ModelFamily
@@ -94,7 +94,7 @@ class Present:
                 texts[text_key(caption, self.text_fingerprint, precision)] = text_subject(caption)
         extras = extra_texts_place(config.datasets, config.cache.cache_dir_text, config.cache.cache_dir)
         texts = needed.setdefault(extras.folder, {})
-        for extra in (None, "", *captions_to_encode(read_prompts(config.validation), config.validation)):
+        for extra in (None, "", *captions_of_pictures(config, self.family)):
             texts[text_key(extra, self.text_fingerprint, precision)] = text_subject(extra)
         return needed
 
@@ -168,11 +168,12 @@ def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[
     with tempfile.TemporaryDirectory(prefix="simpletuner-cache-") as folder:
         copy = Path(folder) / CATALOGUE
         _copy(config.cache.cache_dir / CATALOGUE, copy)
+        options = ScanOptions(on_progress=progress)
         with Catalogue(copy) as catalogue:
             for conditions in config.conditioning:
-                refresh(open_source(conditions), rules_of_conditions(conditions, config.datasets), catalogue, on_progress=progress)
+                refresh(open_source(conditions), rules_of_conditions(conditions, config.datasets), catalogue, options)
             for dataset in config.datasets:
-                scan(open_source(dataset), rules_of(dataset, config.run.seed), catalogue, on_progress=progress, undecodable=())
+                scan(open_source(dataset), rules_of(dataset, config.run.seed), catalogue, options, undecodable=())
             planned = plan([columns_of(dataset, catalogue, config.run.seed) for dataset in config.datasets])
             yield Present(config, family, catalogue, planned, image_fingerprint, text_fingerprint)
 
