@@ -10,24 +10,29 @@ import gc
 import os
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from helpers import ranks
 from helpers.assembly import (
-    attached,
+    Beginning,
     begin_report,
-    begun_with,
+    captions_of_pictures,
     chosen_axes,
     data_settings,
-    find_start,
+    find_beginning,
+    go_on_with_changed_data,
     hand_over,
     join_reporters,
     look_at_data,
+    make_learner,
     make_validator,
     of_the_base_model,
     run_identity,
+    say_what_validation_leaves_out,
     settled,
-    text_encoder_stop,
+    subjects_of_pictures,
     total_steps,
     try_on_this_device,
     without_weights,
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from helpers.data.batches import Batch
+    from helpers.data.training_data import TrainingData
     from helpers.protocols import (
         Corrupted,
         ModelFamily,
@@ -62,7 +68,11 @@ if TYPE_CHECKING:
         TextTrainer,
     )
     from helpers.reporting import Reporters
+    from helpers.training.checkpoints import Checkpointer
+    from helpers.training.learner import Learner
+    from helpers.training.live_text import LiveText
     from helpers.training.runtime import Runtime
+    from helpers.training.validation import Validator
 
 MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a finite gradient; fp16 first has to find its loss scale
 
@@ -117,127 +127,147 @@ def train(config: Config, stop: StopRequest, report: Reporters) -> None:
 
 
 def run(config: Config, runtime: Runtime, report: Reporters) -> None:
-    from helpers.data.order import OrderStart
+    """Put the run together, each part refusing at once what it cannot do; then train, and hand over what was learnt."""
     from helpers.data.prepare import prepare_data
-    from helpers.reporting.contact_sheet import write_contact_sheet
     from helpers.training.checkpoints import Checkpointer
-    from helpers.training.ema import Average
-    from helpers.training.engine import Engine
-    from helpers.training.learner import Learner
     from helpers.training.live_text import LiveText
-    from helpers.training.schedules import Schedule
-    from helpers.training.steps import in_order, sample_rows, step_result, timed
 
     if config.run.dataset_report:
         config = without_weights(config, runtime)
-    # Which network, which weights, which loss: each refuses here what it cannot do, before hours of caching.
+    # Which network, which weights, which loss.
     config = of_the_base_model(config, runtime, report)
     family, method, objective = chosen_axes(config)
     for note in family.notes:
         report.chapter("", note)
-    prompts, from_pictures = begun_with(config, family, report)
+    say_what_validation_leaves_out(config, family, report)
     gc.freeze()
     gc.enable()
 
     checkpoints = Checkpointer(config.checkpoints, config.run.output_dir)
-    found, state, accumulation = find_start(checkpoints, config, runtime, report)
+    beginning = find_beginning(checkpoints, config, runtime, report)
     if config.run.dataset_report:
-        return look_at_data(config, runtime, found, state, accumulation, family, report)
-    config = settled(config, runtime, method, state, accumulation)
+        return look_at_data(config, runtime, beginning, family, report)
+    config = settled(config, runtime, method, beginning)
     try_on_this_device(config, runtime, method)
-
     identity = run_identity(config, family, objective)
-    if found:
-        found.require_same_run(identity)
+    if beginning.found:
+        beginning.found.require_same_run(identity)
     else:
         method.try_on(family.load(None))
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
-    settings = data_settings(config, family, runtime, found, state, accumulation, prompts, from_pictures)
+    settings = data_settings(config, family, runtime, beginning, captions_of_pictures(config, family))
     data = prepare_data(config.datasets, settings, family, workers(runtime), report)
-    if found and (changed := found.changed_data(data.fingerprint(like=found.content["data"]), config.data.accept_changed_data)):
-        state.order = OrderStart(state.step, found.content["untouched_epoch"])
-        now = f"epoch {state.order.epoch} begins with step {state.step + 1:,} on what is there now"
-        report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
+    go_on_with_changed_data(config, beginning, data, report)
 
-    runtime.seed("initial weights", state.seed)  # of an adapter: the same on every process
-    trainable = attached(config, runtime, family, method, report)
-    total = total_steps(config, data, accumulation * runtime.world_size, state.order)
-    schedule = Schedule.create(config.schedule, total)
-    if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
-        laid = f"--lr_scheduler={schedule.name} was laid over {planned:,} steps and now is over {total:,}"
-        report.chapter("", f"the learning rate bends: {laid}")
-    text_stop = text_encoder_stop(config, found, total, report)
-    text_rate = (config.text_encoder.text_encoder_lr or config.schedule.learning_rate) / config.schedule.learning_rate
-    engine = Engine(runtime, trainable, config.optimizer, schedule, config.run.gradient_precision, text_rate, text_stop)
+    total = total_steps(config, runtime, data, beginning)
+    learner = make_learner(config, runtime, family, method, beginning, total, report)
+    if runtime.is_main and beginning.found and (left := checkpoints.set_newer_aside(beginning.found.step)):
+        names = ", ".join(path.name for path in left)
+        report.chapter("checkpoint", f"later than {beginning.found.folder.name} and set aside: {names}")
+    trainable, engine, state = learner.trainable, learner.engine, beginning.state
     live = LiveText(cast("TextTrainer", family), trainable, engine) if trainable.text_encoders else None
-    average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
-    learner = Learner(method, trainable, engine, average)
-    if found:
-        learner.restore(found)
-        if runtime.is_main and (left := checkpoints.set_newer_aside(found.step)):
-            report.chapter("checkpoint", f"later than {found.folder.name} and set aside: {', '.join(path.name for path in left)}")
-    validator = make_validator(config, runtime, family, objective, data, prompts, state, live)
-
-    def save() -> None:
-        if runtime.is_main:  # it writes for all: weights, optimiser and average are the same everywhere
-            position = {
-                "state": state.to_json(),
-                "total_steps": total,
-                **({"text_encoder_stop": text_stop} if live else {}),
-                "untouched_epoch": data.untouched_epoch(state.step, state.order),
-                "identity": identity,
-                "data": data.fingerprint(),
-                "undecodable": data.undecodable,
-                "batch": {"gradient_accumulation_steps": accumulation, "processes": runtime.world_size},
-            }
-            report.saved(state.step, checkpoints.save(state.step, learner, position))
-            data.remember_undecodable()
-        runtime.wait_for_everyone()
-
-    def validate() -> None:
-        if runtime.is_main and (validator.due(state.step) or state.step in (0, total)) and validator.missing(state.step):
-            with learner.averaged():
-                images = validator.run(trainable, state.step)
-            write_contact_sheet(validator.folder)
-            report.validated(state.step, images)
-        runtime.wait_for_everyone()
+    validator = make_validator(config, runtime, family, objective, subjects_of_pictures(config, family, data, live), state.seed)
 
     if runtime.is_main:
         join_reporters(config, state, total, report)
     length = f"from step {state.step:,} to {total:,}"
     report.chapter("training", f"{family.facts.title} · {trainable.description} · {length} · {data.describe()}")
-    validate()
-    for batches, waited, began in timed(data.steps(state.step, total, state.order)):
-        rows: list[dict[str, Any]] = []
-        for number, batch in enumerate(batches):
-            runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
-            with engine.micro_batch(last=number == len(batches) - 1):
-                told = live.told(batch, state.step) if live else batch
-                losses, corrupted = train_step(family, objective, engine.denoiser, told, runtime.device)
-                engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, batch.size)
-            if config.data.record_samples:
-                rows += sample_rows(state.step + 1, batch, corrupted, losses)
-        update = engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
-        state.advance(update.taken, MOST_SKIPPED[runtime.mixed_precision], batches[-1].samples, empty=not update.samples)
-        if average is not None and update.taken:
-            average.update(state.updates)
-        if config.data.record_samples:
-            report.sampled(in_order(runtime.gather(rows)))
-        report.stepped(step_result(state, update, batches, began, waited))
-        if (checkpoints.due(state.step) and update.taken) or update.stop_asked or state.step == total:
-            save()
-        if update.stop_asked and state.step < total:
-            data.close()
-            raise Interrupted(f"step {state.step:,} of {total:,} is done and saved; start again to go on.")
-        validate()
-        if config.run.accelerator_cache_clear_interval and state.step % config.run.accelerator_cache_clear_interval == 0:
-            runtime.clear_cache()
-
+    training = Training(config, runtime, report, family, objective, data, learner, live, validator, checkpoints, identity, beginning, total)
+    training.advance()
     if state.skipped_in_a_row == state.step:
         raise TrainingError("Not one step had a finite loss and gradient: nothing was learnt, and nothing is handed over.")
     if runtime.is_main:
         report.finished(state.step, hand_over(config, learner, objective))
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run put together, from its first step in this life to its last."""
+
+    config: Config
+    runtime: Runtime
+    report: Reporters
+    family: ModelFamily
+    objective: Objective
+    data: TrainingData
+    learner: Learner
+    live: LiveText | None  # where text encoders are trained
+    validator: Validator
+    checkpoints: Checkpointer
+    identity: Mapping[str, Any]
+    beginning: Beginning  # its state advances
+    total: int
+
+    def advance(self) -> None:
+        """All that happens, in the order in which it happens. Raises Interrupted, saved, when the run is asked to stop."""
+        from helpers.training.steps import in_order, step_result, timed
+
+        runtime, report, data, state, total = self.runtime, self.report, self.data, self.beginning.state, self.total
+        average, clear_every = self.learner.average, self.config.run.accelerator_cache_clear_interval
+        self.validate()
+        for batches, waited, began in timed(data.steps(state.step, total, state.order)):
+            rows = self.add_gradients(batches)
+            update = self.learner.engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
+            state.advance(update.taken, MOST_SKIPPED[runtime.mixed_precision], batches[-1].samples, empty=not update.samples)
+            if average is not None and update.taken:
+                average.update(state.updates)
+            if self.config.data.record_samples:
+                report.sampled(in_order(runtime.gather(rows)))
+            report.stepped(step_result(state, update, batches, began, waited))
+            if (self.checkpoints.due(state.step) and update.taken) or update.stop_asked or state.step == total:
+                self.save()
+            if update.stop_asked and state.step < total:
+                data.close()
+                raise Interrupted(f"step {state.step:,} of {total:,} is done and saved; start again to go on.")
+            self.validate()
+            if clear_every and state.step % clear_every == 0:
+                runtime.clear_cache()
+
+    def add_gradients(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+        """Forward and backward pass of each micro-batch of a step. => what is recorded of its samples, if it is"""
+        from helpers.training.steps import sample_rows
+
+        runtime, state, engine = self.runtime, self.beginning.state, self.learner.engine
+        rows: list[dict[str, Any]] = []
+        for number, batch in enumerate(batches):
+            runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
+            with engine.micro_batch(last=number == len(batches) - 1):
+                told = self.live.told(batch, state.step) if self.live else batch
+                losses, corrupted = train_step(self.family, self.objective, engine.denoiser, told, runtime.device)
+                engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, batch.size)
+            if self.config.data.record_samples:
+                rows += sample_rows(state.step + 1, batch, corrupted, losses)
+        return rows
+
+    def save(self) -> None:
+        if self.runtime.is_main:  # it writes for all: weights, optimiser and average are the same everywhere
+            data, state = self.data, self.beginning.state
+            position = {
+                "state": state.to_json(),
+                "total_steps": self.total,
+                **({"text_encoder_stop": self.learner.engine.text_stop} if self.live else {}),
+                "untouched_epoch": data.untouched_epoch(state.step, state.order),
+                "identity": self.identity,
+                "data": data.fingerprint(),
+                "undecodable": data.undecodable,
+                "batch": {"gradient_accumulation_steps": self.beginning.accumulation, "processes": self.runtime.world_size},
+            }
+            self.report.saved(state.step, self.checkpoints.save(state.step, self.learner, position))
+            data.remember_undecodable()
+        self.runtime.wait_for_everyone()
+
+    def validate(self) -> None:
+        """Make the pictures of this step that it is to have and that are not there yet."""
+        from helpers.reporting.contact_sheet import write_contact_sheet
+
+        step, validator = self.beginning.state.step, self.validator
+        if self.runtime.is_main and (validator.due(step) or step in (0, self.total)) and validator.missing(step):
+            with self.learner.averaged():
+                images = validator.run(self.learner.trainable, step)
+            write_contact_sheet(validator.folder)
+            self.report.validated(step, images)
+        self.runtime.wait_for_everyone()
 
 
 def train_step(

@@ -9,6 +9,7 @@ import logging
 import math
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,6 @@ from helpers.objectives import OBJECTIVES
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:
-    from helpers.data.order import OrderStart
     from helpers.data.settings import DataSettings
     from helpers.data.training_data import TrainingData
     from helpers.data.workers import Workers
@@ -43,10 +43,20 @@ if TYPE_CHECKING:
     from helpers.training.learner import Learner
     from helpers.training.live_text import LiveText
     from helpers.training.runtime import Runtime
+    from helpers.training.schedules import Schedule
     from helpers.training.state import TrainState
-    from helpers.training.validation import Prompt, Start, Validator
+    from helpers.training.validation import Prompt, Start, Subjects, Validator
 
 SEARCHED_STEPS = 64  # of the first epoch, for pictures that validation begins with; what is drawn from later shows fewer of its own
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where this life of a run begins: anew, or where an earlier one was saved."""
+
+    found: Found | None  # the checkpoint that it goes on from
+    state: TrainState  # of that checkpoint, or of a new run
+    accumulation: int  # micro-batches of each process in a step
 
 
 def chosen_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]:
@@ -62,19 +72,36 @@ def chosen_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]
     return family, method, objective
 
 
-def begun_with(config: Config, family: ModelFamily, report: Reporters) -> tuple[Sequence[Prompt], bool]:
-    """What pictures of validation are made of: prompts, and whether some of them begin with pictures of the data."""
+def begins_with_pictures(config: Config, family: ModelFamily) -> bool:
+    """Whether validation makes pictures from pictures of the data."""
+    return bool(family.refines or config.model.controlnet or config.validation.validation_using_datasets)
+
+
+def prompts_of(config: Config, family: ModelFamily) -> list[Prompt]:
+    """The prompts that validation makes pictures of; none where the family only makes them from pictures."""
     from helpers.training.validation import read_prompts
 
-    prompts = read_prompts(config.validation)
+    return [] if family.refines else read_prompts(config.validation)
+
+
+def captions_of_pictures(config: Config, family: ModelFamily) -> list[str]:
+    """What validation needs of the text encoders beside the captions of the data."""
+    from helpers.training.validation import captions_to_encode
+
+    return captions_to_encode(prompts_of(config, family), config.validation, begins_with_pictures(config, family))
+
+
+def say_what_validation_leaves_out(config: Config, family: ModelFamily, report: Reporters) -> None:
     if family.refines:
         report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
-        prompts = []
-    from_pictures = family.refines or config.model.controlnet or config.validation.validation_using_datasets
     for name in ("num_eval_images", "eval_dataset_id"):
-        if not from_pictures and config.values()[name] != OPTIONS[name].default:
+        if not begins_with_pictures(config, family) and config.values()[name] != OPTIONS[name].default:
             report.chapter("", f"{config.origins[name]} does nothing while validation_using_datasets is off.")
-    return prompts, from_pictures
+
+
+def sampler_kind(config: Config, objective: Objective) -> str:
+    """Diffusers' class of the sampler for pictures, which what is handed over names too, so that it makes them as here."""
+    return objective.samplers[config.validation.validation_noise_scheduler]
 
 
 def require_sampler(config: Config, objective: Objective) -> None:
@@ -97,17 +124,15 @@ def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
     logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
 
 
-def look_at_data(
-    config: Config, runtime: Runtime, found: Found | None, state: TrainState, accumulation: int, family: ModelFamily, report: Reporters
-) -> None:
+def look_at_data(config: Config, runtime: Runtime, beginning: Beginning, family: ModelFamily, report: Reporters) -> None:
     """Scan and plan the data as the run would, and say where to read about it."""
     from helpers.data.prepare import survey_data
     from helpers.data.report import REPORT
     from helpers.reporting.html_report import PAGE
 
-    if config.run.seed <= 0 and not state.step:
+    if config.run.seed <= 0 and not beginning.found:
         report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
-    survey_data(config.datasets, data_settings(config, family, runtime, found, state, accumulation, ()), family, workers(runtime), report)
+    survey_data(config.datasets, data_settings(config, family, runtime, beginning), family, workers(runtime), report)
     report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
 
 
@@ -139,13 +164,13 @@ def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Co
     return config
 
 
-def settled(config: Config, runtime: Runtime, method: TrainingMethod, state: TrainState, accumulation: int) -> Config:
+def settled(config: Config, runtime: Runtime, method: TrainingMethod, beginning: Beginning) -> Config:
     """The settings with what only the running trainer could tell; they are kept in OUTPUT_DIR/config.json."""
-    told = {"seed": state.seed} if config.run.seed <= 0 else {}
+    told = {"seed": beginning.state.seed} if config.run.seed <= 0 else {}
     config = config.replaced("drawn at the start of the run", **told)
-    found_out: dict[str, Any] = {"mixed_precision": runtime.mixed_precision, "gradient_accumulation_steps": accumulation}
+    found_out: dict[str, Any] = {"mixed_precision": runtime.mixed_precision, "gradient_accumulation_steps": beginning.accumulation}
     if config.schedule.lr_scale:
-        samples = config.data.train_batch_size * accumulation * runtime.world_size
+        samples = config.data.train_batch_size * beginning.accumulation * runtime.world_size
         found_out["learning_rate"] = config.schedule.learning_rate * samples
     if config.optimizer.optimizer == "auto":
         found_out["optimizer"] = method.default_optimizer(runtime.mixed_precision)
@@ -210,8 +235,8 @@ def join_reporters(config: Config, state: TrainState, total: int, report: Report
     report.started(config.values(), total)
 
 
-def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, report: Reporters) -> tuple[Found | None, TrainState, int]:
-    """The checkpoint to go on from, the state there (or of a new run), and the micro-batches of each process in a step."""
+def find_beginning(checkpoints: Checkpointer, config: Config, runtime: Runtime, report: Reporters) -> Beginning:
+    """The checkpoint to go on from, or a new run with its seed. Raises CheckpointError where neither may be."""
     from helpers.training.state import TrainState, settle_accumulation
 
     if runtime.is_main:
@@ -221,27 +246,25 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
     asked = config.run.gradient_accumulation_steps
     if found is None:
         seed = config.run.seed if config.run.seed > 0 else runtime.gather(1 + secrets.randbelow(2**31))[0]
-        return None, TrainState(seed), asked
+        return Beginning(None, TrainState(seed), asked)
     report.chapter("checkpoint", f"going on from {found.folder.name}")
     accumulation, note = settle_accumulation(found.content["batch"], asked, runtime.world_size, found.folder.name)
     if note:
         report.chapter("", note)
-    return found, TrainState.from_json(found.content["state"]), accumulation
+    return Beginning(found, TrainState.from_json(found.content["state"]), accumulation)
 
 
 def data_settings(
     config: Config,
     family: ModelFamily,
     runtime: Runtime,
-    found: Found | None,
-    state: TrainState,
-    accumulation: int,
-    prompts: Sequence[Prompt],
-    from_pictures: bool = False,
+    beginning: Beginning,
+    captions: Sequence[str] = (),
 ) -> DataSettings:
+    """`captions` are encoded beside those of the data."""
     from helpers.data.settings import DataSettings
-    from helpers.training.validation import captions_to_encode
 
+    found, state = beginning.found, beginning.state
     return DataSettings(
         output_dir=config.run.output_dir,
         cache_dir=config.cache.cache_dir,
@@ -253,13 +276,13 @@ def data_settings(
         step=state.step,
         order=state.order,
         undecodable=found.content["undecodable"] if found else None,
-        accumulation=accumulation,
+        accumulation=beginning.accumulation,
         caption_dropout=config.data.caption_dropout_probability,
         encoders_apart=cast("EncodersApart", family).encoders_apart if family.facts.encoders_apart else (),
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
         live_text=config.text_encoder.train_text_encoder,
-        extra_captions=captions_to_encode(prompts, config.validation, from_pictures),
+        extra_captions=captions,
     )
 
 
@@ -326,53 +349,102 @@ def text_encoder_stop(config: Config, found: Found | None, total: int, report: R
     return stop
 
 
-def total_steps(config: Config, data: TrainingData, micro_batches_per_step: int, order: OrderStart) -> int:
+def go_on_with_changed_data(config: Config, beginning: Beginning, data: TrainingData, report: Reporters) -> None:
+    """Where the data is not what the checkpoint was trained on and that is accepted, the next untouched epoch begins on what is there now.
+
+    Raises CheckpointError where it is not accepted.
+    """
+    from helpers.data.order import OrderStart
+
+    found, state = beginning.found, beginning.state
+    if found is None:
+        return
+    if changed := found.changed_data(data.fingerprint(like=found.content["data"]), config.data.accept_changed_data):
+        state.order = OrderStart(state.step, found.content["untouched_epoch"])
+        now = f"epoch {state.order.epoch} begins with step {state.step + 1:,} on what is there now"
+        report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
+
+
+def total_steps(config: Config, runtime: Runtime, data: TrainingData, beginning: Beginning) -> int:
+    """The step that the run ends with: as was asked, or with the last sample of its last epoch."""
     if config.run.max_train_steps:
         return config.run.max_train_steps
+    order = beginning.state.order
     end = max(config.run.num_train_epochs, order.epoch)
     left = data.micro_batches(order.epoch, end)  # on the present data
-    return order.step + math.ceil(left / micro_batches_per_step)
+    return order.step + math.ceil(left / (beginning.accumulation * runtime.world_size))
 
 
-def make_validator(
+def make_schedule(config: Config, beginning: Beginning, total: int, report: Reporters) -> Schedule:
+    from helpers.training.schedules import Schedule
+
+    schedule = Schedule.create(config.schedule, total)
+    found = beginning.found
+    if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
+        laid = f"--lr_scheduler={schedule.name} was laid over {planned:,} steps and now is over {total:,}"
+        report.chapter("", f"the learning rate bends: {laid}")
+    return schedule
+
+
+def make_learner(
     config: Config,
     runtime: Runtime,
     family: ModelFamily,
-    objective: Objective,
-    data: TrainingData,
-    prompts: Sequence[Prompt],
-    state: TrainState,
-    live: LiveText | None,
-) -> Validator:
-    from helpers.training.validation import Validator, after_the_first, parse_sizes
+    method: TrainingMethod,
+    beginning: Beginning,
+    total: int,
+    report: Reporters,
+) -> Learner:
+    """What moves, with its optimiser and its average, as it was when the run was last saved."""
+    from helpers.training.ema import Average
+    from helpers.training.engine import Engine
+    from helpers.training.learner import Learner
 
-    starts = {}
-    if family.refines or config.model.controlnet or config.validation.validation_using_datasets:
-        starts = pictures_of_the_data(config, data)
+    runtime.seed("initial weights", beginning.state.seed)  # of an adapter: the same on every process
+    trainable = attached(config, runtime, family, method, report)
+    schedule = make_schedule(config, beginning, total, report)
+    stop = text_encoder_stop(config, beginning.found, total, report)
+    rate = (config.text_encoder.text_encoder_lr or config.schedule.learning_rate) / config.schedule.learning_rate
+    engine = Engine(runtime, trainable, config.optimizer, schedule, config.run.gradient_precision, rate, stop)
+    average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
+    learner = Learner(method, trainable, engine, average)
+    if beginning.found:
+        learner.restore(beginning.found)
+    return learner
+
+
+def make_validator(config: Config, runtime: Runtime, family: ModelFamily, objective: Objective, subjects: Subjects, seed: int) -> Validator:
+    from helpers.families.samplers import sampler
+    from helpers.training.validation import FOLDER, Validator
+
+    kind, spacing = sampler_kind(config, objective), config.objective.inference_scheduler_timestep_spacing
+    return Validator(
+        config.validation,
+        family,
+        runtime,
+        subjects,
+        lambda: sampler(kind, objective.scheduler_config, spacing),
+        config.run.output_dir / FOLDER,
+        seed,
+    )
+
+
+def subjects_of_pictures(config: Config, family: ModelFamily, data: TrainingData, live: LiveText | None) -> Subjects:
+    """What validation makes pictures of. With trained text encoders, they are told of it by these as they then are."""
+    from helpers.training.validation import Subjects, after_the_first, parse_sizes
+
+    prompts = prompts_of(config, family)
+    starts = pictures_of_the_data(config, data) if begins_with_pictures(config, family) else {}
     if config.model.controlnet:
         starts, prompts = after_the_first(starts, prompts), []
-    sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.alignment)
-    spacing = config.objective.inference_scheduler_timestep_spacing
 
     def text(caption: str | None) -> TextTensors:
         if live:
             return live.of(caption or None)
         return data.text(caption) if caption else data.unconditional
 
-    return Validator(
-        config.validation,
-        spacing,
-        family,
-        objective,
-        runtime,
-        [*prompts, *starts],
-        sizes,
-        text,
-        config.run.output_dir,
-        state.seed,
-        starts,
-        config.objective.refiner_training_strength,
-    )
+    sizes = parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.alignment)
+    return Subjects([*prompts, *starts], sizes, text, starts, config.objective.refiner_training_strength)
 
 
 def pictures_of_the_data(config: Config, data: TrainingData) -> dict[Prompt, Start]:
@@ -396,8 +468,6 @@ def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Pa
     from helpers.training import validation
 
     folder = config.run.output_dir
-    # Exported with the weights, so that pictures come out as here.
-    sampler = objective.samplers[config.validation.validation_noise_scheduler]
-    weights = learner.export(folder, {**objective.scheduler_config, "_class_name": sampler})
+    weights = learner.export(folder, {**objective.scheduler_config, "_class_name": sampler_kind(config, objective)})
     worth_a_look = (write_loss_curve(folder), folder / validation.FOLDER / SHEET, folder / PAGE)
     return [*weights, *(path for path in worth_a_look if path and path.exists())]

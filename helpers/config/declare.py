@@ -9,9 +9,9 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from helpers.config.suggest import did_you_mean
 
@@ -23,91 +23,52 @@ _URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 @dataclass(frozen=True)
 class Declared:
-    """What `option(...)` was told. `Option` adds what the field itself says."""
+    """What an option's declaration says. `Option` adds what the field itself says: its name, which is the flag's, and its type.
+
+    A path whose real default depends on other settings has `default=None` and `default_text`; `settle` fills it in.
+    """
 
     default: Any
     help: str
-    env: tuple[str, ...] | None  # None: the field's name in capitals; (): a flag only
-    choices: tuple[str, ...]
-    also: tuple[str, ...]  # further choices, too many to list beside the usual ones
-    refused: Mapping[str, str]  # names that might be tried -> why they cannot be a choice
-    spelt: Mapping[str, str]  # other spellings of choices -> the choice
-    at_least: float | None
-    above: float | None
-    at_most: float | None
-    not_yet: bool
-    later: tuple[str, ...]  # choices that are named but not available yet
-    means: tuple[str, str] | None  # (option, value): this switch is another way to say it
-    choices_mean: Mapping[str, Mapping[str, str]]  # choices that are another way to say several options, this one among them
-    does_nothing: str  # why an accepted option has no effect
-    default_text: str  # the default in words, where it depends on other settings
-    aliases: tuple[str, ...]  # other spellings of a key in the dataloader JSON
-    inherits: str  # the option that a data set falls back to
-    secret: bool
-    each: Callable[[Any], Any]  # reads an element of a list in the dataloader JSON; ValueError says what is wrong with it
-    may_be_empty: bool  # an empty variable is a value, not the absence of one
-    one_or_many: bool  # in the dataloader JSON, a text stands for a list of one
-    of_type: str  # the only `type` of data set that has this key; "" for all
+    _: KW_ONLY
+    env: str | tuple[str, ...] | None = None  # historic variables, accepted beside the field's name in capitals; (): a flag only
+    choices: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()  # further choices, too many to list beside the usual ones
+    refused: Mapping[str, str] = field(default_factory=dict)  # names that might be tried -> why they cannot be a choice
+    spelt: Mapping[str, str] = field(default_factory=dict)  # other spellings of choices -> the choice
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    not_yet: bool = False
+    later: tuple[str, ...] = ()  # choices that are named but not available yet
+    means: tuple[str, str] | None = None  # (option, value): this switch is another way to say it
+    # Choices that are another way to say several options, this one among them.
+    choices_mean: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    does_nothing: str = ""  # why an accepted option has no effect
+    default_text: str = ""  # the default in words, where it depends on other settings
+    aliases: tuple[str, ...] = ()  # other spellings of a key in the dataloader JSON
+    inherits: str = ""  # the option that a data set falls back to
+    secret: bool = False
+    each: Callable[[Any], Any] = str  # reads an element of a list in the dataloader JSON; ValueError says what is wrong with it
+    may_be_empty: bool = False  # an empty variable is a value, not the absence of one
+    one_or_many: bool = False  # in the dataloader JSON, a text stands for a list of one
+    of_type: str = ""  # the only `type` of data set that has this key; "" for all
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    env: str | tuple[str, ...] | None = None,
-    choices: tuple[str, ...] = (),
-    also: tuple[str, ...] = (),
-    refused: Mapping[str, str] | None = None,
-    spelt: Mapping[str, str] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    not_yet: bool = False,
-    later: tuple[str, ...] = (),
-    means: tuple[str, str] | None = None,
-    choices_mean: Mapping[str, Mapping[str, str]] | None = None,
-    does_nothing: str = "",
-    default_text: str = "",
-    aliases: tuple[str, ...] = (),
-    inherits: str = "",
-    secret: bool = False,
-    each: Callable[[Any], Any] = str,
-    may_be_empty: bool = False,
-    one_or_many: bool = False,
-    of_type: str = "",
-) -> Any:
-    """Declare one option; see `Declared` for the words. The flag has the field's name, and its type is the annotation.
+P = ParamSpec("P")
 
-    `env` names historic variables, which are accepted beside the field's name in capitals; `env=()` makes a flag only.
-    A path whose real default depends on other settings has `default=None` and `default_text`; `settle` fills it in.
-    """
-    names = (env,) if isinstance(env, str) else env
-    declared = Declared(
-        default=default,
-        help=help,
-        env=names,
-        choices=choices,
-        also=also,
-        refused=refused or {},
-        spelt=spelt or {},
-        at_least=at_least,
-        above=above,
-        at_most=at_most,
-        not_yet=not_yet,
-        later=later,
-        means=means,
-        choices_mean=choices_mean or {},
-        does_nothing=does_nothing,
-        default_text=default_text,
-        aliases=aliases,
-        inherits=inherits,
-        secret=secret,
-        each=each,
-        may_be_empty=may_be_empty,
-        one_or_many=one_or_many,
-        of_type=of_type,
-    )
-    return dataclasses.field(default=default, repr=not secret, metadata={_METADATA: declared})
+
+def _as_field(declare: Callable[P, Declared]) -> Callable[P, Any]:
+    """The same call, giving the dataclass field that holds what was declared."""
+
+    def declared_field(*args: P.args, **words: P.kwargs) -> Any:
+        told = declare(*args, **words)
+        return field(default=told.default, repr=not told.secret, metadata={_METADATA: told})
+
+    return declared_field
+
+
+option = _as_field(Declared)  # in a section: `seed: int = option(1, "What it does.", at_least=0)`
 
 
 @dataclass(frozen=True)
@@ -128,7 +89,8 @@ class Option(Declared):
         """The variables that set it, the preferred one first."""
         if self.env == ():
             return ()
-        return tuple(dict.fromkeys((*(self.env or ()), self.name.upper())))
+        historic = (self.env,) if isinstance(self.env, str) else self.env or ()
+        return tuple(dict.fromkeys((*historic, self.name.upper())))
 
     def meaning(self, value: Any) -> Mapping[str, str]:
         """What a value says of options, by their names, where it is another way to say that; else nothing."""
@@ -227,15 +189,15 @@ def options_of(section: type) -> tuple[Option, ...]:
 def _options_of(section: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(section)
     return tuple(
-        Option(**_told(field), name=field.name, section=section.__name__, **_kind(hints[field.name]))
-        for field in dataclasses.fields(section)
-        if _METADATA in field.metadata
+        Option(**_told(item), name=item.name, section=section.__name__, **_kind(hints[item.name]))
+        for item in dataclasses.fields(section)
+        if _METADATA in item.metadata
     )
 
 
-def _told(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    declared = field.metadata[_METADATA]
-    return {item.name: getattr(declared, item.name) for item in dataclasses.fields(declared)}
+def _told(item: dataclasses.Field[Any]) -> dict[str, Any]:
+    declared = item.metadata[_METADATA]
+    return {word.name: getattr(declared, word.name) for word in dataclasses.fields(declared)}
 
 
 def _kind(hint: Any) -> dict[str, Any]:

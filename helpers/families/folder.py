@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """How a component is built, by its JSON file, and by its class where the file leaves something out.
+
+    Files of the first models name what their class did not have yet: the VAEs of Stable Diffusion 1 no scaling factor, their schedulers
+    no prediction type. What the classes of diffusers and transformers then take is what these models were trained with.
+    Raises ModelError naming the file when it is missing or broken.
+    """
+    settings = read_json(path)
+    return {**_defaults(settings), **settings}
+
+
+def _defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    import diffusers
+    from transformers import CONFIG_MAPPING
+
+    if (model_type := settings.get("model_type")) in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type]().to_dict()
+    kind = getattr(diffusers, str(settings.get("_class_name")).removeprefix("Flax"), None)  # many were written by Flax's classes
+    if not isinstance(kind, type):
+        return {}
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
 def require_components(folder: Path, components: Sequence[str], variant: str | None = None, needs_weights: bool = True) -> None:
     """Refuse a folder that lacks a part of the model, before hours are spent on the other parts."""
     missing = [name for name in components if not (folder / name).is_dir()]
@@ -171,17 +196,41 @@ def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant:
     try:
         if variant and any((folder / subfolder).glob(f"*.{variant}*.safetensors")):
             arguments["variant"] = variant
-        return _aligned(kind.from_pretrained(folder, **arguments))
+        module, found = kind.from_pretrained(folder, output_loading_info=True, **arguments)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / subfolder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    _refuse_missing(folder / subfolder, found["missing_keys"])  # the libraries make up weights for these, and hardly mention it
+    return _aligned(module)
 
 
-def outline(kind: Any, config: Mapping[str, Any]) -> Any:
-    """A module of diffusers without weights: names, shapes and kinds of its layers, for next to nothing."""
+def outline(kind: Any, component: Path, variant: str | None) -> Any:
+    """A module of diffusers without weights: names, shapes and kinds of its layers, for next to nothing.
+
+    Raises ModelError where the files of its weights, if there are any, have others. Only their headers are read.
+    """
     import torch
+    from safetensors import safe_open
 
     with torch.device("meta"):
-        return kind.from_config(dict(config))
+        module = kind.from_config(read_settings(component / "config.json"))
+    held: dict[str, list[int]] = {}
+    for path in weight_files(component, variant):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                held |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
+    wanted = module.state_dict()
+    if held:
+        _refuse_missing(component, wanted.keys() - held.keys())
+    for name in sorted(wanted.keys() & held.keys()):
+        if (shape := list(wanted[name].shape)) != held[name]:
+            raise ModelError(f"The weights in {component} are not of its config.json, which makes {name} {shape} and not {held[name]}.")
+    return module
+
+
+def _refuse_missing(component: Path, names: Iterable[str]) -> None:
+    if missing := sorted(names):
+        few = ", ".join(missing[:2]) + (f" and {len(missing) - 2:,} more" if len(missing) > 2 else "")
+        raise ModelError(f"The weights in {component} lack what its config.json asks for ({few}): fetch the model again.")
 
 
 def _aligned(module: Any) -> Any:

@@ -9,7 +9,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,7 @@ from PIL import Image
 from helpers.data.masked import without_padding
 from helpers.data.sample import Size
 from helpers.errors import ConfigError
-from helpers.families.samplers import sampler
-from helpers.protocols import ImageCodec, ModelFamily, Objective, TextTensors, Trainable, ValidationImage
+from helpers.protocols import ImageCodec, ModelFamily, TextTensors, Trainable, ValidationImage
 from helpers.storage.atomic import write_file
 from helpers.training.prompt_library import PROMPTS
 from helpers.training.runtime import Runtime, undisturbed
@@ -51,6 +50,17 @@ class Start:
     latents: torch.Tensor  # (C, h, w)
     text: TextTensors | None
     condition: torch.Tensor | None = None  # (3, H, W) in [0, 1] or latents (C, h, w)
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What the pictures of a run are of, the same at every step."""
+
+    prompts: Sequence[Prompt]
+    sizes: Sequence[Size]  # of pictures that begin with noise alone
+    text: Callable[[str | None], TextTensors]  # what the network is told of a prompt, None being the unconditional
+    starts: Mapping[Prompt, Start] = field(default_factory=dict)
+    strength: float = 1.0  # how much of the schedule pictures go back to that begin with pictures
 
 
 def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) -> dict[Prompt, Start]:
@@ -136,37 +146,27 @@ def _size(text: str, alignment: int) -> Size:
 class Validator:
     """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
 
-    A picture begins with noise, or with a picture of the data where `starts` has one for its prompt; then `strength` says how much of
-    the schedule it goes back to, for families that can. Where that picture has a condition, this one begins with noise and follows the
-    condition, which the file shows to the left of it. Training is bit-identical whether pictures were made or not.
+    A picture begins with noise, or with a picture of the data where its prompt has a start, for families that can. Where that start has
+    a condition, the picture begins with noise and follows the condition, which the file shows to the left of it. `new_sampler` makes
+    diffusers' scheduler for one picture. Training is bit-identical whether pictures were made or not.
     """
 
     def __init__(
         self,
         options: ValidationOptions,
-        timestep_spacing: str,
         family: ModelFamily,
-        objective: Objective,
         runtime: Runtime,
-        prompts: Sequence[Prompt],
-        sizes: Sequence[Size],
-        text: Callable[[str | None], TextTensors],
-        output_dir: Path,
+        subjects: Subjects,
+        new_sampler: Callable[[], Any],
+        folder: Path,
         seed: int,
-        starts: Mapping[Prompt, Start] | None = None,
-        strength: float = 1.0,
     ) -> None:
         self.options = options
-        self.timestep_spacing = timestep_spacing
         self.family = family
-        self.objective = objective
         self.runtime = runtime
-        self.prompts = prompts
-        self.sizes = sizes
-        self.text = text
-        self.starts = starts or {}
-        self.strength = strength
-        self.folder = output_dir / FOLDER
+        self.subjects = subjects
+        self.new_sampler = new_sampler
+        self.folder = folder
         self.seed = options.validation_seed if options.validation_seed is not None else seed
         self._compiled: Any = None
 
@@ -192,35 +192,20 @@ class Validator:
         return images
 
     def _wanted(self) -> Iterator[tuple[Prompt, Size, int]]:
-        for prompt in self.prompts:
+        for prompt in self.subjects.prompts:
             yield from itertools.product([prompt], self._sizes(prompt), range(self.options.num_validation_images))
 
     def _sizes(self, prompt: Prompt) -> Sequence[Size]:
-        if prompt not in self.starts:
-            return self.sizes
-        height, width = (side * self.family.latents.downsampling for side in self.starts[prompt].latents.shape[1:])
+        start = self.subjects.starts.get(prompt)
+        if start is None:
+            return self.subjects.sizes
+        height, width = (side * self.family.latents.downsampling for side in start.latents.shape[1:])
         return [Size(width, height)]
 
     def _latents(self, trainable: Trainable, prompt: Prompt, size: Size, index: int) -> torch.Tensor:
         options = self.options
-        kind = self.objective.samplers[options.validation_noise_scheduler]
-        schedule = sampler(kind, self.objective.scheduler_config, self.timestep_spacing)
-        start = self.starts.get(prompt)
-        follows = start is not None and start.condition is not None
-        make = self.family.img2img_pipeline if start and not follows and not self.family.refines else self.family.pipeline
-        pipeline = make(self._network(trainable), schedule)
-        pipeline.set_progress_bar_config(disable=True)
-        negative = self.text(options.validation_negative_prompt if prompt.text else None)
-        text = start.text if start and start.text is not None else self.text(prompt.text)
-        arguments = self.family.prompt_arguments(text, negative)
-        steps = options.validation_num_inference_steps
-        if start and start.condition is None:
-            arguments |= self.family.begin_with(start.latents.unsqueeze(0), steps, self.strength)
-        else:
-            arguments |= {"width": size.width, "height": size.height, "num_inference_steps": steps}
-        if start and start.condition is not None:
-            condition = start.condition.unsqueeze(0).to(self.runtime.device)
-            arguments[trainable.denoiser.argument] = trainable.denoiser.prepared(condition)
+        pipeline = self._pipeline(trainable, self.subjects.starts.get(prompt))
+        arguments = self._told(trainable, prompt, size)
         seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
         with self.runtime.accelerator.autocast():  # a network alone does so by itself, one with a ControlNet is asked in two parts
             return pipeline(
@@ -231,9 +216,30 @@ class Validator:
                 output_type="latent",
             ).images
 
+    def _pipeline(self, trainable: Trainable, start: Start | None) -> Any:
+        from_picture = start is not None and start.condition is None and not self.family.refines
+        make = self.family.img2img_pipeline if from_picture else self.family.pipeline
+        pipeline = make(self._network(trainable), self.new_sampler())
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _told(self, trainable: Trainable, prompt: Prompt, size: Size) -> dict[str, Any]:
+        """The pipeline's arguments for one picture: its words, and what it begins with or follows."""
+        start, steps = self.subjects.starts.get(prompt), self.options.validation_num_inference_steps
+        negative = self.subjects.text(self.options.validation_negative_prompt if prompt.text else None)
+        text = start.text if start and start.text is not None else self.subjects.text(prompt.text)
+        arguments = self.family.prompt_arguments(text, negative)
+        if start and start.condition is None:
+            return arguments | self.family.begin_with(start.latents.unsqueeze(0), steps, self.subjects.strength)
+        arguments |= {"width": size.width, "height": size.height, "num_inference_steps": steps}
+        if start and start.condition is not None:
+            condition = start.condition.unsqueeze(0).to(self.runtime.device)
+            arguments[trainable.denoiser.argument] = trainable.denoiser.prepared(condition)
+        return arguments
+
     def _shown_condition(self, prompt: Prompt, codec: ImageCodec) -> list[torch.Tensor]:
         """The condition that a picture follows as pixels (1, 3, H, W) in [-1, 1], if it does."""
-        start = self.starts.get(prompt)
+        start = self.subjects.starts.get(prompt)
         if start is None or start.condition is None:
             return []
         condition = start.condition.unsqueeze(0).cpu()

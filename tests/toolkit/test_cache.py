@@ -322,6 +322,14 @@ def test_records_of_pictures_that_are_gone_go_and_the_rest_reads_the_same(run: R
     assert run.tool("gc")[1].startswith("0 records")
 
 
+def test_the_negative_prompt_of_pictures_that_begin_with_pictures_stays(run: Run) -> None:
+    """Validation from pictures of the data asks for the negative prompt, even where there is no prompt."""
+    (run.pictures / "a_red_circle_02.png").unlink()
+    assert "\n2 records," in run.tool("gc")[1]  # its latents, and its caption
+    run.change_settings(validation_using_datasets=True, validation_negative_prompt="a red circle 02")
+    assert "\n1 records," in run.tool("gc")[1]
+
+
 def record(run: Run, name: str) -> list[float]:
     """The latents of a picture."""
     code, said = run.tool("why", name)

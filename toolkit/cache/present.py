@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from helpers import registry
+from helpers.assembly import captions_of_pictures
 from helpers.config.config import Config
 from helpers.config.datasets import DatasetConfig
 from helpers.config.saved import read_saved_config
@@ -28,7 +29,6 @@ from helpers.data.sources import CachePlace, extra_texts_place, latents_place, o
 from helpers.data.texts import text_key, text_subject
 from helpers.errors import DataError
 from helpers.families import FAMILIES
-from helpers.training.validation import captions_to_encode, read_prompts
 
 if TYPE_CHECKING:
     from helpers.protocols import ControlledFamily, ModelFamily
@@ -94,7 +94,7 @@ class Present:
                 texts[text_key(caption, self.text_fingerprint, precision)] = text_subject(caption)
         extras = extra_texts_place(config.datasets, config.cache.cache_dir_text, config.cache.cache_dir)
         texts = needed.setdefault(extras.folder, {})
-        for extra in (None, "", *captions_to_encode(read_prompts(config.validation), config.validation)):
+        for extra in (None, "", *captions_of_pictures(config, self.family)):
             texts[text_key(extra, self.text_fingerprint, precision)] = text_subject(extra)
         return needed
 
