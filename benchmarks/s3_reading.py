@@ -31,6 +31,7 @@ from helpers.data.training_data import MICRO_BATCHES_AT_ONCE
 from helpers.storage.s3 import READS_AT_ONCE, S3Backend, S3Source
 from helpers.storage.s3_address import S3Address
 from tests.storage.s3_server import KEY, SECRET, S3Server, s3_server
+from toolkit.cache.view import CacheView
 
 LEAST = 0.9  # of the bare pool
 FILE_BYTES = 30_000
@@ -89,7 +90,8 @@ class Records:
                     writer.seal()  # small shards: the server takes a whole object apart for each part of it that is asked for
         self.places = self.cache.find(self.keys)
         self.bucket = bucket
-        self.shards = {number: name for number, name, _ in self.cache._shards()}
+        with CacheView(folder) as view:
+            self.shards = {shard.number: shard.name for shard in view.shards()}
         self.client = _client(url, MICRO_BATCHES_AT_ONCE)
         self._get(0)
 

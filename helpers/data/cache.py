@@ -1,8 +1,7 @@
-"""Tensors under a key, in sealed shards with a SQLite index. What has no row in the index does not exist.
+"""Tensors under a key, in sealed shards with an index. What the index does not know does not exist.
 
-Several processes may read and write one cache: each writer fills shards of its own, and a shard enters the index in one commit
-after it is durable. A killed process loses its open shard and nothing else. Processes must share the machine: SQLite's
-write-ahead log is not for network file systems used by several machines.
+Several processes of one machine may read and write one cache: each writer fills shards of its own, and a shard enters the index in one
+commit after it is durable. A killed process loses its open shard and nothing else.
 
 The first record of a key stays. Two identical images are encoded beside different neighbours and differ in the last bits, and which
 of them a run trains on must not depend on when it was killed. To replace a record, discard it first.
@@ -15,20 +14,18 @@ import hashlib
 import json
 import os
 import re
-import sqlite3
 import threading
 import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from helpers.data.cache_index import CacheIndex, Locations, Shard
 from helpers.data.remote_shards import RemoteShards
 from helpers.data.shards import (
     SUFFIX,
@@ -45,28 +42,11 @@ from helpers.data.shards import (
 )
 from helpers.errors import DataError, StorageError
 
-INDEX = "index.sqlite"
 IN_USE = ".in-use"  # locked by everybody who has the cache open
 SHARD_BYTES = 64 * 2**20
 SEAL_AFTER_SECONDS = 30.0  # unless the writer is told otherwise
 SHARD_NAME = re.compile(rf"\d{{20}}-\d+-\d+-\d+{re.escape(SUFFIX)}({re.escape(UNSEALED)})?")
 _MAPPED_SHARDS = 4096  # kept mapped at a time; the kernel allows a process 65,530 mappings
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS shards (number INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, size INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS layouts (number INTEGER PRIMARY KEY, layout TEXT UNIQUE NOT NULL);
-CREATE TABLE IF NOT EXISTS records (key BLOB PRIMARY KEY, shard INTEGER NOT NULL, layout INTEGER NOT NULL,
-    offset INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS origins (subject TEXT PRIMARY KEY, facts TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS marks (mark TEXT NOT NULL);
-INSERT INTO marks SELECT hex(randomblob(8)) WHERE NOT EXISTS (SELECT 1 FROM marks);
-"""
-
-_NEW_MARK = "UPDATE marks SET mark = hex(randomblob(8))"
-
-# Where a record lies; `shard` is 0 where there is none. Packed, for a plan of millions of rows.
-LOCATION = np.dtype([("shard", "i4"), ("layout", "i4"), ("offset", "i8"), ("size", "i8"), ("crc", "u4")])
-Locations = NDArray[np.void]
 
 
 class DamagedRecordError(Exception):
@@ -90,28 +70,27 @@ class Cache:
         self.remote = remote
         self.notes: list[str] = []
         self.given_up = False
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._maps: dict[int, memoryview] = {}
-        self._layouts: dict[int, str] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{folder}: the cache folder cannot be made: {error.strerror}.") from error
         self._use = self._hold()
-        self._index = self._open_index()
-        known = self._shards()
+        self._index = CacheIndex(folder)
+        if self._index.note:
+            self.notes.append(self._index.note)
+        self._index.note_store(remote.store.name if remote is not None else "")
+        known = self._index.shards()
         stored = remote.listed() if remote is not None else {}  # after the index: what that knew has been uploaded
-        self._drop_rows_of_lost_shards(known, stored)
+        self._drop_lost_shards(known, stored)
         self._take_in_strays(stored)
         if remote is not None:
             self._take_in_stored(remote, stored)
 
     def find(self, keys: Iterable[bytes]) -> Locations:
         """Where the records of the keys lie, in their order; field "shard" is 0 where a key has none."""
-        with self._using_index() as index:
-            query = "SELECT shard, layout, offset, size, crc FROM records WHERE key = ?"
-            rows = [index.execute(query, (key,)).fetchone() or (0, 0, 0, 0, 0) for key in keys]
-        return np.array(rows, dtype=LOCATION)
+        return self._index.find(keys)
 
     def read(self, location: np.void) -> dict[str, Tensor]:
         """The tensors of a record, as copies. DamagedRecordError when they are not what was written."""
@@ -122,8 +101,8 @@ class Cache:
             copied = self._payload_of_copy(self.remote, shard, offset, size, crc)
             payload = self._payload_stored(self.remote, shard, offset, size, crc) if copied is None else copied
         if zlib.crc32(payload) != crc:
-            raise DamagedRecordError(f"{self._shard_path(shard)[0]}: a record has changed since it was written")
-        return unpack(self._layout(layout), payload)
+            raise DamagedRecordError(f"{self.folder / self._shard(shard).name}: a record has changed since it was written")
+        return unpack(self._index.layout(layout), payload)
 
     def get(self, key: bytes) -> dict[str, Tensor] | None:
         """The tensors under a key, or None. DamagedRecordError when they are not what was written."""
@@ -132,25 +111,20 @@ class Cache:
 
     def discard(self, key: bytes) -> None:
         """Make a key missing, so that it is made again."""
-        with self._using_index() as index:
-            index.execute(_NEW_MARK)  # first: whoever is killed between the two looks everything up once more
-            index.execute("DELETE FROM records WHERE key = ?", (key,))
+        self._index.discard(key)
 
     def mark(self) -> str:
         """A word that stays the same as long as every record stays where it is; adding records does not change it."""
-        with self._using_index() as index:
-            return index.execute("SELECT mark FROM marks").fetchone()[0]
+        return self._index.mark()
 
     def changed_fact(self, subject: str, facts: Mapping[str, str]) -> str:
         """Why the record of a subject is missing: the first fact that differs from when it was last written.
 
         "new" where nothing is known of the subject, "lost" where nothing differs.
         """
-        with self._using_index() as index:
-            row = index.execute("SELECT facts FROM origins WHERE subject = ?", (subject,)).fetchone()
-        if row is None:
+        earlier = self._index.origin(subject)
+        if earlier is None:
             return "new"
-        earlier = json.loads(row[0])
         return next((name for name, value in facts.items() if earlier.get(name) != value), "lost")
 
     def give_up(self) -> None:
@@ -158,8 +132,8 @@ class Cache:
         self.given_up = True
 
     def close(self) -> None:
+        self._index.close()
         with self._lock:
-            self._index.close()
             self._maps.clear()
             self._use.close()
             if self.remote is not None:
@@ -179,51 +153,26 @@ class Cache:
 
         What stays is durable in a new shard before the old one goes. Of it, records that no longer read as they were written go too.
         """
-        with self._using_index() as index:
-            (shard,) = index.execute("SELECT number FROM shards WHERE name = ?", (name,)).fetchone()
+        shard = self._index.named(name)
+        assert shard is not None, name
         kept = [record for record in self._packed(shard) if record.key in keys and zlib.crc32(record.payload) == record.crc]
         if kept:
             path = self.folder / f"{time.time_ns():020d}-0-{os.getpid()}-0{SUFFIX}"
             with sealed_shard(path, kept) as placed:
-                self._replace(shard, path, placed)
+                self._index.replace(shard, path.name, path.stat().st_size, placed)
         else:
-            self._replace(shard, None, ())
-        self._maps.pop(shard, None)
+            self._index.forget(shard)
+        self._maps.pop(shard.number, None)
         (self.folder / name).unlink()
 
     def forget_origins(self, subjects: Collection[str]) -> None:
         """Forget what the records of some subjects were made of."""
-        with self._using_index() as index:
-            index.execute("BEGIN IMMEDIATE")
-            index.executemany("DELETE FROM origins WHERE subject = ?", ((subject,) for subject in subjects))
-            index.execute("COMMIT")
+        self._index.forget_origins(subjects)
 
-    def _packed(self, shard: int) -> Iterator[Packed]:
-        mapped = self._mapped(shard)
-        with self._using_index() as index:
-            rows = index.execute(
-                "SELECT key, layouts.layout, offset, size, crc FROM records JOIN layouts ON layouts.number = records.layout"
-                " WHERE shard = ? ORDER BY offset",
-                (shard,),
-            ).fetchall()
-        for key, layout, offset, size, crc in rows:
-            yield Packed(key, layout, bytes(mapped[offset : offset + size]), crc)
-
-    def _replace(self, shard: int, path: Path | None, placed: Sequence[Placed]) -> None:
-        """Take a shard out of the index and another one in, all or nothing."""
-        with self._using_index() as index:
-            index.execute("BEGIN IMMEDIATE")
-            try:
-                index.execute(_NEW_MARK)
-                index.execute("DELETE FROM records WHERE shard = ?", (shard,))
-                index.execute("DELETE FROM shards WHERE number = ?", (shard,))
-                if path is not None:
-                    self._insert_shard(index, path.name, path.stat().st_size, placed)
-                index.execute("COMMIT")
-            except BaseException:
-                if index.in_transaction:
-                    index.execute("ROLLBACK")
-                raise
+    def _packed(self, shard: Shard) -> Iterator[Packed]:
+        mapped = self._mapped(shard.number)
+        for record in self._index.records(shard):
+            yield Packed(record.key, record.layout, bytes(mapped[record.offset : record.offset + record.size]), record.crc)
 
     def _hold(self) -> IO[bytes]:
         """A lock that many may hold at once, for as long as the cache is open. DataError while somebody cleans it up."""
@@ -244,73 +193,24 @@ class Cache:
         """Make what a sealed shard of the folder holds visible to all, after it is where it is to stay."""
         if self.remote is not None:
             self.remote.upload(path)
-        self._enter(path.name, path.stat().st_size, placed, origins)
+        self._index.enter(path.name, path.stat().st_size, placed, origins)
         self.make_room(0)
 
     def make_room(self, size: int) -> None:
         """Drop copies of stored shards until `size` more bytes are within the limit of the folder."""
         if self.remote is None or self.remote.limit is None:
             return
-        stored = {name: number for number, name, _ in self._shards()}
+        stored = {shard.name: shard.number for shard in self._index.shards()}
         for name in self.remote.make_room(size, stored.__contains__):
             self._maps.pop(stored[name], None)
 
-    def _enter(self, name: str, size: int, placed: Sequence[Placed], origins: Mapping[str, Mapping[str, str]]) -> None:
-        """Enter a durable shard into the index, with the origins of its records, all or nothing; nothing where it is known already."""
-        with self._using_index() as index:
-            index.execute("BEGIN IMMEDIATE")
-            try:
-                if not self._knows(name):
-                    self._insert_shard(index, name, size, placed)
-                rows = [(subject, json.dumps(facts)) for subject, facts in origins.items()]
-                index.executemany("INSERT OR REPLACE INTO origins VALUES (?, ?)", rows)
-                index.execute("COMMIT")
-            except BaseException:
-                if index.in_transaction:  # SQLite ends some failed transactions itself
-                    index.execute("ROLLBACK")
-                raise
+    # -- what is found when it is opened --------------------------------------------------------------------------------
 
-    def _insert_shard(self, index: sqlite3.Connection, name: str, size: int, placed: Sequence[Placed]) -> None:
-        number = index.execute("INSERT INTO shards (name, size) VALUES (?, ?)", (name, size)).lastrowid
-        layouts = {}
-        for layout in {record.layout for record in placed}:
-            index.execute("INSERT OR IGNORE INTO layouts (layout) VALUES (?)", (layout,))
-            layouts[layout] = index.execute("SELECT number FROM layouts WHERE layout = ?", (layout,)).fetchone()[0]
-        rows = [(record.key, number, layouts[record.layout], record.offset, record.size, record.crc) for record in placed]
-        index.executemany("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?)", rows)
-
-    # -- the index ------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _using_index(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                yield self._index
-            except sqlite3.Error as error:
-                raise StorageError(f"{self.folder / INDEX}: the cache's index cannot be used: {error}.") from error
-
-    def _open_index(self) -> sqlite3.Connection:
-        path = self.folder / INDEX
-        try:
-            return _connect(path)
-        except sqlite3.OperationalError as error:
-            raise StorageError(f"{path}: the cache's index cannot be opened: {error}.") from error
-        except sqlite3.DatabaseError as error:  # not a database any more: what it said stands in the shards too
-            self.notes.append(f"{path} was damaged ({error}) and has been made again from the shards.")
-            for suffix in ("", "-wal", "-shm"):
-                path.with_name(INDEX + suffix).unlink(missing_ok=True)
-            return _connect(path)
-
-    def _shards(self) -> list[tuple[int, str, int]]:
-        """Number, name and size of every shard that the index knows."""
-        with self._using_index() as index:
-            return index.execute("SELECT number, name, size FROM shards").fetchall()
-
-    def _drop_rows_of_lost_shards(self, known: Sequence[tuple[int, str, int]], stored: Mapping[str, int]) -> None:
-        for number, name, size in known:
-            path = self.folder / name
-            is_here = path.is_file() and path.stat().st_size == size
-            if stored.get(name) == size or (is_here and self.remote is None):
+    def _drop_lost_shards(self, known: Sequence[Shard], stored: Mapping[str, int]) -> None:
+        for shard in known:
+            path = self.folder / shard.name
+            is_here = path.is_file() and path.stat().st_size == shard.size
+            if stored.get(shard.name) == shard.size or (is_here and self.remote is None):
                 if not is_here:
                     path.unlink(missing_ok=True)  # a copy that was cut off
                 continue
@@ -318,10 +218,7 @@ class Cache:
                 self.notes.append(f"{path} was lost from the store.")  # and goes there again as a stray
             else:
                 self.notes.append(f"{path} is gone or cut off; what it held will be made again.")
-            with self._using_index() as index:
-                index.execute(_NEW_MARK)
-                index.execute("DELETE FROM records WHERE shard = ?", (number,))
-                index.execute("DELETE FROM shards WHERE number = ?", (number,))
+            self._index.forget(shard)
 
     def _take_in_strays(self, stored: Mapping[str, int]) -> None:
         """Files without a row, from killed processes or a lost index: whole shards enter the index, the rest is removed.
@@ -329,10 +226,10 @@ class Cache:
         Oldest first, as they were written. Files with other names are left alone.
         """
         for path in sorted(self.folder.iterdir()):
-            if not SHARD_NAME.fullmatch(path.name) or self._knows(path.name):
+            if not SHARD_NAME.fullmatch(path.name) or self._index.named(path.name):
                 continue
             with abandoned(path) as is_abandoned:
-                if not is_abandoned or self._knows(path.name):  # it may have been committed before the lock was free
+                if not is_abandoned or self._index.named(path.name):  # it may have been committed before the lock was free
                     continue
                 if path.name.endswith(UNSEALED):
                     path.unlink()
@@ -340,7 +237,7 @@ class Cache:
                 try:
                     placed = read_header(path)
                     if stored.get(path.name) == path.stat().st_size:
-                        self._enter(path.name, stored[path.name], placed, {})
+                        self._index.enter(path.name, stored[path.name], placed, {})
                     else:
                         self.commit(path, placed, {})
                     self.notes.append(f"{path} was not in the index and has been taken in.")
@@ -350,58 +247,55 @@ class Cache:
 
     def _take_in_stored(self, remote: RemoteShards, stored: Mapping[str, int]) -> None:
         """Shards in the store that the index here does not know, from other machines or before it was lost. None is ever removed."""
-        unknown = [(name, size) for name, size in stored.items() if SHARD_NAME.fullmatch(name) and not self._knows(name)]
+        unknown = [(name, size) for name, size in stored.items() if SHARD_NAME.fullmatch(name) and not self._index.named(name)]
         taken = 0
         for name, size, found in remote.headers(unknown):
             if isinstance(found, DamagedShardError):
                 self.notes.append(f"{remote.store.name}: {name} is left alone because {found}.")
             else:
-                self._enter(name, size, found, {})
+                self._index.enter(name, size, found, {})
                 taken += 1
         if taken:
             self.notes.append(f"{taken:,} {'shard' if taken == 1 else 'shards'} in {remote.store.name} taken in.")
 
-    def _knows(self, name: str) -> bool:
-        with self._using_index() as index:
-            return index.execute("SELECT 1 FROM shards WHERE name = ?", (name,)).fetchone() is not None
-
     # -- reading --------------------------------------------------------------------------------------------------------
 
-    def _mapped(self, shard: int) -> memoryview:
-        mapped = self._maps.get(shard)
+    def _mapped(self, number: int) -> memoryview:
+        """The bytes of a shard. Once it is mapped the index is not asked again: that would cost as much as reading a small record."""
+        mapped = self._maps.get(number)
         if mapped is None:
-            path, size = self._shard_path(shard)
+            shard = self._shard(number)
+            path = self.folder / shard.name
             try:
-                mapped = map_file(path, size)
+                mapped = map_file(path, shard.size)
             except DamagedShardError as error:
                 raise DamagedRecordError(f"{path}: {error}") from error
             with self._lock:
                 if len(self._maps) >= _MAPPED_SHARDS:
                     del self._maps[next(iter(self._maps))]
-                self._maps[shard] = mapped
+                self._maps[number] = mapped
         return mapped
 
-    def _payload_of_copy(self, remote: RemoteShards, shard: int, offset: int, size: int, crc: int) -> bytearray | None:
+    def _payload_of_copy(self, remote: RemoteShards, number: int, offset: int, size: int, crc: int) -> bytearray | None:
         """The bytes of a record from the copy of its shard in the folder; None without a sound one, which is fetched for later."""
-        path, shard_size = self._shard_path(shard)
-        was_mapped = shard in self._maps
+        was_mapped = number in self._maps
         try:
-            payload = bytearray(self._mapped(shard)[offset : offset + size])
+            payload = bytearray(self._mapped(number)[offset : offset + size])
         except DamagedRecordError:
-            remote.want(path.name, shard_size)
+            shard = self._shard(number)
+            remote.want(shard.name, shard.size)
             return None
         if not was_mapped:
-            remote.touch(path.name)
+            remote.touch(self._shard(number).name)
         if zlib.crc32(payload) == crc:
             return payload
-        self._maps.pop(shard, None)
-        remote.drop(path.name)
+        self._maps.pop(number, None)
+        remote.drop(self._shard(number).name)
         return None
 
-    def _payload_stored(self, remote: RemoteShards, shard: int, offset: int, size: int, crc: int) -> bytearray:
+    def _payload_stored(self, remote: RemoteShards, number: int, offset: int, size: int, crc: int) -> bytearray:
         """The bytes of a record from the store; read twice where they are damaged, which may have happened on the way."""
-        name = self._shard_path(shard)[0].name
-        payload = None
+        name, payload = self._shard(number).name, None
         for _ in range(2):
             payload = remote.read(name, offset, size)
             if payload is None:
@@ -410,19 +304,11 @@ class Cache:
                 break
         return bytearray(payload or b"")
 
-    def _shard_path(self, shard: int) -> tuple[Path, int]:
-        with self._using_index() as index:
-            row = index.execute("SELECT name, size FROM shards WHERE number = ?", (shard,)).fetchone()
-        if row is None:
+    def _shard(self, number: int) -> Shard:
+        shard = self._index.shard(number)
+        if shard is None:
             raise DamagedRecordError(f"{self.folder}: a shard of the cache was removed while it was in use")
-        return self.folder / row[0], row[1]
-
-    def _layout(self, number: int) -> str:
-        layout = self._layouts.get(number)
-        if layout is None:
-            with self._using_index() as index:
-                layout = self._layouts[number] = index.execute("SELECT layout FROM layouts WHERE number = ?", (number,)).fetchone()[0]
-        return layout
+        return shard
 
 
 class Writer:
@@ -486,25 +372,3 @@ class Writer:
         self._origins: dict[str, Mapping[str, str]] = {}
         self._size = 0
         self._began = time.monotonic()
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # Autocommit: transactions are begun where they are needed. A minute's patience for other processes' commits.
-    index = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-    _use_write_ahead_log(index)
-    index.execute("PRAGMA synchronous = FULL")
-    index.executescript(_SCHEMA)
-    return index
-
-
-def _use_write_ahead_log(index: sqlite3.Connection) -> None:
-    """The one statement that SQLite does not wait for: where several processes open a new index at once, all but one are refused."""
-    give_up = time.monotonic() + 60
-    while True:
-        try:
-            index.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
-                raise
-            time.sleep(0.05)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from helpers.config.datasets import DatasetConfig
 from helpers.data.behind import LatentsAhead
 from helpers.data.buckets import BucketPlan
-from helpers.data.cache import LOCATION, Locations, record_key
+from helpers.data.cache import record_key
+from helpers.data.cache_index import LOCATION, Locations
 from helpers.data.catalogue import Catalogue
 from helpers.data.conditions import Conditions
 from helpers.data.fill import Filled, gathered

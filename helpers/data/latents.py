@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from helpers.data.buckets import BucketPlan
-from helpers.data.cache import Cache, Locations, Writer, record_key
+from helpers.data.cache import Cache, Writer, record_key
+from helpers.data.cache_index import Locations
 from helpers.data.catalogue import Catalogue
 from helpers.data.conditions import NAME as CONDITION
 from helpers.data.conditions import Condition, Conditions, make, read

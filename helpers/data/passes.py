@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from helpers.data.buckets import BucketPlan
-from helpers.data.cache import LOCATION, Locations
+from helpers.data.cache_index import LOCATION, Locations
 from helpers.data.latents import EVERY_EPOCH, LatentFiller, Unit
 from helpers.data.order import MicroBatch
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from helpers.errors import ModelError
 from helpers.families import folder
+from helpers.families.vae import Vae, normalisation
 
 if TYPE_CHECKING:
     from helpers.config.options import ModelOptions
-    from helpers.families.vae import Vae
 
 OPTION = "--controlnet_model_name_or_path"
 WIDTHS = (16, 32, 96)  # of the layers that make a picture small enough to be added to latents; each but the first halves its edges
@@ -140,7 +140,9 @@ def find_start(options: ModelOptions, kind: str, network: Mapping[str, Any], sha
     if not options.controlnet or not options.controlnet_model_name_or_path:
         return None
     found = folder.locate_component(OPTION, options.controlnet_model_name_or_path, "controlnet")
-    config = folder.read_json(found / "config.json")
+    if problem := folder.component_problem(found, None, options.needs_weights):
+        raise ModelError(f"{OPTION}: {problem}")
+    config = folder.read_settings(found / "config.json")
     if (held := config.get("_class_name")) != kind:
         raise ModelError(f"{OPTION}: {found} holds a {held or 'model of no kind'}, and this base model needs a {kind}.")
     for name in shared:
@@ -184,19 +186,22 @@ def controlled_transformer(denoiser: Any, start: Path | None, vae: Vae) -> Contr
         controlnet = _loaded(SD3ControlNetModel, start, denoiser.dtype)
         if controlnet.config.extra_conditioning_channels or controlnet.pos_embed is None or controlnet.context_embedder is None:
             raise ModelError(f"{OPTION}: {start} reads more than a picture, or no text; only plain ControlNets can be trained further.")
-    shift, scale = (float(vae.config.get(name) or default) for name, default in (("shift_factor", 0.0), ("scaling_factor", 1.0)))
+    (shift,), (scale,) = normalisation(vae.config)
     return ControlledTransformer(denoiser, nn.Module.to(controlnet, denoiser.dtype), shift * scale)
 
 
 def _loaded(kind: Any, start: Path, dtype: torch.dtype) -> Any:
-    """The ControlNet in a folder. Raises ModelError where the folder has not just its weights: diffusers would make up what is missing."""
+    """The ControlNet in a folder. Raises ModelError, naming the option, where the folder has not just its weights."""
     from safetensors import safe_open
 
-    controlnet = folder.load_component(kind, start, "", dtype, None)
+    try:
+        controlnet = folder.load_component(kind, start, "", dtype, None)
+    except ModelError as error:
+        raise ModelError(f"{OPTION}: {error}") from error
     stored: set[str] = set()
     for path in start.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             stored |= set(file.keys())
-    if different := stored ^ controlnet.state_dict().keys():
-        raise ModelError(f"{OPTION}: the weights in {start} are not those of its config.json, such as {min(different)}.")
+    if foreign := stored - controlnet.state_dict().keys():
+        raise ModelError(f"{OPTION}: the weights in {start} are not those of its config.json, such as {min(foreign)}.")
     return controlnet

@@ -59,7 +59,7 @@ class HunyuanDiT:
         from helpers.families.vae import Vae
 
         self.base = Checkpoint.open("hunyuan_dit", ("transformer", "vae", *BERT, "scheduler"), options, cache)
-        self.vae = Vae.open(self.base, options, cache)
+        self.vae = Vae.open(self.base, "transformer", options, cache)
         self.network = self.base.config("transformer")
         self.t5 = T5Source.open(self.base, "_2", options, width=self.network["cross_attention_dim_t5"])
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")

@@ -57,7 +57,7 @@ class PixArt:
         from helpers.families.vae import Vae
 
         self.base = Checkpoint.open(self.facts.name, ("transformer", "vae", "scheduler"), options, cache)
-        self.vae = Vae.open(self.base, options, cache)
+        self.vae = Vae.open(self.base, "transformer", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=PATCH)
         self.scheduler_config = self.base.config("scheduler")

@@ -60,7 +60,7 @@ class StableDiffusion:
         from helpers.families.vae import Vae
 
         self.base = Checkpoint.open("sd2x", ("unet", "vae", "text_encoder", "tokenizer", "scheduler"), options, cache)
-        self.vae = Vae.open(self.base, options, cache)
+        self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
         self.chunked = options.long_captions == "chunk"

@@ -96,17 +96,11 @@ class StableDiffusion3:
     lora_targets = transformer_lora.JOINT_ATTENTION
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
-        """Raises ModelError for a VAE that is not this transformer's."""
         from helpers.families.vae import Vae
 
         self.base = Checkpoint.open("sd3", ("transformer", "vae", *CLIP_FOLDERS, "scheduler"), options, cache)
-        self.vae = Vae.open(self.base, options, cache)
+        self.vae = Vae.open(self.base, "transformer", options, cache)
         self.transformer = self.base.config("transformer")
-        if self.vae.latents.channels != self.transformer["in_channels"]:
-            raise ModelError(
-                f"The VAE in {self.vae.folder} has latents of {self.vae.latents.channels} channels, and the transformer reads "
-                f"{self.transformer['in_channels']}: use the VAE of a Stable Diffusion 3, or remove --pretrained_vae_model_name_or_path."
-            )
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])
         self.scheduler_config = _schedule(self.base, options.sd3_uses_diffusion)

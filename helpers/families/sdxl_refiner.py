@@ -48,7 +48,7 @@ class SDXLRefiner:
         from helpers.families.vae import Vae
 
         self.base = Checkpoint.open("sdxl_refiner", ("unet", "vae", *TEXT, "scheduler"), options, cache)
-        self.vae = Vae.open(self.base, options, cache)
+        self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
         self.original_size = data.sdxl_original_size

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, ModelOptions
 
 
+OPTION = "--pretrained_vae_model_name_or_path"
+CLASS = "AutoencoderKL"
+
+
 @dataclass(frozen=True)
 class Vae:
     """Where the VAE of a run is and how it is used: the base model's own, or the one that the user named."""
@@ -33,11 +37,24 @@ class Vae:
     slicing: bool
 
     @classmethod
-    def open(cls, base: Checkpoint, options: ModelOptions, cache: CacheOptions) -> Vae:
-        """Raises ModelError when the VAE is neither a folder here nor on the hub."""
-        found = locate(options.pretrained_vae_model_name_or_path, base)
-        config, deviations = folder.read_json(found / "config.json"), cache.latent_sampling == "sample"
-        return cls(found, config, base, cache.vae_dtype, deviations, cache.vae_tiling, cache.vae_slicing)
+    def open(cls, base: Checkpoint, network: str, options: ModelOptions, cache: CacheOptions) -> Vae:
+        """Raises ModelError when the VAE is neither a folder here nor on the hub, or is none for `network`, the base model's part."""
+        named = options.pretrained_vae_model_name_or_path
+        found = locate(named, base)
+        if named and (problem := folder.component_problem(found, base.variant, options.needs_weights)):
+            raise ModelError(f"{OPTION}: {problem}")
+        config, deviations = folder.read_settings(found / "config.json"), cache.latent_sampling == "sample"
+        if (kind := config.get("_class_name", CLASS)) not in (CLASS, f"Flax{CLASS}"):
+            raise ModelError(f"{f'{OPTION}: ' if named else ''}{found} holds an {kind}, and only an {CLASS} can be used here.")
+        vae = cls(found, config, base, cache.vae_dtype, deviations, cache.vae_tiling, cache.vae_slicing)
+        if (reads := base.config(network)["in_channels"]) != (made := vae.latents.channels):
+            if named:
+                raise ModelError(f"{OPTION}: latents of {found} have {made} channels, and {base.name} reads {reads}: leave it out.")
+            raise ModelError(
+                f"{base.name} reads {reads} channels, and its VAE makes {made}: a model that sees more than noisy latents, as those "
+                "for inpainting do, cannot be trained here."
+            )
+        return vae
 
     @property
     def latents(self) -> LatentSpec:
@@ -49,6 +66,7 @@ class Vae:
         """Encodes and decodes on a device. Raises ModelError for fp16 with a VAE that overflows there."""
         dtype = self._dtype(device)
         facts = {"weights": self.base.hashes.of(self.folder), "dtype": str(dtype), "deviations": self.deviations}
+        facts["shift"], facts["scale"] = normalisation(self.config)
         if self.tiling:
             facts["tiling"] = True  # latents of large pictures differ a little
 
@@ -67,7 +85,7 @@ class Vae:
         if self.dtype == "fp16" and self.config.get("force_upcast", True):
             raise ModelError(
                 "--vae_dtype=fp16: this VAE overflows in fp16 and would give black images (its config says force_upcast); "
-                "use bf16 or fp32, or a VAE made for fp16 with --pretrained_vae_model_name_or_path."
+                f"use bf16 or fp32, or a VAE made for fp16 with {OPTION}."
             )
         usual = torch.float32 if device.type == "cpu" else torch.bfloat16
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(self.dtype, usual)
@@ -86,7 +104,17 @@ def locate(name: str | None, base: Checkpoint) -> Path:
     """The folder of a VAE, of the base model where none is named."""
     if not name:
         return base.folder / "vae"
-    return folder.locate_component("--pretrained_vae_model_name_or_path", name, "vae")
+    return folder.locate_component(OPTION, name, "vae")
+
+
+def normalisation(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Shift and scale of a VAE's latents by its config, one number for all channels or one for each.
+
+    Where the config has the mean and standard deviation of each channel they count, as in diffusers' pipelines of SDXL.
+    """
+    scale = float(config.get("scaling_factor") or 1.0)
+    shift = config.get("latents_mean") or [float(config.get("shift_factor") or 0.0)]
+    return list(shift), [scale / deviation for deviation in config.get("latents_std") or [1.0]]
 
 
 class VaeCodec:
@@ -99,8 +127,7 @@ class VaeCodec:
     def __init__(self, load: Callable[[], Any], config: dict[str, Any], fingerprint: str, device: torch.device, deviations: bool) -> None:
         self._load = load
         self._vae: Any = None
-        self.scale = float(config.get("scaling_factor") or 1.0)
-        self.shift = float(config.get("shift_factor") or 0.0)
+        self.shift, self.scale = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation(config))
         self.fingerprint = fingerprint
         self.device = device
         self.deviations = deviations

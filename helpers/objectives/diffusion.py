@@ -163,6 +163,11 @@ class Diffusion:
 
 def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> dict[str, Any]:
     """The model's schedule with what the user set put in; refuses what cannot be learnt."""
+    if "beta_schedule" not in model:
+        raise ConfigError(
+            f"The model's scheduler, {model.get('_class_name')}, has no noise schedule of betas: the model was made by another method, "
+            "such as EDM or flow matching, and training it as a diffusion model would ruin it. Choose another base model."
+        )
     schedule = {key: value for key, value in model.items() if not key.startswith("_")}
     schedule["prediction_type"] = options.prediction_type or schedule.get("prediction_type", "epsilon")
     if options.rescale_betas_zero_snr is not None:

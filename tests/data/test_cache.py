@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from helpers.data import cache as cache_module
-from helpers.data.cache import INDEX, Cache, DamagedRecordError, Writer, record_key
+from helpers.data.cache import Cache, DamagedRecordError, Writer, record_key
+from helpers.data.cache_index import INDEX
 from helpers.data.shards import SUFFIX, UNSEALED, pack, unpack
 from helpers.errors import StorageError
 

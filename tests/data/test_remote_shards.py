@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.data.cache import INDEX, Cache, DamagedRecordError, Writer, record_key
+from helpers.data.cache import Cache, DamagedRecordError, Writer, record_key
+from helpers.data.cache_index import INDEX
 from helpers.data.remote_shards import RemoteShards
 from helpers.errors import StorageError
 from helpers.storage.memory import MemoryBackend

@@ -204,12 +204,15 @@ def test_a_controlnet_of_another_network_is_refused_with_the_reason(miniature: C
         opened("sdxl", miniature, tmp_path, start=tmp_path / "sd1")
     with pytest.raises(ModelError, match="holds a SD3ControlNetModel, and this base model needs a ControlNetModel"):
         opened("sdxl", miniature, tmp_path, start=tmp_path / "sd3")
-    with pytest.raises(ModelError, match="is neither a folder here nor a model of the hub"):
+    with pytest.raises(ModelError, match="is no folder here, and of a model of this name"):
         opened("sdxl", miniature, tmp_path, start=tmp_path / "nowhere")
     weights = tmp_path / "sd1" / "controlnet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({name: tensor for name, tensor in tensors.items() if name != "conv_in.bias"}, weights)
-    with pytest.raises(ModelError, match=r"are not those of its config.json, such as conv_in.bias"):
+    with pytest.raises(ModelError, match=r"^--controlnet_model_name_or_path: .*sd1.* lack what its config.json asks for \(conv_in.bias\)"):
+        attached(opened("sd1", miniature, tmp_path, start=tmp_path / "sd1"))
+    save_file({**tensors, "of_another": tensors["conv_in.bias"].clone()}, weights)
+    with pytest.raises(ModelError, match=r"are not those of its config.json, such as of_another"):
         attached(opened("sd1", miniature, tmp_path, start=tmp_path / "sd1"))
 
 

@@ -51,7 +51,7 @@ class Toy:
     name = identity = "toy"
     loads_lora = True
     lora_targets = ("conv1",)
-    scheduler_config: Mapping[str, Any] = {"num_train_timesteps": 50, "prediction_type": "epsilon"}
+    scheduler_config: Mapping[str, Any] = {"num_train_timesteps": 50, "beta_schedule": "linear", "prediction_type": "epsilon"}
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
         pass

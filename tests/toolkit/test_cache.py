@@ -17,13 +17,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers.choices import known_facts
 from helpers.config.read import read_config
 from helpers.config.saved import read_saved_config
-from helpers.data.cache import INDEX, Cache
+from helpers.data.cache import Cache, Writer, record_key
+from helpers.data.cache_index import INDEX
+from helpers.data.remote_shards import RemoteShards
 from helpers.errors import ConfigError
+from helpers.storage.memory import MemoryBackend
 from tests.runs.conftest import ROOT, Trainer, draw_pictures
 from tests.storage.s3_server import KEY, SECRET
 from toolkit.cache.__main__ import main
@@ -131,6 +135,31 @@ def test_caches_are_found_by_their_folder_too(run: Run) -> None:
         run.capture.readouterr()
         assert main(["verify", f"--cache_dir={folder}"]) == 0
         assert "5 records" in run.capture.readouterr().out
+
+
+def test_the_folder_of_a_cache_in_a_bucket_holds_copies_and_what_has_none_is_not_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, folder = MemoryBackend(), tmp_path / "cache" / "s3" / "bucket-0"
+    cache = Cache(folder, RemoteShards(store, folder))
+    with Writer(cache) as writer:
+        for number in range(4):
+            writer.add(record_key(str(number)), {"mean": torch.zeros(number + 1, 8)})
+            writer.seal()
+    cache.close()
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    first.unlink()
+
+    assert main(["verify", f"--cache_dir={tmp_path / 'cache'}"]) == 0
+    said = capsys.readouterr().out
+    assert "4 records in 4 shards" in said and "all well" in said
+    assert "not read, since no copy is here: 1 of the 4 shards in memory; with the --output_dir of a run that uses them they are" in said
+    assert main(["stats", f"--cache_dir={folder}"]) == 0
+    assert re.search(r"shards +4, 0\.00 MB in memory; copies of 3, 0\.00 MB, here", capsys.readouterr().out)
+
+    second.write_bytes(second.read_bytes()[:-1])  # a copy that is here is verified
+    assert main(["verify", f"--cache_dir={folder}"]) == 1
+    assert f"{second} has " in capsys.readouterr().out
 
 
 def cut_off(run: Run) -> None:

@@ -77,11 +77,13 @@ def _verify(chosen: argparse.Namespace) -> int:
     wrong = 0
     for place in _places(chosen):
         folder = place.folder
-        shards, records, size = 0, 0, 0
+        shards, records, size, unread = 0, 0, 0, ""
         try:
             with view_of(place) as view:
                 known = view.shards()
                 shards, records, size = len(known), sum(len(view.records(shard)) for shard in known), sum(shard.size for shard in known)
+                if view.store is None and (elsewhere := len(view.elsewhere())):
+                    unread = f"not read, since no copy is here: {elsewhere:,} of the {shards:,} shards in {view.stored_in}"
         except UserError:
             pass  # `verify` says it
         with _bar(f"verify {folder.name}", size) as advance:
@@ -89,6 +91,8 @@ def _verify(chosen: argparse.Namespace) -> int:
         print(
             f"{folder}: {records:,} records in {shards:,} shards, {size / 1e6:,.2f} MB: {_count(len(problems)) if problems else 'all well'}"
         )
+        if unread:
+            print(f"  {unread}; with the --output_dir of a run that uses them they are")
         for problem in problems:
             print(f"  {problem}")
         wrong += len(problems)
@@ -166,7 +170,8 @@ def _places(chosen: argparse.Namespace) -> list[CachePlace]:
     places = [place(dataset, config.cache.cache_dir) for dataset in config.datasets for place in (latents_place, texts_place)]
     extras = extra_texts_place(config.datasets, config.cache.cache_dir_text, config.cache.cache_dir)
     unique = {place.folder: place for place in (*places, extras)}
-    if found := [replace(place, folder=cache) for place in unique.values() for cache in caches_below(place.folder)]:
+    below = {cache: replace(place, folder=cache) for place in unique.values() for cache in caches_below(place.folder)}
+    if found := list((below | {folder: place for folder, place in unique.items() if folder in below}).values()):
         return found
     raise DataError(f"The run of {chosen.output_dir} has no cache: none was filled yet, or it was removed.")
 

@@ -21,10 +21,13 @@ def describe(folder: Path) -> Iterator[str]:
                 payload[placed.layout] += placed.size
         encoders = Counter((facts.get("encoder", "?"), facts.get("precision", "?")) for _, facts in view.origins())
         strays = view.strays()
-    on_disk = sum(shard.size for shard in shards)
+        elsewhere, stored_in = view.elsewhere(), view.stored_in
+    whole = sum(shard.size for shard in shards)
+    here = whole - sum(shard.size for shard in elsewhere)
+    place = f"in {stored_in}; copies of {len(shards) - len(elsewhere):,}, {here / 1e6:,.2f} MB, here" if stored_in else "on disk"
     yield f"{folder}"
     yield f"  records   {records.total():,}, {payload.total() / 1e6:,.2f} MB"
-    yield f"  shards    {len(shards):,}, {on_disk / 1e6:,.2f} MB on disk; {len(strays):,} that the index does not know"
+    yield f"  shards    {len(shards):,}, {whole / 1e6:,.2f} MB {place}; {len(strays):,} that the index does not know"
     for layout, count in records.most_common():
         yield f"  shape     {shape_of(layout)}: {count:,} records, {payload[layout] / 1e6:,.2f} MB"
     for (encoder, precision), count in encoders.most_common():

@@ -7,19 +7,20 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from helpers.data.cache_index import Shard
 from helpers.data.fill import is_finite
 from helpers.data.shards import UNSEALED, DamagedShardError, Placed, abandoned, parse_header, read_header, unpack
 from helpers.data.sources import CachePlace
 from helpers.errors import DataError
-from toolkit.cache.view import CacheView, Shard, view_of
+from toolkit.cache.view import CacheView, view_of
 
 
 def verify(place: CachePlace, progress: Callable[[int], None]) -> Iterator[str]:
     """One sentence for everything that is wrong with a cache. `progress` is told bytes of shards that are done.
 
     The index is compared with the files, each shard's size and header with the index, each record's checksum with its bytes; and no
-    record holds a value that is not finite. Shards of a bucket that have no copy here are read from there. A shard that a living process
-    writes at this moment is none of them.
+    record holds a value that is not finite. Shards of a bucket that have no copy here are read from there, or passed over where the place
+    does not say how. A shard that a living process writes at this moment is none of them.
     """
     try:
         view = view_of(place)
@@ -27,8 +28,10 @@ def verify(place: CachePlace, progress: Callable[[int], None]) -> Iterator[str]:
         yield str(error)
         return
     with view:
+        passed_over = set(view.elsewhere()) if view.store is None else ()
         for shard in view.shards():
-            yield from _shard(view, shard)
+            if shard not in passed_over:
+                yield from _shard(view, shard)
             progress(shard.size)
         for path in view.strays():
             yield from _stray(path)

@@ -7,11 +7,11 @@ import io
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from helpers.data.cache import INDEX, SHARD_NAME
+from helpers.data.cache import SHARD_NAME
+from helpers.data.cache_index import INDEX, Shard
 from helpers.data.shards import Placed
 from helpers.data.sources import CachePlace
 from helpers.errors import DataError, StorageError
@@ -20,19 +20,11 @@ from helpers.storage.backend import SourceBackend
 Read = TypeVar("Read")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A file of the index."""
-
-    number: int
-    name: str
-    size: int  # bytes
-
-
 class CacheView:
     """The index of a cache, read-only. DataError where there is none, or it cannot be read.
 
-    `store` is where shards are that are not in the folder, if there is such a place.
+    `store` is where shards are that are not in the folder, if there is such a place and it is to be asked. `stored_in` is its name, also
+    where it is not asked; "" where all shards belong into the folder.
     """
 
     def __init__(self, folder: Path, store: SourceBackend | None = None) -> None:
@@ -46,6 +38,7 @@ class CacheView:
             self._index.execute("BEGIN")  # one state of the index for everything that is read, whatever runs write meanwhile
             damage = self._index.execute("PRAGMA quick_check(1)").fetchone()[0]
             self._layouts = dict(self._index.execute("SELECT number, layout FROM layouts"))
+            self.stored_in = self._name_of_store()
         except sqlite3.Error as error:
             raise DataError(f"{path} cannot be read ({error}); the next run makes it again from the shards.") from error
         if damage != "ok":
@@ -60,6 +53,16 @@ class CacheView:
     def shards(self) -> list[Shard]:
         """In the order of their making."""
         return [Shard(*row) for row in self._index.execute("SELECT number, name, size FROM shards ORDER BY name")]
+
+    def elsewhere(self) -> list[Shard]:
+        """The shards that have no copy here, of a cache whose shards are in a store."""
+        return [shard for shard in self.shards() if self.stored_in and not (self.folder / shard.name).is_file()]
+
+    def _name_of_store(self) -> str:
+        """Of an index that an older version made nothing is known."""
+        if not self._index.execute("SELECT 1 FROM sqlite_master WHERE name = 'stores'").fetchone():
+            return ""
+        return next((name for (name,) in self._index.execute("SELECT name FROM stores")), "")
 
     def records(self, shard: Shard) -> list[Placed]:
         """What the index says of a shard, in the order of its bytes."""
@@ -135,8 +138,8 @@ def view_of(place: CachePlace) -> CacheView:
 
 
 def caches_below(folder: Path) -> list[Path]:
-    """The caches in a folder: itself, or folders in it that hold an index or shards."""
-    candidates = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())] if folder.is_dir() else []
+    """The caches in a folder: itself, or folders in it that hold an index or shards, as deep as a run lays them (`s3/BUCKET-...`)."""
+    candidates = [folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))] if folder.is_dir() else []
     return [path for path in candidates if _is_cache(path)]
 
 
