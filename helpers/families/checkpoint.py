@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.families import folder as files
 from helpers.families import single_file
 from helpers.families.recognise import require_family
+from helpers.families.whole import settings_file
 
 if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, ModelOptions
@@ -68,9 +69,7 @@ class Checkpoint:
 
     def config(self, component: str) -> dict[str, Any]:
         """How a component is built; a scheduler's is its noise schedule."""
-        return files.read_settings(
-            self.folder / component / ("scheduler_config.json" if component.endswith("scheduler") else "config.json")
-        )
+        return files.read_settings(self.folder / component / settings_file(component))
 
     def hash_of(self, *components: str) -> str:
         """A hash of the weights and settings of some components."""

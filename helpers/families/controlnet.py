@@ -140,6 +140,8 @@ def find_start(options: ModelOptions, kind: str, network: Mapping[str, Any], sha
     if not options.controlnet or not options.controlnet_model_name_or_path:
         return None
     found = folder.locate_component(OPTION, options.controlnet_model_name_or_path, "controlnet")
+    if problem := folder.component_problem(found, None, options.needs_weights):
+        raise ModelError(f"{OPTION}: {problem}")
     config = folder.read_settings(found / "config.json")
     if (held := config.get("_class_name")) != kind:
         raise ModelError(f"{OPTION}: {found} holds a {held or 'model of no kind'}, and this base model needs a {kind}.")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import ModelError
+from helpers.families import whole
 from helpers.storage.atomic import write_json
 
 WEIGHTS_STEMS = ("model", "diffusion_pytorch_model")  # how transformers and diffusers begin the names of weights
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")  # a tokenizer has one of them
 ALIGNMENT = 64  # bytes: a cache line, and what torch's own allocator gives on a CPU
 
 
@@ -42,14 +42,20 @@ def _fetch(name: str, revision: str | None, variant: str | None, without: tuple[
         left_out = dict.fromkeys(part for part, value in index.items() if isinstance(value, list) and value[-1] in without)
         return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **left_out))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise ModelError(
-            f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor a model that the Hugging Face Hub gives us "
-            f"({_reason(error)})."
-        ) from error
+        raise _not_had("--pretrained_model_name_or_path", name, error) from error
 
 
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _not_had(option: str, name: str, error: Exception) -> ModelError:
+    """Why a model is not to be had, by its name here or on the hub: offline, the libraries only tell that they were not let ask."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return ModelError(
+            f"{option}: {name!r} is no folder here, and of a model of this name on the Hugging Face Hub not all that is needed lies in the "
+            "cache: check the path, or start once without HF_HUB_OFFLINE to have it fetched."
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(f"{option}: {name!r} is neither a folder here nor a model that the Hugging Face Hub gives us ({reason}).")
 
 
 def locate_component(option: str, name: str, component: str) -> Path:
@@ -74,7 +80,7 @@ def fetch(option: str, name: str, patterns: Sequence[str], revision: str | None 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ModelError(f"{option}: {name!r} is neither a folder here nor a model of the hub ({_reason(error)}).") from error
+        raise _not_had(option, name, error) from error
 
 
 def model_index(folder: Path) -> dict[str, Any]:
@@ -83,12 +89,11 @@ def model_index(folder: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder. Raises ModelError naming the file when it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}.") from error
+    if problem := whole.damage(path):
+        raise ModelError(problem)
+    content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object.")
+        raise ModelError(f"{path} holds no JSON object: {whole.remedy(path)}.")
     return content
 
 
@@ -122,21 +127,22 @@ def require_components(folder: Path, components: Sequence[str], variant: str | N
     if missing:
         raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
     for name in components:
-        if problem := weights_problem(folder / name) or (_absent_weights(folder / name, variant) if needs_weights else None):
+        if problem := component_problem(folder / name, variant, needs_weights):
             raise ModelError(problem)
-        if name.startswith("tokenizer") and not any((folder / name / file).is_file() for file in VOCABULARIES):
-            raise ModelError(
-                f"The tokenizer in {folder / name} is without its vocabulary ({', '.join(VOCABULARIES)}): fetch the model again."
-            )
 
 
-def weights_problem(component: Path) -> str | None:
-    """What keeps the weights in a folder from being loaded, as one sentence; a folder without weights has no problem."""
-    files = sorted(component.glob("*.safetensors"))
-    if not files and any(component.glob("*.bin")):
+def component_problem(component: Path, variant: str | None, needs_weights: bool) -> str | None:
+    """What keeps a part of a model from being used, as one sentence."""
+    problem = whole.unreadable_settings(component) or weights_problem(component, variant)
+    return problem or (_absent_weights(component, variant) if needs_weights else None)
+
+
+def weights_problem(component: Path, variant: str | None) -> str | None:
+    """What keeps the weights in a folder from being loaded, as one sentence; weights that are not there are no problem."""
+    wanted = weight_files(component, variant)
+    if not wanted and any(component.glob("*.bin")) and not any(component.glob("*.safetensors")):
         return f"The weights in {component} are no .safetensors; convert them first, formats that run code are not opened."
-    cut_off = next((path for path in files if is_cut_off(path)), None)
-    return f"{cut_off} is cut off, as an interrupted download leaves it: fetch the model again." if cut_off else None
+    return next(filter(None, (whole.damage(path) for path in wanted if path.is_file())), None)
 
 
 def _absent_weights(component: Path, variant: str | None) -> str | None:
@@ -145,13 +151,13 @@ def _absent_weights(component: Path, variant: str | None) -> str | None:
         return None
     wanted = weight_files(component, variant)
     if absent := next((path for path in wanted if not path.is_file()), None):
-        return f"{absent} is missing: fetch the model again."
+        return whole.damage(absent)
     if wanted:
         return None
     others = {path.name.split(".")[1].partition("-")[0] for path in component.glob("*.*.safetensors")}
     if others:
         return f"The weights in {component} are there as {' and '.join(sorted(others))} alone: set --variant={min(others)}."
-    return f"There are no weights in {component}: fetch the model again."
+    return f"There are no weights in {component}: {whole.remedy(component)}."
 
 
 def weight_files(component: Path, variant: str | None) -> list[Path]:
@@ -166,21 +172,6 @@ def weight_files(component: Path, variant: str | None) -> list[Path]:
             if (index := component / f"{stem}.safetensors.index{kind}.json").is_file():
                 return [index, *(component / name for name in sorted(set(read_json(index)["weight_map"].values())))]
     return []
-
-
-def is_cut_off(path: Path) -> bool:
-    """Whether a safetensors file ends before its last tensor does. Reads the header alone; a damaged one counts as cut off."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > size - 8:
-            return True
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            return True
-    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    return 8 + length + max(ends, default=0) > size
 
 
 def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant: str | None) -> Any:
@@ -199,6 +190,10 @@ def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant:
         module, found = kind.from_pretrained(folder, output_loading_info=True, **arguments)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / subfolder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except RuntimeError as error:  # transformers' answer to shapes that differ, in many lines
+        if "mismatch" not in str(error):
+            raise
+        raise ModelError(f"The weights in {folder / subfolder} are not of its config.json: their shapes differ.") from error
     _refuse_missing(folder / subfolder, found["missing_keys"])  # the libraries make up weights for these, and hardly mention it
     return _aligned(module)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import ModelError
+from helpers.families.whole import remedy
 
 if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, ModelOptions
@@ -85,6 +86,8 @@ def family_of(index: Mapping[str, Any]) -> str | None:
 
 
 def _other(found: Path, index: Mapping[str, Any], asked: str) -> ModelError:
+    if "_class_name" not in index:
+        return ModelError(f"{found / 'model_index.json'} names no pipeline (_class_name): {remedy(found)}.")
     family = family_of(index)
     name, wanted = str(index.get("_class_name")), KINDS[asked]
     what = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
@@ -92,9 +95,9 @@ def _other(found: Path, index: Mapping[str, Any], asked: str) -> ModelError:
         return ModelError(f"The model in {found} is {what}, which cannot be trained here; choose a base model that is {wanted.title}.")
     kind = KINDS[family]
     if kind.command == wanted.command:
-        remedy = "name another base model"
+        advice = "name another base model"
     elif wanted.setting and not kind.setting:  # the wrapper may be the right one already
-        remedy = f"it is trained by {kind.command} without {wanted.setting}"
+        advice = f"it is trained by {kind.command} without {wanted.setting}"
     else:
-        remedy = f"it is trained by {kind.command}"
-    return ModelError(f"The model in {found} is {kind.title} ({what}), not {wanted.title}: {remedy}.")
+        advice = f"it is trained by {kind.command}"
+    return ModelError(f"The model in {found} is {kind.title} ({what}), not {wanted.title}: {advice}.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from helpers.errors import ModelError
 from helpers.families import folder
+from helpers.families.whole import damage
 from helpers.storage.atomic import atomic_folder
 
 # A tensor that only files of this kind have => the class of diffusers that reads the file. The first that is found counts.
@@ -101,8 +102,8 @@ def _encoders_elsewhere(path: Path, config: str | None) -> dict[str, Path | None
 
 def _tensors(path: Path) -> Mapping[str, Any]:
     """The header of a safetensors file. Raises ModelError when there is none, or the file ends before its last tensor does."""
-    if folder.is_cut_off(path):
-        raise ModelError(f"{path} is cut off, as an interrupted download leaves it, or no safetensors file: fetch the model again.")
+    if problem := damage(path):
+        raise ModelError(f"--pretrained_model_name_or_path: {problem}")
     with path.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     return {name: entry for name, entry in header.items() if name != "__metadata__"}

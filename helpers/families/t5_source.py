@@ -52,7 +52,7 @@ class T5Source:
         if not (name := options.pretrained_t5_model_name_or_path):
             folder.require_components(base.folder, own, base.variant, options.needs_weights)
             return cls(suffix, base.folder / own[0], base.folder / own[1], base.variant, base.hashes)
-        encoder, tokenizer = locate(name, base.variant)
+        encoder, tokenizer = locate(name, base.variant, options.needs_weights)
         require_width(encoder, width, base.name)
         classes = {part: ["transformers", kind] for part, kind in zip(own, CLASSES, strict=True)}
         return cls(suffix, encoder, tokenizer, base.variant, base.hashes, classes)
@@ -110,8 +110,10 @@ class T5Source:
         return [path for name in TOKENIZER_FILES if (path := self.tokenizer / name).is_file()]
 
 
-def locate(name: str, variant: str | None) -> tuple[Path, Path]:
+def locate(name: str, variant: str | None, needs_weights: bool = True) -> tuple[Path, Path]:
     """The folders of the encoder and the tokenizer in a folder or on the hub, from which nothing else is fetched.
+
+    Without `needs_weights` the encoder's are not fetched either: its config tells its width.
 
     It is a pipeline in diffusers layout, one of whose encoders is a T5, or a T5 alone. Raises ModelError where no whole T5 is there.
     """
@@ -120,7 +122,8 @@ def locate(name: str, variant: str | None) -> tuple[Path, Path]:
     root = get("model_index.json", "config.json", *(f"text_encoder{suffix}/config.json" for suffix in SUFFIXES))
     encoder, suffix = _find_encoder(root, name)
     tokenizer = _find_tokenizer(get, root, suffix, name)
-    _find_weights(get, root, encoder, variant, name)
+    if needs_weights:
+        _find_weights(get, root, encoder, variant, name)
     return encoder, tokenizer
 
 
@@ -163,7 +166,7 @@ def _find_weights(get: Get, root: Path, encoder: Path, variant: str | None, name
         if weights := folder.weight_files(encoder, variant):
             get(*_inside(root, weights))
             break
-    if problem := folder.weights_problem(encoder):
+    if problem := folder.weights_problem(encoder, variant):
         raise ModelError(f"{OPTION}: {problem}")
     if not weights or not all(path.is_file() for path in weights):
         raise ModelError(

@@ -41,6 +41,8 @@ class Vae:
         """Raises ModelError when the VAE is neither a folder here nor on the hub, or is none for `network`, the base model's part."""
         named = options.pretrained_vae_model_name_or_path
         found = locate(named, base)
+        if named and (problem := folder.component_problem(found, base.variant, options.needs_weights)):
+            raise ModelError(f"{OPTION}: {problem}")
         config, deviations = folder.read_settings(found / "config.json"), cache.latent_sampling == "sample"
         if (kind := config.get("_class_name", CLASS)) not in (CLASS, f"Flax{CLASS}"):
             raise ModelError(f"{f'{OPTION}: ' if named else ''}{found} holds an {kind}, and only an {CLASS} can be used here.")

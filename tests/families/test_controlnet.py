@@ -204,7 +204,7 @@ def test_a_controlnet_of_another_network_is_refused_with_the_reason(miniature: C
         opened("sdxl", miniature, tmp_path, start=tmp_path / "sd1")
     with pytest.raises(ModelError, match="holds a SD3ControlNetModel, and this base model needs a ControlNetModel"):
         opened("sdxl", miniature, tmp_path, start=tmp_path / "sd3")
-    with pytest.raises(ModelError, match="is neither a folder here nor a model of the hub"):
+    with pytest.raises(ModelError, match="is no folder here, and of a model of this name"):
         opened("sdxl", miniature, tmp_path, start=tmp_path / "nowhere")
     weights = tmp_path / "sd1" / "controlnet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)

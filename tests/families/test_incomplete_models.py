@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,85 @@ def test_a_network_without_weights_is_named(model: Path, tmp_path: Path) -> None
     assert refusal(model, tmp_path) == f"There are no weights in {model / 'unet'}: fetch the model again."
     (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors"}}')
     assert refusal(model, tmp_path) == f"{model / 'unet' / 'one.safetensors'} is missing: fetch the model again."
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+SPOILT: Mapping[str, tuple[bytes | None, str]] = {
+    "missing": (None, "{file} is missing: fetch the model again."),
+    "empty": (b"", "{file} is empty: fetch the model again."),
+    "a pointer of Git LFS": (LFS_POINTER, "{file} only points to what Git LFS has not fetched: run `git lfs pull` in the model's folder"),
+    "cut off": (b'{"a', "{file} is damaged (Unterminated string"),
+    "of other bytes": (b"\xff\xfe\x00", "{file} is damaged ('utf-8' codec"),
+    "without content": (b"{}", "{file} holds no settings: fetch the model again."),
+}
+WITH_SETTINGS = ("scheduler/scheduler_config.json", "vae/config.json", "text_encoder/config.json", "tokenizer_2/tokenizer_config.json")
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_settings_that_cannot_be_used_are_named_with_what_is_wrong(
+    name: str, kind: str, miniature: Callable[[str], Path], tmp_path: Path
+) -> None:
+    content, sentence = SPOILT[kind]
+    model = shutil.copytree(miniature(name), tmp_path / "model")
+    network = f"{'unet' if name == 'sdxl' else 'transformer'}/config.json"
+    for file in (model / path for path in (*WITH_SETTINGS, network)):
+        kept = file.read_bytes()
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content)
+        with pytest.raises(ModelError) as caught:
+            open_family(name, model, tmp_path / "cache")
+        assert str(caught.value).startswith(sentence.format(file=file)) and "\n" not in str(caught.value)
+        file.write_bytes(kept)
+    open_family(name, model, tmp_path / "cache")
+
+
+def test_a_model_index_that_says_nothing_is_named(model: Path, tmp_path: Path) -> None:
+    (model / "model_index.json").write_text("{}")
+    assert refusal(model, tmp_path) == f"{model / 'model_index.json'} names no pipeline (_class_name): fetch the model again."
+
+
+def test_weights_and_vocabularies_that_git_lfs_has_not_fetched_are_told_from_damaged_ones(model: Path, tmp_path: Path) -> None:
+    for file in (model / "unet" / "diffusion_pytorch_model.safetensors", model / "tokenizer" / "tokenizer.json"):
+        kept = file.read_bytes()
+        file.write_bytes(LFS_POINTER)
+        assert refusal(model, tmp_path).startswith(f"{file} only points to what Git LFS has not fetched: run `git lfs pull`")
+        file.write_bytes(b"<!doctype html>" * 20)
+        assert str(file) in (said := refusal(model, tmp_path)) and said.endswith("fetch the model again.")
+        file.write_bytes(kept)
+
+
+def test_weights_that_are_not_loaded_may_be_pointers(model: Path, tmp_path: Path) -> None:
+    """As `git lfs pull --include` leaves the variants that it was not asked for."""
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(weights, weights.with_suffix(".fp16.safetensors"))
+    weights.write_bytes(LFS_POINTER)
+    open_family("sdxl", model, tmp_path / "cache", variant="fp16")
+
+
+def test_a_vae_of_the_users_own_is_looked_at_as_early(model: Path, tmp_path: Path) -> None:
+    vae = shutil.copytree(model / "vae", tmp_path / "vae")
+    (vae / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    sentence = f"--pretrained_vae_model_name_or_path: {vae / 'diffusion_pytorch_model.safetensors'} is empty: fetch the model again."
+    assert refusal(model, tmp_path, pretrained_vae_model_name_or_path=str(vae)) == sentence
+
+
+def test_a_model_of_which_only_the_settings_are_in_the_hubs_cache_is_refused_offline(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a look at the data leaves it."""
+    repository = tmp_path / "hub" / "models--someone--sdxl"
+    snapshot = Path(shutil.copytree(model, repository / "snapshots" / ("c" * 40), ignore=shutil.ignore_patterns("*.safetensors")))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    remedy = "start once without HF_HUB_OFFLINE, and what the cache of the hub has not got is fetched"
+    assert refusal(Path("someone/sdxl"), tmp_path) == f"There are no weights in {snapshot / 'unet'}: {remedy}."
+    assert refusal(Path("someone/sdxl"), tmp_path, revision="other").endswith("start once without HF_HUB_OFFLINE to have it fetched.")
+    with pytest.raises(ModelError, match="is no folder here, and of a model of this name on the Hugging Face Hub not all"):
+        open_family("sdxl", Path("someone/sdxl-of-another-name"), tmp_path / "cache")
 
 
 def test_a_vae_that_is_not_used_need_not_be_there(model: Path, tmp_path: Path) -> None:
@@ -83,3 +162,11 @@ def test_encoders_that_lack_a_weight_are_not_made_up(model: Path, tmp_path: Path
         encoders.encode(["a cat"])
     with family.image_codec(CPU) as codec, pytest.raises(ModelError, match="vae lack .*conv_in.bias"):
         codec.encode(torch.zeros(1, 3, 32, 32))
+
+
+def test_an_encoder_of_another_shape_than_its_config_is_refused_in_a_sentence(model: Path, tmp_path: Path) -> None:
+    config = model / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size"', '"as_it_was"'))
+    shapes = r"The weights in .*text_encoder are not of its config.json: their shapes differ."
+    with open_family("sdxl", model, tmp_path / "cache").text_encoders(CPU) as encoders, pytest.raises(ModelError, match=shapes):
+        encoders.encode(["a cat"])

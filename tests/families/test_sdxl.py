@@ -158,5 +158,5 @@ def test_other_models_and_broken_ones_are_named(model: Path, tmp_path: Path) -> 
     (copy / "model_index.json").unlink()
     with pytest.raises(ModelError, match=r"no model_index\.json"):
         make(copy, tmp_path)
-    with pytest.raises(ModelError, match="neither a folder here nor a model"):
+    with pytest.raises(ModelError, match="is no folder here, and of a model of this name"):
         make(Path("no-such-owner/no-such-model"), tmp_path)

@@ -284,6 +284,10 @@ def test_nothing_but_t5_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.
     half.unlink()
     t5_source.locate("someone/flux", "fp16")
     assert plain in asked
+    asked.clear()
+    (snapshot / plain).unlink()
+    assert t5_source.locate("someone/flux", None, needs_weights=False) == (snapshot / "text_encoder_2", snapshot / "tokenizer_2")
+    assert not [name for name in asked if "safetensors" in name]  # of a look at the data
 
 
 def test_the_t5_of_a_base_model_that_reads_another_one_is_not_fetched(
@@ -299,7 +303,7 @@ def test_the_t5_of_a_base_model_that_reads_another_one_is_not_fetched(
     shutil.rmtree(snapshot / "text_encoder_3")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     options = {"cache": tmp_path / "cache", "model": Path("someone/sd3")}
-    with pytest.raises(ModelError, match="is incomplete: 2 file"):
+    with pytest.raises(ModelError, match="not all that is needed lies in the cache"):
         open_family("sd3", **options)
     family = open_family("sd3", **options, pretrained_t5_model_name_or_path=str(Other.of(64).alone(tmp_path / "other")))
     assert (family.name, list(family.notes)) == ("someone/sd3", [])
@@ -381,7 +385,7 @@ def test_umt5_is_no_t5(miniature: Callable[[str], Path], tmp_path: Path) -> None
 
 def test_a_name_that_is_nowhere_is_refused(miniature: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert "is neither a folder here nor a model of the hub" in refusal("pixart_sigma", miniature("pixart_sigma"), tmp_path, "no/such")
+    assert "is no folder here, and of a model of this name" in refusal("pixart_sigma", miniature("pixart_sigma"), tmp_path, "no/such")
 
 
 def test_families_without_t5_refuse_it_and_those_with_it_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
