@@ -19,6 +19,7 @@ from helpers.config.config import Config
 from helpers.config.declare import show
 from helpers.config.optimizer_rules import highest_rate
 from helpers.config.options import OPTIONS
+from helpers.config.rules import VALIDATION_FOLDER
 from helpers.errors import ConfigError
 from helpers.families import FAMILIES
 from helpers.methods import METHODS
@@ -419,7 +420,7 @@ def make_learner(
 
 def make_validator(config: Config, runtime: Runtime, family: ModelFamily, objective: Objective, subjects: Subjects, seed: int) -> Validator:
     from helpers.families.samplers import sampler
-    from helpers.training.validation import FOLDER, Validator
+    from helpers.training.validation import Validator
 
     kind, spacing = sampler_kind(config, objective), config.objective.inference_scheduler_timestep_spacing
     return Validator(
@@ -428,7 +429,7 @@ def make_validator(config: Config, runtime: Runtime, family: ModelFamily, object
         runtime,
         subjects,
         lambda: sampler(kind, objective.scheduler_config, spacing),
-        config.run.output_dir / FOLDER,
+        config.run.output_dir / VALIDATION_FOLDER,
         seed,
     )
 
@@ -469,9 +470,8 @@ def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Pa
     from helpers.reporting.contact_sheet import SHEET
     from helpers.reporting.html_report import PAGE
     from helpers.reporting.loss_curve import write_loss_curve
-    from helpers.training import validation
 
     folder = config.run.output_dir
     weights = learner.export(folder, {**objective.scheduler_config, "_class_name": sampler_kind(config, objective)})
-    worth_a_look = (write_loss_curve(folder), folder / validation.FOLDER / SHEET, folder / PAGE)
+    worth_a_look = (write_loss_curve(folder), folder / VALIDATION_FOLDER / SHEET, folder / PAGE)
     return [*weights, *(path for path in worth_a_look if path and path.exists())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,8 @@ def _is_number(raw: Any) -> bool:
 
 def maps_in(output_dir: Path) -> dict[Path, float | None]:
     """The user's files of sizes, and the resolution that each is for; None where its name holds no number."""
+    if not os.path.isdir(output_dir):  # false of a name too long as well, where pathlib raises
+        return {}
     found = sorted(path for path in output_dir.glob(f"{_MAP}*.json") if path.is_file())
     return {path: _number(path.stem.removeprefix(_MAP)) for path in found}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator, Mapping
 
+from helpers.config.libraries import lacking
 from helpers.config.optimizers import (
     ADAM_DEFAULTS,
     ADAM_FORMS,
@@ -14,7 +14,7 @@ from helpers.config.optimizers import (
     LIBRARIES,
     parse_optimizer_args,
 )
-from helpers.config.sources import Rank, Setting
+from helpers.config.sources import Rank, Setting, said_by
 
 CONSTANT = ("constant", "constant_with_warmup")
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.01, 100.0  # beyond them a learning rate cannot have been meant as a factor to an estimated one
@@ -70,11 +70,11 @@ def optimizer_problems(chosen: Mapping[str, Setting]) -> Iterator[str]:
     if name == "adamw_bf16" and chosen["mixed_precision"].value == "fp16":
         yield "--optimizer=adamw_bf16 trains bf16 weights; it needs --mixed_precision=bf16, or choose --optimizer=adamw."
     if name.startswith("paged_") and chosen["optimizer_cpu_offload"].value:
-        yield f"{_said(chosen, 'optimizer_cpu_offload')}: {name} moves its state out of the way by itself; leave one of them out."
+        yield f"{said_by(chosen, 'optimizer_cpu_offload')}: {name} moves its state out of the way by itself; leave one of them out."
     if chosen["lr_scale"].value and (name in ADAPTIVE_RATE or chosen["adafactor_relative_step"].value):
-        yield f"{_said(chosen, 'lr_scale')}: {name} finds its learning rate by itself, of steps of any size; remove it."
+        yield f"{said_by(chosen, 'lr_scale')}: {name} finds its learning rate by itself, of steps of any size; remove it."
     if name in AVERAGING and chosen["use_ema"].value:
-        yield f"{_said(chosen, 'use_ema')}: --optimizer={name} averages the weights itself; leave one of them out."
+        yield f"{said_by(chosen, 'use_ema')}: --optimizer={name} averages the weights itself; leave one of them out."
 
 
 def _arguments(chosen: Mapping[str, Setting]) -> Iterator[str]:
@@ -97,19 +97,19 @@ def _rate(chosen: Mapping[str, Setting]) -> Iterator[str]:
     if name in ADAPTIVE_RATE and not SMALLEST_FACTOR <= rate <= LARGEST_FACTOR:
         finer = {"prodigy": " and tune it by --prodigy_learning_rate", "dadaptation": " as --dadaptation_learning_rate"}.get(name, "")
         yield (
-            f"{_said(chosen, 'learning_rate')}: {rate:g} is a factor to the learning rate that {name} finds by itself; say 1{finer}, "
+            f"{said_by(chosen, 'learning_rate')}: {rate:g} is a factor to the learning rate that {name} finds by itself; say 1{finer}, "
             "or choose another --optimizer."
         )
     of_text = chosen["text_encoder_lr"].value
     if _relative_steps(chosen) and of_text is not None and chosen["train_text_encoder"].value:
         yield (
-            f"{_said(chosen, 'text_encoder_lr')}: adafactor sets its own rate with its relative step, for the text encoders too; "
+            f"{said_by(chosen, 'text_encoder_lr')}: adafactor sets its own rate with its relative step, for the text encoders too; "
             "leave one of them out."
         )
     if name in ADAPTIVE_RATE and of_text is not None and not SMALLEST_FACTOR <= of_text <= LARGEST_FACTOR:
         yield (
-            f"{_said(chosen, 'text_encoder_lr')}: {of_text:g} is a factor to the learning rate that {name} finds for the text encoders by "
-            "itself; leave it out, or choose another --optimizer."
+            f"{said_by(chosen, 'text_encoder_lr')}: {of_text:g} is a factor to the learning rate that {name} finds for the text encoders "
+            "by itself; leave it out, or choose another --optimizer."
         )
 
 
@@ -154,12 +154,5 @@ def _takes_relative_steps(optimizer: str, optimizer_args: str | None, asked: boo
 
 def missing_library(chosen: Mapping[str, Setting]) -> Iterator[str]:
     name = chosen["optimizer"].value
-    module, package, extra = LIBRARIES.get(name, ("", "", ""))
-    if module and importlib.util.find_spec(module) is None:
-        remedy = f".venv/bin/pip install '.[{extra}]'"
-        yield f"{_said(chosen, 'optimizer')}: {name} needs the library {package}; {remedy}, or choose another."
-
-
-def _said(chosen: Mapping[str, Setting], option: str) -> str:
-    """Who set an option; its flag where nobody did."""
-    return chosen[option].origin if chosen[option].rank > Rank.DECLARED else f"--{option}"
+    if name in LIBRARIES and (lacks := lacking(name, *LIBRARIES[name])):
+        yield f"{said_by(chosen, 'optimizer')}: {lacks}, or choose another."

@@ -59,13 +59,11 @@ REFUSED = {
     "spectralsphere": "it takes matrices only",
 }
 
-LIBRARIES = {  # optimiser => module, package, extra of pyproject.toml
-    **dict.fromkeys(
-        ("adamw8bit", "paged_adamw", "paged_adamw8bit", "lion8bit", "paged_lion8bit"), ("bitsandbytes", "bitsandbytes", "8bit")
-    ),
-    **dict.fromkeys(("lion", "dadaptation", *PYTORCH_OPTIMIZER), ("pytorch_optimizer", "pytorch-optimizer", "optimizers")),
-    "prodigy": ("prodigyopt", "prodigyopt", "optimizers"),
-    "schedulefree": ("schedulefree", "schedulefree", "optimizers"),
+LIBRARIES = {  # optimiser => module, package
+    **dict.fromkeys(("adamw8bit", "paged_adamw", "paged_adamw8bit", "lion8bit", "paged_lion8bit"), ("bitsandbytes", "bitsandbytes")),
+    **dict.fromkeys(("lion", "dadaptation", *PYTORCH_OPTIMIZER), ("pytorch_optimizer", "pytorch-optimizer")),
+    "prodigy": ("prodigyopt", "prodigyopt"),
+    "schedulefree": ("schedulefree", "schedulefree"),
 }
 
 # They estimate the size of a step themselves; the learning rate is a factor to it, 1 where all goes well.

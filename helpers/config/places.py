@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config.datasets import DatasetConfig, TextCacheConfig
+from helpers.config.libraries import lacking
 from helpers.config.shards import expanded, shard_problems
 
 CAPTIONED_TYPES = ("huggingface", "webdataset")  # whose captions come with the images, unless the entry says otherwise
@@ -50,8 +50,8 @@ def _folder(folder: Path | None) -> Problems:
 def _library_rows(dataset: DatasetConfig, entry: Mapping[str, Any], base: Path) -> tuple[DatasetConfig, Problems]:
     """A Hugging Face data set. Its path stays as it stands where there is nothing of that name here, but it may be an id."""
     problems: Problems = []
-    if importlib.util.find_spec("datasets") is None:
-        problems.append(("type", "huggingface needs the library datasets; .venv/bin/pip install datasets"))
+    if lacks := lacking("huggingface", "datasets", "datasets"):
+        problems.append(("type", lacks))
     if entry.get("caption_strategy") == "filename":
         problems.append(("caption_strategy", "filename has nothing to say of rows, which have no names; use textfile"))
     if not dataset.path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -13,15 +12,16 @@ from typing import Any
 from helpers.config.aspects import LARGEST_MEGAPIXELS
 from helpers.config.buckets import caches_inside_images
 from helpers.config.datasets import DataConfig
+from helpers.config.libraries import lacking
 from helpers.config.optimizer_rules import missing_library, optimizer_problems
 from helpers.config.settle import chosen_method
 from helpers.config.sizes import ALIGNMENTS, IN_THE_UNIT, size_problems
-from helpers.config.sources import Rank, Setting
+from helpers.config.sources import Rank, Setting, said_by
 
 SMALLEST_PIXELS = 16  # nobody trains below it: the number is an area in megapixels
 VALIDATION_FOLDER = "validation_images"  # in OUTPUT_DIR; those of an earlier run are tempting as a data set
 _SIZE = re.compile(r"[1-9]\d*x[1-9]\d*|[1-9]\d*|\d*\.\d+|\d+\.", re.IGNORECASE)
-_LIBRARIES = {  # choice -> module, package
+TRACKERS = {  # choice of --report_to -> module, package
     "tensorboard": ("tensorboard", "tensorboard"),
     "wandb": ("wandb", "wandb"),
     "comet": ("comet_ml", "comet-ml"),
@@ -66,10 +66,10 @@ def _sizes(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     unit = chosen["resolution_type"].value
     grid = chosen["aspect_bucket_alignment"].value
     if grid is not None and grid not in ALIGNMENTS:
-        yield f"{_origin(chosen, 'aspect_bucket_alignment')}: {grid} is neither 8 nor 64; use one of them."
+        yield f"{said_by(chosen, 'aspect_bucket_alignment')}: {grid} is neither 8 nor 64; use one of them."
     for name in ("resolution", *IN_THE_UNIT):
         if chosen[name].rank > Rank.DECLARED or _falls_back(name, chosen, data):
-            yield from _size(_origin(chosen, name), chosen[name].value, unit, "--resolution_type=")
+            yield from _size(said_by(chosen, name), chosen[name].value, unit, "--resolution_type=")
     for dataset in data.datasets:
         yield from size_problems(dataset)
         for name in ("resolution", *IN_THE_UNIT):
@@ -132,10 +132,10 @@ def _files(chosen: Chosen) -> Iterator[str]:
     for name in MODELS:
         model = chosen[name].value
         if model and _is_path(model) and not os.path.exists(Path(model).expanduser()):
-            yield f"{_origin(chosen, name)}: there is no folder {model}; check the path."
+            yield f"{said_by(chosen, name)}: there is no folder {model}; check the path."
     output = chosen["output_dir"].value
     if os.path.exists(output) and not os.path.isdir(output):
-        yield f"{_origin(chosen, 'output_dir')}: {output} is a file; name a folder."
+        yield f"{said_by(chosen, 'output_dir')}: {output} is a file; name a folder."
 
 
 def _is_path(model: str) -> bool:
@@ -146,7 +146,7 @@ def _is_path(model: str) -> bool:
 def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     """Nothing is ever written into a folder of images."""
     output = chosen["output_dir"].value
-    written: list[tuple[str, Any]] = [(_origin(chosen, "output_dir"), folder) for folder in (output, output / VALIDATION_FOLDER)]
+    written: list[tuple[str, Any]] = [(said_by(chosen, "output_dir"), folder) for folder in (output, output / VALIDATION_FOLDER)]
     written += [(f"--{name}", chosen[name].value) for name in ("cache_dir", "cache_dir_vae", "cache_dir_text")]
     written += [
         (f"data set {dataset.id!r}, cache_dir_vae", dataset.cache_dir_vae) for dataset in data.datasets if not dataset.latents_prefix
@@ -209,16 +209,10 @@ def _memory(chosen: Chosen) -> Iterator[str]:
 def _libraries(chosen: Chosen) -> Iterator[str]:
     """What is asked for and not installed, said before hours of caching rather than after."""
     for name in chosen["report_to"].value:
-        module, package = _LIBRARIES.get(name, ("", ""))
-        if module and importlib.util.find_spec(module) is None:
-            yield f"{_origin(chosen, 'report_to')}: {name} needs the library {package}; .venv/bin/pip install {package}, or choose another."
-    if chosen["base_quantization"].value == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        remedy = ".venv/bin/pip install '.[8bit]'"
-        yield f"{_origin(chosen, 'base_quantization')}: nf4 needs the library bitsandbytes; {remedy}, or choose int8."
+        if name in TRACKERS and (lacks := lacking(name, *TRACKERS[name])):
+            yield f"{said_by(chosen, 'report_to')}: {lacks}, or choose another."
+    if chosen["base_quantization"].value == "nf4" and (lacks := lacking("nf4", "bitsandbytes", "bitsandbytes")):
+        yield f"{said_by(chosen, 'base_quantization')}: {lacks}, or choose int8."
+    if chosen_method(dict(chosen)) == "lycoris" and (lacks := lacking(chosen["lora_algorithm"].value, "lycoris", "lycoris-lora")):
+        yield f"{said_by(chosen, 'lora_algorithm')}: {lacks}, or choose lora."
     yield from missing_library(chosen)
-
-
-def _origin(chosen: Chosen, name: str) -> str:
-    """Who set an option; its flag where nobody did."""
-    setting = chosen[name]
-    return setting.origin if setting.rank > Rank.DECLARED else f"--{name}"

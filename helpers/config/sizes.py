@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config.datasets import DatasetConfig
+from helpers.config.libraries import install
 
 IN_THE_UNIT = ("minimum_image_size", "maximum_image_size", "target_downsample_size")  # in the unit of the set's own resolution_type
 ALIGNMENTS = (8, 64)
@@ -29,7 +30,7 @@ def size_problems(dataset: DatasetConfig) -> Iterator[str]:
     if dataset.crop_style == "face" and not finds_faces():
         yield (
             f"{name}: crop_style face needs the face detector of OpenCV 4, which OpenCV 5 no longer has;"
-            " .venv/bin/pip install 'opencv-python-headless<5', or choose another crop_style."
+            f" {install('opencv-python-headless')}, or choose another crop_style."
         )
 
 

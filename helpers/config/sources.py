@@ -45,6 +45,12 @@ class Setting:
     rank: Rank
 
 
+def said_by(chosen: Mapping[str, Setting], name: str) -> str:
+    """Who set an option; its flag where nobody did."""
+    setting = chosen[name]
+    return setting.origin if setting.rank > Rank.DECLARED else f"--{name}"
+
+
 @dataclass
 class Source:
     """What one source sets, and what is wrong in it."""

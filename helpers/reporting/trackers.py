@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.config.libraries import install
+from helpers.config.rules import TRACKERS
 from helpers.errors import ConfigError
 from helpers.protocols import Reporter, StepResult, ValidationImage
 
@@ -67,7 +69,7 @@ def _create(name: str, options: ReportingOptions, output_dir: Path, run_ids: dic
             tracker = tracking.CometMLTracker(options.tracker_project_name, **arguments)
     except ImportError as error:
         raise ConfigError(
-            f"--report_to={name} needs a package that cannot be imported here ({error}): `pip install {_PACKAGES[name]}`."
+            f"--report_to={name} needs a package that cannot be imported here ({error}): {install(TRACKERS[name][1])}."
         ) from error
     if hasattr(tracker, "start"):
         tracker.start()
@@ -76,6 +78,3 @@ def _create(name: str, options: ReportingOptions, output_dir: Path, run_ids: dic
     elif name == "comet":
         run_ids["comet"] = tracker.tracker.get_key()
     return tracker
-
-
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet-ml"}

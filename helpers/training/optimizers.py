@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from helpers.config.libraries import install
 from helpers.config.optimizers import AVERAGING, LIBRARIES, PYTORCH_OPTIMIZER, parse_optimizer_args
 from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
@@ -215,7 +216,7 @@ def _class_of(name: str) -> Callable[..., Optimizer]:
         from transformers.optimization import Adafactor
 
         return Adafactor
-    module_name, package, extra = LIBRARIES[name]
+    module_name, package = LIBRARIES[name]
     try:
         module = importlib.import_module("bitsandbytes.optim" if name in BITSANDBYTES else module_name)
         if name in BITSANDBYTES:
@@ -228,7 +229,7 @@ def _class_of(name: str) -> Callable[..., Optimizer]:
     except (ImportError, AttributeError, NotImplementedError) as error:
         raise ConfigError(
             f"--optimizer={name} needs the library {package}, which cannot give it here ({error}): "
-            f"install it with `.venv/bin/pip install '.[{extra}]'`, or choose adamw or adamw_bf16."
+            f"{install(package)}, or choose adamw or adamw_bf16."
         ) from error
 
 

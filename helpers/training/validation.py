@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from helpers.config.options import ValidationOptions
     from helpers.data.batches import Batch
 
-FOLDER = "validation_images"
 UNCONDITIONAL = "unconditional"
 
 

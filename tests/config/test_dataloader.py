@@ -433,7 +433,8 @@ def test_captions_come_with_rows_and_tars_unless_something_else_is_asked_for(fol
 def test_a_library_that_is_not_there_is_named_with_its_remedy(write_data: Write, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data([ROWS])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "datasets[0].type: huggingface needs the library datasets; .venv/bin/pip install datasets" in refuse("--report_to=none")
+    remedy = ".venv/bin/pip install -c constraints/pins.txt datasets"
+    assert f"datasets[0].type: huggingface needs the library datasets; {remedy}" in refuse("--report_to=none")
 
 
 def test_patterns_of_tars_stand_for_files_in_their_order(folder: Path, read: Read, write_data: Write) -> None:

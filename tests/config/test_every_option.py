@@ -15,6 +15,7 @@ from helpers.config.declare import Option
 from helpers.config.optimizers import LIBRARIES as OPTIMIZER_LIBRARIES
 from helpers.config.options import OPTIONS
 from helpers.config.options.data import TABLES
+from helpers.config.rules import TRACKERS
 from helpers.errors import ConfigError
 
 # Text of a usable value where one cannot be made from the declaration alone.
@@ -48,8 +49,13 @@ COMPANIONS = {
     **{("base_quantization", kind): ("--model_type=lora",) for kind in ("int8", "fp8", "nf4")},
 }
 SWITCHES = {"use_8bit_adam": "adamw8bit", "use_prodigy_optimizer": "prodigy", "use_dadapt_optimizer": "dadaptation"}
-OF_OPTIMIZERS = {name: module for name, (module, _, _) in OPTIMIZER_LIBRARIES.items()}
-LIBRARIES = {**OF_OPTIMIZERS, **{switch: OF_OPTIMIZERS[name] for switch, name in SWITCHES.items()}, "wandb": "wandb", "comet": "comet_ml"}
+OF_OPTIMIZERS = {name: module for name, (module, _) in OPTIMIZER_LIBRARIES.items()}
+LIBRARIES = {
+    **OF_OPTIMIZERS,
+    **{switch: OF_OPTIMIZERS[name] for switch, name in SWITCHES.items()},
+    **{name: module for name, (module, _) in TRACKERS.items()},
+    **dict.fromkeys(("lokr", "loha"), "lycoris"),
+}
 
 
 def values_to_try(item: Option) -> Iterator[str]:

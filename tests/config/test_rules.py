@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -100,3 +101,18 @@ def test_validation_is_refused_where_no_data_set_may_be_used_for_it(folder: Path
     (folder / "data.json").write_text(json.dumps([entry]))
     assert "every data set has disable_validation" in refuse("--validation_using_datasets")
     assert "all of them have disable_validation" in refuse("--validation_using_datasets", "--eval_dataset_id=pictures")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--base_quantization=nf4",), "--base_quantization: nf4 needs the library bitsandbytes; {} bitsandbytes, or choose int8."),
+        (("--lora_algorithm=lokr",), "--lora_algorithm: lokr needs the library lycoris-lora; {} lycoris-lora, or choose lora."),
+        (("--report_to=comet",), "--report_to: comet needs the library comet-ml; {} comet-ml, or choose another."),
+    ],
+)
+def test_a_library_that_is_not_installed_is_named_before_anything_is_cached(
+    flags: tuple[str, ...], said: str, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    assert said.format(".venv/bin/pip install -c constraints/pins.txt") in refuse("--report_to=none", "--model_type=lora", *flags)

@@ -92,7 +92,7 @@ def test_faces_need_a_library_that_has_a_detector(write_data: Write, refuse: Ref
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refuse("--report_to=none") == (
         "data set 'a': crop_style face needs the face detector of OpenCV 4, which OpenCV 5 no longer has;"
-        " .venv/bin/pip install 'opencv-python-headless<5', or choose another crop_style."
+        " .venv/bin/pip install -c constraints/pins.txt opencv-python-headless, or choose another crop_style."
     )
 
 

@@ -1,0 +1,17 @@
+"""Libraries that only some settings need, and how to install them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+def install(package: str) -> str:
+    """The command, in the version that is pinned."""
+    return f".venv/bin/pip install -c constraints/pins.txt {package}"
+
+
+def lacking(who: str, module: str, package: str) -> str | None:
+    """`nf4 needs the library bitsandbytes; <the command that installs it>`, or None where the module can be imported."""
+    if importlib.util.find_spec(module) is not None:
+        return None
+    return f"{who} needs the library {package}; {install(package)}"
