@@ -17,6 +17,7 @@ from helpers import registry
 from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.declare import show
+from helpers.config.optimizer_rules import highest_rate
 from helpers.config.options import OPTIONS
 from helpers.config.rules import VALIDATION_FOLDER
 from helpers.errors import ConfigError
@@ -217,6 +218,7 @@ def attached(config: Config, runtime: Runtime, family: ModelFamily, method: Trai
 def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:
     """The family's network as the base of this run: in the method's precision, its blocks in fewer bits where that is asked for."""
     parts = family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer))
+    parts.report = report
     if (kind := config.run.base_quantization) != "none":
         from helpers.methods.quantised_base import bytes_of, quantise
 
@@ -346,7 +348,9 @@ def text_encoder_stop(config: Config, found: Found | None, total: int, report: R
         return 0
     stop = stop_of(config.text_encoder.text_encoder_limit, total, found.content["text_encoder_stop"] if found else None)
     rate = config.text_encoder.text_encoder_lr or config.schedule.learning_rate
-    report.chapter("text", f"the text encoders are trained up to step {min(stop, total):,}, at a learning rate of {rate:g} at most")
+    chosen = config.optimizer
+    peak = highest_rate(chosen.optimizer, chosen.optimizer_args, chosen.adafactor_relative_step, rate)
+    report.chapter("text", f"the text encoders are trained up to step {min(stop, total):,}, at {peak}")
     return stop
 
 

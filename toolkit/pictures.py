@@ -78,7 +78,7 @@ def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, 
     from transformers import T5EncoderModel, T5TokenizerFast
 
     from helpers.families.folder import load_component, model_index, read_json
-    from helpers.families.t5_source import OPTION, locate
+    from helpers.families.t5_source import OPTION, locate, require_width, width_read
 
     pipeline = model_index(folder)["_class_name"]
     taken = inspect.signature(getattr(diffusers, pipeline).__init__).parameters.values()
@@ -88,10 +88,9 @@ def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, 
     if names[T5EncoderModel] in others:
         return {}
     encoder, tokenizer = locate(name, variant)
-    width = read_json(encoder / "config.json")["d_model"]
-    network = next(path for part in ("transformer", "unet") if (path := folder / part / "config.json").is_file())
-    if width not in read_json(network).values():  # by whatever name a network's config has it
-        raise ModelError(f"{OPTION}: the states of the T5 in {encoder} are {width} wide, which {folder} does not read: name another T5.")
+    for network in (path for part in ("transformer", "unet") if (path := folder / part / "config.json").is_file()):
+        if width := width_read(read_json(network)):
+            require_width(encoder, width, str(folder))
     return {
         names[T5EncoderModel]: load_component(T5EncoderModel, encoder, "", dtype, variant),
         names[T5TokenizerFast]: T5TokenizerFast.from_pretrained(tokenizer, local_files_only=True),

@@ -130,12 +130,25 @@ def optimizer_notes(chosen: Mapping[str, Setting]) -> Iterator[str]:
             yield f"{setting.origin} does nothing while adafactor takes relative steps."
 
 
+def highest_rate(optimizer: str, optimizer_args: str | None, adafactor_relative_step: bool, rate: float) -> str:
+    """The peak of a learning rate in words: for some optimisers it is a factor to what they find, or means nothing."""
+    if optimizer in ADAPTIVE_RATE:
+        return f"up to {rate:g} times the learning rate that {optimizer} finds for them"
+    if _takes_relative_steps(optimizer, optimizer_args, adafactor_relative_step):
+        return "the learning rate that adafactor sets by its relative step"
+    return f"a learning rate of {rate:g} at most"
+
+
 def _relative_steps(chosen: Mapping[str, Setting]) -> bool:
     """Whether adafactor finds its learning rate by the count of its steps."""
-    if chosen["optimizer"].value != "adafactor":
+    return _takes_relative_steps(*(chosen[option].value for option in ("optimizer", "optimizer_args", "adafactor_relative_step")))
+
+
+def _takes_relative_steps(optimizer: str, optimizer_args: str | None, asked: bool) -> bool:
+    if optimizer != "adafactor":
         return False
     with contextlib.suppress(ValueError):  # that the arguments cannot be read is told where they are judged
-        return bool(parse_optimizer_args(chosen["optimizer_args"].value).get("relative_step", chosen["adafactor_relative_step"].value))
+        return bool(parse_optimizer_args(optimizer_args).get("relative_step", asked))
     return False
 
 

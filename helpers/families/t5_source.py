@@ -22,6 +22,8 @@ SUFFIXES = ("", "_2", "_3")  # of the encoders in a pipeline, and of their token
 TOKENIZER_FILES = ("added_tokens.json", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
 VOCABULARY_FILES = ("spiece.model", "tokenizer.json")  # one of them is there
 DECODER = ("decoder.", "lm_head.")  # beginnings of its tensors' names
+# What the configs of networks in diffusers call the width of T5's states.
+WIDTHS = ("caption_channels", "joint_attention_dim", "cross_attention_dim_t5", "encoder_hid_dim")
 CLASSES = ("T5EncoderModel", "T5TokenizerFast")  # of transformers, as model_index.json names them
 
 
@@ -51,12 +53,7 @@ class T5Source:
             folder.require_components(base.folder, own, base.variant, options.needs_weights)
             return cls(suffix, base.folder / own[0], base.folder / own[1], base.variant, base.hashes)
         encoder, tokenizer = locate(name, base.variant, options.needs_weights)
-        found = _config(encoder)["d_model"]
-        if found != width:
-            raise ModelError(
-                f"{OPTION}: the states of the T5 in {encoder} are {found} wide, and {base.name} reads {width}: "
-                "name a T5 of the size that this base model was trained with."
-            )
+        require_width(encoder, width, base.name)
         classes = {part: ["transformers", kind] for part, kind in zip(own, CLASSES, strict=True)}
         return cls(suffix, encoder, tokenizer, base.variant, base.hashes, classes)
 
@@ -128,6 +125,21 @@ def locate(name: str, variant: str | None, needs_weights: bool = True) -> tuple[
     if needs_weights:
         _find_weights(get, root, encoder, variant, name)
     return encoder, tokenizer
+
+
+def require_width(encoder: Path, width: int, model: str) -> None:
+    """Raises ModelError for a T5 whose states have another width than the network of a model reads."""
+    found = _config(encoder)["d_model"]
+    if found != width:
+        raise ModelError(
+            f"{OPTION}: the states of the T5 in {encoder} are {found} wide, and {model} reads {width}: "
+            "name a T5 of the size that this base model was trained with."
+        )
+
+
+def width_read(network: Mapping[str, Any]) -> int | None:
+    """How wide the states of T5 are that a network of diffusers reads, by its config; None where the config does not tell."""
+    return next((network[name] for name in WIDTHS if network.get(name)), None)
 
 
 Get = Callable[..., Path]  # is told paths in a model, sees to it that those that exist are in its folder, and gives that

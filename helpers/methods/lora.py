@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
+from helpers.data.progress import bar
 from helpers.errors import ConfigError
 from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
 from helpers.methods.lora_start import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from helpers.config.options import AdapterOptions
-    from helpers.protocols import ModelFamily
+    from helpers.protocols import ModelFamily, Reporter
 
 ADAPTER = "default"
 ORIGIN = "origin"  # the pair that stands still
@@ -111,7 +112,7 @@ class Lora:
             role = prefix.removesuffix(".")
             everywhere = self.options.lora_algorithm == "locon"
             targets = projections(parts, role, everywhere) if role else self._targets(network)
-            moving, still = self._adapt(network, targets)
+            moving, still = self._adapt(network, targets, parts.report)
             parameters |= {prefix + name: parameter for name, parameter in moving.items()}
             fixed |= {prefix + name: tensor for name, tensor in still.items()}
         if self.options.lora_init_type == FROM_ROUNDING:
@@ -126,7 +127,7 @@ class Lora:
         description = f"{self._title()} rank {self.options.lora_rank}, {count / 1e6:,.2f} M of {total / 1e6:,.1f} M parameters"
         return Trainable(parts.denoiser, parameters, description, parts.denoiser_folder, fixed, parts.text_encoders)
 
-    def _adapt(self, network: Any, targets: list[str]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    def _adapt(self, network: Any, targets: list[str], report: Reporter) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
         """Put the adapter beside some layers of a network. => what moves, and what stands still beside it."""
         network.requires_grad_(False)
         self._inject(network, ADAPTER, targets, self.options.lora_dropout)
@@ -136,7 +137,7 @@ class Lora:
         network.train()
         parameters, fixed = self._adapter_parameters(network)
         if self.options.lora_init_type in STARTS:
-            self._start_from_weights(network)
+            self._start_from_weights(network, report)
         return parameters, fixed
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
@@ -251,12 +252,11 @@ class Lora:
                 parameters[name] = parameter
         return parameters, fixed
 
-    def _start_from_weights(self, denoiser: nn.Module) -> None:
+    def _start_from_weights(self, denoiser: nn.Module, report: Reporter) -> None:
         from peft.tuners.lora import LoraLayer
 
-        for name, layer in denoiser.named_modules():
-            if not isinstance(layer, LoraLayer):
-                continue
+        adapted = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
+        for name, layer in self._shown(adapted, report):
             weight = layer.get_base_layer().weight
             a, b = first_matrices(self.options.lora_init_type, name, weight, self.options.lora_rank, self.factor)
             signs = {ADAPTER: 1, ORIGIN: -1} if self.options.lora_init_type in FROM_WEIGHTS else {ADAPTER: 1}
@@ -277,12 +277,19 @@ class Lora:
                 f"--lora_init_type={FROM_ROUNDING} starts from what --base_quantization takes from the layers of the network's blocks, "
                 "and --lora_targets has none of those; name others, or leave it out."
             )
-        for name, layer in adapted.items():
+        for name, layer in self._shown(adapted, parts.report):
             if isinstance(base := layer.get_base_layer(), QuantisedLinear):  # in an outline of the network it is not
                 down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
                 a, b = nearest_to_unrounded(base, parts.unrounded[name], down.detach(), self.factor)
                 down.data.copy_(a)
                 up.data.copy_(b)
+
+    def _shown(self, layers: Mapping[str, Any], report: Reporter) -> Iterator[tuple[str, Any]]:
+        """Each layer to put first matrices beside, under a bar: those of a large network are minutes of work on a CPU."""
+        with bar(report, f"{self.options.lora_init_type} start", len(layers), "layers") as advance:
+            for name, layer in layers.items():
+                yield name, layer
+                advance(1)
 
     def _adapter_tensors(self, trainable: Trainable, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By peft's names in files; the pair that stands still stands behind the one that moves."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from helpers.config.config import Config
+from helpers.config.optimizer_rules import highest_rate
 from helpers.config.optimizers import OPTIMIZERS, PYTORCH_OPTIMIZER, REFUSED, parse_optimizer_args
 from helpers.errors import ConfigError
 
@@ -132,6 +133,15 @@ def test_a_rate_for_text_encoders_is_refused_where_adafactor_sets_its_own(relati
 
 
 # -- detail flags and arguments -----------------------------------------------------------------------------------------------
+
+
+def test_the_highest_rate_is_told_as_what_the_optimiser_makes_of_it() -> None:
+    assert highest_rate("adamw", None, False, 3e-3) == "a learning rate of 0.003 at most"
+    for name in ("prodigy", "dadaptation", "dadaptlion"):
+        assert highest_rate(name, None, False, 1.0) == f"up to 1 times the learning rate that {name} finds for them"
+    relative = "the learning rate that adafactor sets by its relative step"
+    assert highest_rate("adafactor", None, True, 1e-3) == highest_rate("adafactor", "relative_step=true", False, 1e-3) == relative
+    assert highest_rate("adafactor", "relative_step=false", True, 1e-3) == "a learning rate of 0.001 at most"
 
 
 def test_adams_settings_have_adams_defaults_and_are_left_to_other_optimisers(read: Read) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from helpers.errors import ConfigError
 from helpers.families.sdxl import SDXL
 from helpers.methods.lora_start import nearest_to_unrounded
 from helpers.methods.quantised_base import QuantisedLinear, quantise
-from helpers.protocols import Parts, Trainable
+from helpers.protocols import Parts, Reporter, Trainable
 from tests.methods.conftest import QUESTION, ask
-from tests.methods.test_adapters import DIFFUSERS, KOHYA, attached, moved, trained_on
+from tests.methods.test_adapters import DIFFUSERS, KOHYA, attached, method_of, moved, trained_on
 
 CPU = torch.device("cpu")
 KINDS = ("int8", "fp8", "nf4")
@@ -128,6 +130,29 @@ def test_it_begins_the_same_whatever_was_drawn_before_and_draws_nothing_itself(r
         assert torch.equal(torch.random.get_rng_state(), before)
         found.append((layer.packed.clone(), layer.scales.clone(), a, b))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class Shown(Reporter):
+    """Keeps what bars are told."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, list[int]] = {}
+
+    @contextmanager
+    def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        done = self.bars.setdefault(f"{title}, {total} {unit}", [])
+        yield done.append
+
+
+@pytest.mark.parametrize("kind", ["loftq", "pissa"])
+def test_how_far_a_long_start_has_come_is_shown(kind: str, rounded: Rounded, family: SDXL) -> None:
+    shown = Shown()
+    chosen: dict[str, Any] = {"lora_init_type": kind, "lora_dropout": 0.0, "lora_rank": 4}
+    parts = (rounded if kind == "loftq" else family).load(torch.float32)
+    parts.report = shown
+    trainable = method_of(family, **chosen).attach(parts)
+    count = len(layers_of(trainable))
+    assert shown.bars == {f"{kind} start, {count} layers": [1] * count}
 
 
 def test_layers_outside_the_blocks_begin_as_usual_and_one_inside_them_is_needed(rounded: Rounded) -> None:

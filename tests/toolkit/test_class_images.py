@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import T5EncoderModel
 
 from helpers import registry
 from helpers.errors import EXIT_FINISHED, EXIT_REFUSED
 from helpers.families.tiny import MINIATURES
-from helpers.families.tiny_pixart import write_pixart_sigma
+from helpers.families.tiny_pixart import t5_config, write_pixart_sigma
 from helpers.families.tiny_sd3 import write_sd3, write_sd35
 from toolkit.datasets import class_images
 
@@ -141,7 +142,10 @@ def test_a_model_without_t5_makes_them_with_the_one_that_is_named(tmp_path: Path
     assert with_t5("one", ROOT / "demo" / "model") == EXIT_REFUSED
     assert "a StableDiffusionXLPipeline has no T5; remove it" in capsys.readouterr().err
     assert with_t5("wide") == EXIT_REFUSED
-    assert "are 64 wide, which" in capsys.readouterr().err
+    assert f"are 64 wide, and {tmp_path / 'model'} reads 32: name a T5 of the size" in capsys.readouterr().err
+    T5EncoderModel(t5_config(8, 48)).save_pretrained(tmp_path / "wide" / "text_encoder_3")  # the network has 48 for something else
+    assert with_t5("wide") == EXIT_REFUSED
+    assert f"are 48 wide, and {tmp_path / 'model'} reads 32" in capsys.readouterr().err
 
 
 def test_stable_diffusion_3_without_t5_makes_them_without_it(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 INVERTED = "--refiner_training_invert_schedule"
+PIXART = "--model_family=pixart_sigma"
 
 
 def test_the_order_of_the_folders_does_not_matter(expert: Any) -> None:
@@ -113,6 +114,7 @@ def test_the_order_of_the_folders_does_not_matter(expert: Any) -> None:
         ((INVERTED,), (INVERTED,), "both trained on the beginning"),
         ((INVERTED,), ("--refiner_training_strength=0.3",), "has both experts or none"),
         ((INVERTED,), ("--model_family=sd2x",), "of the family sdxl and .* of sd2x"),
+        ((INVERTED, PIXART, "--pretrained_t5_model_name_or_path=a/t5"), (PIXART,), "the T5 of a/t5 and .* with that of its base model"),
     ],
 )
 def test_two_that_make_no_schedule_are_refused_with_the_reason(

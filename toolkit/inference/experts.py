@@ -62,6 +62,11 @@ class Expert:
         """The share of the schedule that is the end."""
         return self.config.objective.refiner_training_strength
 
+    @property
+    def t5(self) -> str | None:
+        """The T5 that was named for it; None for the base model's own, and where it reads none."""
+        return self.config.model.pretrained_t5_model_name_or_path
+
     def load(self, dtype: str, device: str, **parts: Any) -> Any:
         """Its pipeline of diffusers, with these `parts` in place of its own."""
         if self.pipeline_folder.is_dir():
@@ -104,6 +109,11 @@ def in_order(one: Expert, other: Expert) -> tuple[Expert, Expert]:
         raise UserError(
             f"{first.folder} is of the family {first.config.family_name} and {second.folder} of {second.config.family_name}: "
             "a base and a refiner are two pipelines. See documentation/REFINER.md."
+        )
+    if first.t5 != second.t5:
+        raise UserError(
+            f"{first.folder} was trained with the T5 of {first.t5 or 'its base model'} and {second.folder} with that of "
+            f"{second.t5 or 'its base model'}: one pipeline reads captions with one. Train them with the same."
         )
     return first, second
 
