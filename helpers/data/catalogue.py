@@ -264,6 +264,11 @@ class Catalogue:
             dataset,
         )
 
+    def caption_files(self, dataset: str) -> int:
+        """The number of caption files that stand beside an image, whether or not they are read."""
+        query = "SELECT count(*) FROM files WHERE dataset = ? AND kind = 'caption' AND left_out IS NULL"
+        return next(self._select(query, dataset))[0]
+
     def version(self, row: int) -> str:
         """What tells whether a file is the one that was scanned. KeyError when there is no such row."""
         found = next(self._select("SELECT size, modified_ns, etag FROM files WHERE id = ?", int(row)), None)

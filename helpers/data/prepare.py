@@ -136,7 +136,8 @@ class _Preparation:
         self.images = LatentPhase(*parts, self.settings, self.family, self.workers, self.report)
         with self.workers.phase():
             if self.workers.is_first:
-                if self.is_survey or not self._is_surveyed():
+                is_news = self.is_survey or not self._is_surveyed()
+                if is_news:
                     self._survey({})
                 for index, result in enumerate(self.scanned):
                     shapes = np.bincount(self.plan.columns["shape"][self.plan.columns["dataset"] == index])
@@ -146,6 +147,8 @@ class _Preparation:
                         self.report.chapter("faces", f"{result.dataset}: {told}")
                 for result in self.scanned_conditions:
                     self.report.chapter("conditions", summary(result))
+                if is_news:
+                    self._tell_of_unread_captions()
 
     def _make_plan(self, folder: Path) -> None:
         """Lay the plan into a folder, unless the one that lies there was made from just the same."""
@@ -191,6 +194,14 @@ class _Preparation:
         self.report.surveyed(Survey(told, lambda: thumbnails(trained, self.sources, self.catalogue, pictures, self.settings.threads)))
         if not failed:
             self.remembered.keep("survey", inputs_digest(self._inputs(), report), {"unread": self.unread})
+
+    def _tell_of_unread_captions(self) -> None:
+        """Names of files are the default: who has written captions beside the pictures should not find out by the result."""
+        for dataset in self.datasets:
+            by_name = dataset.caption_strategy == "filename" and not dataset.only_instance_prompt
+            if by_name and (count := self.catalogue.caption_files(dataset.id)):
+                said = f"captions are the names of files, and {count:,} .txt beside them are not read; caption_strategy textfile reads them"
+                self.report.chapter("captions", f"{dataset.id}: {said}")
 
     def _count_unread(self) -> int:
         return sum(self.catalogue.unread(dataset.id) for dataset in self.datasets)

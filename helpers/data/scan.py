@@ -284,7 +284,8 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> _Facts:
     except (ImageError, CaptionError) as error:
         facts["problem"] = str(error)
     except (FileNotFoundError, PermissionError) as error:
-        facts["problem"] = f"{'caption ' if kind == 'caption' else ''}cannot be opened: {error.strerror or error}"
+        what = "caption cannot be opened" if kind == "caption" else "cannot be opened"
+        facts["problem"] = f"{what}: {error.strerror or error}"
         facts["modified_ns"] = _NEVER
     except OSError as error:
         raise StorageError(f"{backend.name}: {key} could not be read: {error.strerror or error}") from error

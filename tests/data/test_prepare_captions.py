@@ -54,6 +54,19 @@ def test_every_caption_of_a_picture_is_encoded_once_and_drawn_equally_often(pict
     assert seen != drawn(prepared(pictures, multiple_captions=True, seed=8), epochs=100)
 
 
+def test_a_first_start_tells_of_caption_files_that_are_not_read(pictures: Path) -> None:
+    told = "captions: toys: captions are the names of files, and 4 .txt beside them are not read; caption_strategy textfile reads them"
+    (pictures / "0.png").rename(pictures / "4.png")  # then 0.txt stands alone, which the report names
+    (pictures / "4.txt").write_text("read by nobody")
+    first, second, by_text = Story(), Story(), Story()
+    prepared(pictures, story=first, caption_strategy="filename")
+    (pictures.parent / "output" / "dataset_report.html").touch()  # a reporter's work
+    prepared(pictures, story=second, caption_strategy="filename")
+    prepared(pictures, story=by_text, caption_strategy="textfile")
+    assert told in first.lines
+    assert not any("not read" in line for line in second.lines + by_text.lines)
+
+
 def test_orders_of_tags_are_encoded_beforehand_and_a_second_start_encodes_nothing(pictures: Path) -> None:
     changed: dict[str, Any] = {"multiple_captions": True, "shuffle_tags": True, "keep_tags": 1}
     first, second = ToyFamily(), ToyFamily()
