@@ -44,9 +44,8 @@ class Trackers(Reporter):
                 continue
             for picture in images:
                 with Image.open(picture.path) as opened:
-                    name = f"validation/{picture.path.stem.split('_', 2)[2]}"
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}  # the others expect it anyway
-                    tracker.log_images({name: np.asarray(opened)[None]}, step=step, **layout)
+                    tracker.log_images({f"validation/{picture.name}": np.asarray(opened)[None]}, step=step, **layout)
 
     def close(self) -> None:
         for tracker in self._trackers:
