@@ -460,12 +460,12 @@ def make_validator(config: Config, runtime: Runtime, family: ModelFamily, object
 
 
 def join_reporters(config: Config, state: TrainState, total: int, report: Reporters) -> None:
-    """From the first step on metrics and trackers are told too; what they hold of later steps than this one is cut off."""
+    """From the first step on metrics and trackers are told too; what files here hold of later steps than this one is cut off."""
     from helpers.reporting.records import Records
     from helpers.reporting.trackers import Trackers
 
     report.members.append(Records(config.run.output_dir, state.step, config.data.record_samples))
-    report.members.append(Trackers(config.reporting, config.run.output_dir, state.trackers))
+    report.members.append(Trackers(config.reporting, config.run.output_dir, state.trackers, state.step))
     report.started(config.values(), total)
 
 

@@ -331,8 +331,7 @@ class StepResult:
 class ValidationImage:
     """One picture made during training."""
 
-    prompt_name: str
-    prompt: str
+    name: str  # the same at every step: its prompt's, its size, and its number where there are several
     path: Path
 
 
