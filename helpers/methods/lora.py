@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
+from helpers.config.suggest import did_you_mean
 from helpers.data.progress import bar
 from helpers.errors import ConfigError
 from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
@@ -77,6 +79,12 @@ def refused_by_adapters(settings: Settings) -> Iterator[str]:
     """What no kind of adapter can do."""
     if settings["freeze_unet_strategy"] == "bitfit":
         yield "--freeze_unet_strategy=bitfit trains biases of the network, and an adapter none; use --model_type=full, or leave it out."
+    targets = settings["lora_targets"]
+    if isinstance(targets, tuple) and is_expression(targets):
+        try:
+            re.compile(targets[0])
+        except re.error as error:
+            yield f"--lora_targets={targets[0]} is no regular expression ({error}); correct it, or name endings of modules' names."
 
 
 class Lora:
@@ -206,6 +214,7 @@ class Lora:
     def _targets(self, denoiser: nn.Module) -> list[str]:
         """Endings of module names, or one regular expression: the user's, else those of the LoRA to start from, else the method's."""
         if self.options.lora_targets:
+            require_each_to_fit(self.options.lora_targets, denoiser)
             return list(self.options.lora_targets)
         if self.start is None:
             return default_targets(self.options.lora_algorithm, self.family, denoiser)
@@ -369,9 +378,20 @@ def default_targets(algorithm: str, family: ModelFamily, denoiser: nn.Module) ->
     return [name for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
 
 
-def is_expression(targets: list[str]) -> bool:
+def is_expression(targets: Sequence[str]) -> bool:
     """Whether the targets are one regular expression rather than endings of names."""
     return len(targets) == 1 and any(mark in targets[0] for mark in "*+?[(|^$\\")
+
+
+def require_each_to_fit(targets: Sequence[str], network: nn.Module) -> None:
+    """ConfigError for the ending of no module's name: beside others that fit it would be left out in silence."""
+    if is_expression(targets):
+        return
+    names = [name for name, _ in network.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            near = did_you_mean(target, {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+            raise ConfigError(f"--lora_targets: {target} is not what the name of any module of this model ends with{near}; correct it.")
 
 
 def _public_name(parameter: str) -> str:
