@@ -362,7 +362,10 @@ def attached(config: Config, runtime: Runtime, family: ModelFamily, method: Trai
 
 def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:
     """The family's network as the base of this run: in the method's precision, its blocks in fewer bits where that is asked for."""
+    from helpers.methods.lora import frozen_dtype
+
     parts = family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer))
+    parts.frozen_dtype = frozen_dtype(runtime.mixed_precision)
     parts.report = report
     if (kind := config.run.base_quantization) != "none":
         from helpers.methods.quantised_base import bytes_of, quantise
