@@ -129,7 +129,15 @@ def _adapter(chosen: Chosen, problems: list[str]) -> None:
     except ValueError as error:
         problems.append(f"{start.origin}: {error}")
         return
-    for name in (item.name for item in dataclasses.fields(LoraFile)):
+    trains = chosen["train_text_encoder"]
+    if found.train_text_encoder and not trains.value:
+        problems.append(
+            f"{start.origin}: {start.value} is a LoRA of the text encoders too; set --train_text_encoder to go on with them, or remove "
+            "their layers from it."
+        )
+    elif trains.value and not found.train_text_encoder:
+        problems.append(f"{start.origin}: {start.value} is a LoRA of the network alone; leave out one of it and {trains.origin}.")
+    for name in (item.name for item in dataclasses.fields(LoraFile) if item.name != "train_text_encoder"):
         value, said = getattr(found, name), chosen[name]
         if said.rank <= Rank.FAMILY:
             chosen[name] = Setting(value, f"from {start.value.name}", Rank.FAMILY)
