@@ -50,8 +50,9 @@ is_ready() { # is_ready base|test
 }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python3.12 python3.13 python3.11 python3.14}; do
+    local candidate candidates=(python3 python3.12 python3.13 python3.11 python3.14)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             printf '%s\n' "$candidate"
             return
@@ -85,7 +86,7 @@ make_venv() {
 pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$python" -m pip "$@"; }
 
 pip_setting() { # the value of one of pip's settings, from its variables or its files; empty when unset
-    pip config list 2>/dev/null | sed -n "s/^\(:env:\.\|install\.\|global\.\)$1='\(.*\)'\$/\2/p" | head -n 1
+    pip config list 2>/dev/null | sed -nE "s/^(:env:\.|install\.|global\.)$1='(.*)'\$/\2/p" | head -n 1
 }
 
 # uv reads none of pip's settings, so those that say where packages come from are handed over.

@@ -61,60 +61,6 @@ class Beginning:
     accumulation: int  # micro-batches of each process in a step
 
 
-def chosen_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]:
-    """Family, method and objective of the run. ConfigError or ModelError where one of them cannot do what is asked."""
-    from helpers.methods.text_encoders import require_something_to_train
-
-    family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
-    method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
-    if config.text_encoder.train_text_encoder and config.model.model_type == "full":
-        require_something_to_train(cast("TextTrainer", family), config.text_encoder)
-    objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
-    require_sampler(config, objective)
-    return family, method, objective
-
-
-def begins_with_pictures(config: Config, family: ModelFamily) -> bool:
-    """Whether validation makes pictures from pictures of the data."""
-    return bool(family.refines or config.model.controlnet or config.validation.validation_using_datasets)
-
-
-def prompts_of(config: Config, family: ModelFamily) -> list[Prompt]:
-    """The prompts that validation makes pictures of; none where the family only makes them from pictures."""
-    from helpers.training.validation import read_prompts
-
-    return [] if family.refines else read_prompts(config.validation)
-
-
-def captions_of_pictures(config: Config, family: ModelFamily) -> list[str]:
-    """What validation needs of the text encoders beside the captions of the data."""
-    from helpers.training.validation import captions_to_encode
-
-    return captions_to_encode(prompts_of(config, family), config.validation, begins_with_pictures(config, family))
-
-
-def say_what_validation_leaves_out(config: Config, family: ModelFamily, report: Reporters) -> None:
-    if family.refines:
-        report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
-    for name in ("num_eval_images", "eval_dataset_id"):
-        if not begins_with_pictures(config, family) and config.values()[name] != OPTIONS[name].default:
-            report.chapter("", f"{config.origins[name]} does nothing while validation_using_datasets is off.")
-
-
-def sampler_kind(config: Config, objective: Objective) -> str:
-    """Diffusers' class of the sampler for pictures, which what is handed over names too, so that it makes them as here."""
-    return objective.samplers[config.validation.validation_noise_scheduler]
-
-
-def require_sampler(config: Config, objective: Objective) -> None:
-    """ConfigError where validation and the exported pipeline could not sample what is learnt, which the base model may have settled."""
-    asked = config.validation.validation_noise_scheduler
-    if asked not in objective.samplers:
-        raise ConfigError(
-            f"--validation_noise_scheduler={asked} cannot sample what this model predicts; use {', '.join(objective.samplers)}."
-        )
-
-
 def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
     """Say with which settings the run starts, and have what is found in the data shown on a page."""
     from helpers.reporting.html_report import HtmlReport
@@ -124,18 +70,6 @@ def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
     for note in (*config.notes, *runtime.notes):
         report.chapter("", note)
     logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
-
-
-def look_at_data(config: Config, runtime: Runtime, beginning: Beginning, family: ModelFamily, report: Reporters) -> None:
-    """Scan and plan the data as the run would, and say where to read about it."""
-    from helpers.data.prepare import survey_data
-    from helpers.data.report import REPORT
-    from helpers.reporting.html_report import PAGE
-
-    if config.run.seed <= 0 and not beginning.found:
-        report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
-    survey_data(config.datasets, data_settings(config, family, runtime, beginning), family, workers(runtime), report)
-    report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
 
 
 def without_weights(config: Config, runtime: Runtime) -> Config:
@@ -164,6 +98,72 @@ def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Co
     for note in config.of_other_families(families):
         report.chapter("", note)
     return config
+
+
+def chosen_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]:
+    """Family, method and objective of the run. ConfigError or ModelError where one of them cannot do what is asked."""
+    from helpers.methods.text_encoders import require_something_to_train
+
+    family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+    method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
+    if config.text_encoder.train_text_encoder and config.model.model_type == "full":
+        require_something_to_train(cast("TextTrainer", family), config.text_encoder)
+    objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+    require_sampler(config, objective)
+    return family, method, objective
+
+
+def require_sampler(config: Config, objective: Objective) -> None:
+    """ConfigError where validation and the exported pipeline could not sample what is learnt, which the base model may have settled."""
+    asked = config.validation.validation_noise_scheduler
+    if asked not in objective.samplers:
+        raise ConfigError(
+            f"--validation_noise_scheduler={asked} cannot sample what this model predicts; use {', '.join(objective.samplers)}."
+        )
+
+
+def sampler_kind(config: Config, objective: Objective) -> str:
+    """Diffusers' class of the sampler for pictures, which what is handed over names too, so that it makes them as here."""
+    return objective.samplers[config.validation.validation_noise_scheduler]
+
+
+def say_what_validation_leaves_out(config: Config, family: ModelFamily, report: Reporters) -> None:
+    if family.refines:
+        report.chapter("", f"{family.facts.title} is validated on pictures of the data under their captions, not on prompts")
+    for name in ("num_eval_images", "eval_dataset_id"):
+        if not begins_with_pictures(config, family) and config.values()[name] != OPTIONS[name].default:
+            report.chapter("", f"{config.origins[name]} does nothing while validation_using_datasets is off.")
+
+
+def find_beginning(checkpoints: Checkpointer, config: Config, runtime: Runtime, report: Reporters) -> Beginning:
+    """The checkpoint to go on from, or a new run with its seed. Raises CheckpointError where neither may be."""
+    from helpers.training.state import TrainState, settle_accumulation
+
+    if runtime.is_main:
+        checkpoints.tidy()
+    runtime.wait_for_everyone()
+    found = checkpoints.find(lambda text: report.chapter("checkpoint", text))
+    asked = config.run.gradient_accumulation_steps
+    if found is None:
+        seed = config.run.seed if config.run.seed > 0 else runtime.gather(1 + secrets.randbelow(2**31))[0]
+        return Beginning(None, TrainState(seed), asked)
+    report.chapter("checkpoint", f"going on from {found.folder.name}")
+    accumulation, note = settle_accumulation(found.content["batch"], asked, runtime.world_size, found.folder.name)
+    if note:
+        report.chapter("", note)
+    return Beginning(found, TrainState.from_json(found.content["state"]), accumulation)
+
+
+def look_at_data(config: Config, runtime: Runtime, beginning: Beginning, family: ModelFamily, report: Reporters) -> None:
+    """Scan and plan the data as the run would, and say where to read about it."""
+    from helpers.data.prepare import survey_data
+    from helpers.data.report import REPORT
+    from helpers.reporting.html_report import PAGE
+
+    if config.run.seed <= 0 and not beginning.found:
+        report.chapter("", "the seed is drawn when a run starts: the places of random cuts shown are examples")
+    survey_data(config.datasets, data_settings(config, family, runtime, beginning), family, workers(runtime), report)
+    report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
 
 
 def settled(config: Config, runtime: Runtime, method: TrainingMethod, beginning: Beginning) -> Config:
@@ -200,61 +200,57 @@ def try_on_this_device(config: Config, runtime: Runtime, method: TrainingMethod)
         try_compiling("--validation_torch_compile", runtime.device)
 
 
-def attached(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Trainable:
-    """The network as the method trains it, in as little memory as was asked for."""
-    from helpers.training.lean import choose_attention, slim
-
-    parts = load_network(config, runtime, family, method, report)
-    add_text(parts, config, family, method, runtime)
-    trainable = method.attach(parts)
-    slim(trainable.denoiser, config.run, family.facts.options)
-    if config.run.gradient_checkpointing:
-        for encoder in trainable.text_encoders.values():
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    choose_attention(config.run.attention)
-    return trainable
-
-
-def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:
-    """The family's network as the base of this run: in the method's precision, its blocks in fewer bits where that is asked for."""
-    parts = family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer))
-    parts.report = report
-    if (kind := config.run.base_quantization) != "none":
-        from helpers.methods.quantised_base import bytes_of, quantise
-
-        before = bytes_of(parts.denoiser)
-        parts.unrounded = quantise(parts.denoiser, kind, runtime.device, keep=config.adapter.lora_init_type == "loftq")
-        report.chapter("model", f"weights in {kind}: {bytes_of(parts.denoiser) / 2**30:,.2f} GiB instead of {before / 2**30:,.2f}")
-    return parts
-
-
-def join_reporters(config: Config, state: TrainState, total: int, report: Reporters) -> None:
-    """From the first step on metrics and trackers are told too; what they hold of later steps than this one is cut off."""
-    from helpers.reporting.records import Records
-    from helpers.reporting.trackers import Trackers
-
-    report.members.append(Records(config.run.output_dir, state.step, config.data.record_samples))
-    report.members.append(Trackers(config.reporting, config.run.output_dir, state.trackers))
-    report.started(config.values(), total)
+def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:
+    """What must stay as it is from one life of a run to the next, beside the data: JSON values by the options' names."""
+    adapter = dataclasses.asdict(config.adapter) if config.model.model_type == "lora" else {}
+    encoders = dataclasses.asdict(config.text_encoder) if config.text_encoder.train_text_encoder else {}
+    text = {name: value for name, value in encoders.items() if name != "text_encoder_lr"}  # like the learning rate it may change
+    if config.model.controlnet:
+        adapter = {"controlnet_model_name_or_path": config.model.controlnet_model_name_or_path}
+    loss = dataclasses.asdict(config.objective)
+    sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
+    identity = {
+        "model": family.identity,
+        "model_family": config.family_name,
+        "model_type": config.method_name,
+        "seed": config.run.seed,
+        "train_batch_size": config.data.train_batch_size,
+        "caption_dropout_probability": config.data.caption_dropout_probability,
+        "sd3_caption_dropout": config.data.sd3_caption_dropout,
+        "sdxl_original_size": config.data.sdxl_original_size,
+        "data_aesthetic_score": config.model.data_aesthetic_score,
+        "tokenizer_max_length": config.model.tokenizer_max_length,
+        "long_captions": config.model.long_captions,
+        "latent_sampling": config.cache.latent_sampling,
+        "mixed_precision": config.run.mixed_precision,
+        "optimizer": config.optimizer.optimizer,
+        "optimizer_args": config.optimizer.optimizer_args,
+        "base_quantization": config.run.base_quantization,
+        "use_ema": config.ema.use_ema,
+        **adapter,
+        **text,
+        **{name: value for name, value in {**loss, **objective.identity}.items() if name not in sampling_only},
+    }
+    return json.loads(json.dumps(identity, default=str))  # as it will be read back: tuples become lists
 
 
-def find_beginning(checkpoints: Checkpointer, config: Config, runtime: Runtime, report: Reporters) -> Beginning:
-    """The checkpoint to go on from, or a new run with its seed. Raises CheckpointError where neither may be."""
-    from helpers.training.state import TrainState, settle_accumulation
+def captions_of_pictures(config: Config, family: ModelFamily) -> list[str]:
+    """What validation needs of the text encoders beside the captions of the data."""
+    from helpers.training.validation import captions_to_encode
 
-    if runtime.is_main:
-        checkpoints.tidy()
-    runtime.wait_for_everyone()
-    found = checkpoints.find(lambda text: report.chapter("checkpoint", text))
-    asked = config.run.gradient_accumulation_steps
-    if found is None:
-        seed = config.run.seed if config.run.seed > 0 else runtime.gather(1 + secrets.randbelow(2**31))[0]
-        return Beginning(None, TrainState(seed), asked)
-    report.chapter("checkpoint", f"going on from {found.folder.name}")
-    accumulation, note = settle_accumulation(found.content["batch"], asked, runtime.world_size, found.folder.name)
-    if note:
-        report.chapter("", note)
-    return Beginning(found, TrainState.from_json(found.content["state"]), accumulation)
+    return captions_to_encode(prompts_of(config, family), config.validation, begins_with_pictures(config, family))
+
+
+def prompts_of(config: Config, family: ModelFamily) -> list[Prompt]:
+    """The prompts that validation makes pictures of; none where the family only makes them from pictures."""
+    from helpers.training.validation import read_prompts
+
+    return [] if family.refines else read_prompts(config.validation)
+
+
+def begins_with_pictures(config: Config, family: ModelFamily) -> bool:
+    """Whether validation makes pictures from pictures of the data."""
+    return bool(family.refines or config.model.controlnet or config.validation.validation_using_datasets)
 
 
 def data_settings(
@@ -296,64 +292,6 @@ def workers(runtime: Runtime) -> Workers:
     return Workers(runtime.rank, runtime.world_size, meeting.gather, meeting.stop_asked)
 
 
-def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:
-    """What must stay as it is from one life of a run to the next, beside the data: JSON values by the options' names."""
-    adapter = dataclasses.asdict(config.adapter) if config.model.model_type == "lora" else {}
-    encoders = dataclasses.asdict(config.text_encoder) if config.text_encoder.train_text_encoder else {}
-    text = {name: value for name, value in encoders.items() if name != "text_encoder_lr"}  # like the learning rate it may change
-    if config.model.controlnet:
-        adapter = {"controlnet_model_name_or_path": config.model.controlnet_model_name_or_path}
-    loss = dataclasses.asdict(config.objective)
-    sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
-    identity = {
-        "model": family.identity,
-        "model_family": config.family_name,
-        "model_type": config.method_name,
-        "seed": config.run.seed,
-        "train_batch_size": config.data.train_batch_size,
-        "caption_dropout_probability": config.data.caption_dropout_probability,
-        "sd3_caption_dropout": config.data.sd3_caption_dropout,
-        "sdxl_original_size": config.data.sdxl_original_size,
-        "data_aesthetic_score": config.model.data_aesthetic_score,
-        "tokenizer_max_length": config.model.tokenizer_max_length,
-        "long_captions": config.model.long_captions,
-        "latent_sampling": config.cache.latent_sampling,
-        "mixed_precision": config.run.mixed_precision,
-        "optimizer": config.optimizer.optimizer,
-        "optimizer_args": config.optimizer.optimizer_args,
-        "base_quantization": config.run.base_quantization,
-        "use_ema": config.ema.use_ema,
-        **adapter,
-        **text,
-        **{name: value for name, value in {**loss, **objective.identity}.items() if name not in sampling_only},
-    }
-    return json.loads(json.dumps(identity, default=str))  # as it will be read back: tuples become lists
-
-
-def add_text(parts: Parts, config: Config, family: ModelFamily, method: TrainingMethod, runtime: Runtime) -> None:
-    """Load the text encoders that are to be trained beside the network."""
-    from helpers.methods.text_encoders import add_text_encoders
-
-    if config.text_encoder.train_text_encoder:
-        dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
-        freezes = config.model.model_type == "full"
-        add_text_encoders(parts, cast("TextTrainer", family), config.text_encoder, dtype, freezes)
-
-
-def text_encoder_stop(config: Config, found: Found | None, total: int, report: Reporters) -> int:
-    """The step, counted from 0, that the text encoders stop before. It is settled when a run starts, and stays."""
-    from helpers.training.live_text import stop_of
-
-    if not config.text_encoder.train_text_encoder:
-        return 0
-    stop = stop_of(config.text_encoder.text_encoder_limit, total, found.content["text_encoder_stop"] if found else None)
-    rate = config.text_encoder.text_encoder_lr or config.schedule.learning_rate
-    chosen = config.optimizer
-    peak = highest_rate(chosen.optimizer, chosen.optimizer_args, chosen.adafactor_relative_step, rate)
-    report.chapter("text", f"the text encoders are trained up to step {min(stop, total):,}, at {peak}")
-    return stop
-
-
 def go_on_with_changed_data(config: Config, beginning: Beginning, data: TrainingData, report: Reporters) -> None:
     """Where the data is not what the checkpoint was trained on and that is accepted, the next untouched epoch begins on what is there now.
 
@@ -380,17 +318,6 @@ def total_steps(config: Config, runtime: Runtime, data: TrainingData, beginning:
     return order.step + math.ceil(left / (beginning.accumulation * runtime.world_size))
 
 
-def make_schedule(config: Config, beginning: Beginning, total: int, report: Reporters) -> Schedule:
-    from helpers.training.schedules import Schedule
-
-    schedule = Schedule.create(config.schedule, total)
-    found = beginning.found
-    if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
-        laid = f"--lr_scheduler={schedule.name} was laid over {planned:,} steps and now is over {total:,}"
-        report.chapter("", f"the learning rate bends: {laid}")
-    return schedule
-
-
 def make_learner(
     config: Config,
     runtime: Runtime,
@@ -409,7 +336,7 @@ def make_learner(
     trainable = attached(config, runtime, family, method, report)
     schedule = make_schedule(config, beginning, total, report)
     stop = text_encoder_stop(config, beginning.found, total, report)
-    rate = (config.text_encoder.text_encoder_lr or config.schedule.learning_rate) / config.schedule.learning_rate
+    rate = text_encoder_rate(config) / config.schedule.learning_rate
     engine = Engine(runtime, trainable, config.optimizer, schedule, config.run.gradient_precision, rate, stop)
     average = Average(trainable.parameters, config.ema) if config.ema.use_ema else None
     learner = Learner(method, trainable, engine, average)
@@ -418,20 +345,71 @@ def make_learner(
     return learner
 
 
-def make_validator(config: Config, runtime: Runtime, family: ModelFamily, objective: Objective, subjects: Subjects, seed: int) -> Validator:
-    from helpers.families.samplers import sampler
-    from helpers.training.validation import Validator
+def attached(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Trainable:
+    """The network as the method trains it, in as little memory as was asked for."""
+    from helpers.training.lean import choose_attention, slim
 
-    kind, spacing = sampler_kind(config, objective), config.objective.inference_scheduler_timestep_spacing
-    return Validator(
-        config.validation,
-        family,
-        runtime,
-        subjects,
-        lambda: sampler(kind, objective.scheduler_config, spacing),
-        config.run.output_dir / VALIDATION_FOLDER,
-        seed,
-    )
+    parts = load_network(config, runtime, family, method, report)
+    add_text(parts, config, family, method, runtime)
+    trainable = method.attach(parts)
+    slim(trainable.denoiser, config.run, family.facts.options)
+    if config.run.gradient_checkpointing:
+        for encoder in trainable.text_encoders.values():
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    choose_attention(config.run.attention)
+    return trainable
+
+
+def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:
+    """The family's network as the base of this run: in the method's precision, its blocks in fewer bits where that is asked for."""
+    parts = family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer))
+    parts.report = report
+    if (kind := config.run.base_quantization) != "none":
+        from helpers.methods.quantised_base import bytes_of, quantise
+
+        before = bytes_of(parts.denoiser)
+        parts.unrounded = quantise(parts.denoiser, kind, runtime.device, keep=config.adapter.lora_init_type == "loftq")
+        report.chapter("model", f"weights in {kind}: {bytes_of(parts.denoiser) / 2**30:,.2f} GiB instead of {before / 2**30:,.2f}")
+    return parts
+
+
+def add_text(parts: Parts, config: Config, family: ModelFamily, method: TrainingMethod, runtime: Runtime) -> None:
+    """Load the text encoders that are to be trained beside the network."""
+    from helpers.methods.text_encoders import add_text_encoders
+
+    if config.text_encoder.train_text_encoder:
+        dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
+        freezes = config.model.model_type == "full"
+        add_text_encoders(parts, cast("TextTrainer", family), config.text_encoder, dtype, freezes)
+
+
+def make_schedule(config: Config, beginning: Beginning, total: int, report: Reporters) -> Schedule:
+    from helpers.training.schedules import Schedule
+
+    schedule = Schedule.create(config.schedule, total)
+    found = beginning.found
+    if found and schedule.bends_with_length and total != (planned := found.content["total_steps"]):
+        laid = f"--lr_scheduler={schedule.name} was laid over {planned:,} steps and now is over {total:,}"
+        report.chapter("", f"the learning rate bends: {laid}")
+    return schedule
+
+
+def text_encoder_stop(config: Config, found: Found | None, total: int, report: Reporters) -> int:
+    """The step, counted from 0, that the text encoders stop before. It is settled when a run starts, and stays."""
+    from helpers.training.live_text import stop_of
+
+    if not config.text_encoder.train_text_encoder:
+        return 0
+    stop = stop_of(config.text_encoder.text_encoder_limit, total, found.content["text_encoder_stop"] if found else None)
+    chosen = config.optimizer
+    peak = highest_rate(chosen.optimizer, chosen.optimizer_args, chosen.adafactor_relative_step, text_encoder_rate(config))
+    report.chapter("text", f"the text encoders are trained up to step {min(stop, total):,}, at {peak}")
+    return stop
+
+
+def text_encoder_rate(config: Config) -> float:
+    """The learning rate of the text encoders where the schedule is at its peak."""
+    return config.text_encoder.text_encoder_lr or config.schedule.learning_rate
 
 
 def subjects_of_pictures(config: Config, family: ModelFamily, data: TrainingData, live: LiveText | None) -> Subjects:
@@ -463,6 +441,32 @@ def pictures_of_the_data(config: Config, data: TrainingData) -> dict[Prompt, Sta
     searched = max(1, min(SEARCHED_STEPS, int(data.steps_per_epoch)))
     with contextlib.closing(data.steps(0, searched, keep_captions=True)) as steps:
         return first_pictures(steps, counts)
+
+
+def make_validator(config: Config, runtime: Runtime, family: ModelFamily, objective: Objective, subjects: Subjects, seed: int) -> Validator:
+    from helpers.families.samplers import sampler
+    from helpers.training.validation import Validator
+
+    kind, spacing = sampler_kind(config, objective), config.objective.inference_scheduler_timestep_spacing
+    return Validator(
+        config.validation,
+        family,
+        runtime,
+        subjects,
+        lambda: sampler(kind, objective.scheduler_config, spacing),
+        config.run.output_dir / VALIDATION_FOLDER,
+        seed,
+    )
+
+
+def join_reporters(config: Config, state: TrainState, total: int, report: Reporters) -> None:
+    """From the first step on metrics and trackers are told too; what they hold of later steps than this one is cut off."""
+    from helpers.reporting.records import Records
+    from helpers.reporting.trackers import Trackers
+
+    report.members.append(Records(config.run.output_dir, state.step, config.data.record_samples))
+    report.members.append(Trackers(config.reporting, config.run.output_dir, state.trackers))
+    report.started(config.values(), total)
 
 
 def hand_over(config: Config, learner: Learner, objective: Objective) -> list[Path]:

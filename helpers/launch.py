@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -62,12 +63,12 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def plan_launch(options: LaunchOptions, environ: Mapping[str, str], wants_file: bool = True) -> Launch | None:
-    """None when one plain process is all that is asked for. Raises ConfigError for extra arguments that no shell could split.
+    """None when one plain process is all that is asked for.
 
     accelerate's own configuration file, as `accelerate config` writes it, counts when it asks for more than that. Where it is used,
     it also says how many processes there are, unless TRAINING_NUM_PROCESSES says more than one.
     """
-    extra = split_extra(options.accelerate_extra_args)
+    extra = shlex.split(options.accelerate_extra_args)
     named = {word.partition("=")[0] for word in extra}
     file = accelerate_file(environ) if wants_file and "--config_file" not in named else None
     processes, machines = options.training_num_processes, options.training_num_machines
@@ -98,25 +99,31 @@ def plan_launch(options: LaunchOptions, environ: Mapping[str, str], wants_file: 
     return Launch((*arguments, *extra), variables)  # accelerate takes the last of two equal flags: the user's
 
 
-def split_extra(arguments: str) -> list[str]:
-    try:
-        return shlex.split(arguments)
-    except ValueError as error:
-        raise ConfigError(f"ACCELERATE_EXTRA_ARGS ({arguments}) cannot be split into arguments: {str(error).lower()}.") from None
-
-
 def accelerate_file(environ: Mapping[str, str]) -> Path | None:
-    """accelerate's configuration file at its usual place, if it asks for anything but one plain process."""
+    """accelerate's configuration file at its usual place, if it asks for anything but one plain process.
+
+    Raises ConfigError where there is one that cannot be read.
+    """
     cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(environ.get("HF_HOME") or Path(cache) / "huggingface").expanduser() / "accelerate"
     for file in (folder / "default_config.yaml", folder / "default_config.json"):
         if file.is_file():
-            import yaml
-
-            asks = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            asks = _read_yaml(file)
             plain = asks.get("distributed_type", "NO") == "NO" and asks.get("num_processes", 1) == 1
             return None if plain else file
     return None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())}): make it anew with `accelerate config`.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no settings of accelerate: make it anew with `accelerate config`.")
+    return content
 
 
 def torch_has_a_gpu() -> bool:

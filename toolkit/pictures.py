@@ -6,6 +6,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -18,44 +19,57 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
-def load_pipeline(
-    model: str,
-    revision: str | None,
-    variant: str | None,
-    dtype: str,
-    device: str,
-    *,
-    t5_name: str | None = None,
-    vae_name: str | None = None,
-    **parts: Any,
-) -> Any:
-    """The model's own pipeline of diffusers on a device, with the T5 and the VAE of these names and these `parts` in place of its own.
+@dataclass(frozen=True)
+class Model:
+    """What a pipeline is made of, each by a folder or its name on the hub."""
+
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    t5: str | None = None  # in place of its own
+    vae: str | None = None  # likewise
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What pictures show, and how they are made."""
+
+    prompt: str
+    negative_prompt: str
+    width: int  # pixels
+    height: int
+    steps: int
+    guidance: float
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Wanted:
+        """What `--prompt` and the arguments of `add_sampling` say."""
+        width, height = arguments.size
+        return cls(arguments.prompt, arguments.negative_prompt, width, height, arguments.steps, arguments.guidance)
+
+
+def load_pipeline(model: Model, dtype: str, device: str, **parts: Any) -> Any:
+    """The model's own pipeline of diffusers on a device, with these `parts` in place of its own.
 
     Raises ModelError where there is none, or none that has a T5.
     """
     import diffusers
-    import torch
     import transformers
 
     from helpers.families.checkpoint import T5_CLASSES
     from helpers.families.folder import load_component, locate, locate_component, model_index
 
-    folder = locate(model, revision, variant, T5_CLASSES if t5_name else ())
-    index = model_index(folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "bf16" if device != "cuda" or torch.cuda.is_bf16_supported() else "fp16"
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    own = variant if variant and any(folder.rglob(f"*.{variant}*.safetensors")) else None
+    folder = locate(model.name, model.revision, model.variant, T5_CLASSES if model.t5 else ())
+    device, kind = _settled(device, dtype)
+    own = model.variant if model.variant and any(folder.rglob(f"*.{model.variant}*.safetensors")) else None
     diffusers.utils.logging.disable_progress_bar()  # their bars for files of a second would run through ours
     transformers.utils.logging.disable_progress_bar()
-    if t5_name:
-        parts = {**_t5_parts(folder, t5_name, variant, kind, parts), **parts}
-    if vae_name and "vae" not in parts:
-        found = locate_component("--pretrained_vae_model_name_or_path", vae_name, "vae")
-        parts["vae"] = load_component(diffusers.AutoencoderKL, found, "", kind, variant)
-    absent = dict.fromkeys(name for name, value in index.items() if value == [None, None])  # diffusers insists on hearing it
+    if model.t5:
+        parts = {**_t5_parts(folder, model.t5, model.variant, kind, parts), **parts}
+    if model.vae and "vae" not in parts:
+        found = locate_component("--pretrained_vae_model_name_or_path", model.vae, "vae")
+        parts["vae"] = load_component(diffusers.AutoencoderKL, found, "", kind, model.variant)
+    absent = dict.fromkeys(name for name, value in model_index(folder).items() if value == [None, None])  # diffusers insists on hearing it
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, torch_dtype=kind, variant=own, use_safetensors=True, local_files_only=True, **{**absent, **parts}
@@ -67,6 +81,17 @@ def load_pipeline(
         pipeline.safety_checker = None  # it answers with black pictures, which would be learnt
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _settled(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """The device and the precision that `auto` means on this machine."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "fp32" if device == "cpu" else "bf16" if device != "cuda" or torch.cuda.is_bf16_supported() else "fp16"
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
 def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, others: Container[str]) -> dict[str, Any]:
@@ -106,17 +131,7 @@ def noise(purpose: str, seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(purpose, seed, number))
 
 
-def sample(
-    pipeline: Any,
-    generators: Sequence[torch.Generator],
-    *,
-    prompt: str,
-    negative_prompt: str,
-    width: int,
-    height: int,
-    steps: int,
-    guidance: float,
-) -> list[Image]:
+def sample(pipeline: Any, wanted: Wanted, generators: Sequence[torch.Generator]) -> list[Image]:
     """A picture of this very size from each generator. UserError where the model makes none of this size.
 
     An empty negative prompt is left to the pipeline, which may have zeros for it, as SDXL does, and not an encoded "".
@@ -127,18 +142,18 @@ def sample(
             "This model makes pictures from pictures; name one that makes them from a prompt alone, such as the base of a refiner."
         )
     grid = 8 * _patch(pipeline)
-    if width % grid or height % grid:
-        raise UserError(f"--size: this model makes pictures whose sides are multiples of {grid}, and not {width}x{height}.")
+    if wanted.width % grid or wanted.height % grid:
+        raise UserError(f"--size: this model makes pictures whose sides are multiples of {grid}, and not {wanted.width}x{wanted.height}.")
     exactly = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}  # or the size is rounded to another
     number = len(generators)
     return pipeline(
-        prompt=[prompt] * number,
-        width=width,
-        height=height,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
+        prompt=[wanted.prompt] * number,
+        width=wanted.width,
+        height=wanted.height,
+        num_inference_steps=wanted.steps,
+        guidance_scale=wanted.guidance,
         generator=list(generators),
-        **({"negative_prompt": [negative_prompt] * number} if negative_prompt else {}),
+        **({"negative_prompt": [wanted.negative_prompt] * number} if wanted.negative_prompt else {}),
         **exactly,
     ).images
 

@@ -47,6 +47,7 @@ DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("adafactor_relative_step",), "optimizer", ("adafactor",)),
     (tuple(name for name in OPTIONS if name.startswith("prodigy_")), "optimizer", ("prodigy",)),
     (("dadaptation_learning_rate",), "optimizer", ("dadaptation",)),
+    (("lr_warmup_steps",), "lr_scheduler", tuple(name for name in OPTIONS["lr_scheduler"].choices if name != "constant")),
     (("lr_power",), "lr_scheduler", ("polynomial",)),
     (("lr_num_cycles",), "lr_scheduler", ("cosine_with_restarts",)),
     (("lr_end",), "lr_scheduler", ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial")),

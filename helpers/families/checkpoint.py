@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ class Checkpoint:
     index: Mapping[str, Any]  # model_index.json
     variant: str | None
     hashes: files.WeightsHashes
+    settings: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of components that were asked for: names of layers ask often
 
     @classmethod
     def open(cls, family: str, components: Sequence[str], options: ModelOptions, cache: CacheOptions) -> Checkpoint:
@@ -67,9 +68,11 @@ class Checkpoint:
         files.require_components(found, used, options.variant, options.needs_weights)
         return cls(name, found, index, options.variant, files.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
 
-    def config(self, component: str) -> dict[str, Any]:
+    def config(self, component: str) -> Mapping[str, Any]:
         """How a component is built; a scheduler's is its noise schedule."""
-        return files.read_settings(self.folder / component / settings_file(component))
+        if component not in self.settings:
+            self.settings[component] = files.read_settings(self.folder / component / settings_file(component))
+        return self.settings[component]
 
     def hash_of(self, *components: str) -> str:
         """A hash of the weights and settings of some components."""

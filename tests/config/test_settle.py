@@ -107,3 +107,7 @@ def test_settings_without_effect_are_said_aloud(read: Read) -> None:
         "LORA_RANK does nothing while model_type is full.",
     }
     assert read("--offset_noise", "--noise_offset=0.2").notes == ()
+    assert read("--lr_scheduler=constant", "--lr_warmup_steps=9").notes == (
+        "--lr_warmup_steps does nothing while lr_scheduler is constant.",
+    )
+    assert read("--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=9").notes == ()

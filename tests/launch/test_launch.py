@@ -69,11 +69,6 @@ def test_a_configuration_file_among_the_extra_arguments_is_left_to_say_everythin
     assert launch.variables == {}
 
 
-def test_extra_arguments_that_cannot_be_split_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="ACCELERATE_EXTRA_ARGS .* no closing quotation"):
-        plan_launch(replace(PLAIN, accelerate_extra_args="--gpu_ids '0"), os.environ)
-
-
 def test_accelerates_own_configuration_counts_when_it_asks_for_more_than_one_plain_process(tmp_path: Path) -> None:
     environ = {"HF_HOME": str(tmp_path)}
     file = tmp_path / "accelerate" / "default_config.yaml"
@@ -89,6 +84,15 @@ def test_accelerates_own_configuration_counts_when_it_asks_for_more_than_one_pla
     compiled = plan_launch(replace(PLAIN, training_dynamo_backend="inductor"), environ)
     assert compiled is not None and compiled.arguments == ("--config_file", str(file), "--dynamo_backend", "inductor")
     assert plan_launch(PLAIN, environ, wants_file=False) is None
+
+
+@pytest.mark.parametrize("content", [b"num_processes: [1", b"- num_processes", b"\xff\xfe"])
+def test_a_configuration_of_accelerates_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "accelerate" / "default_config.yaml"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^{file} .* `accelerate config`"):
+        plan_launch(PLAIN, {"HF_HOME": str(tmp_path)})
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def fresh(tmp_path: Path, repository: Path) -> Path:
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
-    folder = tmp_path / "tools"
+    folder = tmp_path / "tools of mine"
     folder.mkdir()
     return folder
 

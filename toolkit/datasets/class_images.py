@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.pictures import add_sampling, exit_code, load_pipeline, make_folder, noise, sample, words
+from toolkit.pictures import Model, Wanted, add_sampling, exit_code, load_pipeline, make_folder, noise, sample, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,18 +31,14 @@ class ClassImages:
     """What the pictures are made from. Those of equal settings form one series."""
 
     model: str  # a folder, or a name on the hub
-    prompt: str
-    negative_prompt: str
-    width: int  # pixels
-    height: int
-    steps: int
-    guidance: float
+    wanted: Wanted
     seed: int
     t5: str | None = None  # the same of T5, where it is not the model's own
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        told = {"model": self.model, **vars(self.wanted), "seed": self.seed, "t5": self.t5}
+        return {name: value for name, value in told.items() if value is not None}
 
     def picture(self, folder: Path, number: int) -> Path:
         """The file of one picture of the series."""
@@ -60,16 +56,7 @@ def make(images: ClassImages, pipeline: Any, numbers: Sequence[int], batch: int)
     """The pictures of these numbers, `batch` at a time."""
     for start in range(0, len(numbers), batch):
         some = numbers[start : start + batch]
-        made = sample(
-            pipeline,
-            [noise("class image", images.seed, number) for number in some],
-            prompt=images.prompt,
-            negative_prompt=images.negative_prompt,
-            width=images.width,
-            height=images.height,
-            steps=images.steps,
-            guidance=images.guidance,
-        )
+        made = sample(pipeline, images.wanted, [noise("class image", images.seed, number) for number in some])
         yield from zip(some, made, strict=True)
 
 
@@ -83,7 +70,7 @@ def keep(images: ClassImages, folder: Path, number: int, picture: Image) -> None
     for name, value in images.settings.items():
         facts.add_itxt(name, str(value))
     picture.save(content, "PNG", pnginfo=facts)
-    for path, data in ((file.with_suffix(".txt"), images.prompt.encode()), (file, content.getvalue())):
+    for path, data in ((file.with_suffix(".txt"), images.wanted.prompt.encode()), (file, content.getvalue())):
         if not path.exists():
             write_file(path, data)
 
@@ -91,16 +78,10 @@ def keep(images: ClassImages, folder: Path, number: int, picture: Image) -> None
 def run(arguments: argparse.Namespace) -> None:
     from helpers.reporting.console import Console
 
-    width, height = arguments.size
     t5 = arguments.pretrained_t5_model_name_or_path
     images = ClassImages(
         model=_as_named(arguments.pretrained_model_name_or_path),
-        prompt=arguments.prompt,
-        negative_prompt=arguments.negative_prompt,
-        width=width,
-        height=height,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
+        wanted=Wanted.of(arguments),
         seed=arguments.seed,
         t5=_as_named(t5) if t5 else None,
     )
@@ -109,10 +90,11 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     numbers = missing(images, folder, arguments.number)
     there = arguments.number - len(numbers)
-    console.chapter("class", f"{there:,} of {arguments.number:,} pictures of {images.prompt!r} are in {folder}")
+    console.chapter("class", f"{there:,} of {arguments.number:,} pictures of {images.wanted.prompt!r} are in {folder}")
     if not numbers:
         return
-    pipeline = load_pipeline(images.model, arguments.revision, arguments.variant, arguments.dtype, arguments.device, t5_name=images.t5)
+    base = Model(images.model, arguments.revision, arguments.variant, t5=images.t5)
+    pipeline = load_pipeline(base, arguments.dtype, arguments.device)
     with console.progress("make pictures", len(numbers), "pictures") as advance:
         for number, picture in make(images, pipeline, numbers, arguments.batch):
             keep(images, folder, number, picture)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.config import Config
 from helpers.config.saved import read_saved_config
 from helpers.errors import UserError
-from toolkit.pictures import add_sampling, exit_code, load_pipeline, make_folder, noise, sample, words
+from toolkit.pictures import Model, Wanted, add_sampling, exit_code, load_pipeline, make_folder, noise, sample, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,18 +70,16 @@ class Expert:
     def load(self, dtype: str, device: str, **parts: Any) -> Any:
         """Its pipeline of diffusers, with these `parts` in place of its own."""
         if self.pipeline_folder.is_dir():
-            return load_pipeline(str(self.pipeline_folder), None, None, dtype, device, **parts)
-        model = self.config.model
-        pipeline = load_pipeline(
-            model.pretrained_model_name_or_path,
-            model.revision,
-            model.variant,
-            dtype,
-            device,
-            t5_name=model.pretrained_t5_model_name_or_path,
-            vae_name=model.pretrained_vae_model_name_or_path,
-            **parts,
+            return load_pipeline(Model(str(self.pipeline_folder)), dtype, device, **parts)
+        told = self.config.model
+        base = Model(
+            told.pretrained_model_name_or_path,
+            told.revision,
+            told.variant,
+            t5=told.pretrained_t5_model_name_or_path,
+            vae=told.pretrained_vae_model_name_or_path,
         )
+        pipeline = load_pipeline(base, dtype, device, **parts)
         if hasattr(pipeline, "load_lora_weights"):
             pipeline.load_lora_weights(self.folder, weight_name=WEIGHTS)
         else:
@@ -133,19 +131,10 @@ def joined(first: Expert, second: Expert, dtype: str, device: str) -> Any:
 
 def make(pipeline: Any, arguments: argparse.Namespace) -> Iterator[Image]:
     """The pictures in the order of their numbers."""
-    width, height = arguments.size
+    wanted = Wanted.of(arguments)
     for start in range(0, arguments.number, arguments.batch):
         some = range(start, min(start + arguments.batch, arguments.number))
-        yield from sample(
-            pipeline,
-            [noise("experts", arguments.seed, number) for number in some],
-            prompt=arguments.prompt,
-            negative_prompt=arguments.negative_prompt,
-            width=width,
-            height=height,
-            steps=arguments.steps,
-            guidance=arguments.guidance,
-        )
+        yield from sample(pipeline, wanted, [noise("experts", arguments.seed, number) for number in some])
 
 
 def run(arguments: argparse.Namespace) -> None:
