@@ -20,7 +20,7 @@ from pathlib import Path
 
 from helpers.data.shards import SUFFIX, UNSEALED, DamagedShardError, Placed, locked, parse_header
 from helpers.errors import StorageError
-from helpers.storage.backend import PartsBackend
+from helpers.storage.backend import DataBackend
 
 HEADERS_AT_ONCE = 16
 FETCHES_AT_ONCE = 2  # each holds a whole shard in memory
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class RemoteShards:
     """`folder` is the cache's, `limit` the most bytes that shards may take there; None is no limit. Safe to use from several threads."""
 
-    def __init__(self, store: PartsBackend, folder: Path, limit: int | None = None) -> None:
+    def __init__(self, store: DataBackend, folder: Path, limit: int | None = None) -> None:
         self.store = store
         self.folder = folder
         self.limit = limit

@@ -42,20 +42,6 @@ class SourceBackend(Protocol):
         ...
 
 
-class DataBackend(SourceBackend, Protocol):
-    """Bytes that are ours: caches and outputs, never training images."""
-
-    def write(self, key: str, data: bytes) -> None:
-        """Put the whole object there or leave what was there before. StorageError when it cannot be done."""
-        ...
-
-    def exists(self, key: str) -> bool: ...
-
-    def delete(self, key: str) -> None:
-        """Remove the object. It is no error when it is already gone."""
-        ...
-
-
 @runtime_checkable
 class RemoteSource(SourceBackend, Protocol):
     """A source whose every answer travels: many reads at once are needed to keep it busy."""
@@ -63,8 +49,12 @@ class RemoteSource(SourceBackend, Protocol):
     reads_at_once: int
 
 
-class PartsBackend(DataBackend, Protocol):
-    """A `DataBackend` that gives parts of an object at the price of the part."""
+class DataBackend(SourceBackend, Protocol):
+    """Bytes that are ours: caches, never training images. Nothing is ever deleted there."""
+
+    def write(self, key: str, data: bytes) -> None:
+        """Put the whole object there or leave what was there before. StorageError when it cannot be done."""
+        ...
 
     def read_part(self, key: str, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on, all inside the object. OSError when they cannot be read."""

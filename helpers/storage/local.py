@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
@@ -11,8 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
-from helpers.errors import DataError, StorageError
-from helpers.storage.atomic import write_file
+from helpers.errors import DataError
 from helpers.storage.backend import Entry
 
 # Folders that systems and tools keep beside people's files: thumbnails, bins and versions of what is already there.
@@ -81,25 +79,6 @@ class LocalSource:
         if not parts or key.startswith("/") or ".." in parts or "\0" in key:
             raise DataError(f"{key!r} is not the name of a file inside {self.root}.")
         return self.root.joinpath(*parts)
-
-
-class LocalBackend(LocalSource):
-    """A folder of ours: a `DataBackend`."""
-
-    def write(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{path.parent} could not be made: {error.strerror}") from error
-        write_file(path, data)
-
-    def exists(self, key: str) -> bool:
-        return self._path(key).is_file()
-
-    def delete(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._path(key).unlink()
 
 
 def _walk(root: Path, prefix: str, walked: set[tuple[int, int]], linked: list[str]) -> Iterator[Entry]:

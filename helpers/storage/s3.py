@@ -35,8 +35,8 @@ _BLOCK = 64 * 1024  # bytes of the smallest ranged GET: holds the header of near
 _MOST_BLOCKS = 16  # of one ranged GET of a stream that is read on and on
 
 # HeadBucket and CreateSession are botocore's own: where a bucket's region is, and how a directory bucket is entered.
-_READING = frozenset({"ListObjectsV2", "GetObject", "HeadObject", "HeadBucket", "CreateSession"})
-_WRITING = frozenset({"PutObject", "DeleteObject"})
+_READING = frozenset({"ListObjectsV2", "GetObject", "HeadBucket", "CreateSession"})
+_WRITING = frozenset({"PutObject"})
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -213,7 +213,7 @@ class S3Source:
 
 
 class S3Backend(S3Source):
-    """A prefix of ours, such as a cache: a `PartsBackend`."""
+    """A prefix of ours, such as a cache: a `DataBackend`."""
 
     _operations = _READING | _WRITING
 
@@ -232,33 +232,16 @@ class S3Backend(S3Source):
             if self._md5_of(answer) not in (None, digest.hexdigest()):
                 raise DamagedBytesError("what the store holds does not have the checksum of what was sent")
 
-        self._or_storage_error(key, "written", lambda: self._ask(put))
-
-    def exists(self, key: str) -> bool:
         try:
-            self._ask(lambda client: client.head_object(Bucket=self.address.bucket, Key=self._full(key)))
+            self._ask(put)
         except (GaveUp, BotoCoreError, ClientError) as error:
-            if is_missing(error):
-                return False
-            raise StorageError(f"{self.name}: {key} could not be looked for: {self._told(error)}.") from error
-        return True
-
-    def delete(self, key: str) -> None:
-        self._or_storage_error(
-            key, "deleted", lambda: self._ask(lambda client: client.delete_object(Bucket=self.address.bucket, Key=self._full(key)))
-        )
+            raise StorageError(f"{self.name}: {key} could not be written: {self._told(error)}.") from error
 
     def read_part(self, key: str, offset: int, size: int) -> bytes:
         data, _, _ = self._part(key, offset, size, None)
         if len(data) != size:
             raise OSError(errno.EIO, f"it ends before byte {offset + size:,}")
         return data
-
-    def _or_storage_error(self, key: str, done: str, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except (GaveUp, BotoCoreError, ClientError) as error:
-            raise StorageError(f"{self.name}: {key} could not be {done}: {self._told(error)}.") from error
 
 
 class _EmptyError(OSError):

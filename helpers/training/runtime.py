@@ -83,10 +83,6 @@ class Runtime:
         torch.distributed.all_reduce(total)
         return total.tolist()
 
-    def any_of(self, flag: bool) -> bool:
-        """True on every process if it is true on one of them."""
-        return bool(self.sum(float(flag))[0])
-
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, in the order of ranks, on all of them. Plain data only."""
         if self.world_size == 1:

@@ -24,8 +24,8 @@ from helpers.data.scan import DatasetRules, scan
 from helpers.data.targets import ResolutionRule
 from helpers.data.workers import Workers
 from helpers.errors import Interrupted, StorageError
-from helpers.storage.memory import MemoryBackend
 from tests.data.toys import Story, ToyFamily, dataset, settings
+from tests.storage.memory import MemoryBackend
 
 RULES = DatasetRules("a", ResolutionRule(crop=True, crop_style="face"), CaptionRule("filename"))
 PHOTOS = Path(__file__).resolve().parent.parent.parent / "demo" / "photos"

@@ -19,10 +19,10 @@ from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError, StorageError
 from helpers.storage import s3 as s3_module
-from helpers.storage.memory import MemoryBackend
 from helpers.storage.retrying import Patience
 from tests.data.toys import ConvCodec, HashEncoders, Story, ToyFamily, dataset, picture, pictures, settings
 from tests.storage.fault_proxy import FaultProxy, Request, fault_proxy
+from tests.storage.memory import MemoryBackend
 from tests.storage.s3_server import KEY, SECRET, S3Server
 
 QUICK = Patience(connect=2, silence=0.5, deadline=2, first_deadline=2, pause=0.02, longest_pause=0.1)

@@ -16,7 +16,7 @@ from helpers.data.cache import Cache, DamagedRecordError, Writer, record_key
 from helpers.data.cache_index import INDEX
 from helpers.data.remote_shards import RemoteShards
 from helpers.errors import StorageError
-from helpers.storage.memory import MemoryBackend
+from tests.storage.memory import MemoryBackend
 
 KEYS = [record_key("record", str(number)) for number in range(12)]
 RECORD = 4096  # bytes

@@ -16,8 +16,8 @@ from helpers.data.report import Memory, caption_report, dataset_report, summary
 from helpers.data.scan import DatasetRules, ScanResult, scan
 from helpers.data.table_join import JoinedTable
 from helpers.data.targets import ResolutionRule
-from helpers.storage.memory import MemoryBackend
 from tests.data.toys import WordLengths
+from tests.storage.memory import MemoryBackend
 
 
 def picture(width: int, height: int) -> bytes:

@@ -24,7 +24,7 @@ from helpers.data.scan import DatasetRules, ScanOptions, scan
 from helpers.data.targets import ResolutionRule
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
-from helpers.storage.memory import MemoryBackend
+from tests.storage.memory import MemoryBackend
 
 RULES = DatasetRules("set", ResolutionRule(0.25), CaptionRule("textfile"))
 BY_NAME = replace(RULES, captions=CaptionRule("filename"))

@@ -25,8 +25,8 @@ from helpers.data.table_join import JoinedTable
 from helpers.data.tables import TableRule
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
-from helpers.storage.memory import MemoryBackend
 from tests.data.test_scan import Watched, picture, reasons
+from tests.storage.memory import MemoryBackend
 
 Rows = list[dict[str, Any]]
 BOTH = TableRule("t.parquet", "parquet", caption_column="description", width_column="width", height_column="height")

@@ -16,7 +16,7 @@ from helpers.data.report import Memory
 from helpers.data.sample import Size
 from helpers.data.scan import DatasetRules, scan
 from helpers.data.thumbnails import LONGER_SIDE, Thumbnail, chosen, thumbnails
-from helpers.storage.memory import MemoryBackend
+from tests.storage.memory import MemoryBackend
 
 RULE = ResolutionRule(128, "pixel", alignment=8, crop=True, crop_style="corner")
 

@@ -27,8 +27,8 @@ from helpers.data.cache import Cache, Writer, record_key
 from helpers.data.cache_index import INDEX
 from helpers.data.remote_shards import RemoteShards
 from helpers.errors import ConfigError
-from helpers.storage.memory import MemoryBackend
 from tests.runs.conftest import ROOT, Trainer, draw_pictures
+from tests.storage.memory import MemoryBackend
 from tests.storage.s3_server import KEY, SECRET
 from toolkit.cache.__main__ import main
 

@@ -1,4 +1,4 @@
-"""A store in memory: what the tests of everything above storage run on."""
+"""A store in memory, which the tests of everything above storage run on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.storage.backend import Entry
 
 
 class MemoryBackend:
-    """A `PartsBackend` without a disk. Its clock ticks once for each write."""
+    """A `DataBackend` without a disk. Its clock ticks once for each write."""
 
     name = "memory"
 
@@ -38,11 +38,9 @@ class MemoryBackend:
         self._clock += 1
         self._files[key] = (bytes(data), self._clock)
 
-    def exists(self, key: str) -> bool:
-        return key in self._files
-
     def delete(self, key: str) -> None:
-        self._files.pop(key, None)
+        """As somebody else might."""
+        del self._files[key]
 
     def read_part(self, key: str, offset: int, size: int) -> bytes:
         part = self.read(key)[offset : offset + size]
