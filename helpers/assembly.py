@@ -362,7 +362,10 @@ def attached(config: Config, runtime: Runtime, family: ModelFamily, method: Trai
 
 def load_network(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Parts:
     """The family's network as the base of this run: in the method's precision, its blocks in fewer bits where that is asked for."""
+    from helpers.methods.lora import frozen_dtype
+
     parts = family.load(method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer))
+    parts.frozen_dtype = frozen_dtype(runtime.mixed_precision)
     parts.report = report
     if (kind := config.run.base_quantization) != "none":
         from helpers.methods.quantised_base import bytes_of, quantise
@@ -460,12 +463,12 @@ def make_validator(config: Config, runtime: Runtime, family: ModelFamily, object
 
 
 def join_reporters(config: Config, state: TrainState, total: int, report: Reporters) -> None:
-    """From the first step on metrics and trackers are told too; what they hold of later steps than this one is cut off."""
+    """From the first step on metrics and trackers are told too; what files here hold of later steps than this one is cut off."""
     from helpers.reporting.records import Records
     from helpers.reporting.trackers import Trackers
 
     report.members.append(Records(config.run.output_dir, state.step, config.data.record_samples))
-    report.members.append(Trackers(config.reporting, config.run.output_dir, state.trackers))
+    report.members.append(Trackers(config.reporting, config.run.output_dir, state.trackers, state.step))
     report.started(config.values(), total)
 
 

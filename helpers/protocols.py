@@ -92,6 +92,7 @@ class Parts:
     text_encoders: dict[str, Any] = field(default_factory=dict)  # those that are trained too, by their names in a diffusers folder
     text_weights: frozenset[str] = frozenset()  # of those, the parameters that may move: "text_encoder.encoder.layers.0...."
     unrounded: Mapping[str, Tensor] = field(default_factory=dict)  # of quantised layers, where a start needs them
+    frozen_dtype: torch.dtype | None = None  # precision of a network that only stands beside what is trained; None: as it was loaded
     report: Reporter = field(default_factory=lambda: Reporter())  # is shown how far long work on the weights has come
 
 
@@ -331,8 +332,7 @@ class StepResult:
 class ValidationImage:
     """One picture made during training."""
 
-    prompt_name: str
-    prompt: str
+    name: str  # the same at every step: its prompt's, its size, and its number where there are several
     path: Path
 
 

@@ -24,6 +24,7 @@ class LoraFile:
     lora_alpha: float
     use_dora: bool
     use_rslora: bool
+    train_text_encoder: bool
 
 
 def read_lora_file(path: Path) -> LoraFile:
@@ -40,8 +41,6 @@ def read_lora_file(path: Path) -> LoraFile:
         raise ValueError(f"{path} is not a .safetensors file; convert it, or name another.") from error
     if any(mark in name for name in header for mark in (".lokr_", ".hada_", ".lora_mid")):
         raise ValueError(f"{path} is a LyCORIS file, from which a run cannot start; name a LoRA.")
-    if any(name.startswith(_OF_TEXT) for name in header):
-        raise ValueError(f"{path} is a LoRA of the text encoders too, which are not trained; remove their layers from it.")
     ranks = {tensor["shape"][0] for name, tensor in header.items() if _DOWN.search(name)}
     if not ranks:
         raise ValueError(f"{path} holds no LoRA; name a file in diffusers' or kohya's layout.")
@@ -51,7 +50,8 @@ def read_lora_file(path: Path) -> LoraFile:
         many = f"ranks {sorted(ranks)}" if len(ranks) > 1 else f"alphas {sorted(alphas)}"
         raise ValueError(f"{path} has layers of different {many}, which cannot be trained together; name another.")
     dora = any(name.endswith((".dora_scale", ".lora_magnitude_vector")) for name in header)
-    return LoraFile(ranks.pop(), alphas.pop(), dora, bool(told.get("use_rslora")) and not stored_alphas)
+    of_text = any(name.startswith(_OF_TEXT) for name in header)
+    return LoraFile(ranks.pop(), alphas.pop(), dora, bool(told.get("use_rslora")) and not stored_alphas, of_text)
 
 
 def _alphas(file: Any, length: int, header: Mapping[str, Any]) -> Iterator[float]:

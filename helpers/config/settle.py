@@ -129,7 +129,15 @@ def _adapter(chosen: Chosen, problems: list[str]) -> None:
     except ValueError as error:
         problems.append(f"{start.origin}: {error}")
         return
-    for name in (item.name for item in dataclasses.fields(LoraFile)):
+    trains = chosen["train_text_encoder"]
+    if found.train_text_encoder and not trains.value:
+        problems.append(
+            f"{start.origin}: {start.value} is a LoRA of the text encoders too; set --train_text_encoder to go on with them, or remove "
+            "their layers from it."
+        )
+    elif trains.value and not found.train_text_encoder:
+        problems.append(f"{start.origin}: {start.value} is a LoRA of the network alone; leave out one of it and {trains.origin}.")
+    for name in (item.name for item in dataclasses.fields(LoraFile) if item.name != "train_text_encoder"):
         value, said = getattr(found, name), chosen[name]
         if said.rank <= Rank.FAMILY:
             chosen[name] = Setting(value, f"from {start.value.name}", Rank.FAMILY)
@@ -199,10 +207,22 @@ def without_effect(chosen: Mapping[str, Setting]) -> Iterator[str]:
     for names, other, needed in DEPENDENT:
         if chosen[other].value in needed:
             continue
-        for setting in (chosen[name] for name in names):
-            if setting.rank > Rank.PRESET and setting.value not in (False, None):
+        for name, setting in ((name, chosen[name]) for name in names):
+            if setting.rank > Rank.PRESET and setting.value is not None and (setting.value or OPTIONS[name].default):
                 yield f"{setting.origin} does nothing while {other} is {_word(chosen[other].value)}."
+    yield from _of_another_place(chosen)
     yield from optimizer_notes(chosen)
+
+
+def _of_another_place(chosen: Mapping[str, Setting]) -> Iterator[str]:
+    """What says where to find a base model that is found elsewhere."""
+    model = Path(chosen["pretrained_model_name_or_path"].value or "").expanduser()
+    if not chosen["pretrained_model_name_or_path"].value or not model.exists():
+        return
+    if chosen["revision"].value is not None:
+        yield f"{chosen['revision'].origin} does nothing: the base model is on this machine, and not on the hub."
+    if chosen["single_file_config"].value is not None and model.is_dir():
+        yield f"{chosen['single_file_config'].origin} does nothing: the base model is a folder, and no single file."
 
 
 def _word(value: Any) -> str:

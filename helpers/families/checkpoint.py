@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.errors import ModelError
 from helpers.families import folder as files
 from helpers.families import single_file
 from helpers.families.recognise import require_family
@@ -66,6 +67,9 @@ class Checkpoint:
         require_family(found, index, family)
         used = [name for name in components if name != "vae" or not options.pretrained_vae_model_name_or_path]
         files.require_components(found, used, options.variant, options.needs_weights)
+        others = options.pretrained_vae_model_name_or_path or options.pretrained_t5_model_name_or_path  # it may be meant for these
+        if options.variant and options.needs_weights and not others and not any(found.glob(f"*/*.{options.variant}[.-]*")):
+            raise ModelError(f"--variant={options.variant}: {found} has no weights of this variant; leave it out to take its own.")
         return cls(name, found, index, options.variant, files.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
 
     def config(self, component: str) -> Mapping[str, Any]:

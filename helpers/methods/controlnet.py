@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from helpers.config.facts import Facts, Settings
 from helpers.methods.full import FullFineTune, check
-from helpers.methods.lora import frozen_dtype
 from helpers.protocols import Parts, Trainable
 from helpers.storage.atomic import atomic_folder, scratch_folder
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from helpers.protocols import ControlledFamily
@@ -38,21 +36,19 @@ def refusals(settings: Settings) -> Iterator[str]:
 
 
 class ControlNet(FullFineTune):
-    """Trains the ControlNet in the precision of a full fine-tune, beside the network in that of frozen weights."""
+    """Trains the ControlNet in the precision of a full fine-tune, beside the network in that of frozen weights.
+
+    Both are loaded in the former: the ControlNet begins as a copy, and the network is made smaller after.
+    """
 
     facts = Facts(name="controlnet", title="ControlNet", defaults={"learning_rate": LEARNING_RATE}, judge=refusals)
-
-    def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
-        """Both begin in what the ControlNet is trained in; `attach` then makes the network smaller."""
-        self.frozen = frozen_dtype(mixed_precision)
-        return super().weights_dtype(mixed_precision, optimizer)
 
     def attach(self, parts: Parts) -> Trainable:
         from torch import nn
 
         both = cast("ControlledFamily", self.family).controlnet(parts.denoiser)
         both.requires_grad_(False).train()
-        nn.Module.to(both.denoiser, self.frozen)  # diffusers' own `to` warns, of nothing
+        nn.Module.to(both.denoiser, parts.frozen_dtype)  # diffusers' own `to` warns, of nothing
         parameters = {
             name: parameter.requires_grad_(True)
             for name, parameter in both.controlnet.named_parameters()

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
+from helpers.config.suggest import did_you_mean
 from helpers.data.progress import bar
 from helpers.errors import ConfigError
 from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 ORIGIN = "origin"  # the pair that stands still
 WEIGHTS_NAME = "pytorch_lora_weights"
+TEXT_ENCODER = "text_encoder"  # how the roles of text encoders, and with them the names of their weights, begin
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 LEARNING_RATE = 1e-4  # the declared default is for whole networks
 
@@ -67,8 +70,6 @@ def refusals(settings: Settings) -> Iterator[str]:
         )
     if kind == "orthogonal" and isinstance(rank, int) and rank % 2:
         yield f"--lora_init_type=orthogonal splits the rank in two halves; --lora_rank={rank} is odd."
-    if settings["train_text_encoder"] and settings["init_lora"]:
-        yield "--init_lora starts from a LoRA of the network alone; leave out one of it and --train_text_encoder."
     if kind != "default" and settings["init_lora"]:
         yield f"--init_lora and --lora_init_type={kind} both say what the matrices start from; leave out one of them."
 
@@ -77,6 +78,12 @@ def refused_by_adapters(settings: Settings) -> Iterator[str]:
     """What no kind of adapter can do."""
     if settings["freeze_unet_strategy"] == "bitfit":
         yield "--freeze_unet_strategy=bitfit trains biases of the network, and an adapter none; use --model_type=full, or leave it out."
+    targets = settings["lora_targets"]
+    if isinstance(targets, tuple) and is_expression(targets):
+        try:
+            re.compile(targets[0])
+        except re.error as error:
+            yield f"--lora_targets={targets[0]} is no regular expression ({error}); correct it, or name endings of modules' names."
 
 
 class Lora:
@@ -110,22 +117,29 @@ class Lora:
         fixed: dict[str, Tensor] = {}
         for prefix, network in networks.items():
             role = prefix.removesuffix(".")
-            everywhere = self.options.lora_algorithm == "locon"
-            targets = projections(parts, role, everywhere) if role else self._targets(network)
+            targets = self._text_targets(parts, role) if role else self._targets(network)
             moving, still = self._adapt(network, targets, parts.report)
             parameters |= {prefix + name: parameter for name, parameter in moving.items()}
             fixed |= {prefix + name: tensor for name, tensor in still.items()}
         if self.options.lora_init_type == FROM_ROUNDING:
             self._start_from_rounding(parts)
             fixed = _taken_away(parameters)
-        if self.start is not None and self.options.init_lora is not None:
-            named = {_public_name(name): parameter for name, parameter in parameters.items()}
-            require_same_layers(self.options.init_lora, self.start, named)
-            for name, parameter in named.items():
-                parameter.data.copy_(self.start[name].reshape(parameter.shape))
         count = sum(parameter.numel() for parameter in parameters.values())
         description = f"{self._title()} rank {self.options.lora_rank}, {count / 1e6:,.2f} M of {total / 1e6:,.1f} M parameters"
-        return Trainable(parts.denoiser, parameters, description, parts.denoiser_folder, fixed, parts.text_encoders)
+        trainable = Trainable(parts.denoiser, parameters, description, parts.denoiser_folder, fixed, parts.text_encoders)
+        self._go_on(trainable)
+        return trainable
+
+    def _go_on(self, trainable: Trainable) -> None:
+        """Put in what the LoRA to start from holds. Raises ConfigError where it does not fit."""
+        if self.start is None or self.options.init_lora is None:
+            return
+        # An outline of the network is tried alone, without the text encoders that the file may be for too.
+        held = {name: tensor for name, tensor in self.start.items() if trainable.text_encoders or not name.startswith(TEXT_ENCODER)}
+        named = {_name_of(trainable, name): parameter for name, parameter in trainable.parameters.items()}
+        require_same_layers(self.options.init_lora, held, named)
+        for name, parameter in named.items():
+            parameter.data.copy_(held[name].reshape(parameter.shape))
 
     def _adapt(self, network: Any, targets: list[str], report: Reporter) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
         """Put the adapter beside some layers of a network. => what moves, and what stands still beside it."""
@@ -206,16 +220,29 @@ class Lora:
     def _targets(self, denoiser: nn.Module) -> list[str]:
         """Endings of module names, or one regular expression: the user's, else those of the LoRA to start from, else the method's."""
         if self.options.lora_targets:
+            require_each_to_fit(self.options.lora_targets, denoiser)
             return list(self.options.lora_targets)
         if self.start is None:
             return default_targets(self.options.lora_algorithm, self.family, denoiser)
-        modules = sorted({split_name(name)[0] for name in self.start})
+        modules = sorted({split_name(name)[0] for name in self.start if not name.startswith(TEXT_ENCODER)})
         if absent := [module for module in modules if module not in dict(denoiser.named_modules())]:
             raise ConfigError(
                 f"--init_lora: {self.options.init_lora} has {len(absent)} layers that {self.family.facts.title} has not, "
                 f"such as {absent[0]}; it is a LoRA of another kind of model."
             )
         return modules
+
+    def _text_targets(self, parts: Parts, role: str) -> list[str]:
+        """The modules of an encoder: the method's, or those of the LoRA to start from. ConfigError where that has none of them."""
+        if self.start is None:
+            return projections(parts, role, every_linear=self.options.lora_algorithm == "locon")
+        held = {split_name(name)[0] for name in self.start}
+        chosen = [module for module in projections(parts, role, every_linear=True) if f"{role}.{name_in_files(module)}" in held]
+        if not chosen:
+            raise ConfigError(
+                f"--init_lora: {self.options.init_lora} has nothing for the {role}; leave out one of it and --train_text_encoder."
+            )
+        return chosen
 
     def _inject(self, denoiser: Any, name: str, targets: list[str], dropout: float) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -369,9 +396,20 @@ def default_targets(algorithm: str, family: ModelFamily, denoiser: nn.Module) ->
     return [name for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
 
 
-def is_expression(targets: list[str]) -> bool:
+def is_expression(targets: Sequence[str]) -> bool:
     """Whether the targets are one regular expression rather than endings of names."""
     return len(targets) == 1 and any(mark in targets[0] for mark in "*+?[(|^$\\")
+
+
+def require_each_to_fit(targets: Sequence[str], network: nn.Module) -> None:
+    """ConfigError for the ending of no module's name: beside others that fit it would be left out in silence."""
+    if is_expression(targets):
+        return
+    names = [name for name, _ in network.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            near = did_you_mean(target, {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+            raise ConfigError(f"--lora_targets: {target} is not what the name of any module of this model ends with{near}; correct it.")
 
 
 def _public_name(parameter: str) -> str:

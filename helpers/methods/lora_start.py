@@ -119,7 +119,7 @@ def read_start(path: Path, family: ModelFamily) -> dict[str, Tensor]:
         module = renamed.get(name.removesuffix(".dora_scale"))
         if module is None:
             raise ConfigError(f"--init_lora: {path} has a dora_scale for {name.partition('.')[0]}, and no LoRA there.")
-        matrices[f"{module}.lora_magnitude_vector"] = tensor
+        matrices[f"{module}.lora_magnitude_vector{'.weight' if module.startswith('text_encoder') else ''}"] = tensor
     return {name: tensor.float() for name, tensor in matrices.items()}
 
 
@@ -132,7 +132,12 @@ def require_same_layers(path: Path, found: Mapping[str, Tensor], parameters: Map
             "leave them out to train what the file holds."
         )
     if other:
-        raise ConfigError(f"--init_lora: {path} has {other[0]} ({len(other)} such in all), which is not trained with these --lora_targets.")
+        why = (
+            "which no text encoder has here, or none reads"
+            if other[0].startswith("text_encoder")
+            else "which is not trained with these --lora_targets"
+        )
+        raise ConfigError(f"--init_lora: {path} has {other[0]} ({len(other)} such in all), {why}.")
     for name, parameter in parameters.items():
         if found[name].numel() != parameter.numel():
             shapes = f"{tuple(found[name].shape)}, and here it is {tuple(parameter.shape)}"

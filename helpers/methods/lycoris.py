@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
 from helpers.errors import ConfigError
-from helpers.methods.lora import LEARNING_RATE, WEIGHTS_NAME, default_targets, frozen_dtype, is_expression, refused_by_adapters
+from helpers.methods.lora import (
+    LEARNING_RATE,
+    WEIGHTS_NAME,
+    default_targets,
+    frozen_dtype,
+    is_expression,
+    refused_by_adapters,
+    require_each_to_fit,
+)
 from helpers.methods.lora_layouts import kohya_metadata
 from helpers.protocols import Parts, Trainable
 from helpers.storage.atomic import scratch_folder, write_file
@@ -76,6 +84,7 @@ class Lycoris:
 
         denoiser = parts.denoiser.requires_grad_(False).train()
         total = size_of(denoiser)
+        require_each_to_fit(self.options.lora_targets, denoiser)
         targets = list(self.options.lora_targets) or default_targets(self.options.lora_algorithm, self.family, denoiser)
         layers = _layers(denoiser, targets)
         if not layers:

@@ -18,11 +18,13 @@ _LOGGED = ("loss", "learning_rate", "text_encoder_lr", "grad_norm", "epoch", "se
 
 
 class Trackers(Reporter):
-    """Sends the curves and pictures of a run to the trackers the user named; none of them by default leaves the machine."""
+    """Sends the curves and pictures of a run to the trackers the user named; none of them by default leaves the machine.
 
-    def __init__(self, options: ReportingOptions, output_dir: Path, run_ids: dict[str, str]) -> None:
-        self.run_ids = run_ids
-        self._trackers = [_create(name, options, output_dir, run_ids) for name in options.report_to if name != "none"]
+    The run goes on from step `resumed_at`. TensorBoard forgets what it was told of later steps; the others keep it.
+    """
+
+    def __init__(self, options: ReportingOptions, output_dir: Path, run_ids: dict[str, str], resumed_at: int) -> None:
+        self._trackers = [_create(name, options, output_dir, run_ids, resumed_at) for name in options.report_to if name != "none"]
 
     def started(self, settings: Mapping[str, Any], total_steps: int) -> None:
         for tracker in self._trackers:
@@ -44,23 +46,22 @@ class Trackers(Reporter):
                 continue
             for picture in images:
                 with Image.open(picture.path) as opened:
-                    name = f"validation/{picture.path.stem.split('_', 2)[2]}"
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}  # the others expect it anyway
-                    tracker.log_images({name: np.asarray(opened)[None]}, step=step, **layout)
+                    tracker.log_images({f"validation/{picture.name}": np.asarray(opened)[None]}, step=step, **layout)
 
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.finish()
 
 
-def _create(name: str, options: ReportingOptions, output_dir: Path, run_ids: dict[str, str]) -> Any:
+def _create(name: str, options: ReportingOptions, output_dir: Path, run_ids: dict[str, str], resumed_at: int) -> Any:
     from accelerate import tracking
 
     try:
         if name == "tensorboard":
             folder = output_dir / options.logging_dir
             folder.mkdir(parents=True, exist_ok=True)
-            tracker: Any = tracking.TensorBoardTracker(options.tracker_run_name, folder)
+            tracker: Any = tracking.TensorBoardTracker(options.tracker_run_name, folder, purge_step=resumed_at + 1)
         elif name == "wandb":
             arguments = {"id": run_ids["wandb"], "resume": "allow"} if "wandb" in run_ids else {}
             tracker = tracking.WandBTracker(options.tracker_project_name, name=options.tracker_run_name, dir=str(output_dir), **arguments)

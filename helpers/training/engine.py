@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,7 @@ class Update:
     samples: int  # that were there
     grad_norm: float  # of the whole gradient, before clipping
     learning_rate: float  # that the optimiser used: the schedule's, times the estimate where the optimiser makes one
-    taken: bool  # False: the gradient was not finite, or there was no sample, and the weights stay as they were
-    finite_loss: bool
+    taken: bool  # False: gradient or loss was not finite, or there was no sample, and the weights stay as they were
     stop_asked: bool  # by any process, so that all of them stop at the same step
     text_learning_rate: float | None  # the same of the text encoders: 0 once they stand still, None where none is trained
 
@@ -110,13 +110,8 @@ class Engine:
 
         `updates` counts the optimiser steps taken so far: the schedule's clock.
         """
-        if self._sums is not None:
-            self._sums.give(self.runtime.world_size)
-        scaler = self.accelerator.scaler
         moving = [self.optimizer, *([self.text_optimizer] if self.text_optimizer and step < self.text_stop else [])]
-        if scaler is not None:
-            for optimizer in moving:
-                scaler.unscale_(optimizer.over_gradients)
+        self._complete_gradients(moving)
         grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
         finite = bool(torch.isfinite(grad_norm))
@@ -129,21 +124,38 @@ class Engine:
         nn.utils.clip_grads_with_norm_(self.parameters.values(), limit if limit > 0 else float("inf"), grad_norm)
         rates = {optimizer: self.schedule(updates) * (self.text_rate if optimizer is self.text_optimizer else 1.0) for optimizer in moving}
         used = {optimizer: optimizer.effective(rate) for optimizer, rate in rates.items()}
-        finite_loss = bool(torch.isfinite(torch.tensor(loss_sum)))
-        taken = not bad and finite_loss and samples > 0
+        taken = not bad and math.isfinite(loss_sum) and samples > 0
         if taken:
             self.runtime.seed("rounding", seed, step)  # the same on every process: each updates its own copy of the weights
             for optimizer, rate in rates.items():
                 optimizer.step(rate)
-        if scaler is not None:
-            scaler.update()  # halves the scale where `unscale_` met an overflow
+        self._begin_anew(moving)
+        return Update(
+            loss=loss_sum / max(samples, 1),
+            samples=int(samples),
+            grad_norm=float(grad_norm),
+            learning_rate=used[self.optimizer],
+            taken=taken,
+            stop_asked=bool(stop),
+            text_learning_rate=used.get(self.text_optimizer, 0.0) if self.text_optimizer else None,
+        )
+
+    def _complete_gradients(self, moving: Sequence[NamedOptimizer]) -> None:
+        """Leave them as they are to be used: summed, and without the factor that keeps those of fp16 above zero."""
+        if self._sums is not None:
+            self._sums.give(self.runtime.world_size)
+        if self.accelerator.scaler is not None:
+            for optimizer in moving:
+                self.accelerator.scaler.unscale_(optimizer.over_gradients)
+
+    def _begin_anew(self, moving: Sequence[NamedOptimizer]) -> None:
+        """Leave nothing of this step to the next."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # halves the scale where `unscale_` met an overflow
         for optimizer in moving:
             optimizer.zero_grad()
         self._loss.zero_()
         self._samples = 0
-        of_text = used.get(self.text_optimizer, 0.0) if self.text_optimizer else None
-        loss = loss_sum / max(samples, 1)
-        return Update(loss, int(samples), float(grad_norm), used[self.optimizer], taken, finite_loss, bool(stop), of_text)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

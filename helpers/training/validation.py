@@ -187,7 +187,7 @@ class Validator:
                 path = self._path(step, prompt, size, index)
                 picture = codec.decode(self._latents(trainable, prompt, size, index))
                 _write_picture(torch.cat([*self._shown_condition(prompt, codec), picture], dim=-1), path)
-                images.append(ValidationImage(prompt.name, prompt.text or "", path))
+                images.append(ValidationImage(self._name(prompt, size, index), path))
         return images
 
     def _wanted(self) -> Iterator[tuple[Prompt, Size, int]]:
@@ -256,8 +256,11 @@ class Validator:
         return self._compiled
 
     def _path(self, step: int, prompt: Prompt, size: Size, index: int) -> Path:
+        return self.folder / f"step_{step}_{self._name(prompt, size, index)}.png"
+
+    def _name(self, prompt: Prompt, size: Size, index: int) -> str:
         number = f"_{index + 1}" if self.options.num_validation_images > 1 else ""
-        return self.folder / f"step_{step}_{prompt.name}_{size}{number}.png"
+        return f"{prompt.name}_{size}{number}"
 
 
 def _write_picture(pixels: torch.Tensor, path: Path) -> None:

@@ -34,10 +34,10 @@ def kohya(path: Path, alpha: torch.Tensor, **more: torch.Tensor) -> Path:
 
 def test_both_layouts_tell_rank_and_scale(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
-    assert read_lora_file(diffusers(path)) == LoraFile(4, 4.0, False, False)  # without an alpha it is the rank
-    assert read_lora_file(diffusers(path, lora_alpha=1.5, use_rslora=True)) == LoraFile(4, 1.5, False, True)
+    assert read_lora_file(diffusers(path)) == LoraFile(4, 4.0, False, False, False)  # without an alpha it is the rank
+    assert read_lora_file(diffusers(path, lora_alpha=1.5, use_rslora=True)) == LoraFile(4, 1.5, False, True, False)
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        assert read_lora_file(kohya(path, torch.tensor(1.5, dtype=dtype))) == LoraFile(4, 1.5, False, False)
+        assert read_lora_file(kohya(path, torch.tensor(1.5, dtype=dtype))) == LoraFile(4, 1.5, False, False, False)
     dora = {"lora_unet_a_to_q.dora_scale": torch.zeros(8, 1)}
     assert read_lora_file(kohya(path, torch.tensor(2.0), **dora)).use_dora
 
@@ -53,12 +53,20 @@ def test_the_files_rank_and_alpha_are_taken_or_compared(tmp_path: Path, read: Re
     assert "has false; leave it out" in refuse(LORA, start, "--use_dora")
 
 
+def test_text_encoders_are_gone_on_with_where_the_file_has_them(tmp_path: Path, read: Read, refuse: Refuse) -> None:
+    both = kohya(tmp_path / "both.safetensors", torch.tensor(2.0), **{"lora_te1_b.alpha": torch.tensor(2.0)})
+    assert read(LORA, f"--init_lora={both}", "--train_text_encoder").text_encoder.train_text_encoder
+    alone = kohya(tmp_path / "alone.safetensors", torch.tensor(2.0))
+    said = refuse(LORA, f"--init_lora={alone}", "--train_text_encoder")
+    assert said == f"--init_lora: {alone} is a LoRA of the network alone; leave out one of it and --train_text_encoder."
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
         ({"lora_unet_b.lora_down.weight": torch.zeros(8, 8)}, "layers of different ranks [4, 8]"),
         ({"lora_unet_b.alpha": torch.tensor(1.0)}, "layers of different alphas [1.0, 2.0]"),
-        ({"lora_te1_b.alpha": torch.tensor(2.0)}, "of the text encoders too"),
+        ({"lora_te1_b.alpha": torch.tensor(2.0)}, "of the text encoders too; set --train_text_encoder to go on with them"),
         ({"lora_unet_b.lokr_w1": torch.zeros(2, 2)}, "is a LyCORIS file"),
     ],
 )

@@ -111,3 +111,19 @@ def test_settings_without_effect_are_said_aloud(read: Read) -> None:
         "--lr_warmup_steps does nothing while lr_scheduler is constant.",
     )
     assert read("--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=9").notes == ()
+
+
+def test_a_switch_that_is_turned_off_without_effect_is_said_too(read: Read) -> None:
+    assert read("--freeze_encoder=false").notes == ("--freeze_encoder does nothing while train_text_encoder is off.",)
+    assert read("--freeze_encoder=false", "--train_text_encoder", "--model_family=sd2x").notes == ()
+
+
+def test_where_on_the_hub_a_local_base_model_would_be_is_said_to_do_nothing(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model.safetensors").touch()
+    elsewhere = ("--revision=main", "--single_file_config=someone/model")
+    revision = "--revision does nothing: the base model is on this machine, and not on the hub."
+    single = "--single_file_config does nothing: the base model is a folder, and no single file."
+    assert read(*elsewhere, f"--pretrained_model_name_or_path={tmp_path / 'model'}").notes == (revision, single)
+    assert read(*elsewhere, f"--pretrained_model_name_or_path={tmp_path / 'model.safetensors'}").notes == (revision,)
+    assert read(*elsewhere, "--pretrained_model_name_or_path=someone/model").notes == ()

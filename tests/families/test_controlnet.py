@@ -154,7 +154,9 @@ def test_the_network_is_kept_small_and_the_controlnet_as_the_optimiser_wants_it(
     tried = opened("sdxl", miniature, tmp_path)
     for optimizer, expected in (("adamw", torch.float32), ("adamw_bf16", torch.bfloat16)):
         method = ControlNet(AdapterOptions(), tried.family)
-        both = method.attach(tried.family.load(method.weights_dtype("bf16", optimizer))).denoiser
+        parts = tried.family.load(method.weights_dtype("bf16", optimizer))
+        parts.frozen_dtype = torch.bfloat16
+        both = method.attach(parts).denoiser
         assert {weights.dtype for weights in both.denoiser.parameters()} == {torch.bfloat16}
         assert {weights.dtype for weights in both.controlnet.parameters()} == {expected}
 

@@ -35,6 +35,13 @@ def test_weights_of_a_variant_alone_are_opened_by_its_name(model: Path, tmp_path
     open_family("sdxl", model, tmp_path / "cache", variant="fp16")
 
 
+def test_a_variant_that_no_part_has_is_refused_and_one_that_some_have_is_taken_from_these(model: Path, tmp_path: Path) -> None:
+    assert refusal(model, tmp_path, variant="fp16").startswith(f"--variant=fp16: {model} has no weights of this variant; leave it out")
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(weights, weights.with_suffix(".fp16.safetensors"))
+    open_family("sdxl", model, tmp_path / "cache", variant="fp16")
+
+
 def test_a_network_without_weights_is_named(model: Path, tmp_path: Path) -> None:
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert refusal(model, tmp_path) == f"There are no weights in {model / 'unet'}: fetch the model again."

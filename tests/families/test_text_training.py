@@ -201,6 +201,41 @@ def test_what_was_saved_is_read_back_bit_for_bit(name: str, kind: str, opened: C
     assert all(torch.equal(stored[key], weights) for key, weights in trainable.parameters.items())
 
 
+@pytest.mark.parametrize("layout", [0, 1], ids=["diffusers", "kohya"])
+@pytest.mark.parametrize(("name", "kind"), [("sd1", "lora"), ("sdxl", "lora"), ("sdxl", "dora")])
+def test_a_new_run_starts_where_a_lora_of_network_and_text_encoders_ended(
+    name: str, kind: str, layout: int, opened: Callable[[str], ModelFamily], tmp_path: Path
+) -> None:
+    family = opened(name)
+    method, first = attached(family, kind)
+    generator = torch.Generator().manual_seed(1)
+    first.put({name: weight + 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in first.parameters.items()})
+    path = method.save(first, tmp_path)[layout]
+    again = Lora(dataclasses.replace(LORA, use_dora=kind == "dora", init_lora=path), family)
+    again.try_on(family.load(None))  # before the text encoders are there
+    second = again.attach(loaded(family, kind))
+    assert first.parameters.keys() == second.parameters.keys()
+    assert all(torch.equal(weights, first.parameters[key].reshape(weights.shape)) for key, weights in second.parameters.items())
+    tokens = torch.arange(1, 9)[None]
+    for role, encoder in second.text_encoders.items():
+        live = first.text_encoders[role].eval()(tokens, output_hidden_states=True).hidden_states[-2]
+        assert torch.equal(encoder.eval()(tokens, output_hidden_states=True).hidden_states[-2], live)
+
+
+def test_a_lora_of_other_text_layers_is_refused(opened: Callable[[str], ModelFamily], tmp_path: Path) -> None:
+    family = opened("sdxl")
+    method, first = attached(family, "lora")
+    tensors = load_file(method.save(first, tmp_path)[0])
+    header = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 3.0})}
+    lacking = {name: tensor for name, tensor in tensors.items() if not name.startswith("text_encoder_2.")}
+    beyond = {name.replace(".layers.0.", ".layers.9."): tensor.clone() for name, tensor in tensors.items() if ".layers.0." in name}
+    for number, (held, said) in enumerate(((lacking, "has nothing for the text_encoder_2"), ({**tensors, **beyond}, "or none reads"))):
+        save_file(held, tmp_path / f"{number}.safetensors", header)
+        start = dataclasses.replace(LORA, init_lora=tmp_path / f"{number}.safetensors")
+        with pytest.raises(ConfigError, match=said):
+            Lora(start, family).attach(loaded(family, "lora"))
+
+
 @pytest.mark.slow
 def test_the_kohya_copy_of_a_dora_opens_in_lycoris_with_its_text_encoders(
     miniature: Callable[[str], Path], opened: Callable[[str], ModelFamily], tmp_path: Path

@@ -154,6 +154,8 @@ def test_targets_of_every_kind_can_be_an_expression_and_must_fit(algorithm: str,
     assert all("mid_block" in name and ".to_q." in name for name in trainable.parameters)
     with pytest.raises(ConfigError, match="to_nothing"):
         attached(family, lora_algorithm=algorithm, lora_targets=("to_nothing",))
+    with pytest.raises(ConfigError, match=r"--lora_targets: to_qq is not what .* ends with \(did you mean to_q\?\); correct it"):
+        attached(family, lora_algorithm=algorithm, lora_targets=("to_k", "to_qq"))
 
 
 def test_lycoris_computes_by_pytorch_itself_on_a_gpu_too(family: SDXL) -> None:

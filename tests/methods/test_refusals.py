@@ -30,6 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("--use_bitfit", "--freeze_unet_strategy=bitfit trains biases"),
         ("--lora_algorithm=lokr --freeze_unet_strategy=bitfit", "--freeze_unet_strategy=bitfit trains biases"),
+        ("--lora_targets=.*(to_q", "--lora_targets=.*(to_q is no regular expression (missing ), unterminated subpattern at position 2)"),
+        ("--lora_algorithm=loha --lora_targets=*to_q", "is no regular expression (nothing to repeat at position 0); correct it"),
         ("--lora_init_type=pissa --use_dora", "DoRA takes the magnitude of"),
         ("--lora_init_type=olora --lora_dropout=0.1", "set --lora_dropout=0"),
         ("--lora_init_type=orthogonal --lora_rank=3", "--lora_rank=3 is odd"),

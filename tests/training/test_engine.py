@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import socket
 import subprocess
@@ -130,7 +131,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_leaves_nothing_behind()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     steps.backward(losses(steps.denoiser, slice(0, 2)) * float("inf"), WEIGHTS[:2], 2)
     update = steps.step(seed=1, step=0, updates=0, global_samples=2)
-    assert (update.taken, update.finite_loss) == (False, False)
+    assert not update.taken and not math.isfinite(update.loss)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), before, strict=True))
     steps.backward(losses(steps.denoiser, slice(0, 2)), WEIGHTS[:2], 2)
     assert steps.step(seed=1, step=1, updates=0, global_samples=2).taken

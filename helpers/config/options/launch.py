@@ -38,6 +38,7 @@ VARIABLES = (
     Variable("SIMPLETUNER_LOG_LEVEL", "Log level of the trainer: DEBUG, INFO, WARNING, ERROR."),
     Variable("SIMPLETUNER_ENV_FILE", "Set by the wrapper: the env file it sourced."),
     Variable("HF_HOME", "Where models from the hub are kept."),
+    Variable("HF_HUB_OFFLINE", "Read by the hub's own library: with 1 nothing is fetched, and what HF_HOME holds is used."),
     Variable("HF_TOKEN", "Hub token, read by the hub's own library and stored nowhere."),
     Variable("WANDB_API_KEY", "Read by wandb itself and stored nowhere."),
     Variable("COMET_API_KEY", "Read by comet itself and stored nowhere."),

@@ -97,5 +97,6 @@ class ObjectiveOptions:
         None,
         "Flow matching: timesteps t become a t / (1 + (a - 1) t), towards noise above 1. The exported scheduler has it too.",
         above=0,
+        at_most=100,
         default_text="what the base model's scheduler says, 3 for Stable Diffusion 3",
     )

@@ -236,10 +236,14 @@ def _write_loras(folder: Path) -> None:
 
 
 def _with_variant(folder: Path) -> None:
-    """`varied`: the model, with the other model's U-Net as its fp16 variant. `hub`: both models as revisions in a hub cache."""
+    """`varied`: the model, its U-Net as a bf16 variant too, and the other model's as its fp16 variant.
+
+    `hub`: both models as revisions in a hub cache.
+    """
     shutil.copytree(folder / "model", folder / "varied")
     weights = "unet/diffusion_pytorch_model"
-    shutil.copy(folder / "other" / f"{weights}.safetensors", folder / "varied" / f"{weights}.fp16.safetensors")
+    for model, variant in (("model", "bf16"), ("other", "fp16")):
+        shutil.copy(folder / model / f"{weights}.safetensors", folder / "varied" / f"{weights}.{variant}.safetensors")
     repository = folder / "hub" / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
     for revision, model, commit in (("main", "model", "a" * 40), ("second", "other", "b" * 40)):

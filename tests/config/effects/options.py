@@ -104,7 +104,7 @@ MODEL = {
     ),
     "model_type": Effect(handed_over, {"full": {"pipeline"}, "lora": {"pytorch_lora_weights.safetensors"}}),
     "revision": Effect(base_weights, ["main", "second"], ("--pretrained_model_name_or_path=someone/tiny",)),
-    "variant": Effect(base_weights, ["none", "fp16"], ("--pretrained_model_name_or_path=varied",)),
+    "variant": Effect(base_weights, ["bf16", "fp16"], ("--pretrained_model_name_or_path=varied",)),
     "pretrained_vae_model_name_or_path": Effect(losses, ["model", "other"]),
     "pretrained_t5_model_name_or_path": Effect(losses, ["sd3", "t5"], SD3),
     "controlnet": Effect(handed_over, {"false": {"pipeline"}, "true": {"controlnet"}}, ("--model_type=full", CONDITIONED)),
