@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from helpers.config.datasets import DatasetConfig
 from helpers.data.behind import LatentsAhead
 from helpers.data.buckets import BucketPlan
-from helpers.data.cache import record_key
 from helpers.data.cache_index import LOCATION, Locations
 from helpers.data.catalogue import Catalogue
 from helpers.data.conditions import Conditions
@@ -22,7 +21,7 @@ from helpers.data.planning import plan_inputs
 from helpers.data.progress import bar
 from helpers.data.remembered import Remembered, inputs_digest
 from helpers.data.settings import DataSettings
-from helpers.data.sources import CachePlace, latents_place, open_caches
+from helpers.data.sources import CachePlace, latents_place, open_caches, pass_prefix
 from helpers.data.training_data import Steps
 from helpers.data.workers import Workers
 from helpers.storage.backend import SourceBackend
@@ -185,14 +184,13 @@ class LatentPhase:
             return encode_units(units, self.catalogue, options)
 
     def _place(self, dataset: DatasetConfig, number: int) -> CachePlace:
-        """Latents of one epoch of this run lie on this machine, below those of every epoch, whose folder other runs may share."""
+        """Latents of one epoch lie on this machine, wherever those of every epoch do."""
         place = latents_place(dataset, self.settings.cache_dir)
         return place if number == EVERY_EPOCH else CachePlace(place.folder / f"{self._pass_prefix}{number}")
 
     @property
     def _pass_prefix(self) -> str:
-        run = record_key(str(self.settings.output_dir.absolute()), str(self.settings.seed)).hex()[:12]
-        return f"epoch-{run}-"
+        return pass_prefix(self.settings.output_dir, self.settings.seed)
 
     def remove_passes(self, before: int) -> None:
         """Remove this run's latents of single epochs before one. Only the first process does anything."""

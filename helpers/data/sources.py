@@ -94,6 +94,14 @@ def latents_place(dataset: DatasetConfig, cache_dir: Path) -> CachePlace:
     return CachePlace(dataset.cache_dir_vae.absolute())
 
 
+def pass_prefix(output_dir: Path, seed: int) -> str:
+    """How the folders are named, before the number, that hold the latents of one epoch of a run.
+
+    They lie in the folder of those of every epoch, which other runs may share.
+    """
+    return f"epoch-{record_key(str(output_dir.absolute()), str(seed)).hex()[:12]}-"
+
+
 def texts_place(dataset: DatasetConfig, cache_dir: Path) -> CachePlace:
     """Where the embeddings of a data set's captions are kept; `cache_dir` is the run's."""
     entry = dataset.text_entry

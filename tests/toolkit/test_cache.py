@@ -292,6 +292,25 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "holds no config.json" in capsys.readouterr().err
 
 
+def test_latents_of_a_set_that_is_cut_anew_each_epoch_are_those_of_the_present_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(ROOT / "demo" / "model", draw_pictures(tmp_path / "pictures", 5), tmp_path, settings=SETTINGS)
+    trainer.dataloader(vae_cache_clear_each_epoch=True)  # random cuts and mirroring
+    trainer.finish(max_train_steps=8, gradient_accumulation_steps=1)
+    run = Run(tmp_path, capsys)
+    epoch, folder = min((int(path.name.rpartition("-")[2]), path) for path in run.latents.iterdir())  # the next one may be there
+    assert epoch >= 1
+    code, said = run.tool("why", "a_red_circle_03.png")
+    assert code == 0 and f"data set pictures, as epoch {epoch} cuts it, is current" in said and str(folder) in said
+    assert run.tool("export", "a_red_circle_03.png", str(tmp_path / "out.png"))[0] == 0
+    before = content(run.latents)
+    for words in (("gc",), ("gc", "--delete")):  # these go with the run's epochs
+        code, said = run.tool(*words)
+        assert code == 0 and said.startswith("0 records")
+    assert content(run.latents) == before
+
+
 # -- gc -----------------------------------------------------------------------------------------------------------------------
 
 

@@ -150,7 +150,7 @@ def _gc(chosen: argparse.Namespace) -> int:
     freed = sum(each.bytes for items in found.values() for each in items)
     if chosen.delete:
         with _bar("clean up", sum(map(len, found.values()))) as advance:
-            for folder in (folder for folder in needed if folder.is_dir()):
+            for folder in needed:
                 remove(folder, needed[folder], advance)
     print(f"{records:,} records, {freed / 1e6:,.2f} MB {'removed' if chosen.delete else 'not needed; --delete removes them'}")
     return WELL

@@ -10,7 +10,7 @@ from pathlib import Path
 from helpers.data.cache import Cache
 from helpers.data.shards import UNSEALED, DamagedShardError, abandoned, read_header
 from helpers.errors import DataError
-from toolkit.cache.view import CacheView
+from toolkit.cache.view import CacheView, is_cache
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def surplus(folder: Path, needed: Collection[bytes]) -> list[Surplus]:
     DataError where the index cannot be read; and where there are records, and not one of them is needed: then it is more likely that the
     runs, the model or the device are not those that the cache was made with.
     """
-    if not folder.is_dir():
+    if not is_cache(folder):
         return []
     with CacheView(folder) as view:
         found, present, total = [], 0, 0
@@ -69,6 +69,8 @@ def _stray(view: CacheView, path: Path, needed: Collection[bytes]) -> Surplus | 
 
 def remove(folder: Path, needed: Mapping[bytes, str], progress: Callable[[int], None]) -> None:
     """Remove what `surplus` lists. DataError while a run has the cache open; `progress` is told of every shard that is done."""
+    if not is_cache(folder):  # and opening it would make it one
+        return
     cache = Cache(folder)  # takes in whole strays and removes broken ones, as for a run
     try:
         cache.be_alone()

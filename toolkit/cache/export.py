@@ -21,7 +21,7 @@ def export(run: Present, picture: Picture, target: Path) -> tuple[int, int]:
 
     current, lines = explain(picture)
     if not current:
-        raise DataError(lines[0] + ".")
+        raise DataError(lines[0].rstrip(".") + ".")
     with view_of(picture.cache) as view:
         found = view.find(picture.key)
         assert found is not None  # `explain` has just read it

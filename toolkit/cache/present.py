@@ -25,7 +25,7 @@ from helpers.data.latents import cuts, latents_facts, latents_key, latents_subje
 from helpers.data.planning import columns_of, rules_of, rules_of_conditions
 from helpers.data.sample import Sample
 from helpers.data.scan import ScanOptions, refresh, scan
-from helpers.data.sources import CachePlace, extra_texts_place, latents_place, open_source, texts_place
+from helpers.data.sources import CachePlace, extra_texts_place, latents_place, open_source, pass_prefix, texts_place
 from helpers.data.texts import text_key, text_subject
 from helpers.errors import DataError
 from helpers.families import FAMILIES
@@ -44,6 +44,7 @@ class Picture:
     left_out: str  # why it is not trained on; "" when it is
     cache: CachePlace
     facts: dict[str, str]  # empty when it is left out
+    epoch: int | None = None  # whose cut this is, where each epoch has cuts of its own
 
     @property
     def key(self) -> bytes:
@@ -76,19 +77,15 @@ class Present:
         """By cache folder: the keys of all records that the run reads, each with the subject that its facts are kept under.
 
         A picture whose bytes the catalogue does not know, since it is new there, is read: its latents may be there for another's sake.
+        Latents of single epochs are not counted: they come and go with the epochs.
         """
         config = self.config
         needed: dict[Path, dict[bytes, str]] = {}
         precision = config.cache.cache_dtype
         for index, dataset in enumerate(config.datasets):
-            rows = (self.plan.columns["dataset"] == index).nonzero()[0]
             latents = needed.setdefault(latents_place(dataset, config.cache.cache_dir).folder, {})
-            images = self.plan.columns["row"][rows].tolist()
-            named = zip(images, self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), cuts(self.plan, rows), strict=True)
-            conditions = self._conditions(dataset)
-            for image, key, known, cut in named:
-                facts = latents_facts(known or self._content(image), cut, self.image_fingerprint, precision, conditions)
-                latents[latents_key(facts)] = f"{dataset.id}/{key}"
+            if not dataset.vae_cache_clear_each_epoch:
+                latents.update(self._needed_latents(index, dataset))
             texts = needed.setdefault(texts_place(dataset, config.cache.cache_dir).folder, {})
             for caption in self.catalogue.captions(dataset.id):
                 texts[text_key(caption, self.text_fingerprint, precision)] = text_subject(caption)
@@ -97,6 +94,15 @@ class Present:
         for extra in (None, "", *captions_of_pictures(config, self.family)):
             texts[text_key(extra, self.text_fingerprint, precision)] = text_subject(extra)
         return needed
+
+    def _needed_latents(self, index: int, dataset: DatasetConfig) -> Iterator[tuple[bytes, str]]:
+        rows = (self.plan.columns["dataset"] == index).nonzero()[0]
+        images = self.plan.columns["row"][rows].tolist()
+        named = zip(images, self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), cuts(self.plan, rows), strict=True)
+        precision, conditions = self.config.cache.cache_dtype, self._conditions(dataset)
+        for image, key, known, cut in named:
+            facts = latents_facts(known or self._content(image), cut, self.image_fingerprint, precision, conditions)
+            yield latents_key(facts), f"{dataset.id}/{key}"
 
     def pictures(self, name: str) -> list[Picture]:
         """What a path, a key of a data set or `id/key` names, in every data set that has it. DataError where none has."""
@@ -134,10 +140,20 @@ class Present:
         sample, cache = self.catalogue.sample(row), latents_place(dataset, self.config.cache.cache_dir)
         if reason:
             return Picture(sample, reason, cache, {})
-        planned = ((self.plan.columns["dataset"] == index) & (self.plan.columns["row"] == row)).nonzero()[0]
+        epoch, cut_by = None, self.plan
+        if dataset.vae_cache_clear_each_epoch:
+            epoch, cache = self._present_pass(cache)
+            cut_by = plan([columns_of(of, self.catalogue, self.config.run.seed, epoch) for of in self.config.datasets])
+        planned = ((cut_by.columns["dataset"] == index) & (cut_by.columns["row"] == row)).nonzero()[0]
         precision, conditions = self.config.cache.cache_dtype, self._conditions(dataset)
-        facts = latents_facts(self._content(row), cuts(self.plan, planned)[0], self.image_fingerprint, precision, conditions)
-        return Picture(sample, "", cache, facts)
+        facts = latents_facts(self._content(row), cuts(cut_by, planned)[0], self.image_fingerprint, precision, conditions)
+        return Picture(sample, "", cache, facts, epoch)
+
+    def _present_pass(self, cache: CachePlace) -> tuple[int, CachePlace]:
+        """The epoch that the run is in or ended with, and where its latents are. The next one may be there too, in part."""
+        prefix = pass_prefix(self.config.run.output_dir, self.config.run.seed)
+        epoch = min((int(found.name.removeprefix(prefix)) for found in cache.folder.glob(f"{prefix}*")), default=0)
+        return epoch, CachePlace(cache.folder / f"{prefix}{epoch}")
 
     def _conditions(self, dataset: DatasetConfig) -> Conditions | None:
         of = dataset.condition

@@ -140,10 +140,11 @@ def view_of(place: CachePlace) -> CacheView:
 def caches_below(folder: Path) -> list[Path]:
     """The caches in a folder: itself, or folders in it that hold an index or shards, as deep as a run lays them (`s3/BUCKET-...`)."""
     candidates = [folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))] if folder.is_dir() else []
-    return [path for path in candidates if _is_cache(path)]
+    return [path for path in candidates if is_cache(path)]
 
 
-def _is_cache(folder: Path) -> bool:
+def is_cache(folder: Path) -> bool:
+    """Whether a folder holds an index, or shards that one can be made from."""
     if (folder / INDEX).is_file():
         return True
     with contextlib.suppress(OSError):

@@ -24,6 +24,8 @@ NAMES = {
 def explain(picture: Picture) -> tuple[bool, list[str]]:
     """Whether the latents that the next start needs are there and whole, and the lines that say so."""
     head = f"{picture.sample.key} of data set {picture.sample.dataset}"
+    if picture.epoch is not None:
+        head += f", as epoch {picture.epoch} cuts it,"
     if picture.left_out:
         return False, [f"{head} is left out: {picture.left_out}"]
     try:
