@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from helpers.config.config import Config
 from helpers.config.dataloader import read_dataloader
@@ -54,17 +54,13 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
     problems += _unavailable(chosen)
     data = _data(chosen)
     values = {name: setting.value for name, setting in chosen.items()}
-    problems += [*data.problems, *impossible(chosen, data)]
-    judged = [family_problems(choice, values) if axis == "family" else choice.judge(values) for axis, choice in choices]
     given = {name: setting.origin for name, setting in chosen.items() if setting.rank > Rank.DECLARED}
-    problems += [with_origin(problem, given) for problem in itertools.chain.from_iterable(judged)]
+    judged = _judged(choices, values)
+    problems += [*data.problems, *impossible(chosen, data), *(with_origin(problem, given) for problem in judged)]
     if problems:
         raise ConfigError(*dict.fromkeys(masked(problem) for problem in problems))
-    sections = {
-        attribute: section(**{item.name: values[item.name] for item in options_of(section)}) for attribute, section in SECTIONS.items()
-    }
     return Config(
-        **sections,
+        **_sections(values),
         datasets=data.datasets,
         text_caches=data.text_caches,
         family_name=names["family"],
@@ -72,13 +68,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
         objective_name=names["objective"],
         origins={name: setting.origin for name, setting in chosen.items()},
         given=frozenset(given),
-        notes=(
-            *without_effect(chosen),
-            *data.notes,
-            *_size_notes(choices, data),
-            *_variables_without_effect(env_file),
-            *env_file.maybe_misspelt(KNOWN_VARIABLES),
-        ),
+        notes=tuple(_notes(chosen, choices, data, env_file)),
         passed_variables=tuple(env_file.unknown(KNOWN_VARIABLES)),
     )
 
@@ -139,6 +129,24 @@ def _data(chosen: Chosen) -> DataConfig:
         return DataConfig(problems=(f"{setting.origin}: there is no file {path}; write a dataloader JSON there, or correct the path.",))
     options = {name: setting.value for name, setting in chosen.items()}
     return read_dataloader(path, options, base=REPOSITORY if chosen["demo"].value else None)
+
+
+def _judged(choices: Sequence[tuple[str, Facts]], values: Mapping[str, object]) -> Iterator[str]:
+    """What the run's family, method and objective refuse."""
+    for axis, choice in choices:
+        yield from family_problems(choice, values) if axis == "family" else choice.judge(values)
+
+
+def _sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {attribute: section(**{item.name: values[item.name] for item in options_of(section)}) for attribute, section in SECTIONS.items()}
+
+
+def _notes(chosen: Chosen, choices: Sequence[tuple[str, Facts]], data: DataConfig, env_file: EnvFile) -> Iterator[str]:
+    yield from without_effect(chosen)
+    yield from data.notes
+    yield from _size_notes(choices, data)
+    yield from _variables_without_effect(env_file)
+    yield from env_file.maybe_misspelt(KNOWN_VARIABLES)
 
 
 def _size_notes(choices: Sequence[tuple[str, Facts]], data: DataConfig) -> Iterator[str]:

@@ -26,7 +26,8 @@ def locate(options: ModelOptions, cache: CacheOptions) -> Path:
     """The folder of the base model: named, fetched from the hub, or made of a single file. Raises ModelError when there is none."""
     path = Path(options.pretrained_model_name_or_path).expanduser()
     if path.is_file():
-        return single_file.converted(path, options.single_file_config, cache.cache_dir)
+        with_t5 = not options.pretrained_t5_model_name_or_path
+        return single_file.converted(path, options.single_file_config, cache.cache_dir, with_t5)
     without = T5_CLASSES if options.pretrained_t5_model_name_or_path else ()
     return files.locate(options.pretrained_model_name_or_path, options.revision, options.variant, without)
 

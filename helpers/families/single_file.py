@@ -44,8 +44,10 @@ ENCODERS_OF_SD3: Mapping[str, str] = {
 T5 = "text_encoder_3"  # may be left out
 
 
-def converted(path: Path, config: str | None, cache_dir: Path) -> Path:
+def converted(path: Path, config: str | None, cache_dir: Path, with_t5: bool = True) -> Path:
     """The folder that a single file was made into; made if it is not there. `config` is --single_file_config.
+
+    Without `with_t5` a T5 in a file of Stable Diffusion 3, the largest of its parts, is left out: another one is used.
 
     Settings and tokenizers are not in such a file: they come from `config`, or from the model on the hub that diffusers takes the file
     for. Text encoders that a file of Stable Diffusion 3 lacks come from `config` too; it does without T5 where that has none. Raises
@@ -57,6 +59,8 @@ def converted(path: Path, config: str | None, cache_dir: Path) -> Path:
         )
     kind = _pipeline_of(path)
     elsewhere = _encoders_elsewhere(path, config) if kind == "StableDiffusion3Pipeline" else {}
+    if kind == "StableDiffusion3Pipeline" and not with_t5:
+        elsewhere = {**elsewhere, T5: None}
     hashes = folder.WeightsHashes(cache_dir / "weights_hashes.json")
     facts: dict[str, Any] = {"weights": hashes.of_file(path), "config": config, "pipeline": kind, "precision": _dtypes(path)}
     if elsewhere:

@@ -131,6 +131,19 @@ def test_a_single_file_of_stable_diffusion_3_without_t5_gains_one(miniature: Cal
         assert torch.allclose(encoders.encode(["harbour"])["t5"], other.states(["harbour"], 256, masked=False), atol=1e-5)
 
 
+def test_the_t5_in_a_single_file_is_left_out_where_another_one_is_named(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    base, other = miniature("sd3"), Other.of(64)
+    file = write_single_file(base, tmp_path / "model.safetensors")
+    family = opened("sd3", file, tmp_path, other.alone(tmp_path / "other"), single_file_config=str(base))
+    [folder] = (tmp_path / "cache" / "converted").iterdir()
+    assert (folder / "text_encoder_2").is_dir() and not list(folder.glob("*_3"))
+    with family.text_encoders(CPU) as encoders:
+        assert torch.allclose(encoders.encode(["harbour"])["t5"], other.states(["harbour"], 256, masked=False), atol=1e-5)
+    own = open_family("sd3", file, tmp_path / "cache", single_file_config=str(base))
+    with own.text_encoders(CPU) as encoders:
+        assert not torch.allclose(encoders.encode(["harbour"])["t5"], other.states(["harbour"], 256, masked=False), atol=1e-2)
+
+
 def test_what_the_cache_holds_is_known_again_wherever_the_same_t5_lies(miniature: Callable[[str], Path], tmp_path: Path) -> None:
     """The base model's own, a copy of that pipeline, and the two folders' files side by side are one T5, whatever else is there."""
     base = miniature("pixart_sigma")
