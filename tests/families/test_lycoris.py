@@ -37,7 +37,7 @@ def test_a_lycoris_file_of_every_family_opens_in_its_library_and_predicts_the_sa
     layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)}
     for file in files:
         network = type(base).from_pretrained(tried.folder, subfolder=trainable.role)
-        assert (answer(network) - expected).abs().max() > 1e-3
+        assert (answer(network) - expected).abs().max() > 1e-4
         weights = load_file(file)
         if "kohya" in file.name:
             known = {family.kohya_name(name): f"lycoris_{name.replace('.', '_')}" for name in layers if ".transformer_blocks." in name}
