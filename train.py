@@ -173,15 +173,28 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         join_reporters(config, state, total, report)
     length = f"from step {state.step:,} to {total:,}"
     report.chapter("training", f"{family.facts.title} · {trainable.description} · {length} · {data.describe()}")
-    training = Training(config, runtime, report, family, objective, data, learner, live, validator, checkpoints, identity, beginning, total)
-    training.advance()
+    Training(
+        config=config,
+        runtime=runtime,
+        report=report,
+        family=family,
+        objective=objective,
+        data=data,
+        learner=learner,
+        live=live,
+        validator=validator,
+        checkpoints=checkpoints,
+        identity=identity,
+        beginning=beginning,
+        total=total,
+    ).advance()
     if state.skipped_in_a_row == state.step:
         raise TrainingError("Not one step had a finite loss and gradient: nothing was learnt, and nothing is handed over.")
     if runtime.is_main:
         report.finished(state.step, hand_over(config, learner, objective))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """A run put together, from its first step in this life to its last."""
 
