@@ -57,7 +57,8 @@ def load_pipeline(model: Model, dtype: str, device: str, **parts: Any) -> Any:
     import transformers
 
     from helpers.families.checkpoint import T5_CLASSES
-    from helpers.families.folder import load_component, locate, locate_component, model_index
+    from helpers.families.components import load_component
+    from helpers.families.folder import locate, locate_component, model_index
 
     folder = locate(model.name, model.revision, model.variant, T5_CLASSES if model.t5 else ())
     device, kind = _settled(device, dtype)
@@ -102,7 +103,8 @@ def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, 
     import diffusers
     from transformers import T5EncoderModel, T5TokenizerFast
 
-    from helpers.families.folder import load_component, model_index, read_json
+    from helpers.families.components import load_component
+    from helpers.families.folder import model_index, read_json
     from helpers.families.t5_source import OPTION, locate, require_width, width_read
 
     pipeline = model_index(folder)["_class_name"]

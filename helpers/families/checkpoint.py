@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from helpers.errors import ModelError
 from helpers.families import folder as files
 from helpers.families import single_file
+from helpers.families.components import load_component, outline, require_components
+from helpers.families.hashes import WeightsHashes
 from helpers.families.recognise import require_family
 from helpers.families.whole import settings_file
 
@@ -56,7 +58,7 @@ class Checkpoint:
     folder: Path
     index: Mapping[str, Any]  # model_index.json
     variant: str | None
-    hashes: files.WeightsHashes
+    hashes: WeightsHashes
     settings: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of components that were asked for: names of layers ask often
 
     @classmethod
@@ -67,11 +69,11 @@ class Checkpoint:
         index = files.model_index(found)
         require_family(found, index, family)
         used = [name for name in components if name != "vae" or not options.pretrained_vae_model_name_or_path]
-        files.require_components(found, used, options.variant, options.needs_weights)
+        require_components(found, used, options.variant, options.needs_weights)
         others = options.pretrained_vae_model_name_or_path or options.pretrained_t5_model_name_or_path  # it may be meant for these
         if options.variant and options.needs_weights and not others and not any(found.glob(f"*/*.{options.variant}[.-]*")):
             raise ModelError(f"--variant={options.variant}: {found} has no weights of this variant; leave it out to take its own.")
-        return cls(name, found, index, options.variant, files.WeightsHashes(cache.cache_dir / "weights_hashes.json"))
+        return cls(name, found, index, options.variant, WeightsHashes(cache.cache_dir / "weights_hashes.json"))
 
     def config(self, component: str) -> Mapping[str, Any]:
         """How a component is built; a scheduler's is its noise schedule."""
@@ -86,5 +88,5 @@ class Checkpoint:
     def load(self, kind: Any, component: str, dtype: Any) -> Any:
         """A component of this class, in this precision, on the CPU; with None as it is built, without weights (on the meta device)."""
         if dtype is None:
-            return files.outline(kind, self.folder / component, self.variant)
-        return files.load_component(kind, self.folder, component, dtype, self.variant)
+            return outline(kind, self.folder / component, self.variant)
+        return load_component(kind, self.folder, component, dtype, self.variant)

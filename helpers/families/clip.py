@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from helpers.families import folder
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.clip_states import MASK, STATES
+from helpers.families.hashes import fingerprint
 from helpers.families.vae import released
 
 Layer = Literal["last", "penultimate"]
@@ -62,7 +63,7 @@ class ClipEncoders:
         self.dtype = torch.float32 if device.type == "cpu" else torch.float16
         weights = base.hash_of(*(f"text_encoder{suffix}" for suffix in suffixes), *(f"tokenizer{suffix}" for suffix in suffixes))
         facts = {"weights": weights, "dtype": str(self.dtype), "layer": layer}
-        self.fingerprint = folder.fingerprint(facts | ({"long captions": "chunk"} if chunked else {}))
+        self.fingerprint = fingerprint(facts | ({"long captions": "chunk"} if chunked else {}))
         self.truncated = 0
         self._loaded: list[tuple[Any, Any]] = []
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.errors import ModelError
-from helpers.families import folder
+from helpers.families import components, folder
 from helpers.families.vae import Vae, normalisation
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def find_start(options: ModelOptions, kind: str, network: Mapping[str, Any], sha
     if not options.controlnet or not options.controlnet_model_name_or_path:
         return None
     found = folder.locate_component(OPTION, options.controlnet_model_name_or_path, "controlnet")
-    if problem := folder.component_problem(found, None, options.needs_weights):
+    if problem := components.component_problem(found, None, options.needs_weights):
         raise ModelError(f"{OPTION}: {problem}")
     config = folder.read_settings(found / "config.json")
     if (held := config.get("_class_name")) != kind:
@@ -195,7 +195,7 @@ def _loaded(kind: Any, start: Path, dtype: torch.dtype) -> Any:
     from safetensors import safe_open
 
     try:
-        controlnet = folder.load_component(kind, start, "", dtype, None)
+        controlnet = components.load_component(kind, start, "", dtype, None)
     except ModelError as error:
         raise ModelError(f"{OPTION}: {error}") from error
     stored: set[str] = set()

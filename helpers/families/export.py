@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.families.checkpoint import Checkpoint
-from helpers.families.folder import read_json, weight_files
+from helpers.families.components import weight_files
+from helpers.families.folder import read_json
 from helpers.families.tokenizer_files import complete_clip_tokenizer
 from helpers.storage.atomic import write_json
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from helpers.families import folder
 from helpers.families.checkpoint import Checkpoint
+from helpers.families.hashes import fingerprint
 from helpers.families.t5 import T5Encoder
 from helpers.families.t5_source import T5Source
 
@@ -29,7 +29,7 @@ class HunyuanText:
         self.dtype = torch.float32 if device.type == "cpu" else torch.float16
         self.t5 = T5Encoder(t5, t5_length, masked=True, device=device)
         weights = base.hash_of("text_encoder", "tokenizer")
-        self.fingerprint = folder.fingerprint({"bert": weights, "dtype": str(self.dtype), "length": length, "t5": self.t5.fingerprint})
+        self.fingerprint = fingerprint({"bert": weights, "dtype": str(self.dtype), "length": length, "t5": self.t5.fingerprint})
         self.truncated = 0
         self._loaded: tuple[Any, Any] | None = None
 

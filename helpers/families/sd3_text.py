@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.families import folder
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.clip import ClipAnswer, ClipEncoders
+from helpers.families.hashes import fingerprint
 from helpers.families.t5 import T5Encoder
 from helpers.families.t5_source import T5Source
 from helpers.families.vae import released
@@ -38,7 +38,7 @@ class Sd3TextEncoders:
     def __init__(self, clip: ClipEncoders, t5: T5Encoder | None) -> None:
         self.clip = clip
         self.t5 = t5
-        self.fingerprint = folder.fingerprint({"clip": clip.fingerprint, "t5": t5.fingerprint if t5 else None})
+        self.fingerprint = fingerprint({"clip": clip.fingerprint, "t5": t5.fingerprint if t5 else None})
         self.truncated = 0
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import ModelError
-from helpers.families import folder
+from helpers.families.hashes import WeightsHashes, fingerprint
 from helpers.families.whole import damage
 from helpers.storage.atomic import atomic_folder
 
@@ -61,11 +61,11 @@ def converted(path: Path, config: str | None, cache_dir: Path, with_t5: bool = T
     elsewhere = _encoders_elsewhere(path, config) if kind == "StableDiffusion3Pipeline" else {}
     if kind == "StableDiffusion3Pipeline" and not with_t5:
         elsewhere = {**elsewhere, T5: None}
-    hashes = folder.WeightsHashes(cache_dir / "weights_hashes.json")
+    hashes = WeightsHashes(cache_dir / "weights_hashes.json")
     facts: dict[str, Any] = {"weights": hashes.of_file(path), "config": config, "pipeline": kind, "precision": _dtypes(path)}
     if elsewhere:
         facts["encoders"] = {part: hashes.of(found) if found else None for part, found in elsewhere.items()}
-    target = cache_dir / "converted" / folder.fingerprint(facts)
+    target = cache_dir / "converted" / fingerprint(facts)
     if not (target / "model_index.json").is_file():
         with atomic_folder(target) as aside:
             _convert(path, kind, config, elsewhere, aside)

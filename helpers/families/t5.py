@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.families import folder
+from helpers.families.hashes import fingerprint
 from helpers.families.t5_source import T5Source
 from helpers.families.vae import released
 
@@ -39,7 +39,7 @@ class T5Encoder:
         # The large ones overflow in float16.
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         facts = {"weights": source.fingerprint, "dtype": str(self.dtype), "length": length, "masked": masked}
-        self.fingerprint = folder.fingerprint(facts)
+        self.fingerprint = fingerprint(facts)
         self._loaded: tuple[Any, Any] | None = None
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class NormalisedText:
         self.with_mask = with_mask
         # Records without the mask are others: what is cached with one is kept without its padding.
         facts = {"t5": self.t5.fingerprint, "captions": "lower case"} | ({} if with_mask else {"padding": "read"})
-        self.fingerprint = folder.fingerprint(facts)
+        self.fingerprint = fingerprint(facts)
         self.truncated = 0
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import ModelError
-from helpers.families import folder
+from helpers.families import components, folder
 from helpers.families.checkpoint import Checkpoint
 from helpers.families.export import Component, copy_weights
+from helpers.families.hashes import WeightsHashes
 
 if TYPE_CHECKING:
     from helpers.config.options import ModelOptions
@@ -39,7 +40,7 @@ class T5Source:
     encoder: Path  # folder of config.json and weights
     tokenizer: Path  # folder of the tokenizer's files; the same one in many a repository of T5 alone
     variant: str | None
-    hashes: folder.WeightsHashes
+    hashes: WeightsHashes
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
@@ -50,7 +51,7 @@ class T5Source:
         """
         own = (f"text_encoder{suffix}", f"tokenizer{suffix}")
         if not (name := options.pretrained_t5_model_name_or_path):
-            folder.require_components(base.folder, own, base.variant, options.needs_weights)
+            components.require_components(base.folder, own, base.variant, options.needs_weights)
             return cls(suffix, base.folder / own[0], base.folder / own[1], base.variant, base.hashes)
         encoder, tokenizer = locate(name, base.variant, options.needs_weights)
         require_width(encoder, width, base.name)
@@ -75,7 +76,7 @@ class T5Source:
         """The encoder in this precision, on the CPU."""
         from transformers import T5EncoderModel
 
-        return folder.load_component(T5EncoderModel, self.encoder, "", dtype, self.variant)
+        return components.load_component(T5EncoderModel, self.encoder, "", dtype, self.variant)
 
     def load_tokenizer(self) -> Any:
         """Of tokenizer.json, or of SentencePiece's spiece.model."""
@@ -92,7 +93,7 @@ class T5Source:
         """As it is stored; without the decoder, which repositories of T5 alone bring."""
         target.mkdir(parents=True)
         shutil.copyfile(self.encoder / "config.json", target / "config.json")
-        weights = folder.weight_files(self.encoder, self.variant)
+        weights = components.weight_files(self.encoder, self.variant)
         if any(name.startswith(DECODER) for name in _tensor_names(weights)):
             _save_without_decoder(weights, target / "model.safetensors")
         else:
@@ -104,7 +105,7 @@ class T5Source:
             shutil.copyfile(path, target / path.name)
 
     def _encoder_files(self) -> list[Path]:
-        return [self.encoder / "config.json", *folder.weight_files(self.encoder, self.variant)]
+        return [self.encoder / "config.json", *components.weight_files(self.encoder, self.variant)]
 
     def _tokenizer_files(self) -> list[Path]:
         return [path for name in TOKENIZER_FILES if (path := self.tokenizer / name).is_file()]
@@ -163,10 +164,10 @@ def _find_weights(get: Get, root: Path, encoder: Path, variant: str | None, name
     weights: list[Path] = []
     for kind in (f".{variant}", "") if variant else ("",):
         get(*_inside(root, (encoder / f"model{kind}.safetensors", encoder / f"model.safetensors.index{kind}.json")))
-        if weights := folder.weight_files(encoder, variant):
+        if weights := components.weight_files(encoder, variant):
             get(*_inside(root, weights))
             break
-    if problem := folder.weights_problem(encoder, variant):
+    if problem := components.weights_problem(encoder, variant):
         raise ModelError(f"{OPTION}: {problem}")
     if not weights or not all(path.is_file() for path in weights):
         raise ModelError(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from helpers.errors import ModelError
-from helpers.families import folder
+from helpers.families import components, folder
 from helpers.families.checkpoint import Checkpoint
+from helpers.families.hashes import fingerprint
 from helpers.protocols import LatentSpec
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Vae:
         """Raises ModelError when the VAE is neither a folder here nor on the hub, or is none for `network`, the base model's part."""
         named = options.pretrained_vae_model_name_or_path
         found = locate(named, base)
-        if named and (problem := folder.component_problem(found, base.variant, options.needs_weights)):
+        if named and (problem := components.component_problem(found, base.variant, options.needs_weights)):
             raise ModelError(f"{OPTION}: {problem}")
         config, deviations = folder.read_settings(found / "config.json"), cache.latent_sampling == "sample"
         if (kind := config.get("_class_name", CLASS)) not in (CLASS, f"Flax{CLASS}"):
@@ -73,11 +74,11 @@ class Vae:
         def load() -> Any:
             from diffusers import AutoencoderKL
 
-            vae = folder.load_component(AutoencoderKL, self.folder, "", dtype, self.base.variant)
+            vae = components.load_component(AutoencoderKL, self.folder, "", dtype, self.base.variant)
             vae.use_tiling, vae.use_slicing = self.tiling, self.slicing
             return vae
 
-        codec = VaeCodec(load, dict(self.config), folder.fingerprint(facts), device, self.deviations)
+        codec = VaeCodec(load, dict(self.config), fingerprint(facts), device, self.deviations)
         with released(codec, device):
             yield codec
 
