@@ -59,7 +59,10 @@ class ReportingOptions:
     """Reporting: who is told how the run goes."""
 
     report_to: tuple[str, ...] = option(
-        ("tensorboard",), "Comma list of trackers; none turns them off.", choices=TRACKERS, spelt={"comet_ml": "comet"}
+        ("tensorboard",),
+        "Comma list of trackers; none turns them off. Comet is sent the curves alone, the others the pictures too.",
+        choices=TRACKERS,
+        spelt={"comet_ml": "comet"},
     )
     tracker_project_name: str = option("simpletuner", "Project in the tracker.")
     tracker_run_name: str = option("simpletuner-testing", "Run in the tracker.")
