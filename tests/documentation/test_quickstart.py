@@ -37,7 +37,7 @@ def test_a_run_speaks_in_the_words_that_the_quick_start_shows(quick_start: Follo
 
 @pytest.mark.slow
 def test_a_run_leaves_the_files_that_the_readme_lists(quick_start: Followed) -> None:
-    [_, *rows] = next(README.section("What a run leaves").tables())
+    [_, *rows] = next(README.section("Output files").tables())
     named = {span.replace("<N>", "2") for row in rows for span in re.findall(r"`([^`]+)`", row[0])}
     # Of a full fine-tune, with --record_samples, and of a network without kohya's layout.
     only_otherwise = {"pipeline/", "samples.jsonl", "pytorch_lora_weights.peft/"}
@@ -75,10 +75,10 @@ print(config.datasets[0].instance_data_dir, config.run.output_dir, config.valida
 """
 
 
-def test_the_lines_for_ones_own_pictures_in_the_readme_are_accepted(models: Mapping[str, Path], tmp_path: Path) -> None:
+def test_the_lines_for_ones_own_images_in_the_readme_are_accepted(models: Mapping[str, Path], tmp_path: Path) -> None:
     judge = tmp_path / "judge"
     judge.write_text(JUDGE.format(python=sys.executable, root=str(ROOT)))
     judge.chmod(0o755)
-    reader = dataclasses.replace(new_reader(tmp_path, models, "pictures"), python=str(judge))
-    said = reader.type(README.section("Your own pictures").block("bash"))
-    assert said.splitlines()[-1] == f"{reader.home}/pictures|output|a photo of my dog"
+    reader = dataclasses.replace(new_reader(tmp_path, models, "images"), python=str(judge))
+    said = reader.type(README.section("Train on your own images").block("bash"))
+    assert said.splitlines()[-1] == f"{reader.home}/images|output|a photo of my dog"
