@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from helpers import ranks
 from helpers.assembly import (
-    Beginning,
+    StartPoint,
     begin_report,
     captions_of_pictures,
+    check_device,
     chosen_axes,
     data_settings,
-    find_beginning,
+    find_start,
     go_on_with_changed_data,
     hand_over,
     join_reporters,
@@ -34,7 +35,6 @@ from helpers.assembly import (
     settled,
     subjects_of_pictures,
     total_steps,
-    try_on_this_device,
     without_weights,
     workers,
 )
@@ -144,16 +144,16 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     gc.enable()
 
     checkpoints = Checkpointer(config.checkpoints, config.run.output_dir)
-    beginning = find_beginning(checkpoints, config, runtime, report)
+    beginning = find_start(checkpoints, config, runtime, report)
     if config.run.dataset_report:
         return look_at_data(config, runtime, beginning, family, report)
     config = settled(config, runtime, method, beginning)
-    try_on_this_device(config, runtime, method)
+    check_device(config, runtime, method)
     identity = run_identity(config, family, objective)
     if beginning.found:
         beginning.found.require_same_run(identity)
     else:
-        method.try_on(family.load(None))
+        method.check(family.load(None))
 
     # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
     settings = data_settings(config, family, runtime, beginning, captions_of_pictures(config, family))
@@ -209,7 +209,7 @@ class Training:
     validator: Validator
     checkpoints: Checkpointer
     identity: Mapping[str, Any]
-    beginning: Beginning  # its state advances
+    beginning: StartPoint  # its state advances
     total: int
 
     def advance(self) -> None:

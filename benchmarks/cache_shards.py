@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.measure import Figure, compared, conclude, parser, profile
-from helpers.data.cache import SHARD_BYTES, Cache, Writer, record_key
+from helpers.data.cache.cache import SHARD_BYTES, Cache, Writer, record_key
 
 LEAST_WRITTEN, LEAST_READ = 350.0, 1500.0  # MiB/s
 LEAST_RECORDS = {32: (8_000, 45_000)}  # KiB of a record => records written and read a second

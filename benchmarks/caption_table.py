@@ -23,12 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.measure import Figure, compared, conclude, parser, profile
-from helpers.data.buckets import ResolutionRule
-from helpers.data.captions import CaptionRule
-from helpers.data.catalogue import Catalogue
-from helpers.data.scan import DatasetRules, scan
-from helpers.data.table_join import join_tables
-from helpers.data.tables import TableRule
+from helpers.data.catalogue.captions import CaptionRule
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.scan import DatasetRules, scan
+from helpers.data.catalogue.table_join import join_tables
+from helpers.data.catalogue.tables import TableRule
+from helpers.data.plan.buckets import ResolutionRule
 from helpers.storage.backend import Entry
 
 MOST_MICROSECONDS = 20.0  # of reading and joining, for a row

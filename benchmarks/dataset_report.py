@@ -25,14 +25,14 @@ from PIL import Image
 
 from benchmarks.material import caption, write_photographs
 from benchmarks.measure import Figure, compared, conclude, parser, profile
-from helpers.data.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
-from helpers.data.captions import CaptionRule
-from helpers.data.catalogue import Catalogue
-from helpers.data.fill import available_threads
+from helpers.data.catalogue.captions import CaptionRule
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.scan import DatasetRules, ScanResult, scan
+from helpers.data.encode.fill import available_threads
+from helpers.data.plan.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
 from helpers.data.report import Memory, caption_report, dataset_report
-from helpers.data.scan import DatasetRules, ScanResult, scan
 from helpers.data.thumbnails import PER_DATASET, Thumbnail, thumbnails
-from helpers.families.clip import ClipCaptionLengths
+from helpers.families.text.clip import ClipCaptionLengths
 from helpers.reporting.html_report import page
 from helpers.storage.local import LocalSource
 

@@ -28,7 +28,7 @@ from benchmarks.material import run_flags, write_photographs
 from benchmarks.measure import Figure, conclude, parser, table
 from benchmarks.training_step import Ours
 from helpers import registry
-from helpers.assembly import Beginning, data_settings, workers
+from helpers.assembly import StartPoint, data_settings, workers
 from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.read import read_config
@@ -95,7 +95,7 @@ def watched(config: Config, steps: int) -> Watched:
         family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
         data = prepare_data(
             config.datasets,
-            data_settings(config, family, runtime, Beginning(None, TrainState(seed=1), 1)),
+            data_settings(config, family, runtime, StartPoint(None, TrainState(seed=1), 1)),
             family,
             workers(runtime),
             Reporter(),

@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
-from helpers.data.captions import CaptionRule
-from helpers.data.catalogue import Catalogue
-from helpers.data.scan import DatasetRules, ScanOptions, scan
-from helpers.data.targets import ResolutionRule
+from helpers.data.catalogue.captions import CaptionRule
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.scan import DatasetRules, ScanOptions, scan
+from helpers.data.plan.targets import ResolutionRule
 from helpers.storage.local import LocalSource
 
 LEAST_SCANNED = 5_000  # images a second of one core

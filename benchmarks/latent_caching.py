@@ -26,16 +26,16 @@ from torch import Tensor
 
 from benchmarks.material import write_photographs
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
-from helpers.data.buckets import BucketPlan, DatasetColumns, plan
-from helpers.data.cache import Cache
-from helpers.data.captions import CaptionRule
-from helpers.data.catalogue import Catalogue
-from helpers.data.fill import FillOptions, available_threads
-from helpers.data.latents import LatentFiller, encode_units
+from helpers.data.cache.cache import Cache
+from helpers.data.catalogue.captions import CaptionRule
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.scan import DatasetRules, scan
+from helpers.data.encode.fill import FillOptions, available_threads
+from helpers.data.encode.latents import LatentEncoder, encode_units
+from helpers.data.plan.buckets import BucketPlan, DatasetColumns, plan
+from helpers.data.plan.targets import ResolutionRule
 from helpers.data.sample import Geometry
-from helpers.data.scan import DatasetRules, scan
-from helpers.data.targets import ResolutionRule
-from helpers.families.vae import VaeCodec
+from helpers.families.loading.vae import VaeCodec
 from helpers.storage.local import LocalSource
 
 LEAST_OF_BARE = 0.85  # the rate of caching, of the bare loops'
@@ -99,7 +99,7 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             cache = Cache(Path(place))
             began = time.perf_counter()
-            filler = LatentFiller(self.planned, 0, self.source, self.catalogue, cache, self.codec)
+            filler = LatentEncoder(self.planned, 0, self.source, self.catalogue, cache, self.codec)
             options = FillOptions(batch_size=BATCH, threads=self.threads)
             filled = encode_units([(filler, rows) for rows in filler.batches(BATCH)], self.catalogue, options)
             rate = filled.encoded / (time.perf_counter() - began)

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.measure import Figure, conclude, parser, profile
-from helpers.data.buckets import ROW
-from helpers.data.order import EpochOrder, Share
+from helpers.data.order.epoch_order import EpochOrder, Share
+from helpers.data.plan.buckets import ROW
 
 ROWS = (10**4, 10**6, 10**8)
 SHAPES = 50

@@ -178,7 +178,7 @@ def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str,
     from helpers.methods.quantised_base import bytes_of, quantise, size_of
     from helpers.objectives import OBJECTIVES
     from helpers.training.engine import Engine
-    from helpers.training.lean import slim
+    from helpers.training.memory import apply_memory_options
     from helpers.training.runtime import Runtime
     from helpers.training.schedules import Schedule
     from helpers.training.stopping import StopRequest
@@ -195,7 +195,7 @@ def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str,
         weights = bytes_of(parts.denoiser)
         method = Lora(AdapterOptions(), family)
         trainable = method.attach(parts)
-        slim(trainable.denoiser, RunOptions(gradient_checkpointing=checkpointing), family.facts.options)
+        apply_memory_options(trainable.denoiser, RunOptions(gradient_checkpointing=checkpointing), family.facts.options)
         runtime = Runtime(Accelerator(cpu=True), StopRequest(), "no", [], [])
         options = dataclasses.replace(OptimizerOptions(), optimizer="adamw")
         engine = Engine(runtime, trainable, options, Schedule("constant", 1e-4, 0.0, 0, 100))

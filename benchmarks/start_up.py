@@ -48,7 +48,7 @@ from helpers.config.read import read_config
 config = read_config(sys.argv[1:], {}, known_facts())
 stage("settings")
 
-from helpers.assembly import Beginning, data_settings, workers
+from helpers.assembly import StartPoint, data_settings, workers
 from helpers.data.prepare import prepare_data
 from helpers.families import FAMILIES
 from helpers.methods import METHODS
@@ -73,7 +73,7 @@ with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.g
     gc.freeze()
     gc.enable()
     stage("runtime and choices")
-    settings = data_settings(config, family, runtime, Beginning(None, TrainState(seed=1), 1))
+    settings = data_settings(config, family, runtime, StartPoint(None, TrainState(seed=1), 1))
     data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())
     stage("data")
     optimizer = config.replaced("settled", optimizer="adamw").optimizer

@@ -22,9 +22,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from benchmarks.material import caption, run_settings, write_photographs
 from benchmarks.measure import compared, conclude, in_turns, parser, profile
 from helpers import registry
-from helpers.data.cache import Cache
-from helpers.data.fill import FillOptions
-from helpers.data.texts import TextFiller
+from helpers.data.cache.cache import Cache
+from helpers.data.encode.fill import FillOptions
+from helpers.data.encode.texts import TextFiller
 from helpers.families import FAMILIES
 from helpers.families.tiny import SdxlSizes, write_sdxl
 from helpers.protocols import TextEncoders

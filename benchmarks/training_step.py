@@ -33,7 +33,7 @@ from torch.nn import functional
 from benchmarks.material import run_settings, write_photographs
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
 from helpers import registry
-from helpers.assembly import Beginning, data_settings, workers
+from helpers.assembly import StartPoint, data_settings, workers
 from helpers.config.config import Config
 from helpers.data.batches import Batch
 from helpers.data.prepare import prepare_data
@@ -188,7 +188,7 @@ def loops(folder: Path, model: Path, pictures: Path, resolution: int, method: st
     config = run_settings(folder / method, model, pictures, resolution, **changed)
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
         family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
-        settings = data_settings(config, family, runtime, Beginning(None, TrainState(seed=1), 1))
+        settings = data_settings(config, family, runtime, StartPoint(None, TrainState(seed=1), 1))
         data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())
         bare, ours = Bare(model, config), Ours(config, runtime, family, data)
         require_same_loss(bare, ours)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         TrainingMethod,
     )
     from helpers.reporting import Reporters
-    from helpers.training.checkpoints import Checkpointer, Found
+    from helpers.training.checkpoints import Checkpoint, Checkpointer
     from helpers.training.learner import Learner
     from helpers.training.live_text import LiveText
     from helpers.training.runtime import Runtime
@@ -53,10 +53,10 @@ SEARCHED_STEPS = 64  # of the first epoch, for pictures that validation begins w
 
 
 @dataclass(frozen=True)
-class Beginning:
+class StartPoint:
     """Where this life of a run begins: anew, or where an earlier one was saved."""
 
-    found: Found | None  # the checkpoint that it goes on from
+    found: Checkpoint | None  # the checkpoint that it goes on from
     state: TrainState  # of that checkpoint, or of a new run
     accumulation: int  # micro-batches of each process in a step
 
@@ -74,7 +74,7 @@ def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
 
 def without_weights(config: Config, runtime: Runtime) -> Config:
     """The settings with models that need no weights, of which none are fetched: for a look at the data."""
-    from helpers.families.checkpoint import without_weights
+    from helpers.families.loading.base_model import without_weights
 
     if runtime.is_main:
         without_weights(config.model)  # fetches: once
@@ -84,7 +84,7 @@ def without_weights(config: Config, runtime: Runtime) -> Config:
 
 def of_the_base_model(config: Config, runtime: Runtime, report: Reporters) -> Config:
     """The settings for the family that the base model is of: the wrapper of SDXL trains its refiner too."""
-    from helpers.families.recognise import recognise
+    from helpers.families.loading.recognise import recognise
 
     families = known_facts().families
     if runtime.is_main:
@@ -135,7 +135,7 @@ def say_what_validation_leaves_out(config: Config, family: ModelFamily, report: 
             report.chapter("", f"{config.origins[name]} does nothing while validation_using_datasets is off.")
 
 
-def find_beginning(checkpoints: Checkpointer, config: Config, runtime: Runtime, report: Reporters) -> Beginning:
+def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, report: Reporters) -> StartPoint:
     """The checkpoint to go on from, or a new run with its seed. Raises CheckpointError where neither may be."""
     from helpers.training.state import TrainState, settle_accumulation
 
@@ -146,15 +146,15 @@ def find_beginning(checkpoints: Checkpointer, config: Config, runtime: Runtime, 
     asked = config.run.gradient_accumulation_steps
     if found is None:
         seed = config.run.seed if config.run.seed > 0 else runtime.gather(1 + secrets.randbelow(2**31))[0]
-        return Beginning(None, TrainState(seed), asked)
+        return StartPoint(None, TrainState(seed), asked)
     report.chapter("checkpoint", f"going on from {found.folder.name}")
     accumulation, note = settle_accumulation(found.content["batch"], asked, runtime.world_size, found.folder.name)
     if note:
         report.chapter("", note)
-    return Beginning(found, TrainState.from_json(found.content["state"]), accumulation)
+    return StartPoint(found, TrainState.from_json(found.content["state"]), accumulation)
 
 
-def look_at_data(config: Config, runtime: Runtime, beginning: Beginning, family: ModelFamily, report: Reporters) -> None:
+def look_at_data(config: Config, runtime: Runtime, beginning: StartPoint, family: ModelFamily, report: Reporters) -> None:
     """Scan and plan the data as the run would, and say where to read about it."""
     from helpers.data.prepare import survey_data
     from helpers.data.report import REPORT
@@ -166,7 +166,7 @@ def look_at_data(config: Config, runtime: Runtime, beginning: Beginning, family:
     report.chapter("report", f"{config.run.output_dir / PAGE} to look at, {config.run.output_dir / REPORT} for programs")
 
 
-def settled(config: Config, runtime: Runtime, method: TrainingMethod, beginning: Beginning) -> Config:
+def settled(config: Config, runtime: Runtime, method: TrainingMethod, beginning: StartPoint) -> Config:
     """The settings with what only the running trainer could tell; they are kept in OUTPUT_DIR/config.json."""
     told = {"seed": beginning.state.seed} if config.run.seed <= 0 else {}
     config = config.replaced("drawn at the start of the run", **told)
@@ -183,21 +183,21 @@ def settled(config: Config, runtime: Runtime, method: TrainingMethod, beginning:
     return config
 
 
-def try_on_this_device(config: Config, runtime: Runtime, method: TrainingMethod) -> None:
+def check_device(config: Config, runtime: Runtime, method: TrainingMethod) -> None:
     """Raises ConfigError for what the device or a library cannot do, before hours of caching."""
-    from helpers.methods.quantised_base import try_quantisation
-    from helpers.training.lean import try_attention, try_compiling
-    from helpers.training.optimizers import try_optimizer
+    from helpers.methods.quantised_base import check_quantization
+    from helpers.training.memory import check_attention, check_compiling
+    from helpers.training.optimizers import check_optimizer
 
-    try_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
+    check_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
     dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
     if config.run.base_quantization != "none":
-        try_quantisation(config.run.base_quantization, runtime.device, dtype)
-    try_attention(config.run.attention, runtime.device, runtime.dtype)
+        check_quantization(config.run.base_quantization, runtime.device, dtype)
+    check_attention(config.run.attention, runtime.device, runtime.dtype)
     if config.launch.training_dynamo_backend == "inductor":
-        try_compiling("TRAINING_DYNAMO_BACKEND", runtime.device)
+        check_compiling("TRAINING_DYNAMO_BACKEND", runtime.device)
     if config.validation.validation_torch_compile:
-        try_compiling("--validation_torch_compile", runtime.device)
+        check_compiling("--validation_torch_compile", runtime.device)
 
 
 def run_identity(config: Config, family: ModelFamily, objective: Objective) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def data_settings(
     config: Config,
     family: ModelFamily,
     runtime: Runtime,
-    beginning: Beginning,
+    beginning: StartPoint,
     captions: Sequence[str] = (),
 ) -> DataSettings:
     """`captions` are encoded beside those of the data."""
@@ -292,12 +292,12 @@ def workers(runtime: Runtime) -> Workers:
     return Workers(runtime.rank, runtime.world_size, meeting.gather, meeting.stop_asked)
 
 
-def go_on_with_changed_data(config: Config, beginning: Beginning, data: TrainingData, report: Reporters) -> None:
+def go_on_with_changed_data(config: Config, beginning: StartPoint, data: TrainingData, report: Reporters) -> None:
     """Where the data is not what the checkpoint was trained on and that is accepted, the next untouched epoch begins on what is there now.
 
     Raises CheckpointError where it is not accepted.
     """
-    from helpers.data.order import OrderStart
+    from helpers.data.order.epoch_order import OrderStart
 
     found, state = beginning.found, beginning.state
     if found is None:
@@ -308,7 +308,7 @@ def go_on_with_changed_data(config: Config, beginning: Beginning, data: Training
         report.chapter("dataset", f"changed since {found.folder.name} and accepted ({', '.join(changed)}): {now}")
 
 
-def total_steps(config: Config, runtime: Runtime, data: TrainingData, beginning: Beginning) -> int:
+def total_steps(config: Config, runtime: Runtime, data: TrainingData, beginning: StartPoint) -> int:
     """The step that the run ends with: as was asked, or with the last sample of its last epoch."""
     if config.run.max_train_steps:
         return config.run.max_train_steps
@@ -323,7 +323,7 @@ def make_learner(
     runtime: Runtime,
     family: ModelFamily,
     method: TrainingMethod,
-    beginning: Beginning,
+    beginning: StartPoint,
     total: int,
     report: Reporters,
 ) -> Learner:
@@ -347,12 +347,12 @@ def make_learner(
 
 def attached(config: Config, runtime: Runtime, family: ModelFamily, method: TrainingMethod, report: Reporters) -> Trainable:
     """The network as the method trains it, in as little memory as was asked for."""
-    from helpers.training.lean import choose_attention, slim
+    from helpers.training.memory import apply_memory_options, choose_attention
 
     parts = load_network(config, runtime, family, method, report)
     add_text(parts, config, family, method, runtime)
     trainable = method.attach(parts)
-    slim(trainable.denoiser, config.run, family.facts.options)
+    apply_memory_options(trainable.denoiser, config.run, family.facts.options)
     if config.run.gradient_checkpointing:
         for encoder in trainable.text_encoders.values():
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -386,7 +386,7 @@ def add_text(parts: Parts, config: Config, family: ModelFamily, method: Training
         add_text_encoders(parts, cast("TextTrainer", family), config.text_encoder, dtype, freezes)
 
 
-def make_schedule(config: Config, beginning: Beginning, total: int, report: Reporters) -> Schedule:
+def make_schedule(config: Config, beginning: StartPoint, total: int, report: Reporters) -> Schedule:
     from helpers.training.schedules import Schedule
 
     schedule = Schedule.create(config.schedule, total)
@@ -397,7 +397,7 @@ def make_schedule(config: Config, beginning: Beginning, total: int, report: Repo
     return schedule
 
 
-def text_encoder_stop(config: Config, found: Found | None, total: int, report: Reporters) -> int:
+def text_encoder_stop(config: Config, found: Checkpoint | None, total: int, report: Reporters) -> int:
     """The step, counted from 0, that the text encoders stop before. It is settled when a run starts, and stays."""
     from helpers.training.live_text import stop_of
 
@@ -447,7 +447,7 @@ def pictures_of_the_data(config: Config, data: TrainingData) -> dict[Prompt, Sta
 
 
 def make_validator(config: Config, runtime: Runtime, family: ModelFamily, objective: Objective, subjects: Subjects, seed: int) -> Validator:
-    from helpers.families.samplers import sampler
+    from helpers.families.networks.samplers import sampler
     from helpers.training.validation import Validator
 
     kind, spacing = sampler_kind(config, objective), config.objective.inference_scheduler_timestep_spacing

@@ -290,7 +290,7 @@ class TrainingMethod(Protocol):
         """In what precision the base model is loaded."""
         ...
 
-    def try_on(self, outline: Parts) -> None:
+    def check(self, outline: Parts) -> None:
         """Refuse what does not fit the network, before hours of caching: `outline` has its layers, and no weights. Raises ConfigError."""
         ...
 

@@ -56,9 +56,9 @@ def load_pipeline(model: Model, dtype: str, device: str, **parts: Any) -> Any:
     import diffusers
     import transformers
 
-    from helpers.families.checkpoint import T5_CLASSES
-    from helpers.families.components import load_component
-    from helpers.families.folder import locate, locate_component, model_index
+    from helpers.families.loading.base_model import T5_CLASSES
+    from helpers.families.loading.components import load_component
+    from helpers.families.loading.folder import locate, locate_component, model_index
 
     folder = locate(model.name, model.revision, model.variant, T5_CLASSES if model.t5 else ())
     device, kind = _settled(device, dtype)
@@ -103,9 +103,9 @@ def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, 
     import diffusers
     from transformers import T5EncoderModel, T5TokenizerFast
 
-    from helpers.families.components import load_component
-    from helpers.families.folder import model_index, read_json
-    from helpers.families.t5_source import OPTION, locate, require_width, width_read
+    from helpers.families.loading.components import load_component
+    from helpers.families.loading.folder import model_index, read_json
+    from helpers.families.text.t5_source import OPTION, locate, require_width, width_read
 
     pipeline = model_index(folder)["_class_name"]
     taken = inspect.signature(getattr(diffusers, pipeline).__init__).parameters.values()

@@ -12,10 +12,10 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from helpers.data import conditions
 from helpers.data.draws import StepDraws, uniform
+from helpers.data.encode import conditions
 from helpers.data.masked import stacked
-from helpers.data.order import MicroBatch
+from helpers.data.order.epoch_order import MicroBatch
 from helpers.data.sample import Geometry, Sample
 
 Item = TypeVar("Item")
@@ -80,13 +80,13 @@ class TrainingRecords(Protocol):
         """Zeros of the shape that the row's latents have."""
         ...
 
-    def text(self, row: int, told: Told) -> Mapping[str, Tensor]:
+    def text(self, row: int, told: CaptionDraw) -> Mapping[str, Tensor]:
         """What the text encoders gave for a caption of the row, without a batch dimension."""
         ...
 
 
 @dataclass(frozen=True)
-class Told:
+class CaptionDraw:
     """What the network is told by words in one appearance of a sample."""
 
     caption: str | None  # None where it was dropped, and the family's unconditional stands for it
@@ -120,7 +120,7 @@ class BatchMaker:
     def _stand_in(self, micro: MicroBatch, step: int) -> Batch:
         row = int(micro.samples[0])
         latents = self.records.blank_latents(row, micro.epoch)
-        batch = self._batch(micro, step, [0], [latents], (self.records.sample(row),), [Told(None, tuple(self.encoders_apart))])
+        batch = self._batch(micro, step, [0], [latents], (self.records.sample(row),), [CaptionDraw(None, tuple(self.encoders_apart))])
         return dataclasses.replace(batch, loss_weight=torch.zeros(1), stands_in=True)
 
     def _batch(
@@ -130,7 +130,7 @@ class BatchMaker:
         there: Sequence[int],
         latents: Sequence[Mapping[str, Tensor]],
         samples: tuple[Sample, ...],
-        told: Sequence[Told],
+        told: Sequence[CaptionDraw],
     ) -> Batch:
         rows = [int(micro.samples[i]) for i in there]
         draws = StepDraws(self.seed, step, tuple(micro.places[i] for i in there), micro.step_samples)
@@ -148,7 +148,7 @@ class BatchMaker:
             condition=_condition(latents),
         )
 
-    def _told(self, sample: Sample, epoch: int, repeat: int) -> Told:
+    def _told(self, sample: Sample, epoch: int, repeat: int) -> CaptionDraw:
         """The caption for one appearance of a sample, and who is not told of it.
 
         Each of n encoders is left out at the nth root of the rate, so that all of them are at the rate itself.
@@ -158,8 +158,8 @@ class BatchMaker:
         rate = self.caption_dropout ** (1 / len(encoders))
         without = tuple(name for name in encoders if uniform("caption_dropout", *address, name) < rate)
         if len(without) == len(encoders):
-            return Told(None, without)
-        return Told(sample.captions[int(uniform("caption", *address) * len(sample.captions))], without)
+            return CaptionDraw(None, without)
+        return CaptionDraw(sample.captions[int(uniform("caption", *address) * len(sample.captions))], without)
 
 
 def _latents(records: Sequence[Mapping[str, Tensor]], draws: StepDraws) -> Tensor:

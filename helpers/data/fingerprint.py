@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helpers.config.datasets import DatasetConfig
-from helpers.data.buckets import BucketPlan
-from helpers.data.catalogue import Catalogue
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.plan.buckets import BucketPlan
 from helpers.data.remembered import Remembered, inputs_digest
 from helpers.storage.backend import SourceBackend
 

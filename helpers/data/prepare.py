@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 
 from helpers.config.datasets import DatasetConfig
 from helpers.data.batches import BatchMaker
-from helpers.data.buckets import BucketPlan, DatasetColumns, plan
-from helpers.data.catalogue import Catalogue
-from helpers.data.conditions import Conditions
-from helpers.data.faces import find_faces
-from helpers.data.fill import Filled, FillOptions, gathered
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.faces import find_faces
+from helpers.data.catalogue.scan import DatasetRules, Refreshed, ScanOptions, ScanResult, judge, refresh, scan
+from helpers.data.encode.conditions import Conditions
+from helpers.data.encode.fill import Filled, FillOptions, gathered
+from helpers.data.encode.latent_phase import LatentPhase
+from helpers.data.encode.texts import TextFiller, text_key
 from helpers.data.fingerprint import DataFingerprint
-from helpers.data.latent_phase import LatentPhase
+from helpers.data.plan.buckets import BucketPlan, DatasetColumns, plan
 from helpers.data.planning import (
     columns_of,
     conditions_of,
@@ -50,17 +52,15 @@ from helpers.data.report import (
     mix_summary,
     summary,
 )
-from helpers.data.scan import DatasetRules, Refreshed, ScanOptions, ScanResult, judge, refresh, scan
 from helpers.data.settings import DataSettings
 from helpers.data.sources import extra_texts_place, open_caches, open_source, texts_place
-from helpers.data.texts import TextFiller, text_key
 from helpers.data.thumbnails import thumbnails
 from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, TrainingData
 from helpers.data.workers import Workers
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:
-    from helpers.data.cache import Cache
+    from helpers.data.cache.cache import Cache
     from helpers.protocols import ControlledFamily, ModelFamily, Reporter, TextEncoders
 
 

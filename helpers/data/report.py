@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from helpers.data.buckets import BucketPlan
-from helpers.data.catalogue import Catalogue
-from helpers.data.order import Mix
-from helpers.data.scan import ScanResult
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.scan import ScanResult
+from helpers.data.order.epoch_order import Mix
+from helpers.data.plan.buckets import BucketPlan
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from helpers.data.buckets import BucketPlan
-from helpers.data.catalogue import Catalogue
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.encode.latents import PIXELS_VERSION
 from helpers.data.images import ImageError, cut, decode
-from helpers.data.latents import PIXELS_VERSION
+from helpers.data.plan.buckets import BucketPlan
 from helpers.data.report import Memory
 from helpers.data.sample import Geometry
 from helpers.storage.backend import SourceBackend

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.data.batches import Batch, BatchMaker, Told, prefetched
-from helpers.data.behind import LatentsAhead
-from helpers.data.cache import Cache, DamagedRecordError
-from helpers.data.catalogue import Catalogue
-from helpers.data.conditions import NAME as CONDITION
-from helpers.data.fill import FillOptions, is_finite
-from helpers.data.order import FROM_THE_BEGINNING, EpochOrder, MicroBatch, OrderStart
-from helpers.data.passes import Pass, Passes
+from helpers.data.batches import Batch, BatchMaker, CaptionDraw, prefetched
+from helpers.data.cache.cache import Cache, DamagedRecordError
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.encode.background import BackgroundEncoder
+from helpers.data.encode.conditions import NAME as CONDITION
+from helpers.data.encode.fill import FillOptions, is_finite
+from helpers.data.encode.passes import Pass, Passes
+from helpers.data.encode.texts import TextFiller, text_key
+from helpers.data.order.epoch_order import FROM_THE_BEGINNING, EpochOrder, MicroBatch, OrderStart
 from helpers.data.reading_ahead import made_in_threads
 from helpers.data.sample import Geometry, Sample, Size
-from helpers.data.texts import TextFiller, text_key
 from helpers.errors import DataError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class CachedRecords:
         recall: Recall,
         unconditional: Mapping[str, Tensor],
         from_the_start: Callable[[], Iterator[MicroBatch]],
-        ahead: LatentsAhead | None = None,
+        ahead: BackgroundEncoder | None = None,
         are_remote: bool = False,
     ) -> None:
         self.from_the_start = from_the_start
@@ -202,7 +202,7 @@ class CachedRecords:
             return {"mean": blank}
         return {"mean": blank, CONDITION: blank if conditions.as_latents else torch.zeros(3, target.height, target.width)}
 
-    def text(self, row: int, told: Told) -> Mapping[str, Tensor]:
+    def text(self, row: int, told: CaptionDraw) -> Mapping[str, Tensor]:
         if told.caption is None:
             return self.unconditional
         texts = self._dataset(row).texts

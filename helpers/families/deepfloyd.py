@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from helpers.config.facts import Facts, Settings
-from helpers.families import img2img, unet_lora
-from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.recompute import recompute
-from helpers.families.unet import UNET_OPTIONS, load_unet
+from helpers.families.loading.base_model import BaseModel
+from helpers.families.lora import unet_lora
+from helpers.families.networks import img2img
+from helpers.families.networks.export import modelspec, trained_edge, write_pipeline
+from helpers.families.networks.recompute import recompute
+from helpers.families.networks.unet import UNET_OPTIONS, load_unet
 from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -74,26 +75,26 @@ class DeepFloyd:
     lora_targets = (*unet_lora.ATTENTION, "add_k_proj", "add_v_proj")  # the last two read the text
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
-        from helpers.families.t5_source import T5Source
+        from helpers.families.text.t5_source import T5Source
 
-        self.base = Checkpoint.open(self.facts.name, self.parts, options, cache)
+        self.base = BaseModel.open(self.facts.name, self.parts, options, cache)
         self.t5 = T5Source.open(self.base, "", options, width=self.base.config("unet")["encoder_hid_dim"])
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.scheduler_config: Mapping[str, Any] = {**self.base.config("scheduler"), "variance_type": "fixed_small"}
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
-        from helpers.families.pixels import Pixels
+        from helpers.families.loading.pixels import Pixels
 
         return nullcontext(Pixels())
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
         """Without the mask: the network attends to all that it is given, the padding too."""
-        from helpers.families.t5 import normalised_text
+        from helpers.families.text.t5 import normalised_text
 
         return normalised_text(self.t5, TOKENS, with_mask=False, device=device)
 
     def caption_lengths(self) -> CaptionLengths:
-        from helpers.families.t5 import NormalisedLengths
+        from helpers.families.text.t5 import NormalisedLengths
 
         return NormalisedLengths(self.t5, TOKENS)
 

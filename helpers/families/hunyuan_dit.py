@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
-from helpers.families import peft_lora, sdxl_inputs
-from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import Component, modelspec, trained_edge, write_pipeline
-from helpers.families.recompute import recompute
+from helpers.families.loading.base_model import BaseModel
+from helpers.families.lora import peft_lora
+from helpers.families.networks import sdxl_inputs
+from helpers.families.networks.export import Component, modelspec, trained_edge, write_pipeline
+from helpers.families.networks.recompute import recompute
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ class HunyuanDiT:
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
-        from helpers.families.t5_source import T5Source
-        from helpers.families.vae import Vae
+        from helpers.families.loading.vae import Vae
+        from helpers.families.text.t5_source import T5Source
 
-        self.base = Checkpoint.open("hunyuan_dit", ("transformer", "vae", *BERT, "scheduler"), options, cache)
+        self.base = BaseModel.open("hunyuan_dit", ("transformer", "vae", *BERT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "transformer", options, cache)
         self.network = self.base.config("transformer")
         self.t5 = T5Source.open(self.base, "_2", options, width=self.network["cross_attention_dim_t5"])
@@ -73,8 +74,8 @@ class HunyuanDiT:
 
     @contextmanager
     def text_encoders(self, device: torch.device) -> Iterator[TextEncoders]:
-        from helpers.families.hunyuan_text import HunyuanText
-        from helpers.families.vae import released
+        from helpers.families.loading.vae import released
+        from helpers.families.text.hunyuan_text import HunyuanText
 
         text = HunyuanText(self.base, self.t5, self.network["text_len"], self.network["text_len_t5"], device)
         with released(text, device) as encoders:
@@ -82,7 +83,7 @@ class HunyuanDiT:
 
     def caption_lengths(self) -> CaptionLengths:
         """By mT5's tokens: it reads on where BERT stops."""
-        from helpers.families.t5 import T5CaptionLengths
+        from helpers.families.text.t5 import T5CaptionLengths
 
         return T5CaptionLengths(self.t5, self.network["text_len_t5"])
 
@@ -104,7 +105,7 @@ class HunyuanDiT:
         """
         import torch
 
-        from helpers.families.hunyuan_text import at_full_length
+        from helpers.families.text.hunyuan_text import at_full_length
 
         text = {name: tensor.to(device) for name, tensor in batch.text.items()}
         floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in text.items()}
@@ -141,7 +142,7 @@ class HunyuanDiT:
         return FromEmbeddings(HunyuanDiTPipeline(**others, transformer=denoiser, scheduler=sampler, requires_safety_checker=False))
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
-        from helpers.families.hunyuan_text import at_full_length
+        from helpers.families.text.hunyuan_text import at_full_length
 
         arguments = {}
         for prefix, tensors in (("", text), ("negative_", negative)):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from helpers.config.facts import Facts, Settings
-from helpers.families import peft_lora
-from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import Component, modelspec, trained_edge, write_pipeline
+from helpers.families.loading.base_model import BaseModel
+from helpers.families.lora import peft_lora
+from helpers.families.networks.export import Component, modelspec, trained_edge, write_pipeline
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ class PixArt:
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
-        from helpers.families.t5_source import T5Source
-        from helpers.families.vae import Vae
+        from helpers.families.loading.vae import Vae
+        from helpers.families.text.t5_source import T5Source
 
-        self.base = Checkpoint.open(self.facts.name, ("transformer", "vae", "scheduler"), options, cache)
+        self.base = BaseModel.open(self.facts.name, ("transformer", "vae", "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "transformer", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=PATCH)
@@ -71,12 +71,12 @@ class PixArt:
         return self.vae.codec(device)
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
-        from helpers.families.t5 import normalised_text
+        from helpers.families.text.t5 import normalised_text
 
         return normalised_text(self.t5, self.length, with_mask=True, device=device)
 
     def caption_lengths(self) -> CaptionLengths:
-        from helpers.families.t5 import NormalisedLengths
+        from helpers.families.text.t5 import NormalisedLengths
 
         return NormalisedLengths(self.t5, self.length)
 

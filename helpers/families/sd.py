@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
-from helpers.families import clip_states, condition, img2img, unet_lora
-from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
+from helpers.families.loading.base_model import BaseModel
+from helpers.families.lora import unet_lora
+from helpers.families.networks import condition, img2img
+from helpers.families.networks.export import modelspec, trained_edge, write_pipeline
+from helpers.families.networks.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
+from helpers.families.text import clip_states
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from helpers.config.options import CacheOptions, DataOptions, ModelOptions
     from helpers.data.batches import Batch
-    from helpers.families.clip import TrainedClip
+    from helpers.families.text.clip import TrainedClip
 
 ACTIVATION_OF_VERSION_1 = "quick_gelu"  # of CLIP's own text encoder; version 2 has OpenCLIP's, which uses the exact one
 
@@ -57,9 +59,9 @@ class StableDiffusion:
     lora_targets = unet_lora.ATTENTION
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
-        from helpers.families.vae import Vae
+        from helpers.families.loading.vae import Vae
 
-        self.base = Checkpoint.open("sd2x", ("unet", "vae", "text_encoder", "tokenizer", "scheduler"), options, cache)
+        self.base = BaseModel.open("sd2x", ("unet", "vae", "text_encoder", "tokenizer", "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
@@ -70,12 +72,12 @@ class StableDiffusion:
         return self.vae.codec(device)
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
-        from helpers.families.clip import clip_encoders, states_of_one
+        from helpers.families.text.clip import clip_encoders, states_of_one
 
         return clip_encoders(self.base, ("",), "last", states_of_one, device, self.chunked)
 
     def caption_lengths(self) -> CaptionLengths:
-        from helpers.families.clip import clip_caption_lengths
+        from helpers.families.text.clip import clip_caption_lengths
 
         return clip_caption_lengths(self.base, ("",), self.chunked)
 
@@ -87,7 +89,7 @@ class StableDiffusion:
         return load_unet(self.base, dtype)
 
     def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
-        from helpers.families.clip import load_encoders
+        from helpers.families.text.clip import load_encoders
 
         return load_encoders(self.base, ("",), dtype)
 
@@ -96,7 +98,7 @@ class StableDiffusion:
 
     @cached_property
     def _trained_clip(self) -> TrainedClip:
-        from helpers.families.clip import TrainedClip, states_of_one
+        from helpers.families.text.clip import TrainedClip, states_of_one
 
         return TrainedClip(self.base, ("",), "last", states_of_one)
 
@@ -111,7 +113,7 @@ class StableDiffusion:
         return denoiser(noisy, timesteps, **told).sample
 
     def controlnet(self, denoiser: nn.Module) -> Any:
-        from helpers.families.controlnet import controlled_unet
+        from helpers.families.networks.controlnet import controlled_unet
 
         return controlled_unet(denoiser, self.controlnet_start, self.latents.downsampling)
 
@@ -129,7 +131,7 @@ class StableDiffusion:
     def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         from diffusers import StableDiffusionImg2ImgPipeline
 
-        from helpers.families.vae import VaeSettings
+        from helpers.families.loading.vae import VaeSettings
 
         absent: Any = None
         others = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"), absent)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.facts import Facts, Settings
 from helpers.config.options import OPTIONS
 from helpers.errors import ModelError
-from helpers.families import condition, img2img, transformer_lora
-from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import Component, modelspec, trained_edge, write_pipeline
+from helpers.families.loading.base_model import BaseModel
+from helpers.families.lora import transformer_lora
+from helpers.families.networks import condition, img2img
+from helpers.families.networks.export import Component, modelspec, trained_edge, write_pipeline
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from helpers.config.options import CacheOptions, DataOptions, ModelOptions
     from helpers.data.batches import Batch
-    from helpers.families.t5_source import T5Source
+    from helpers.families.text.t5_source import T5Source
 
 CLIPS = ("", "_2")  # suffixes of their folders
 T5 = "_3"
@@ -96,9 +97,9 @@ class StableDiffusion3:
     lora_targets = transformer_lora.JOINT_ATTENTION
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
-        from helpers.families.vae import Vae
+        from helpers.families.loading.vae import Vae
 
-        self.base = Checkpoint.open("sd3", ("transformer", "vae", *CLIP_FOLDERS, "scheduler"), options, cache)
+        self.base = BaseModel.open("sd3", ("transformer", "vae", *CLIP_FOLDERS, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "transformer", options, cache)
         self.transformer = self.base.config("transformer")
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
@@ -123,26 +124,26 @@ class StableDiffusion3:
         return self.vae.codec(device)
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
-        from helpers.families.sd3_text import text_encoders
+        from helpers.families.text.sd3_text import text_encoders
 
         return text_encoders(self.base, self.t5, self.t5_length, device)
 
     def caption_lengths(self) -> CaptionLengths:
         """By T5's tokens where it is there: it reads on where CLIP stops."""
-        from helpers.families.clip import clip_caption_lengths
-        from helpers.families.t5 import T5CaptionLengths
+        from helpers.families.text.clip import clip_caption_lengths
+        from helpers.families.text.t5 import T5CaptionLengths
 
         return T5CaptionLengths(self.t5, self.t5_length) if self.t5 else clip_caption_lengths(self.base, CLIPS)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """Zeros of all encoders."""
-        from helpers.families.sd3_text import zeros
+        from helpers.families.text.sd3_text import zeros
 
         return zeros(self.clips, self.t5, self.t5_length)
 
     def without(self, text: TextTensors, encoders: Collection[str]) -> TextTensors:
         """Zeros of these encoders: the base models were trained with each dropped by itself (Esser et al., 2024, appendix B.3)."""
-        from helpers.families.sd3_text import without
+        from helpers.families.text.sd3_text import without
 
         return without(self.clips, text, encoders)
 
@@ -165,7 +166,7 @@ class StableDiffusion3:
         ).sample
 
     def controlnet(self, denoiser: nn.Module) -> Any:
-        from helpers.families.controlnet import controlled_transformer
+        from helpers.families.networks.controlnet import controlled_transformer
 
         return controlled_transformer(denoiser, self.controlnet_start, self.vae)
 
@@ -176,7 +177,7 @@ class StableDiffusion3:
         others = dict.fromkeys(("vae", *CLIP_FOLDERS, *T5_FOLDERS), absent)
         if not hasattr(denoiser, "controlnet"):
             return StableDiffusion3Pipeline(**others, transformer=denoiser, scheduler=sampler)
-        from helpers.families.controlnet import LatentsAsPixels
+        from helpers.families.networks.controlnet import LatentsAsPixels
 
         networks: dict[str, Any] = {"transformer": denoiser.denoiser, "controlnet": denoiser.controlnet, "vae": LatentsAsPixels()}
         return StableDiffusion3ControlNetPipeline(**{**others, **networks}, scheduler=sampler)
@@ -184,7 +185,7 @@ class StableDiffusion3:
     def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         from diffusers import StableDiffusion3Img2ImgPipeline
 
-        from helpers.families.vae import VaeSettings
+        from helpers.families.loading.vae import VaeSettings
 
         absent: Any = None
         vae: Any = VaeSettings(self.vae.config)
@@ -224,7 +225,7 @@ class StableDiffusion3:
 
     def _t5(self, options: ModelOptions) -> T5Source | None:
         """None where none is named and the base model is without: it does not name it, or the folder is not there."""
-        from helpers.families.t5_source import T5Source
+        from helpers.families.text.t5_source import T5Source
 
         named = all((self.base.index.get(part) or [None])[0] is not None for part in T5_FOLDERS)
         brought = named and all((self.base.folder / part).is_dir() for part in T5_FOLDERS)
@@ -238,17 +239,17 @@ class StableDiffusion3:
     def _controlnet_start(self, options: ModelOptions) -> Path | None:
         if not options.controlnet:
             return None
-        from helpers.families.controlnet import OF_A_TRANSFORMER, find_start
+        from helpers.families.networks.controlnet import OF_A_TRANSFORMER, find_start
 
         return find_start(options, "SD3ControlNetModel", self.transformer, OF_A_TRANSFORMER)
 
     def _joined(self, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from helpers.families.sd3_text import joined
+        from helpers.families.text.sd3_text import joined
 
         return joined(text, self.transformer["joint_attention_dim"], self.t5_length)
 
 
-def _schedule(base: Checkpoint, by_diffusion: bool) -> Mapping[str, Any]:
+def _schedule(base: BaseModel, by_diffusion: bool) -> Mapping[str, Any]:
     """The base model's own, or that of diffusion for one that was trained by flow matching. ModelError for the other way around."""
     own = base.config("scheduler")
     if "beta_schedule" in own and not by_diffusion:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
-from helpers.families import condition, img2img, sdxl_inputs, unet_lora
-from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
+from helpers.families.loading.base_model import BaseModel
+from helpers.families.lora import unet_lora
+from helpers.families.networks import condition, img2img, sdxl_inputs
+from helpers.families.networks.export import modelspec, trained_edge, write_pipeline
+from helpers.families.networks.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from helpers.config.options import CacheOptions, DataOptions, ModelOptions
     from helpers.data.batches import Batch
-    from helpers.families.clip import TrainedClip
+    from helpers.families.text.clip import TrainedClip
 
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 ENCODERS = ("", "_2")  # suffixes of their folders
@@ -45,9 +46,9 @@ class SDXL:
     lora_targets = unet_lora.ATTENTION
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
-        from helpers.families.vae import Vae
+        from helpers.families.loading.vae import Vae
 
-        self.base = Checkpoint.open("sdxl", ("unet", "vae", *TEXT, "scheduler"), options, cache)
+        self.base = BaseModel.open("sdxl", ("unet", "vae", *TEXT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
@@ -60,18 +61,18 @@ class SDXL:
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
         """The states that enter the last layers of both encoders side by side, and the second one's pooled projection."""
-        from helpers.families.clip import clip_encoders, states_and_pooled
+        from helpers.families.text.clip import clip_encoders, states_and_pooled
 
         return clip_encoders(self.base, ENCODERS, "penultimate", states_and_pooled, device, self.chunked)
 
     def caption_lengths(self) -> CaptionLengths:
-        from helpers.families.clip import clip_caption_lengths
+        from helpers.families.text.clip import clip_caption_lengths
 
         return clip_caption_lengths(self.base, ENCODERS, self.chunked)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """Zeros: the pipeline does the same where there is no negative prompt."""
-        from helpers.families.clip import zeros
+        from helpers.families.text.clip import zeros
 
         return zeros(self.base, ENCODERS, self.chunked)
 
@@ -79,7 +80,7 @@ class SDXL:
         return load_unet(self.base, dtype)
 
     def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
-        from helpers.families.clip import load_encoders
+        from helpers.families.text.clip import load_encoders
 
         return load_encoders(self.base, ENCODERS, dtype)
 
@@ -89,7 +90,7 @@ class SDXL:
 
     @cached_property
     def _trained_clip(self) -> TrainedClip:
-        from helpers.families.clip import TrainedClip, states_and_pooled
+        from helpers.families.text.clip import TrainedClip, states_and_pooled
 
         return TrainedClip(self.base, ENCODERS, "penultimate", states_and_pooled)
 
@@ -111,7 +112,7 @@ class SDXL:
     begin_with = staticmethod(img2img.begin_with)
 
     def controlnet(self, denoiser: nn.Module) -> Any:
-        from helpers.families.controlnet import controlled_unet
+        from helpers.families.networks.controlnet import controlled_unet
 
         return controlled_unet(denoiser, self.controlnet_start, self.latents.downsampling)
 
@@ -127,7 +128,7 @@ class SDXL:
     def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         from diffusers import StableDiffusionXLImg2ImgPipeline
 
-        from helpers.families.vae import VaeSettings
+        from helpers.families.loading.vae import VaeSettings
 
         absent: Any = None
         vae: Any = VaeSettings(self.vae.config)

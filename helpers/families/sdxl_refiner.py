@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
-from helpers.families import img2img, sdxl_inputs, unet_lora
-from helpers.families.checkpoint import Checkpoint
-from helpers.families.export import modelspec, trained_edge, write_pipeline
-from helpers.families.unet import UNET_OPTIONS, load_unet
+from helpers.families.loading.base_model import BaseModel
+from helpers.families.lora import unet_lora
+from helpers.families.networks import img2img, sdxl_inputs
+from helpers.families.networks.export import modelspec, trained_edge, write_pipeline
+from helpers.families.networks.unet import UNET_OPTIONS, load_unet
 from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ class SDXLRefiner:
     lora_targets = unet_lora.ATTENTION
 
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
-        from helpers.families.vae import Vae
+        from helpers.families.loading.vae import Vae
 
-        self.base = Checkpoint.open("sdxl_refiner", ("unet", "vae", *TEXT, "scheduler"), options, cache)
+        self.base = BaseModel.open("sdxl_refiner", ("unet", "vae", *TEXT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
@@ -60,18 +61,18 @@ class SDXLRefiner:
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
         """The states that enter the last layer, and the pooled projection."""
-        from helpers.families.clip import clip_encoders, states_and_pooled
+        from helpers.families.text.clip import clip_encoders, states_and_pooled
 
         return clip_encoders(self.base, ENCODERS, "penultimate", states_and_pooled, device, self.chunked)
 
     def caption_lengths(self) -> CaptionLengths:
-        from helpers.families.clip import clip_caption_lengths
+        from helpers.families.text.clip import clip_caption_lengths
 
         return clip_caption_lengths(self.base, ENCODERS, self.chunked)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """As the checkpoint's pipeline does where there is no negative prompt: the empty caption, or zeros if its index says so."""
-        from helpers.families.clip import zeros
+        from helpers.families.text.clip import zeros
 
         if self.base.index.get("force_zeros_for_empty_prompt", True):
             return zeros(self.base, ENCODERS, self.chunked)
@@ -93,7 +94,7 @@ class SDXLRefiner:
         """From latents and embeddings to latents."""
         from diffusers import StableDiffusionXLImg2ImgPipeline
 
-        from helpers.families.vae import VaeSettings
+        from helpers.families.loading.vae import VaeSettings
 
         absent: Any = None  # the caller encodes and decodes
         return StableDiffusionXLImg2ImgPipeline(

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
 MINIATURES: registry.Registry = {  # each writes a model into a folder: (folder, seed=) => the folder
-    "deepfloyd_1": "helpers.families.tiny_deepfloyd:write_deepfloyd_1",
-    "deepfloyd_2": "helpers.families.tiny_deepfloyd:write_deepfloyd_2",
-    "hunyuan_dit": "helpers.families.tiny_hunyuan:write_hunyuan_dit",
-    "hunyuan_dit_11": "helpers.families.tiny_hunyuan:write_hunyuan_dit_11",
-    "pixart_alpha": "helpers.families.tiny_pixart:write_pixart_alpha",
-    "pixart_sigma": "helpers.families.tiny_pixart:write_pixart_sigma",
-    "sd1": "helpers.families.tiny_sd:write_sd1",
-    "sd2": "helpers.families.tiny_sd:write_sd2",
-    "sd3": "helpers.families.tiny_sd3:write_sd3",
-    "sd35": "helpers.families.tiny_sd3:write_sd35",
+    "deepfloyd_1": "helpers.families.miniatures.deepfloyd:write_deepfloyd_1",
+    "deepfloyd_2": "helpers.families.miniatures.deepfloyd:write_deepfloyd_2",
+    "hunyuan_dit": "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit",
+    "hunyuan_dit_11": "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit_11",
+    "pixart_alpha": "helpers.families.miniatures.pixart:write_pixart_alpha",
+    "pixart_sigma": "helpers.families.miniatures.pixart:write_pixart_sigma",
+    "sd1": "helpers.families.miniatures.sd:write_sd1",
+    "sd2": "helpers.families.miniatures.sd:write_sd2",
+    "sd3": "helpers.families.miniatures.sd3:write_sd3",
+    "sd35": "helpers.families.miniatures.sd3:write_sd35",
     "sdxl": "helpers.families.tiny:write_sdxl",
-    "sdxl_refiner": "helpers.families.tiny_sd:write_sdxl_refiner",
+    "sdxl_refiner": "helpers.families.miniatures.sd:write_sdxl_refiner",
 }
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

@@ -23,7 +23,7 @@ class BitFit(FullFineTune):
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw"  # on float32 weights: few numbers move, and in bfloat16 most of their updates would be lost
 
-    def try_on(self, outline: Parts) -> None:
+    def check(self, outline: Parts) -> None:
         import torch
 
         with torch.device("meta"):

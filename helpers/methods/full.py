@@ -42,7 +42,7 @@ class FullFineTune:
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw_bf16" if mixed_precision == "bf16" else "adamw"
 
-    def try_on(self, outline: Parts) -> None:
+    def check(self, outline: Parts) -> None:
         """Every network has weights that can move."""
 
     def attach(self, parts: Parts) -> Trainable:

@@ -102,7 +102,7 @@ class Lora:
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw"  # the adapter's weights are float32 in every precision
 
-    def try_on(self, outline: Parts) -> None:
+    def check(self, outline: Parts) -> None:
         import torch
 
         with torch.device("meta"):

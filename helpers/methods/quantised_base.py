@@ -49,7 +49,7 @@ def quantise(network: nn.Module, kind: str, device: torch.device, keep: bool = F
     return unrounded
 
 
-def try_quantisation(kind: str, device: torch.device, dtype: torch.dtype) -> None:
+def check_quantization(kind: str, device: torch.device, dtype: torch.dtype) -> None:
     """Ask one small layer on this device, so that what it cannot do is known before hours of caching. Raises ConfigError."""
     try:
         question = torch.ones(1, TOGETHER, device=device, dtype=dtype, requires_grad=True)

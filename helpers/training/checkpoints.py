@@ -32,7 +32,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A checkpoint whose every byte is as it was written."""
 
     folder: Path
@@ -73,7 +73,7 @@ class Checkpointer:
     def due(self, step: int) -> bool:
         return step % self.options.checkpointing_steps == 0
 
-    def find(self, say: Callable[[str], None]) -> Found | None:
+    def find(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The checkpoint to resume from, or None for a new run. Damaged ones are named to `say` and passed over.
 
         Raises CheckpointError when one is asked for by name and is missing or damaged, or when all there are are damaged.
@@ -139,7 +139,7 @@ class Checkpointer:
         """Remove what killed runs left half-written. For the holder of the lock on OUTPUT_DIR."""
         remove_leftovers(self.output_dir)
 
-    def _named(self, name: str) -> Found:
+    def _named(self, name: str) -> Checkpoint:
         folder = self.output_dir / name
         if not folder.is_dir():
             there = ", ".join(path.name for path in self._folders()) or "none"
@@ -148,8 +148,8 @@ class Checkpointer:
             raise CheckpointError(f"--resume_from_checkpoint={name} is damaged: {problems[0]}.")
         return self._open(folder)
 
-    def _open(self, folder: Path) -> Found:
-        return Found(folder, json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    def _open(self, folder: Path) -> Checkpoint:
+        return Checkpoint(folder, json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
     def _folders(self) -> list[Path]:
         """Folders that are named like checkpoints, the newest step first. Other names are nobody's business."""

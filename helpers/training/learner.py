@@ -15,7 +15,7 @@ from helpers.training.engine import Engine
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from helpers.training.checkpoints import Found
+    from helpers.training.checkpoints import Checkpoint
 
 EMA_LABEL = "_ema"
 
@@ -36,7 +36,7 @@ class Learner:
         if self.average is not None:
             self.method.save(self.trainable, folder, self.average.shadow, EMA_LABEL)
 
-    def restore(self, found: Found) -> None:
+    def restore(self, found: Checkpoint) -> None:
         """Put weights, optimiser and average back exactly as they were saved."""
         self.trainable.put(self.method.read(self.trainable, found.folder))
         self.engine.restore(found.optimizer_tensors(), found.content["numbers"])

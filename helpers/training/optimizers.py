@@ -154,7 +154,7 @@ def copies_on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parame
     return copies
 
 
-def try_optimizer(options: OptimizerOptions, rate: float, device: torch.device) -> None:
+def check_optimizer(options: OptimizerOptions, rate: float, device: torch.device) -> None:
     """Take a step with a few weights, so that what the optimiser refuses is known before hours of caching. Raises ConfigError."""
     shapes = {"matrix": (8, 4), "kernel": (4, 4, 3, 3), "bias": (8,)}
     parameters = {name: nn.Parameter(torch.full(shape, 0.5, device=device)) for name, shape in shapes.items()}

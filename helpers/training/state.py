@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from helpers.data.order import FROM_THE_BEGINNING, OrderStart
+from helpers.data.order.epoch_order import FROM_THE_BEGINNING, OrderStart
 from helpers.errors import CheckpointError, TrainingError
 
 if TYPE_CHECKING:

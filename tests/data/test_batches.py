@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.data.batches import BatchMaker, Told, prefetched
-from helpers.data.order import MicroBatch
+from helpers.data.batches import BatchMaker, CaptionDraw, prefetched
+from helpers.data.order.epoch_order import MicroBatch
 from helpers.data.sample import Geometry, Sample, Size
 
 
@@ -42,7 +42,7 @@ class Rows:
     def blank_latents(self, row: int, epoch: int) -> dict[str, Tensor]:
         return {"mean": torch.zeros(4, 8, 8)}
 
-    def text(self, row: int, told: Told) -> Mapping[str, Tensor]:
+    def text(self, row: int, told: CaptionDraw) -> Mapping[str, Tensor]:
         return {"pooled": torch.full((8,), -1.0 if told.caption is None else row, dtype=torch.bfloat16)}
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from helpers.config.aspects import AspectBucket
 from helpers.data.batches import Batch
-from helpers.data.cache import Cache
-from helpers.data.fill import FillOptions
-from helpers.data.latents import Writers
+from helpers.data.cache.cache import Cache
+from helpers.data.encode.fill import FillOptions
+from helpers.data.encode.latents import Writers
 from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError, StorageError
@@ -238,7 +238,7 @@ def in_step(ranks: list[TrainingData], steps: int) -> list[list[object]]:
 def test_two_processes_encode_disjoint_shares_and_find_the_others_records(
     place: Place, other: Place, behind: bool, changed: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("helpers.data.behind.SHARE_SECONDS", 0.05)
+    monkeypatch.setattr("helpers.data.encode.background.SHARE_SECONDS", 0.05)
     break_pixels(place, 7)
     alone = seen(place.prepare(accumulation=2, **changed).steps(0, 16))
     families = [ToyFamily(Slow(0.01)), ToyFamily(Slow(0.01))]

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from helpers.data import cache as cache_module
-from helpers.data.cache import Cache, DamagedRecordError, Writer, record_key
-from helpers.data.cache_index import INDEX
-from helpers.data.shards import SUFFIX, UNSEALED, pack, unpack
+from helpers.data.cache.cache import Cache, DamagedRecordError, Writer, record_key
+from helpers.data.cache import cache as cache_module
+from helpers.data.cache.index import INDEX
+from helpers.data.cache.shards import SUFFIX, UNSEALED, pack, unpack
 from helpers.errors import StorageError
 
 
@@ -177,8 +177,8 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path) -> None:
 KILLED = """
     import sys, time, torch
     from pathlib import Path
-    from helpers.data import cache as module
-    from helpers.data.cache import Cache, Writer, record_key
+    from helpers.data.cache import cache as module
+    from helpers.data.cache.cache import Cache, Writer, record_key
     module.SHARD_BYTES = 4096
     cache = Cache(Path(sys.argv[1]))
     writer = Writer(cache)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.data.captions import MAX_CAPTION_BYTES, SHUFFLES, Captioner, CaptionError, CaptionRule, TagShuffle, decode_caption
+from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, SHUFFLES, Captioner, CaptionError, CaptionRule, TagShuffle, decode_caption
 from helpers.errors import DataError
 
 SHUFFLED = CaptionRule("textfile", shuffle=TagShuffle(seed=1))
@@ -202,6 +202,6 @@ def test_filters_come_before_shuffling_and_leave_the_instance_prompt_alone() -> 
 
 
 def test_an_expression_that_does_not_come_to_an_end_stops_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helpers.data.caption_filters.SECONDS", 0.05)
+    monkeypatch.setattr("helpers.data.catalogue.caption_filters.SECONDS", 0.05)
     with pytest.raises(DataError, match=r"caption_filter_list: '\(a\|aa\)\+\$' takes longer than 0\.05 s on the caption of b/c\.png"):
         captions(CaptionRule("textfile", filters=("(a|aa)+$",)), "a" * 60 + "!", key="b/c.png")

@@ -22,10 +22,10 @@ from torch import Tensor
 from helpers.config.datasets import DatasetConfig
 from helpers.data import images, prepare
 from helpers.data.batches import Batch
-from helpers.data.conditions import packed, unpacked
+from helpers.data.catalogue.scan import same_shape
+from helpers.data.encode.conditions import packed, unpacked
 from helpers.data.prepare import prepare_data
 from helpers.data.sample import Size
-from helpers.data.scan import same_shape
 from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError

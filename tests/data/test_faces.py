@@ -13,15 +13,15 @@ import pytest
 from PIL import ExifTags, Image
 
 from helpers.config.sizes import finds_faces
-from helpers.data.buckets import BucketPlan
-from helpers.data.captions import CaptionRule
-from helpers.data.catalogue import Catalogue
-from helpers.data.faces import CascadeDetector, Middle, face_middles, find_faces
+from helpers.data.catalogue.captions import CaptionRule
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.faces import CascadeDetector, Middle, face_middles, find_faces
+from helpers.data.catalogue.scan import DatasetRules, scan
 from helpers.data.images import decode
+from helpers.data.plan.buckets import BucketPlan
+from helpers.data.plan.targets import ResolutionRule
 from helpers.data.planning import load_plan
 from helpers.data.prepare import prepare_data
-from helpers.data.scan import DatasetRules, scan
-from helpers.data.targets import ResolutionRule
 from helpers.data.workers import Workers
 from helpers.errors import Interrupted, StorageError
 from tests.data.toys import Story, ToyFamily, dataset, settings
@@ -150,7 +150,7 @@ def test_training_pictures_are_cut_around_faces_and_those_without_are_counted(tm
     assert report["without_a_face"] == 1
     assert "faces: toys: none found in 1 of 3 images, which are cut in the middle" in lines
     assert [plan.geometry(index).left for index in range(3)] == [0, 32, 64]
-    monkeypatch.setattr("helpers.data.faces.decode", None)  # a second start looks at nothing
+    monkeypatch.setattr("helpers.data.catalogue.faces.decode", None)  # a second start looks at nothing
     again, *_ = prepared()
     assert again.fingerprint() == plan.fingerprint()
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from helpers.data.buckets import geometry
 from helpers.data.images import ImageError, cut, decode, read_size
+from helpers.data.plan.buckets import geometry
+from helpers.data.plan.targets import ResolutionRule
 from helpers.data.sample import Geometry, Size
-from helpers.data.targets import ResolutionRule
 
 WAYS_TO_STORE = {  # EXIF orientation => how the shown picture lies in the file
     1: None,

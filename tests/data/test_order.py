@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from helpers.data.order import EpochOrder, MicroBatch, OrderStart, Share
-from helpers.data.spread import GROUP_SIZE
+from helpers.data.order.epoch_order import EpochOrder, MicroBatch, OrderStart, Share
+from helpers.data.order.spread import GROUP_SIZE
 
 REPEATS = (0, 2, 1)
 MIXES: list[tuple[float | None, ...]] = [(None, None, None), (1, 1, 1), (0.7, 0.3, 0.05), (0, 3, 1), (None, 5, 0)]

@@ -21,13 +21,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.data import cache as cache_module
 from helpers.data import images
 from helpers.data.batches import Batch
-from helpers.data.cache import Cache, Writer
+from helpers.data.cache.cache import Cache, Writer
+from helpers.data.cache import cache as cache_module
+from helpers.data.cache.shards import read_header
 from helpers.data.prepare import prepare_data
 from helpers.data.sample import Size
-from helpers.data.shards import read_header
 from helpers.data.training_data import TrainingData
 from helpers.data.workers import Workers
 from helpers.errors import DataError, Interrupted, StorageError
@@ -417,7 +417,7 @@ def test_a_missing_record_is_encoded_beside_the_batch_mates_it_always_had(place:
 KILLED = """
     import sys, time
     from pathlib import Path
-    from helpers.data import cache
+    from helpers.data.cache import cache
     from helpers.data.prepare import prepare_data
     from helpers.data.workers import Workers
     from tests.data.toys import ConvCodec, Story, ToyFamily, dataset, settings

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.data.cache import Cache, DamagedRecordError, Writer, record_key
-from helpers.data.cache_index import INDEX
-from helpers.data.remote_shards import RemoteShards
+from helpers.data.cache.cache import Cache, DamagedRecordError, Writer, record_key
+from helpers.data.cache.index import INDEX
+from helpers.data.cache.remote import RemoteShards
 from helpers.errors import StorageError
 from tests.storage.memory import MemoryBackend
 
@@ -211,5 +211,5 @@ def test_a_full_disk_costs_the_copy_and_not_the_run(tmp_path: Path, store: Store
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("helpers.data.remote_shards.os.ftruncate", full)
+    monkeypatch.setattr("helpers.data.cache.remote.os.ftruncate", full)
     assert all_read(fresh) and all_read(fresh)

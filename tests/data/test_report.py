@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from helpers.data.buckets import DatasetColumns, plan
-from helpers.data.captions import CaptionRule
-from helpers.data.catalogue import Catalogue
+from helpers.data.catalogue.captions import CaptionRule
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.scan import DatasetRules, ScanResult, scan
+from helpers.data.catalogue.table_join import JoinedTable
+from helpers.data.plan.buckets import DatasetColumns, plan
+from helpers.data.plan.targets import ResolutionRule
 from helpers.data.report import Memory, caption_report, dataset_report, summary
-from helpers.data.scan import DatasetRules, ScanResult, scan
-from helpers.data.table_join import JoinedTable
-from helpers.data.targets import ResolutionRule
 from tests.data.toys import WordLengths
 from tests.storage.memory import MemoryBackend
 

@@ -17,11 +17,11 @@ from typing import BinaryIO
 import pytest
 from PIL import Image
 
-from helpers.data.captions import CaptionRule
-from helpers.data.catalogue import Catalogue
+from helpers.data.catalogue.captions import CaptionRule
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.scan import DatasetRules, ScanOptions, scan
+from helpers.data.plan.targets import ResolutionRule
 from helpers.data.sample import LeftOut, Sample, Size
-from helpers.data.scan import DatasetRules, ScanOptions, scan
-from helpers.data.targets import ResolutionRule
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
 from tests.storage.memory import MemoryBackend
@@ -314,8 +314,8 @@ def test_a_scan_killed_at_any_moment_is_finished_by_the_next(tmp_path: Path) -> 
     data, database = tmp_path / "data", tmp_path / "catalogue.sqlite"
     messy_folder(data)
     script = (
-        "import sys, time\nfrom helpers.data import scan as module\nfrom tests.data.test_scan import RULES\n"
-        "from helpers.data.catalogue import Catalogue\nfrom helpers.storage.local import LocalSource\n"
+        "import sys, time\nfrom helpers.data.catalogue import scan as module\nfrom tests.data.test_scan import RULES\n"
+        "from helpers.data.catalogue.catalogue import Catalogue\nfrom helpers.storage.local import LocalSource\n"
         "really, module._BLOCK = module._facts, 4\n"
         "def slowly(*arguments):\n    print('.', flush=True)\n    time.sleep(0.05)\n    return really(*arguments)\n"
         "module._facts = slowly\n"

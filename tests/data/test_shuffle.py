@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.data.shuffle import FEW, Words, hashed, key_words, shuffled
+from helpers.data.order.shuffle import FEW, Words, hashed, key_words, shuffled
 
 
 def whole(count: int, key: int) -> list[int]:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from helpers.data import spread as module
-from helpers.data.spread import GROUP_SIZE, Spread
+from helpers.data.order import spread as module
+from helpers.data.order.spread import GROUP_SIZE, Spread
 
 counts_of_items = st.lists(st.integers(0, 3000), min_size=1, max_size=6).filter(any)
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.data.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
-from helpers.data.captions import CaptionRule
-from helpers.data.catalogue import Catalogue
+from helpers.data.catalogue.captions import CaptionRule
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.scan import DatasetRules, scan
+from helpers.data.plan.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
 from helpers.data.report import Memory
 from helpers.data.sample import Size
-from helpers.data.scan import DatasetRules, scan
 from helpers.data.thumbnails import LONGER_SIDE, Thumbnail, chosen, thumbnails
 from tests.storage.memory import MemoryBackend
 

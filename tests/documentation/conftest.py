@@ -86,7 +86,12 @@ def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Miniatures in place of the models that the pages name."""
-    from helpers.families import tiny, tiny_deepfloyd, tiny_hunyuan, tiny_pixart, tiny_sd, tiny_sd3
+    from helpers.families import tiny
+    from helpers.families.miniatures import deepfloyd as tiny_deepfloyd
+    from helpers.families.miniatures import hunyuan_dit as tiny_hunyuan
+    from helpers.families.miniatures import pixart as tiny_pixart
+    from helpers.families.miniatures import sd as tiny_sd
+    from helpers.families.miniatures import sd3 as tiny_sd3
 
     folder = tmp_path_factory.mktemp("models")
     return {

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.data.captions import CaptionRule
-from helpers.data.catalogue import Catalogue
-from helpers.data.scan import DatasetRules, scan
-from helpers.data.targets import ResolutionRule
+from helpers.data.catalogue.captions import CaptionRule
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.scan import DatasetRules, scan
+from helpers.data.plan.targets import ResolutionRule
 from helpers.errors import UserError
 from helpers.storage.local import LocalSource
 from helpers.training.lock import lock_folder

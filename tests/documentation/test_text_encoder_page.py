@@ -15,7 +15,7 @@ from helpers.choices import known_facts
 from helpers.config.options import OPTIONS, AdapterOptions, TextEncoderOptions
 from helpers.config.read import read_config
 from helpers.errors import ConfigError
-from helpers.families.tiny_sd import write_sd2
+from helpers.families.miniatures.sd import write_sd2
 from helpers.methods.lora import Lora
 from helpers.methods.text_encoders import add_text_encoders
 from helpers.protocols import TextTrainer

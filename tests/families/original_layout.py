@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers.families.unet_names import original_name
+from helpers.families.lora.unet_names import original_name
 
 # Of the VAE: modules of a level, and of its attention.
 _RESNET = {"conv_shortcut": "nin_shortcut"}

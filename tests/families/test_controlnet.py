@@ -257,7 +257,7 @@ def test_what_is_handed_over_makes_the_validation_pictures_in_the_pipelines_of_d
     miniature: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """In a fresh interpreter, from a picture file's pixels: the condition is prepared there as it is here, whatever the family."""
-    from helpers.families.samplers import sampler
+    from helpers.families.networks.samplers import sampler
 
     names = ("sd1", "sdxl", "sd3", "sd35")
     for name in names:

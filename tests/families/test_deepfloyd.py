@@ -23,7 +23,7 @@ from helpers.choices import known_facts
 from helpers.config.options import AdapterOptions, ObjectiveOptions
 from helpers.config.read import read_config
 from helpers.data.draws import StepDraws
-from helpers.data.fill import stored
+from helpers.data.encode.fill import stored
 from helpers.errors import ConfigError
 from helpers.families.deepfloyd import quarter
 from helpers.methods.full import FullFineTune
@@ -131,7 +131,7 @@ def test_the_channels_of_the_variance_are_not_trained_and_do_not_count(deepfloyd
 
 
 def test_pixels_are_what_is_trained_and_the_cache_keeps_every_value_of_a_channel() -> None:
-    from helpers.families.pixels import Pixels
+    from helpers.families.loading.pixels import Pixels
 
     values = torch.arange(256, dtype=torch.float32)
     pixels = (values / 127.5 - 1).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)

@@ -14,7 +14,7 @@ from helpers.config.options import AdapterOptions, RunOptions
 from helpers.methods.full import FullFineTune
 from helpers.methods.lora import Lora
 from helpers.protocols import Trainable
-from helpers.training.lean import slim
+from helpers.training.memory import apply_memory_options
 from tests.families.conftest import CPU, Tried
 
 METHODS: tuple[Callable[..., Any], ...] = (FullFineTune, Lora)
@@ -47,7 +47,7 @@ def test_gradients_are_the_same_and_less_is_kept(tried: Tried, method: Callable[
         trainable = method(AdapterOptions(), tried.family).attach(tried.family.load(torch.float32))
         for parameter in trainable.parameters.values():  # B of a new LoRA is zero, and A would have no gradient
             parameter.data += 0.01 * torch.randn(parameter.shape)
-        slim(trainable.denoiser, RunOptions(gradient_checkpointing=checkpointing), tried.family.facts.options)
+        apply_memory_options(trainable.denoiser, RunOptions(gradient_checkpointing=checkpointing), tried.family.facts.options)
         results.append(kept_and_gradients(tried, trainable))
     (plain, expected), (lean, found) = results
     assert expected.keys() == found.keys() == trainable.parameters.keys()

@@ -11,7 +11,7 @@ from diffusers import AutoPipelineForImage2Image
 from helpers.choices import known_facts
 from helpers.config.facts import family_problems
 from helpers.config.options import OPTIONS
-from helpers.families.samplers import sampler
+from helpers.families.networks.samplers import sampler
 from helpers.families.tiny import MINIATURES
 from tests.families.conftest import CPU, Tried, family_name
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import train
 from helpers.config.options import ObjectiveOptions
-from helpers.families import clip
+from helpers.families.text import clip
 from helpers.families.tiny import MINIATURES
 from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CLIP_ALONE, CPU, PIXELS, Tried, open_family

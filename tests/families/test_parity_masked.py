@@ -13,7 +13,7 @@ from transformers import T5TokenizerFast
 
 import train
 from helpers.config.options import ObjectiveOptions
-from helpers.families import t5
+from helpers.families.text import t5
 from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CPU, PEFT_ALONE, Tried
 from tests.families.other_losses import other_losses

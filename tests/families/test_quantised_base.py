@@ -17,7 +17,7 @@ from helpers.config.options import AdapterOptions
 from helpers.errors import ConfigError
 from helpers.methods.lora import Lora
 from helpers.methods.lycoris import Lycoris
-from helpers.methods.quantised_base import QuantisedLinear, bytes_of, quantise, size_of, try_quantisation
+from helpers.methods.quantised_base import QuantisedLinear, bytes_of, check_quantization, quantise, size_of
 from helpers.protocols import Trainable
 from tests.families.conftest import CPU, Tried, open_family
 
@@ -219,4 +219,4 @@ def test_what_a_device_cannot_do_is_said_with_the_remedy(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("torch.Tensor.view", fails)
     with pytest.raises(ConfigError, match=r"--base_quantization=fp8 does not work on this cpu device \(no float8 on this device\); choose"):
-        try_quantisation("fp8", CPU, torch.float32)
+        check_quantization("fp8", CPU, torch.float32)

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.errors import ModelError
-from helpers.families.recognise import FAMILY_OF_PIPELINE, KINDS, recognise
+from helpers.families.loading.recognise import FAMILY_OF_PIPELINE, KINDS, recognise
 from helpers.families.tiny import MINIATURES
 from tests.families.conftest import family_name, open_family
 

@@ -19,10 +19,10 @@ from transformers import T5TokenizerFast
 import train
 from helpers.config.options import OPTIONS, ObjectiveOptions
 from helpers.errors import ModelError
-from helpers.families.clip import ClipAnswer
 from helpers.families.sd3 import StableDiffusion3
-from helpers.families.sd3_text import both_pooled, joined
-from helpers.families.t5 import tokenize
+from helpers.families.text.clip import ClipAnswer
+from helpers.families.text.sd3_text import both_pooled, joined
+from helpers.families.text.t5 import tokenize
 from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
 

@@ -19,8 +19,8 @@ from helpers.choices import known_facts
 from helpers.config.options import AdapterOptions
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, ModelError
+from helpers.families.miniatures.pixart import t5_config, t5_tokenizer
 from helpers.families.tiny import WORDS
-from helpers.families.tiny_pixart import t5_config, t5_tokenizer
 from helpers.methods.full import FullFineTune
 from helpers.protocols import ModelFamily
 from tests.families.conftest import CPU, Tried, family_name, open_family
@@ -274,7 +274,7 @@ def test_it_is_found(layout: str, hub: bool, miniature: Callable[[str], Path], t
 
 def test_nothing_but_t5_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And of T5 nothing but what is loaded: not the weights in another precision, unless they are asked for."""
-    from helpers.families import t5_source
+    from helpers.families.text import t5_source
 
     snapshot = as_hub(in_a_pipeline(Other.of(32), tmp_path / "other", "_2"), tmp_path / "hub", "someone/flux")
     half = snapshot / "text_encoder_2" / "model.fp16.safetensors"
@@ -286,7 +286,7 @@ def test_nothing_but_t5_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.
         asked.extend(patterns)
         return snapshot
 
-    monkeypatch.setattr("helpers.families.folder.fetch", fetch)
+    monkeypatch.setattr("helpers.families.loading.folder.fetch", fetch)
     plain, fp16 = "text_encoder_2/model.safetensors", "text_encoder_2/model.fp16.safetensors"
     assert t5_source.locate("someone/flux", None) == (snapshot / "text_encoder_2", snapshot / "tokenizer_2")
     assert plain in asked and fp16 not in asked and not any("*" in pattern for pattern in asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.families.unet_names import original_name
+from helpers.families.lora.unet_names import original_name
 
 SDXL_LEVELS = (True, True, False)  # up blocks, of which the last has no attention
 

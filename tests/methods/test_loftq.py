@@ -170,9 +170,9 @@ def test_what_cannot_be_corrected_is_said_of_the_outline_too(family: SDXL) -> No
         method.options = dataclasses.replace(method.options, **LOFTQ, lora_targets=targets)
         if refused:
             with pytest.raises(ConfigError, match="--lora_targets has none of those"):
-                method.try_on(family.load(None))
+                method.check(family.load(None))
         else:
-            method.try_on(family.load(None))
+            method.check(family.load(None))
 
 
 # -- how it is kept, and what others make of it ------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers.data.shards import read_header
+from helpers.data.cache.shards import read_header
 from tests.runs.conftest import ROOT, Ended, Trainer
 
 NOBODY = 65534

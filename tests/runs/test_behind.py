@@ -29,7 +29,7 @@ def slow_encoder(folder: Path, seconds: float, rank: str = "") -> dict[str, str]
         "import importlib.abc, importlib.util\n"
         "class Slow(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name != 'helpers.families.vae':\n"
+        "        if name != 'helpers.families.loading.vae':\n"
         "            return None\n"
         "        sys.meta_path.remove(self)\n"
         "        spec = importlib.util.find_spec(name)\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.families.tiny_sd import write_sd2
+from helpers.families.miniatures.sd import write_sd2
 from tests.runs.conftest import Ended, Trainer
 from tests.runs.evidence import unwrapped
 

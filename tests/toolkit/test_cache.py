@@ -23,9 +23,9 @@ from PIL import Image
 from helpers.choices import known_facts
 from helpers.config.read import read_config
 from helpers.config.saved import read_saved_config
-from helpers.data.cache import Cache, Writer, record_key
-from helpers.data.cache_index import INDEX
-from helpers.data.remote_shards import RemoteShards
+from helpers.data.cache.cache import Cache, Writer, record_key
+from helpers.data.cache.index import INDEX
+from helpers.data.cache.remote import RemoteShards
 from helpers.errors import ConfigError
 from tests.runs.conftest import ROOT, Trainer, draw_pictures
 from tests.storage.memory import MemoryBackend

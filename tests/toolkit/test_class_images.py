@@ -15,9 +15,9 @@ from transformers import T5EncoderModel
 
 from helpers import registry
 from helpers.errors import EXIT_FINISHED, EXIT_REFUSED
+from helpers.families.miniatures.pixart import t5_config, write_pixart_sigma
+from helpers.families.miniatures.sd3 import write_sd3, write_sd35
 from helpers.families.tiny import MINIATURES
-from helpers.families.tiny_pixart import t5_config, write_pixart_sigma
-from helpers.families.tiny_sd3 import write_sd3, write_sd35
 from toolkit.datasets import class_images
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -140,7 +140,7 @@ def test_what_is_no_finished_expert_is_refused(expert: Any, tmp_path: Path, caps
 
 def test_a_lora_is_sampled_with_the_t5_and_the_vae_that_it_was_trained_with(expert: Any, tmp_path: Path) -> None:
     from helpers.config.options import AdapterOptions
-    from helpers.families.tiny_pixart import write_pixart_sigma
+    from helpers.families.miniatures.pixart import write_pixart_sigma
     from helpers.methods.lora import Lora
     from tests.families.conftest import open_family
 

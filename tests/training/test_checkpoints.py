@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from helpers.config.options import CheckpointOptions
 from helpers.errors import CheckpointError
-from helpers.training.checkpoints import Checkpointer, Found
+from helpers.training.checkpoints import Checkpoint, Checkpointer
 
 
 def checkpointer(folder: Path, **options: object) -> Checkpointer:
@@ -39,7 +39,7 @@ def there(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def found_by(target: Checkpointer) -> tuple[Found | None, list[str]]:
+def found_by(target: Checkpointer) -> tuple[Checkpoint | None, list[str]]:
     said: list[str] = []
     return target.find(said.append), said
 
@@ -156,14 +156,14 @@ def test_damaged_folders_do_not_count_and_are_not_removed(tmp_path: Path) -> Non
 
 
 def test_differences_are_named_all_at_once(tmp_path: Path) -> None:
-    found = Found(tmp_path / "checkpoint-5", {"identity": {"seed": 1, "lora_rank": 16}, "data": {"plan": "a"}, "state": {"step": 5}})
+    found = Checkpoint(tmp_path / "checkpoint-5", {"identity": {"seed": 1, "lora_rank": 16}, "data": {"plan": "a"}, "state": {"step": 5}})
     with pytest.raises(CheckpointError, match="seed was 1 and is now 2; lora_rank was 16 and is now 8"):
         found.require_same_run({"seed": 2, "lora_rank": 8})
     found.require_same_run({"seed": 1, "lora_rank": 16})
 
 
 def test_changed_data_is_named_and_must_be_accepted(tmp_path: Path) -> None:
-    found = Found(tmp_path / "checkpoint-5", {"identity": {}, "data": {"plan": "a", "captions": "c"}, "state": {"step": 5}})
+    found = Checkpoint(tmp_path / "checkpoint-5", {"identity": {}, "data": {"plan": "a", "captions": "c"}, "state": {"step": 5}})
     with pytest.raises(CheckpointError, match=r"plan changed.*--accept_changed_data"):
         found.changed_data({"plan": "b", "captions": "c"}, accepted=False)
     assert found.changed_data({"plan": "b", "captions": "c"}, accepted=True) == ["plan"]

@@ -9,7 +9,7 @@ from torch.backends import cuda
 
 from helpers.config.options import RunOptions
 from helpers.errors import ConfigError
-from helpers.training.lean import choose_attention, slim, try_attention, try_compiling
+from helpers.training.memory import apply_memory_options, check_attention, check_compiling, choose_attention
 
 CPU = torch.device("cpu")
 
@@ -23,13 +23,13 @@ def switches() -> tuple[bool, ...]:
 )
 def test_a_kernel_that_the_device_does_not_have_is_refused(kernel: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"--attention={kernel}: .*{said}"):
-        try_attention(kernel, CPU, torch.float32)
+        check_attention(kernel, CPU, torch.float32)
     assert switches() == (True, True, True, True)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "flash", "math"])
 def test_a_kernel_that_it_has_is_not(kernel: str) -> None:
-    try_attention(kernel, CPU, torch.float32)
+    check_attention(kernel, CPU, torch.float32)
     assert switches() == (True, True, True, True)
 
 
@@ -56,14 +56,14 @@ def test_slices_of_attention_do_not_change_the_answer_where_a_layer_has_a_single
     )
     told = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.randn(2, 3, 8)
     whole = network(*told).sample
-    slim(network, RunOptions(unet_attention_slice=True), {"unet_attention_slice"})
+    apply_memory_options(network, RunOptions(unet_attention_slice=True), {"unet_attention_slice"})
     assert torch.allclose(network(*told).sample, whole, atol=1e-5)
 
 
 def test_without_a_compiler_compiling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="--validation_torch_compile: torch.compile needs a C\\+\\+ compiler on a CPU"):
-        try_compiling("--validation_torch_compile", CPU)
+        check_compiling("--validation_torch_compile", CPU)
 
 
 def test_what_the_compiler_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,4 +73,4 @@ def test_what_the_compiler_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "compile", fails)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
     with pytest.raises(ConfigError, match="does not work here \\(Triton is not here\\); leave it out"):
-        try_compiling("--validation_torch_compile", CPU)
+        check_compiling("--validation_torch_compile", CPU)

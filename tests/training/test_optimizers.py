@@ -15,7 +15,7 @@ from torch import nn
 from helpers.config.optimizers import ADAM_DEFAULTS, ADAM_FORMS, ADAPTIVE_RATE, AVERAGING, OPTIMIZERS, PYTORCH_OPTIMIZER, REFUSED
 from helpers.config.options import OptimizerOptions
 from helpers.errors import ConfigError
-from helpers.training.optimizers import NamedOptimizer, try_optimizer
+from helpers.training.optimizers import NamedOptimizer, check_optimizer
 
 LONG = bool(os.environ.get("SIMPLETUNER_TEST_LONG"))
 NAMED = tuple(name for name in OPTIMIZERS if name != "auto")
@@ -75,7 +75,7 @@ def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("name", (*NAMED, *UNUSUAL) if not LONG else (*NAMED, *PYTORCH_OPTIMIZER))
 def test_it_goes_on_from_tensors_and_json_bit_for_bit(name: str) -> None:
     chosen, rate = options(name), usual_rate(name)
-    try_optimizer(chosen, rate, CPU)
+    check_optimizer(chosen, rate, CPU)
     whole = Training(chosen, rate)
     whole.steps(0, 5)
     stopped = Training(chosen, rate)
@@ -244,7 +244,7 @@ def test_options_and_arguments_reach_the_optimiser() -> None:
 )
 def test_what_an_optimiser_does_not_have_or_take_is_refused_at_the_start(chosen: OptimizerOptions, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        try_optimizer(chosen, 1e-3, CPU)
+        check_optimizer(chosen, 1e-3, CPU)
 
 
 def test_tables_that_weights_share_are_kept_once_and_shared_again() -> None:

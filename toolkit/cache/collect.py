@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.data.cache import Cache
-from helpers.data.shards import UNSEALED, DamagedShardError, abandoned, read_header
+from helpers.data.cache.cache import Cache
+from helpers.data.cache.shards import UNSEALED, DamagedShardError, abandoned, read_header
 from helpers.errors import DataError
 from toolkit.cache.view import CacheView, is_cache
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from helpers.data.shards import unpack
+from helpers.data.cache.shards import unpack
 from helpers.errors import DataError
 from helpers.storage.atomic import write_file
 from toolkit.cache.present import Picture, Present

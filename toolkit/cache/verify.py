@@ -7,9 +7,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from helpers.data.cache_index import Shard
-from helpers.data.fill import is_finite
-from helpers.data.shards import UNSEALED, DamagedShardError, Placed, abandoned, parse_header, read_header, unpack
+from helpers.data.cache.index import Shard
+from helpers.data.cache.shards import UNSEALED, DamagedShardError, Placed, abandoned, parse_header, read_header, unpack
+from helpers.data.encode.fill import is_finite
 from helpers.data.sources import CachePlace
 from helpers.errors import DataError
 from toolkit.cache.view import CacheView, view_of

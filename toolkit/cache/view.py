@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from helpers.data.cache import SHARD_NAME
-from helpers.data.cache_index import INDEX, Shard
-from helpers.data.shards import Placed
+from helpers.data.cache.cache import SHARD_NAME
+from helpers.data.cache.index import INDEX, Shard
+from helpers.data.cache.shards import Placed
 from helpers.data.sources import CachePlace
 from helpers.errors import DataError, StorageError
 from helpers.storage.backend import SourceBackend

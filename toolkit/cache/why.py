@@ -5,8 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
-from helpers.data.fill import REASONS
-from helpers.data.shards import Placed
+from helpers.data.cache.shards import Placed
+from helpers.data.encode.fill import REASONS
 from helpers.errors import DataError
 from toolkit.cache.present import Picture
 from toolkit.cache.stats import shape_of

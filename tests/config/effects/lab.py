@@ -27,9 +27,12 @@ from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, UserError
-from helpers.families import tiny, tiny_pixart, tiny_sd, tiny_sd3
+from helpers.families import tiny
+from helpers.families.miniatures import pixart as tiny_pixart
+from helpers.families.miniatures import sd as tiny_sd
+from helpers.families.miniatures import sd3 as tiny_sd3
 from helpers.reporting import Reporters
-from helpers.training.lean import choose_attention
+from helpers.training.memory import choose_attention
 from helpers.training.stopping import StopRequest
 from tests.data.toys import Story, picture
 from tests.families.original_layout import write_single_file

@@ -1,6 +1,6 @@
 """A trainer that only lives: it takes signals as the real one does, saves for a while, and leaves as the real one does.
 
-Told by the environment: STANDIN_NOTES, a folder for `<what>-<rank>` files; STANDIN_SAVE_S; STANDIN_LATE_S, before it listens to
+CaptionDraw by the environment: STANDIN_NOTES, a folder for `<what>-<rank>` files; STANDIN_SAVE_S; STANDIN_LATE_S, before it listens to
 signals; STANDIN_END, `rank=code,...` of ranks that end by themselves ("kill" for being killed).
 """
 

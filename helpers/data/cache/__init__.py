@@ -1,0 +1,1 @@
+"""Encoded tensors under a key, in sealed shards."""

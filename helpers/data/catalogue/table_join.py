@@ -1,0 +1,156 @@
+"""The rows of tables brought to the images they name, in the catalogue: joined by SQLite, so that a million rows need no memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.data.catalogue.catalogue import FROM_TABLE, Catalogue
+from helpers.data.catalogue.tables import TableRule, read_rows
+from helpers.errors import DataError, Interrupted, StorageError
+from helpers.storage.backend import SourceBackend
+from helpers.storage.local import LocalSource
+
+
+@dataclass(frozen=True)
+class JoinedTable:
+    """What a table came to: numbers of rows."""
+
+    path: str
+    rows: int
+    unnamed: int  # rows without a file name
+    without_image: int  # rows that name no image of the data set
+
+
+def join_tables(
+    backend: SourceBackend,
+    dataset: str,
+    tables: Sequence[TableRule],
+    catalogue: Catalogue,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[JoinedTable]:
+    """Give the images of a data set what its tables say of them; nothing is read where neither tables nor files have changed.
+
+    An image of which a table says nothing, or something twice, has the reason as its problem. Whatever an earlier table said and no
+    table says any more is forgotten. DataError when a table is missing or cannot be used, StorageError when its store fails.
+    """
+    versions = [_version(backend, dataset, table.path, catalogue) for table in tables]
+    stated = json.dumps([[dataclasses.asdict(table), *version] for table, version in zip(tables, versions, strict=True)], sort_keys=True)
+    with catalogue.transaction() as database:
+        known = database.execute("SELECT stated, counts FROM joined WHERE dataset = ?", (dataset,)).fetchone()
+        if known is not None and known[0] == stated:
+            return [JoinedTable(**counts) for counts in json.loads(known[1])]
+        if not any(table.width_column for table in tables):
+            database.execute(
+                "UPDATE files SET was_read = 0, width = NULL, height = NULL, problem = NULL, undecodable = NULL"
+                f" WHERE dataset = ? AND was_read = {FROM_TABLE}",
+                (dataset,),
+            )
+        joined = []
+        for table in tables:
+            _load(database, backend, table, should_stop)
+            joined.append(_join(database, dataset, table))
+        counts = json.dumps([dataclasses.asdict(table) for table in joined])
+        database.execute("INSERT OR REPLACE INTO joined VALUES (?, ?, ?)", (dataset, stated, counts))
+        database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
+    return joined
+
+
+def _place(backend: SourceBackend, path: str) -> tuple[SourceBackend, str]:
+    """The store and key of a table: an absolute path is of this machine, any other a key of the data set's source."""
+    return (LocalSource(Path(path).parent), Path(path).name) if os.path.isabs(path) else (backend, path)
+
+
+def _version(backend: SourceBackend, dataset: str, path: str, catalogue: Catalogue) -> tuple[int, int, str]:
+    """Size, modification time and version mark of a table. DataError when it is not there."""
+    if os.path.isabs(path):
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise DataError(f"data set {dataset!r}: the table {path} cannot be opened: {error.strerror}; check its path.") from error
+        return found.st_size, found.st_mtime_ns, ""
+    with catalogue.transaction() as database:
+        listed = database.execute("SELECT size, modified_ns, etag FROM files WHERE dataset = ? AND key = ?", (dataset, path)).fetchone()
+    if listed is None:
+        raise DataError(f"data set {dataset!r}: there is no table {path} in {backend.name}; check its path, which begins in that place.")
+    return listed
+
+
+def _load(database: sqlite3.Connection, backend: SourceBackend, table: TableRule, should_stop: Callable[[], bool]) -> None:
+    """Read a table into `temp.row` as it is, and into `temp.named` each name once: its first row and how many there are."""
+    database.execute("DROP TABLE IF EXISTS temp.row")
+    database.execute(
+        "CREATE TEMP TABLE row (id INTEGER PRIMARY KEY, name TEXT, is_number INTEGER, width INTEGER, height INTEGER, size_problem TEXT,"
+        " captions TEXT, caption_problem TEXT)"
+    )
+    source, key = _place(backend, table.path)
+    try:
+        with source.open(key) as stream:
+            for rows in read_rows(stream, table):
+                database.executemany("INSERT INTO temp.row VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
+                if should_stop():
+                    raise Interrupted("stopped while a table was read; start again to go on")
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"the table {table.path} cannot be opened: {error.strerror or error}; check its path.") from error
+    except OSError as error:
+        raise StorageError(f"{source.name}: {key} could not be read: {error.strerror or error}") from error
+    database.execute("DROP TABLE IF EXISTS temp.named")
+    database.execute(
+        "CREATE TEMP TABLE named AS SELECT name, min(id) AS row, count(*) AS copies FROM temp.row WHERE name IS NOT NULL GROUP BY name"
+    )
+    database.execute("CREATE UNIQUE INDEX temp.named_by_name ON named (name)")
+
+
+def _join(database: sqlite3.Connection, dataset: str, table: TableRule) -> JoinedTable:
+    (rows, unnamed, numbers) = database.execute(
+        "SELECT count(*), count(*) - count(name), coalesce(sum(is_number), 0) FROM temp.row"
+    ).fetchone()
+    by_key, by_stem = _identifiers(table, all_numbers=numbers > 0 and numbers == rows - unnamed)
+    database.execute("DROP TABLE IF EXISTS temp.matched")
+    database.execute(
+        "CREATE TEMP TABLE matched AS SELECT f.id AS file, coalesce(k.row, s.row) AS row, coalesce(k.copies, s.copies) AS copies"
+        f" FROM files f LEFT JOIN temp.named k ON k.name = {by_key} LEFT JOIN temp.named s ON k.row IS NULL AND s.name = {by_stem}"
+        " WHERE f.dataset = ? AND f.kind = 'image'",
+        (dataset,),
+    )
+    problem = (
+        "CASE WHEN m.row IS NULL THEN 'not in the table: ' || :path || ' has no row of this name'"
+        " WHEN m.copies > 1 THEN 'several rows: ' || :path || ' has ' || m.copies || ' rows of this name'"
+        " ELSE r.{} END"
+    )
+    changes = []
+    if table.width_column:
+        # Where only the pixels could tell that the table was wrong, another size may be right.
+        changes += [
+            "undecodable = CASE WHEN (files.width, files.height) IS (r.width, r.height) THEN undecodable END",
+            f"was_read = {FROM_TABLE}, width = r.width, height = r.height, problem = {problem.format('size_problem')}",
+        ]
+    if table.caption_column:
+        changes.append(f"text = r.captions, text_problem = {problem.format('caption_problem')}")
+    database.execute(
+        f"UPDATE files SET {', '.join(changes)} FROM temp.matched m LEFT JOIN temp.row r ON r.id = m.row WHERE files.id = m.file",
+        {"path": table.path},
+    )
+    (named_rows,) = database.execute(
+        "SELECT coalesce(sum(copies), 0) FROM temp.named WHERE row IN (SELECT row FROM temp.matched WHERE row IS NOT NULL)"
+    ).fetchone()
+    for name in ("row", "named", "matched"):
+        database.execute(f"DROP TABLE temp.{name}")
+    return JoinedTable(table.path, rows, unnamed, rows - unnamed - named_rows)
+
+
+def _identifiers(table: TableRule, all_numbers: bool) -> tuple[str, str]:
+    """What the names of a table are compared with, as SQL: first the whole key of a file, then the key without its ending.
+
+    Where all names are numbers, leading zeros of a file's name do not count: 000123.jpg is 123.
+    """
+    stem = "f.stem"
+    if all_numbers:
+        digits = "f.stem NOT GLOB '*[^0-9]*' AND length(f.stem) BETWEEN 1 AND 18"
+        stem = f"CASE WHEN {digits} THEN CAST(CAST(f.stem AS INTEGER) AS TEXT) ELSE f.stem END"
+    return "NULL" if table.includes_extension is False else "f.key", "NULL" if table.includes_extension else stem

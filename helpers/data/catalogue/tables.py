@@ -1,0 +1,263 @@
+"""Tables of captions and sizes beside images: Parquet, JSON lines (or one JSON list) and CSV, read row by row in bounded memory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+from helpers.config.suggest import did_you_mean
+from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, clean, json_list
+from helpers.data.images import MAX_PIXELS
+from helpers.data.sample import Size
+from helpers.errors import DataError
+
+BLOCK = 8192  # rows at once
+_SHOWN_COLUMNS = 20  # named in a message
+
+
+@dataclass(frozen=True)
+class TableRule:
+    """Where a table is and what is taken from it.
+
+    `path` is a key of the data set's source, or an absolute path on this machine. Columns that are None are not read; width and height
+    come together, in pixels of the picture as shown.
+    """
+
+    path: str
+    format: str  # parquet, jsonl or csv
+    filename_column: str = "id"
+    includes_extension: bool | None = None  # whether names end as the files' do; None: they may or may not
+    caption_column: str | None = None
+    fallback_caption_column: str | None = None  # where the caption is missing
+    width_column: str | None = None
+    height_column: str | None = None
+    lists: bool = False  # whether a caption may be a list of captions
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that is read, each once."""
+        wanted = (self.filename_column, self.width_column, self.height_column, self.caption_column, self.fallback_caption_column)
+        return list(dict.fromkeys(name for name in wanted if name is not None))
+
+
+class Row(NamedTuple):
+    """One row, judged: values that can be used, or the reason why the image is left out, as "kind: detail"."""
+
+    name: str | None  # the image's, relative to the data set's root; None where the row has none
+    is_number: bool  # the name was a number, and leading zeros of the files' names do not count
+    width: int | None
+    height: int | None
+    size_problem: str | None
+    captions: str | None  # a JSON list of texts, at least one
+    caption_problem: str | None
+
+
+def read_rows(stream: BinaryIO, rule: TableRule) -> Iterator[list[Row]]:
+    """The rows of a table in blocks, in the table's order.
+
+    DataError when it is damaged, of another format or lacks a column.
+    """
+    if not stream.seekable():
+        stream = io.BytesIO(stream.read())
+    read = {"parquet": _parquet, "jsonl": _json, "csv": _csv}[rule.format]
+    judge = _Judge(rule)
+    for block in read(stream, rule):
+        yield list(map(judge.row, *block))
+
+
+# Formats: each gives blocks of at most `BLOCK` rows as lists of values, one for each of `rule.columns`.
+
+Block = Sequence[Sequence[Any]]
+
+
+def _parquet(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(stream)
+        _require_columns(file.schema_arrow.names, rule)
+        for batch in file.iter_batches(BLOCK, columns=rule.columns):
+            yield [batch.column(name).to_pylist() for name in rule.columns]
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault, not the table's
+        raise DataError(f"{rule.path} is not a Parquet table, or damaged: {' '.join(str(error).split())[:200]}.") from error
+
+
+def _json(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
+    """JSON lines, or one list of objects. A column that no row has is missing; one that some rows lack is empty there."""
+    seen: set[str] = set()
+    objects = _json_objects(stream, rule)
+    while block := list(itertools.islice(objects, BLOCK)):
+        for place, row in block:
+            if not isinstance(row, dict):
+                raise DataError(f"{rule.path}, {place}: {json.dumps(row)[:40]} is not an object with a row's columns.")
+            seen.update(row)
+        yield [[row.get(name) for _, row in block] for name in rule.columns]
+    if seen:
+        _require_columns(sorted(seen), rule)
+
+
+def _json_objects(stream: BinaryIO, rule: TableRule) -> Iterator[tuple[str, Any]]:
+    lines = (line for line in enumerate(stream, start=1) if line[1].strip(b"\xef\xbb\xbf \t\r\n"))
+    first = next(lines, None)
+    if first is not None and first[1].lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        stream.seek(0)
+        rows = _parsed(stream.read(), rule.path)
+        yield from ((f"element {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    for number, line in itertools.chain([] if first is None else [first], lines):
+        yield f"line {number}", _parsed(line, f"{rule.path}, line {number}")
+
+
+def _parsed(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: is not UTF-8; save it as UTF-8.") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: is not JSON: {error}.") from None
+
+
+def _csv(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
+    """CSV as RFC 4180 has it, with a heading; tabs in place of commas where the name ends in .tsv."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, delimiter="\t" if rule.path.lower().endswith(".tsv") else ",", strict=True)
+    try:
+        heading = next(reader, [])
+        _require_columns(heading, rule)
+        places = [heading.index(name) for name in rule.columns]
+        rows = _csv_rows(reader, len(heading), rule)
+        while block := list(itertools.islice(rows, BLOCK)):
+            yield [[row[place] for row in block] for place in places]
+    except csv.Error as error:
+        raise DataError(f"{rule.path}, line {reader.line_num}: is not CSV: {error}.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{rule.path}: is not UTF-8 after line {reader.line_num}; save it as UTF-8.") from None
+
+
+def _csv_rows(reader: Any, columns: int, rule: TableRule) -> Iterator[list[str]]:
+    """Rows but for empty ones. DataError for one that has more or fewer values than there are columns."""
+    for row in reader:
+        if row and len(row) != columns:
+            raise DataError(
+                f"{rule.path}, line {reader.line_num}: {len(row)} values under {columns} columns;"
+                " a value with a comma stands in double quotes."
+            )
+        if row:
+            yield row
+
+
+def _require_columns(found: Sequence[str], rule: TableRule) -> None:
+    """DataError unless each column that is read is there exactly once."""
+    if len(found) == 1 and ";" in found[0]:  # as spreadsheets write it where the comma stands in numbers
+        raise DataError(f"{rule.path} has semicolons between its columns ({found[0]}); save it with commas.")
+    for name in rule.columns:
+        if name not in found:
+            named = ", ".join(found[:_SHOWN_COLUMNS]) + (", ..." if len(found) > _SHOWN_COLUMNS else "")
+            raise DataError(f"{rule.path} has no column {name!r}{did_you_mean(name, found)}; it has {named or 'none'}.")
+        if found.count(name) > 1:
+            raise DataError(f"{rule.path} has {found.count(name)} columns {name!r}; rename all but one.")
+
+
+# Rows.
+
+
+class _Judge:
+    """Judges rows. A table may have millions of them, so what is usual is asked for first."""
+
+    def __init__(self, rule: TableRule) -> None:
+        self.rule = rule
+        place = {name: index for index, name in enumerate(rule.columns)}
+        self.name = place[rule.filename_column]
+        self.sizes = [(name, place[name]) for name in (rule.width_column, rule.height_column) if name is not None]
+        self.texts = [(name, place[name]) for name in (rule.caption_column, rule.fallback_caption_column) if name is not None]
+
+    def row(self, *values: Any) -> Row:
+        """One row from its values, in the order of `rule.columns`."""
+        name = values[self.name]
+        is_number = type(name) is int
+        size = self._size(values) if self.sizes else (None, None, None)
+        captions = self._captions(values) if self.texts else (None, None)
+        return Row(str(name) if is_number else _name(name), is_number, *size, *captions)
+
+    def _size(self, values: Sequence[Any]) -> tuple[int | None, int | None, str | None]:
+        """Width, height and what is wrong with them."""
+        (_, wide), (_, high) = self.sizes
+        width, height = values[wide], values[high]
+        if type(width) is type(height) is int and width >= 1 and height >= 1 and width * height <= MAX_PIXELS:
+            return width, height, None
+        found = []
+        for column, place in self.sizes:
+            number = _whole(values[place])
+            if number is None:
+                return None, None, f"no size: the column {column} of {self.rule.path} says {_shown(values[place])} for it"
+            found.append(number)
+        size = Size(*found)
+        if size.area > MAX_PIXELS:
+            return None, None, f"too large: {size}, more than {MAX_PIXELS / 1e6:g} megapixels"
+        return size.width, size.height, None
+
+    def _captions(self, values: Sequence[Any]) -> tuple[str | None, str | None]:
+        """Captions as a JSON list, and what is wrong with them."""
+        for column, place in self.texts:
+            texts, problem = self._texts(column, values[place])
+            if texts or problem:
+                return (None if problem else json_list(texts)), problem
+        said = " and ".join(column for column, _ in self.texts)
+        return None, f"empty caption: {said} of {self.rule.path} {'say' if len(self.texts) > 1 else 'says'} nothing of it"
+
+    def _texts(self, column: str, value: Any) -> tuple[list[str], str | None]:
+        """The captions in one value, none where it is empty, and what is wrong with it."""
+        if type(value) is str and len(value) <= MAX_CAPTION_BYTES and _is_unicode(value):
+            return ([text] if (text := clean(value)) else []), None
+        if isinstance(value, list) and not self.rule.lists:
+            raise DataError(f"{self.rule.path}: the column {column!r} holds lists of captions; set multiple_captions to true to use them.")
+        written = value if isinstance(value, list) else [value]
+        written = [text for text in written if text is not None and text == text]  # NaN is how pandas writes that there is none
+        here = f"the column {column} of {self.rule.path}"
+        if not all(isinstance(text, str) for text in written):
+            return [], f"caption is not text: {here} says {_shown(value)} for it"
+        texts = [text for text in map(clean, written) if text]
+        if not all(map(_is_unicode, texts)):
+            return [], f"caption is not UTF-8: {here} has half of a character pair for it"
+        if (length := sum(map(len, texts))) > MAX_CAPTION_BYTES:
+            return [], f"caption too long: {here} has {length:,} characters for it"
+        return texts, None
+
+
+def _name(value: Any) -> str | None:
+    return value.removeprefix("./") or None if isinstance(value, str) and _is_unicode(value) else None
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of pixels, at least 1, from what a column of numbers or texts says; None for anything else."""
+    if type(value) is int:
+        return value if value >= 1 else None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(number) if number.is_integer() and number >= 1 else None
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut to a readable length."""
+    return "nothing" if value is None or value == "" or value != value else repr(value)[:40]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be stored: JSON can write halves of surrogate pairs, which no encoding has."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""How a base model is found, checked, recognized and loaded."""

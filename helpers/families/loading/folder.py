@@ -1,0 +1,116 @@
+"""Finding a model: a folder in diffusers layout, local or fetched from the hub, and its settings."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import ModelError
+from helpers.families.loading import integrity
+
+
+def locate(name: str, revision: str | None = None, variant: str | None = None, without: tuple[str, ...] = ()) -> Path:
+    """The folder of a model, fetched from the hub unless `name` is a folder. Raises ModelError when it is neither.
+
+    Components of the classes in `without` are not fetched.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(f"--pretrained_model_name_or_path: {folder} is not a model in diffusers layout: it has no model_index.json.")
+        return folder
+    return _fetch(name, revision, variant, without)
+
+
+@functools.cache  # asked once a process: the hub's answer takes a second
+def _fetch(name: str, revision: str | None, variant: str | None, without: tuple[str, ...]) -> Path:
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        index = read_json(Path(hf_hub_download(name, "model_index.json", revision=revision))) if without else {}
+        left_out = dict.fromkeys(part for part, value in index.items() if isinstance(value, list) and value[-1] in without)
+        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **left_out))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise _not_had("--pretrained_model_name_or_path", name, error) from error
+
+
+def _not_had(option: str, name: str, error: Exception) -> ModelError:
+    """Why a model is not to be had, by its name here or on the hub: offline, the libraries only tell that they were not let ask."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return ModelError(
+            f"{option}: {name!r} is no folder here, and of a model of this name on the Hugging Face Hub not all that is needed lies in the "
+            "cache: check the path, or start once without HF_HUB_OFFLINE to have it fetched."
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(f"{option}: {name!r} is neither a folder here nor a model that the Hugging Face Hub gives us ({reason}).")
+
+
+def locate_component(option: str, name: str, component: str) -> Path:
+    """The folder of one part of a model that an option names: a folder, one with the part in it, or a name on the hub.
+
+    Raises ModelError, naming the option, when it is none of them.
+    """
+    found = Path(name).expanduser()
+    if found.is_dir():
+        return found / component if (found / component).is_dir() else found
+    return fetch(option, name, ("*.json", "*.safetensors"))
+
+
+def fetch(option: str, name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The snapshot of a model on the hub, with the files that match in it; a commit as `revision` asks the hub no second time.
+
+    Raises ModelError, naming the option, where the hub does not give them and the local cache has not got them.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise _not_had(option, name, error) from error
+
+
+def model_index(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "model_index.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder. Raises ModelError naming the file when it is missing or broken."""
+    if problem := integrity.problem_with(path):
+        raise ModelError(problem)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object: {integrity.remedy(path)}.")
+    return content
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """How a component is built, by its JSON file, and by its class where the file leaves something out.
+
+    Files of the first models name what their class did not have yet: the VAEs of Stable Diffusion 1 no scaling factor, their schedulers
+    no prediction type. What the classes of diffusers and transformers then take is what these models were trained with.
+    Raises ModelError naming the file when it is missing or broken.
+    """
+    settings = read_json(path)
+    return {**_defaults(settings), **settings}
+
+
+def _defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    import diffusers
+    from transformers import CONFIG_MAPPING
+
+    if (model_type := settings.get("model_type")) in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type]().to_dict()
+    kind = getattr(diffusers, str(settings.get("_class_name")).removeprefix("Flax"), None)  # many were written by Flax's classes
+    if not isinstance(kind, type):
+        return {}
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}

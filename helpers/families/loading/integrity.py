@@ -1,0 +1,79 @@
+"""Whether the files of a model are there and whole, each problem as one sentence with its remedy. Reads settings and headers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+LFS_POINTER = b"version https://git-lfs.github.com/"  # how the file begins that Git leaves in place of a large one
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")  # a tokenizer has one of them
+TABLES = (*VOCABULARIES, "merges.txt")
+
+
+def problem_with(path: Path) -> str | None:
+    """What keeps a file from being read; None for one that is there and, as JSON or safetensors, is whole."""
+    if not path.is_file():
+        return f"{path} is missing: {remedy(path)}."
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+        if not start:
+            return f"{path} is empty: {remedy(path)}."
+        if start == LFS_POINTER:
+            return f"{path} only points to what Git LFS has not fetched: run `git lfs pull` in the model's folder, or fetch it otherwise."
+        if path.suffix == ".safetensors" and is_cut_off(path):
+            return f"{path} is cut off, as an interrupted download leaves it: {remedy(path)}."
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})."
+    except ValueError as error:
+        return f"{path} is damaged ({error}): {remedy(path)}."
+    return None
+
+
+def remedy(path: Path) -> str:
+    """How the user comes to a whole file: of the hub's cache some may just not have been fetched, as for a look at the data."""
+    from huggingface_hub import constants
+
+    if "snapshots" in path.parts and constants.HF_HUB_OFFLINE:
+        return "start once without HF_HUB_OFFLINE, and what the cache of the hub has not got is fetched"
+    return "fetch the model again"
+
+
+def settings_file(component: str) -> str:
+    """The name of the file that says how a component is built."""
+    if component.endswith("scheduler"):
+        return "scheduler_config.json"
+    return "tokenizer_config.json" if component.startswith("tokenizer") else "config.json"
+
+
+def unreadable_settings(component: Path) -> str | None:
+    """What is wrong with the settings of a component or, of a tokenizer, with its tables."""
+    settings = component / settings_file(component.name)
+    if problem := problem_with(settings):
+        return problem
+    content = json.loads(settings.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not content:
+        return f"{settings} holds no settings: {remedy(settings)}."
+    if not component.name.startswith("tokenizer"):
+        return None
+    tables = [path for name in TABLES if (path := component / name).is_file()]
+    if not any(path.name in VOCABULARIES for path in tables):
+        return f"The tokenizer in {component} is without its vocabulary ({', '.join(VOCABULARIES)}): {remedy(component)}."
+    return next(filter(None, map(problem_with, tables)), None)
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether a safetensors file ends before its last tensor does. Reads the header alone; a damaged one counts as cut off."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            return True
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return True
+    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return 8 + length + max(ends, default=0) > size

@@ -1,0 +1,1 @@
+"""Tiny models with the real architecture of each family."""

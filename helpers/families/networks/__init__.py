@@ -1,0 +1,1 @@
+"""What families share about their networks and pipelines."""

@@ -1,0 +1,55 @@
+"""What SDXL's base and refiner share: how they are told about size and text, and how they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from helpers.data.sample import Geometry
+from helpers.families.networks import condition
+from helpers.families.text import clip_states
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from helpers.data.batches import Batch
+    from helpers.protocols import TextTensors
+
+
+def size_and_crop(geometry: Geometry, original_size: str) -> list[int]:
+    """[height, width, top, left] of section 2.2 of the paper; `original_size` is --sdxl_original_size."""
+    original = geometry.original if original_size == "file" else geometry.resized
+    return [original.height, original.width, geometry.top, geometry.left]
+
+
+def text_and_numbers(batch: Batch, numbers: Sequence[Sequence[float]], device: torch.device) -> dict[str, Tensor]:
+    """Text states, pooled text and the numbers of each sample, in float32.
+
+    The numbers stay float32 up to the sinusoid: in bfloat16 1157 becomes 1160, a different embedding.
+    """
+    import torch
+
+    return {
+        **clip_states.of_batch(batch, device),
+        "pooled": batch.text["pooled"].to(device, torch.float32),
+        "time_ids": torch.tensor(numbers, dtype=torch.float32, device=device),
+    }
+
+
+def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"]}
+    told: dict[str, Any] = {
+        **clip_states.arguments(conditioning),
+        "added_cond_kwargs": added,
+        **condition.keyword(conditioning),
+    }
+    return denoiser(noisy, timesteps, **told).sample
+
+
+def prompt_arguments(text: TextTensors, negative: TextTensors) -> dict[str, Any]:
+    return {
+        **clip_states.prompt_arguments(text, negative),
+        "pooled_prompt_embeds": text["pooled"].unsqueeze(0),
+        "negative_pooled_prompt_embeds": negative["pooled"].unsqueeze(0),
+    }

@@ -1,0 +1,39 @@
+"""Loading the U-Nets of diffusers, alone or with a ControlNet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.families.loading.base_model import BaseModel
+from helpers.protocols import Parts
+
+if TYPE_CHECKING:
+    import torch
+
+    from helpers.config.options import ModelOptions
+
+
+UNET_OPTIONS = frozenset({"unet_attention_slice", "channels_last"})  # that mean nothing to networks that are no U-Nets
+
+
+def load_unet(base: BaseModel, dtype: torch.dtype | None) -> Parts:
+    from diffusers import UNet2DConditionModel
+
+    return Parts(base.load(UNet2DConditionModel, "unet", dtype), "unet")
+
+
+def controlnet_start(base: BaseModel, options: ModelOptions) -> Path | None:
+    """The folder of the ControlNet to start from, None where none is named. Raises ModelError for one of another network."""
+    if not options.controlnet:
+        return None
+    from helpers.families.networks.controlnet import OF_A_UNET, find_start
+
+    return find_start(options, "ControlNetModel", base.config("unet"), OF_A_UNET)
+
+
+def unet_and_controlnet(denoiser: Any) -> dict[str, Any]:
+    """The arguments of a pipeline for a network as a method left it: a U-Net, or one with a ControlNet beside it."""
+    if hasattr(denoiser, "controlnet"):
+        return {"unet": denoiser.denoiser, "controlnet": denoiser.controlnet}
+    return {"unet": denoiser}
