@@ -118,7 +118,7 @@ class Followed:
 @pytest.fixture(scope="session")
 def quick_start(models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Followed:
     page = Page.named("documentation/QUICKSTART.md")
-    reader = new_reader(tmp_path_factory.mktemp("quickstart"), models, "training/pictures")
+    reader = new_reader(tmp_path_factory.mktemp("quickstart"), models, "training/images")
     datasets = reader.home / "training" / "multidatabackend.json"
     assert f"`/home/user/training/{datasets.name}`" in page.text
     datasets.write_text(reader.own(page.section("2. ").block("json")), encoding="utf-8")

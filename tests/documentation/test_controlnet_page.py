@@ -20,7 +20,7 @@ PAGE = Page.named("documentation/CONTROLNET.md")
 def test_the_page_makes_conditions_and_trains_a_controlnet_that_its_sample_loads(
     models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = new_reader(tmp_path, models, "training/pictures")
+    reader = new_reader(tmp_path, models, "training/images")
     monkeypatch.chdir(tmp_path)
     exec(reader.own(PAGE.section("1. ").block("python")), {})
     (reader.home / "training" / "multidatabackend.json").write_text(reader.own(PAGE.section("1. ").block("json")))

@@ -26,7 +26,7 @@ HUNYUAN = Page.named("documentation/HUNYUAN_DIT.md")
 def test_the_quick_start_for_stable_diffusion_2_trains_a_lora_that_its_sample_loads(
     models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = new_reader(tmp_path, models, "training/pictures", settings="sd21-env.sh")
+    reader = new_reader(tmp_path, models, "training/images", settings="sd21-env.sh")
     datasets = reader.home / "training" / "multidatabackend_sd2x.json"
     assert f"`/home/user/training/{datasets.name}`" in SD2.text
     datasets.write_text(reader.own(SD2.section("1. ").block("json")), encoding="utf-8")
@@ -39,7 +39,7 @@ def test_the_quick_start_for_stable_diffusion_2_trains_a_lora_that_its_sample_lo
     exec(reader.own(SD2.section("4. ").block("python")), names)
     assert names["pipeline"].unet.peft_config, "no adapter was loaded"
     assert (tmp_path / "rex.png").stat().st_size > 0
-    exec(SD2.section("Whole pictures").block("python"), names)
+    exec(SD2.section("Zero terminal SNR").block("python"), names)
     assert names["pipeline"].scheduler.config.rescale_betas_zero_snr
 
 
@@ -47,7 +47,7 @@ def test_the_quick_start_for_stable_diffusion_2_trains_a_lora_that_its_sample_lo
 def test_the_quick_start_for_stable_diffusion_3_trains_a_lora_that_its_sample_loads(
     models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = new_reader(tmp_path, models, "training/pictures", settings="sd3-env.sh")
+    reader = new_reader(tmp_path, models, "training/images", settings="sd3-env.sh")
     datasets = reader.home / "training" / "multidatabackend_sd3.json"
     assert f"`/home/user/training/{datasets.name}`" in SD3.text
     datasets.write_text(reader.own(SD3.section("1. ").block("json")), encoding="utf-8")
@@ -85,7 +85,7 @@ def test_the_quick_start_for_stable_diffusion_3_trains_a_lora_that_its_sample_lo
 def test_the_quick_starts_for_transformers_train_a_lora_that_their_samples_load(
     page: Page, datasets: str, said: str, models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = new_reader(tmp_path, models, "training/pictures")
+    reader = new_reader(tmp_path, models, "training/images")
     described = reader.home / "training" / f"multidatabackend_{datasets}.json"
     assert f"`/home/user/training/{described.name}`" in page.text
     described.write_text(reader.own(page.section("1. ").block("json")), encoding="utf-8")
@@ -105,7 +105,7 @@ def test_the_quick_starts_for_transformers_train_a_lora_that_their_samples_load(
 def test_the_quick_start_for_deepfloyd_trains_both_stages_which_its_sample_uses_one_after_the_other(
     models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = new_reader(tmp_path, models, "training/pictures", settings="sd21-env.sh")
+    reader = new_reader(tmp_path, models, "training/images", settings="sd21-env.sh")
     datasets = reader.home / "training" / "multidatabackend_deepfloyd.json"
     assert f"`/home/user/training/{datasets.name}`" in DEEPFLOYD.text
     datasets.write_text(reader.own(DEEPFLOYD.section("1. ").block("json")), encoding="utf-8")
