@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from helpers.data.cache.cache import Cache, DamagedRecordError, Writer, record_key
 from helpers.data.cache import cache as cache_module
+from helpers.data.cache.cache import Cache, DamagedRecordError, Writer, record_key
 from helpers.data.cache.index import INDEX
 from helpers.data.cache.shards import SUFFIX, UNSEALED, pack, unpack
 from helpers.errors import StorageError

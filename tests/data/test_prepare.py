@@ -23,8 +23,8 @@ from torch import Tensor
 
 from helpers.data import images
 from helpers.data.batches import Batch
-from helpers.data.cache.cache import Cache, Writer
 from helpers.data.cache import cache as cache_module
+from helpers.data.cache.cache import Cache, Writer
 from helpers.data.cache.shards import read_header
 from helpers.data.prepare import prepare_data
 from helpers.data.sample import Size
