@@ -87,8 +87,8 @@ def _page() -> Iterator[str]:
     yield "## Keys of the dataloader JSON\n"
     yield "The file is a list of entries, each an object; comments and trailing commas are allowed.\n"
     yield from _keys("Every entry", Entry, ())
-    yield from _keys("Image data sets", DatasetConfig, options_of(Entry))
-    yield from _keys("Objects `parquet`, `jsonl` and `csv` of an image data set", TableConfig, ())
+    yield from _keys("Image datasets", DatasetConfig, options_of(Entry))
+    yield from _keys("Objects `parquet`, `jsonl` and `csv` of an image dataset", TableConfig, ())
     yield from _keys("Entries with `dataset_type: text_embeds`", TextCacheConfig, options_of(Entry))
 
 

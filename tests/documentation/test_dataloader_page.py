@@ -53,7 +53,7 @@ def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) ->
     ("title", "kind"),
     [
         ("Every entry", Entry),
-        ("Image data sets", DatasetConfig),
+        ("Image datasets", DatasetConfig),
         ("`parquet`, `jsonl` and `csv`", TableConfig),
         ("text_embeds", TextCacheConfig),
     ],
@@ -73,7 +73,7 @@ def test_the_tables_hold_every_key_that_has_an_effect_with_its_default(title: st
 
 
 def test_the_sizes_are_those_of_the_code() -> None:
-    [heading, *rows] = next(PAGE.section("Sizes").tables())
+    [heading, *rows] = next(PAGE.section("Resolution and buckets").tables())
     assert len(rows) >= 5
     for row in rows:
         for cell, setting in zip(row[1:], heading[1:], strict=True):
@@ -83,7 +83,7 @@ def test_the_sizes_are_those_of_the_code() -> None:
 
 
 def test_the_cuts_are_those_of_the_code() -> None:
-    [_, *rows] = next(PAGE.section("Cuts").tables())
+    [_, *rows] = next(PAGE.section("Crops").tables())
     assert len(rows) >= 5
     for picture, crop, aspect, style, resized, target, corner, lost in ([cell.strip("`") for cell in row] for row in rows):
         chosen: dict[str, Any] = {name: text for name, text in (("crop_aspect", aspect), ("crop_style", style)) if text}
@@ -95,7 +95,7 @@ def test_the_cuts_are_those_of_the_code() -> None:
 
 
 def test_the_drawn_shapes_are_those_of_the_code() -> None:
-    [heading, *rows] = next(PAGE.section("Drawn shapes").tables())
+    [heading, *rows] = next(PAGE.section("Random aspect ratios").tables())
     draws = (np.arange(100) + 0.5) / 100
     for row in rows:
         for cell, setting in zip(row[1:], heading[1:], strict=True):
@@ -111,7 +111,7 @@ def test_the_drawn_shapes_are_those_of_the_code() -> None:
 
 
 def test_the_shrinking_of_large_pictures_is_that_of_the_code() -> None:
-    [_, *rows] = next(PAGE.section("Large pictures").tables())
+    [_, *rows] = next(PAGE.section("Large images").tables())
     assert len(rows) >= 5
     for picture, largest, shrunk, resized, corner, lost in rows:
         rule = ResolutionRule(
@@ -123,7 +123,7 @@ def test_the_shrinking_of_large_pictures_is_that_of_the_code() -> None:
 
 
 def test_the_example_of_own_sizes_does_what_the_page_says(tmp_path: Path) -> None:
-    [example] = [span for span in PAGE.section("Sizes").spans() if span.startswith("{")]
+    [example] = [span for span in PAGE.section("Resolution and buckets").spans() if span.startswith("{")]
     (tmp_path / "map.json").write_text(example)
     rule = ResolutionRule(bucket_sizes=read_map(tmp_path / "map.json", alignment=64, rounding=2))
     assert target_size(Size(6000, 4000), ResolutionRule()) == Size(1216, 832)
@@ -138,9 +138,9 @@ def test_the_formats_are_those_of_the_code() -> None:
 
 def test_the_reasons_for_leaving_a_file_out_are_those_of_the_code() -> None:
     [_, *rows] = next(PAGE.section("Files").tables())
-    data = ("scan", "listing", "captions", "tables", "table_join", "images", "targets", "latents", "conditions")
-    storage = ("tar", "webdataset")
-    modules = [ROOT / "helpers" / part / f"{name}.py" for part, names in (("data", data), ("storage", storage)) for name in names]
+    names = ("scan", "listing", "captions", "tables", "table_join", "images", "targets", "latents", "conditions", "tar", "webdataset")
+    modules = [path for name in names for path in sorted((ROOT / "helpers").glob(f"[ds]*/**/{name}.py"))]
+    assert len(modules) >= len(names)
     sources = "".join(path.read_text(encoding="utf-8") for path in modules)
     told = {reason for row in rows for reason in re.findall(r"`([^`]+)`", row[0])}
     said = set(re.findall(r'(?:Error\(|(?:problem"?\]?|reason) = \(?|return )\s*f?"([a-z][\w\- ]+): ', sources))
