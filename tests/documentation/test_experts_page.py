@@ -27,13 +27,13 @@ def test_both_runs_and_the_ways_to_sample_with_both_work_as_written(quick_start:
     assert story.count("finished   2 steps") == 2 and "3 needed, 3 cached" in story
 
     monkeypatch.chdir(reader.clone)
-    command = PAGE.section("Make pictures").block("bash").replace("python", sys.executable).strip()
+    command = PAGE.section("Generate images").block("bash").replace("python", sys.executable).strip()
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         f"{command} --size 64 --steps 5 --number 2", shell=True, env=environ, capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 0, ended.stderr
-    assert [Image.open(path).size for path in sorted(Path("pictures").glob("*.png"))] == [(64, 64)] * 2
+    assert [Image.open(path).size for path in sorted(Path("images").glob("*.png"))] == [(64, 64)] * 2
 
     names: dict[str, Any] = {}
     ours, theirs = (block.text for block in PAGE.section("In your own code").blocks("python"))

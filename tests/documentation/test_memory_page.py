@@ -33,7 +33,7 @@ def test_an_example_can_be_trained_with(number: int, tmp_path: Path, monkeypatch
 
 
 def test_the_table_of_kinds_holds_them_all_with_their_bits_and_errors() -> None:
-    table = next(PAGE.section("A base model in fewer bits").tables())
+    table = next(PAGE.section("Quantize the base model").tables())
     rows = {row[0].strip("` "): row for row in table[1:]}
     assert rows.keys() == KINDS.keys() == set(OPTIONS["base_quantization"].choices) - {"none"}
     plain = nn.Linear(2048, 512, bias=False)
