@@ -130,7 +130,7 @@ def start(folder: Path, images: int, trust: bool) -> dict[str, float]:
 
     from helpers.config.datasets import DatasetConfig
     from helpers.data import prepare
-    from helpers.data.workers import Workers
+    from helpers.data.base.workers import Workers
     from helpers.reporting.html_report import HtmlReport
 
     source: Any = MadeUpSource(images)

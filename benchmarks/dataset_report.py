@@ -30,8 +30,9 @@ from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, ScanResult, scan
 from helpers.data.encode.fill import available_threads
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
-from helpers.data.report import Memory, caption_report, dataset_report
-from helpers.data.thumbnails import PER_DATASET, Thumbnail, thumbnails
+from helpers.data.report.dataset_report import Memory, caption_report, dataset_report
+from helpers.data.report.survey import Thumbnail
+from helpers.data.report.thumbnails import PER_DATASET, thumbnails
 from helpers.families.text.clip import ClipCaptionLengths
 from helpers.reporting.html_report import page
 from helpers.storage.local import LocalSource

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.material import write_photographs
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
+from helpers.data.base.sample import Geometry
 from helpers.data.cache.cache import Cache
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
@@ -34,7 +35,6 @@ from helpers.data.encode.fill import FillOptions, available_threads
 from helpers.data.encode.latents import LatentEncoder, encode_units
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns, plan
 from helpers.data.plan.targets import ResolutionRule
-from helpers.data.sample import Geometry
 from helpers.families.loading.vae import VaeCodec
 from helpers.storage.local import LocalSource
 

@@ -252,9 +252,9 @@ def random_batch(channels: int, text: Mapping[str, tuple[int, ...]], step: int) 
     """One sample of random latents and text."""
     import torch
 
+    from helpers.data.base.draws import StepDraws
+    from helpers.data.base.sample import Geometry, Size
     from helpers.data.batches import Batch
-    from helpers.data.draws import StepDraws
-    from helpers.data.sample import Geometry, Size
 
     square = Size(EDGE, EDGE)
     return Batch(

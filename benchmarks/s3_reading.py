@@ -24,9 +24,9 @@ import torch
 from botocore.config import Config
 
 from benchmarks.measure import compared, conclude, in_turns, parser, profile
+from helpers.data.base.prefetch import made_in_threads, read_ahead
 from helpers.data.cache.cache import Cache, Writer, record_key
 from helpers.data.cache.remote import RemoteShards
-from helpers.data.reading_ahead import made_in_threads, read_ahead
 from helpers.data.training_data import MICRO_BATCHES_AT_ONCE
 from helpers.storage.s3 import READS_AT_ONCE, S3Backend, S3Source
 from helpers.storage.s3_address import S3Address

@@ -27,9 +27,9 @@ from helpers.objectives import OBJECTIVES
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:
+    from helpers.data.base.workers import Workers
     from helpers.data.settings import DataSettings
     from helpers.data.training_data import TrainingData
-    from helpers.data.workers import Workers
     from helpers.protocols import (
         EncodersApart,
         ModelFamily,
@@ -157,7 +157,7 @@ def find_start(checkpoints: Checkpointer, config: Config, runtime: Runtime, repo
 def look_at_data(config: Config, runtime: Runtime, beginning: StartPoint, family: ModelFamily, report: Reporters) -> None:
     """Scan and plan the data as the run would, and say where to read about it."""
     from helpers.data.prepare import survey_data
-    from helpers.data.report import REPORT
+    from helpers.data.report.dataset_report import REPORT
     from helpers.reporting.html_report import PAGE
 
     if config.run.seed <= 0 and not beginning.found:
@@ -286,7 +286,7 @@ def data_settings(
 
 
 def workers(runtime: Runtime) -> Workers:
-    from helpers.data.workers import Workers
+    from helpers.data.base.workers import Workers
 
     meeting = runtime.meet()
     return Workers(runtime.rank, runtime.world_size, meeting.gather, meeting.stop_asked)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from helpers.data.base.draws import StepDraws
     from helpers.data.batches import Batch
-    from helpers.data.draws import StepDraws
-    from helpers.data.report import Survey
+    from helpers.data.report.survey import Survey
 
 TextTensors = dict[str, "Tensor"]  # what text encoders give for one caption, by name, without a batch dimension
 

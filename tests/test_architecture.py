@@ -87,7 +87,7 @@ class Import:
 
 
 def part_of(path: Path) -> str:
-    """`helpers/data/images.py` is of the part `data`, `helpers/errors.py` of `errors`, `train.py` of none."""
+    """`helpers/data/base/images.py` is of the part `data`, `helpers/errors.py` of `errors`, `train.py` of none."""
     inside = path.relative_to(REPOSITORY).parts
     return Path(inside[1]).stem if inside[0] == "helpers" else ""
 

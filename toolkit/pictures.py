@@ -128,7 +128,7 @@ def noise(purpose: str, seed: int, number: int) -> torch.Generator:
     """Of one picture, drawn on the CPU: then it starts from the same noise on every device and in every batch."""
     import torch
 
-    from helpers.data.draws import seed_of
+    from helpers.data.base.draws import seed_of
 
     return torch.Generator().manual_seed(seed_of(purpose, seed, number))
 

@@ -12,11 +12,11 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from helpers.data.draws import StepDraws, uniform
+from helpers.data.base.draws import StepDraws, uniform
+from helpers.data.base.padding import stacked
+from helpers.data.base.sample import Geometry, Sample
 from helpers.data.encode import conditions
-from helpers.data.masked import stacked
 from helpers.data.order.epoch_order import MicroBatch
-from helpers.data.sample import Geometry, Sample
 
 Item = TypeVar("Item")
 
@@ -30,7 +30,7 @@ class Batch:
     """
 
     latents: Tensor  # (B, C, h, w) float32
-    # What the family's text encoders gave, each (B, ...), in the dtype of the cache; see masked.py for masks. Empty where they are trained.
+    # What the family's text encoders gave, each (B, ...), in the dtype of the cache (masks: base/padding.py). Empty where they are trained.
     text: dict[str, Tensor]
     captions: tuple[str, ...]  # trained under; "" where the caption was dropped and the text is the family's unconditional
     samples: tuple[Sample, ...]

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helpers.config.datasets import DatasetConfig, TableConfig, table_format
+from helpers.data.base.draws import uniform
+from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import CaptionRule, TagShuffle
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.faces import face_middles
 from helpers.data.catalogue.scan import DatasetRules
 from helpers.data.catalogue.tables import TableRule
-from helpers.data.draws import uniform
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns
 from helpers.data.plan.targets import CropAspect, CropStyle, ResolutionRule
 from helpers.data.remembered import inputs_digest
-from helpers.data.sample import Size
 from helpers.storage.atomic import write_file, write_json
 
 _COLUMNS = "plan.npy"

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helpers.config.datasets import DatasetConfig
+from helpers.data.base.progress import bar, late_bar
+from helpers.data.base.workers import Workers
 from helpers.data.batches import BatchMaker
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.faces import find_faces
@@ -38,12 +40,10 @@ from helpers.data.planning import (
     save_plan,
     without_a_face,
 )
-from helpers.data.progress import bar, late_bar
 from helpers.data.remembered import Remembered, inputs_digest
-from helpers.data.report import (
+from helpers.data.report.dataset_report import (
     REPORT,
     Memory,
-    Survey,
     caption_report,
     conditions_report,
     cut_off_line,
@@ -52,11 +52,11 @@ from helpers.data.report import (
     mix_summary,
     summary,
 )
+from helpers.data.report.survey import Survey
+from helpers.data.report.thumbnails import thumbnails
 from helpers.data.settings import DataSettings
 from helpers.data.sources import extra_texts_place, open_caches, open_source, texts_place
-from helpers.data.thumbnails import thumbnails
 from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, TrainingData
-from helpers.data.workers import Workers
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from helpers.data.base.workers import Workers
 from helpers.data.encode.fill import FillOptions, available_threads
 from helpers.data.order.epoch_order import FROM_THE_BEGINNING, OrderStart
-from helpers.data.workers import Workers
 
 
 @dataclass(frozen=True)

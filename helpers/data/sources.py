@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.config.datasets import DatasetConfig, Entry
+from helpers.data.base.images import EXTENSIONS
 from helpers.data.cache.cache import Cache, record_key
 from helpers.data.cache.remote import RemoteShards
-from helpers.data.images import EXTENSIONS
 from helpers.storage.backend import SourceBackend
 from helpers.storage.huggingface import HuggingFaceSource
 from helpers.storage.local import LocalSource

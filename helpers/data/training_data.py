@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helpers.data.base.prefetch import made_in_threads
+from helpers.data.base.sample import Geometry, Sample, Size
 from helpers.data.batches import Batch, BatchMaker, CaptionDraw, prefetched
 from helpers.data.cache.cache import Cache, DamagedRecordError
 from helpers.data.catalogue.catalogue import Catalogue
@@ -23,8 +25,6 @@ from helpers.data.encode.fill import FillOptions, is_finite
 from helpers.data.encode.passes import Pass, Passes
 from helpers.data.encode.texts import TextFiller, text_key
 from helpers.data.order.epoch_order import FROM_THE_BEGINNING, EpochOrder, MicroBatch, OrderStart
-from helpers.data.reading_ahead import made_in_threads
-from helpers.data.sample import Geometry, Sample, Size
 from helpers.errors import DataError
 
 if TYPE_CHECKING:

@@ -123,7 +123,7 @@ class PixArt:
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
         """Both are filled up to the longer one: the pipeline joins them."""
-        from helpers.data.masked import stacked
+        from helpers.data.base.padding import stacked
 
         both = stacked([text, negative])
         embeds, mask = both["prompt_embeds"], both["prompt_embeds_mask"]

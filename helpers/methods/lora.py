@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
 from helpers.config.suggest import did_you_mean
-from helpers.data.progress import bar
+from helpers.data.base.progress import bar
 from helpers.errors import ConfigError
 from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
 from helpers.methods.lora_start import (

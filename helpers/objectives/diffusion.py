@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from helpers.config.options import ObjectiveOptions
-    from helpers.data.draws import StepDraws
+    from helpers.data.base.draws import StepDraws
 
 
 SAMPLERS: Mapping[str, str] = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from helpers.config.options import ObjectiveOptions
-    from helpers.data.draws import StepDraws
+    from helpers.data.base.draws import StepDraws
 
 STEEPEST_MODE = 2 / (math.pi - 2)  # beyond, and below -1, mode sampling's function is not monotone
 SAMPLERS: Mapping[str, str] = {"euler": "FlowMatchEulerDiscreteScheduler"}

@@ -212,7 +212,7 @@ def _refused(**options: Any) -> float:
 
 
 def _draws(samples: int, step: int = 1) -> Any:
-    from helpers.data.draws import StepDraws
+    from helpers.data.base.draws import StepDraws
 
     return StepDraws(seed=1, step=step, places=tuple(range(samples)), step_samples=samples)
 
@@ -226,7 +226,7 @@ def _pictures(number: int) -> Tensor:
 
 def _at(objective: Diffusion, timestep: int, latents: Tensor) -> Corrupted:
     """One sample whose timestep is this one: of a step of a thousand samples, each has one."""
-    from helpers.data.draws import StepDraws
+    from helpers.data.base.draws import StepDraws
 
     place = objective.distribution.at(_draws(1000).strata("timestep")).tolist().index(timestep)
     return objective.corrupt(latents, StepDraws(seed=1, step=1, places=(place,), step_samples=1000))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from helpers.config.options import ObjectiveOptions
-    from helpers.data.draws import StepDraws
+    from helpers.data.base.draws import StepDraws
 
 
 def uniform_numbers(options: ObjectiveOptions, draws: StepDraws) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.protocols import Reporter, StepResult, ValidationImage
 
 if TYPE_CHECKING:
-    from helpers.data.report import Survey
+    from helpers.data.report.survey import Survey
 
 
 class Reporters(Reporter):

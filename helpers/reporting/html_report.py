@@ -22,8 +22,7 @@ from helpers.protocols import Reporter
 from helpers.storage.atomic import write_file
 
 if TYPE_CHECKING:
-    from helpers.data.report import Survey
-    from helpers.data.thumbnails import Thumbnail
+    from helpers.data.report.survey import Survey, Thumbnail
 
 PAGE = "dataset_report.html"
 TEMPLATE = Path(__file__).with_name("dataset_report.html.j2")

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from helpers.data.draws import seed_of
+from helpers.data.base.draws import seed_of
 from helpers.errors import ConfigError, Interrupted, UserError
 from helpers.ranks import PROCESSES_VARIABLE, announce_rank
 from helpers.training.lock import lock_folder

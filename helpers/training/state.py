@@ -10,7 +10,7 @@ from helpers.data.order.epoch_order import FROM_THE_BEGINNING, OrderStart
 from helpers.errors import CheckpointError, TrainingError
 
 if TYPE_CHECKING:
-    from helpers.data.sample import Sample
+    from helpers.data.base.sample import Sample
 
 
 @dataclass

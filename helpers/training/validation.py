@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from helpers.data.masked import without_padding
-from helpers.data.sample import Size
+from helpers.data.base.padding import without_padding
+from helpers.data.base.sample import Size
 from helpers.errors import ConfigError
 from helpers.protocols import ImageCodec, ModelFamily, TextTensors, Trainable, ValidationImage
 from helpers.storage.atomic import write_file

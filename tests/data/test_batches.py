@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.data.base.sample import Geometry, Sample, Size
 from helpers.data.batches import BatchMaker, CaptionDraw, prefetched
 from helpers.data.order.epoch_order import MicroBatch
-from helpers.data.sample import Geometry, Sample, Size
 
 
 class Rows:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from helpers.config.aspects import AspectBucket
+from helpers.data.base.workers import Workers
 from helpers.data.batches import Batch
 from helpers.data.cache.cache import Cache
 from helpers.data.encode.fill import FillOptions
 from helpers.data.encode.latents import Writers
 from helpers.data.training_data import TrainingData
-from helpers.data.workers import Workers
 from helpers.errors import DataError, StorageError
 from helpers.storage.local import LocalSource
 from tests.data.test_prepare import Gathering, Place, damage, together

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.data.base.sample import Size
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns, geometry, plan
 from helpers.data.plan.targets import ResolutionRule, target_size, too_small
-from helpers.data.sample import Size
 
 edges = st.integers(1, 20_000)
 sizes = st.tuples(edges, edges).filter(lambda size: max(size) <= 50 * min(size)).map(lambda size: Size(*size))

@@ -20,14 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from helpers.config.datasets import DatasetConfig
-from helpers.data import images, prepare
+from helpers.data import prepare
+from helpers.data.base import images
+from helpers.data.base.sample import Size
+from helpers.data.base.workers import Workers
 from helpers.data.batches import Batch
 from helpers.data.catalogue.scan import same_shape
 from helpers.data.encode.conditions import packed, unpacked
 from helpers.data.prepare import prepare_data
-from helpers.data.sample import Size
 from helpers.data.training_data import TrainingData
-from helpers.data.workers import Workers
 from helpers.errors import DataError
 from helpers.protocols import ImageCodec, LatentSpec
 from helpers.storage.local import LocalSource

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.config.aspects import AspectBucket
+from helpers.data.base.sample import Size
 from helpers.data.plan.buckets import DatasetColumns, geometry, plan
 from helpers.data.plan.targets import ResolutionRule
-from helpers.data.sample import Size
 
 SHRINKING = ResolutionRule(crop=True, crop_style="center", maximum_image_size=4, target_downsample_size=2)
 FACE = ResolutionRule(crop=True, crop_style="face")

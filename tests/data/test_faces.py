@@ -13,16 +13,16 @@ import pytest
 from PIL import ExifTags, Image
 
 from helpers.config.sizes import finds_faces
+from helpers.data.base.images import decode
+from helpers.data.base.workers import Workers
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.faces import CascadeDetector, Middle, face_middles, find_faces
 from helpers.data.catalogue.scan import DatasetRules, scan
-from helpers.data.images import decode
 from helpers.data.plan.buckets import BucketPlan
 from helpers.data.plan.targets import ResolutionRule
 from helpers.data.planning import load_plan
 from helpers.data.prepare import prepare_data
-from helpers.data.workers import Workers
 from helpers.errors import Interrupted, StorageError
 from tests.data.toys import Story, ToyFamily, dataset, settings
 from tests.storage.memory import MemoryBackend

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from helpers.data.images import ImageError, cut, decode, read_size
+from helpers.data.base.images import ImageError, cut, decode, read_size
+from helpers.data.base.sample import Geometry, Size
 from helpers.data.plan.buckets import geometry
 from helpers.data.plan.targets import ResolutionRule
-from helpers.data.sample import Geometry, Size
 
 WAYS_TO_STORE = {  # EXIF orientation => how the shown picture lies in the file
     1: None,
@@ -264,7 +264,7 @@ def test_random_damage_never_ends_in_anything_but_pixels_or_a_reason() -> None:
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     script = (
-        "import io, resource, sys\nfrom helpers.data.images import ImageError, decode, read_size\n"
+        "import io, resource, sys\nfrom helpers.data.base.images import ImageError, decode, read_size\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "data = sys.stdin.buffer.read()\n"
         "for read in (decode, lambda data: read_size(io.BytesIO(data))):\n"

@@ -21,15 +21,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.data import images
+from helpers.data.base import images
+from helpers.data.base.sample import Size
+from helpers.data.base.workers import Workers
 from helpers.data.batches import Batch
 from helpers.data.cache import cache as cache_module
 from helpers.data.cache.cache import Cache, Writer
 from helpers.data.cache.shards import read_header
 from helpers.data.prepare import prepare_data
-from helpers.data.sample import Size
 from helpers.data.training_data import TrainingData
-from helpers.data.workers import Workers
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
 from tests.data.toys import ConvCodec, HashEncoders, Story, ToyFamily, dataset, picture, pictures, settings, tree_hash
@@ -419,7 +419,7 @@ KILLED = """
     from pathlib import Path
     from helpers.data.cache import cache
     from helpers.data.prepare import prepare_data
-    from helpers.data.workers import Workers
+    from helpers.data.base.workers import Workers
     from tests.data.toys import ConvCodec, Story, ToyFamily, dataset, settings
 
     cache.SHARD_BYTES = 1500  # a shard for each record or two

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from helpers.config.datasets import TableConfig
+from helpers.data.base.workers import Workers
 from helpers.data.prepare import prepare_data
 from helpers.data.training_data import TrainingData
-from helpers.data.workers import Workers
 from tests.data.test_tables import parquet
 from tests.data.toys import HashEncoders, Story, ToyFamily, WordLengths, dataset, picture, settings
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from helpers.config.datasets import TextCacheConfig
-from helpers.data import reading_ahead
+from helpers.data.base import prefetch as reading_ahead
+from helpers.data.base.prefetch import made_in_threads, read_ahead
+from helpers.data.base.workers import Workers
 from helpers.data.prepare import prepare_data
-from helpers.data.reading_ahead import made_in_threads, read_ahead
 from helpers.data.training_data import TrainingData
-from helpers.data.workers import Workers
 from helpers.errors import DataError, StorageError
 from helpers.storage import s3 as s3_module
 from helpers.storage.retrying import Patience

@@ -15,7 +15,7 @@ from helpers.data.catalogue.scan import DatasetRules, ScanResult, scan
 from helpers.data.catalogue.table_join import JoinedTable
 from helpers.data.plan.buckets import DatasetColumns, plan
 from helpers.data.plan.targets import ResolutionRule
-from helpers.data.report import Memory, caption_report, dataset_report, summary
+from helpers.data.report.dataset_report import Memory, caption_report, dataset_report, summary
 from tests.data.toys import WordLengths
 from tests.storage.memory import MemoryBackend
 
@@ -143,7 +143,7 @@ def test_captions_are_measured_in_tokens_and_again_only_when_they_or_the_tokeniz
 
 
 def test_of_very_many_captions_an_even_choice_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helpers.data.report.MOST_CAPTIONS_COUNTED", 10)
+    monkeypatch.setattr("helpers.data.report.dataset_report.MOST_CAPTIONS_COUNTED", 10)
     files = {f"picture {number:02}.png": picture(1000, 1500) for number in range(25)}
     lengths = CountingLengths()
     with Catalogue(tmp_path / "catalogue.sqlite") as catalogue:

@@ -17,11 +17,11 @@ from typing import BinaryIO
 import pytest
 from PIL import Image
 
+from helpers.data.base.sample import LeftOut, Sample, Size
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, ScanOptions, scan
 from helpers.data.plan.targets import ResolutionRule
-from helpers.data.sample import LeftOut, Sample, Size
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
 from tests.storage.memory import MemoryBackend

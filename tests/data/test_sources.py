@@ -14,9 +14,9 @@ import pytest
 from helpers.config.dataloader import read_dataloader
 from helpers.config.datasets import DatasetConfig
 from helpers.config.options import OPTIONS
+from helpers.data.base.workers import Workers
 from helpers.data.prepare import prepare_data
 from helpers.data.training_data import TrainingData
-from helpers.data.workers import Workers
 from helpers.errors import DataError
 from tests.data.toys import Story, ToyFamily, dataset, picture, pictures, settings, tree_hash
 

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, ScanOptions, ScanResult, scan
 from helpers.data.catalogue.table_join import JoinedTable
 from helpers.data.catalogue.tables import TableRule
 from helpers.data.plan.buckets import ResolutionRule
-from helpers.data.sample import Size
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
 from tests.data.test_scan import Watched, picture, reasons

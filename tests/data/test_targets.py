@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.config.aspects import AspectBucket, BucketSize
+from helpers.data.base.sample import Size
 from helpers.data.plan.targets import ResolutionRule, target_size, targets
-from helpers.data.sample import Size
 
 WIDE, TALL = AspectBucket(1.5), AspectBucket(0.67)
 DRAWN = ResolutionRule(crop=True, crop_aspect="random", aspect_buckets=(TALL, AspectBucket(1), WIDE))

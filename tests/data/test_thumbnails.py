@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, scan
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
-from helpers.data.report import Memory
-from helpers.data.sample import Size
-from helpers.data.thumbnails import LONGER_SIDE, Thumbnail, chosen, thumbnails
+from helpers.data.report.dataset_report import Memory
+from helpers.data.report.survey import Thumbnail
+from helpers.data.report.thumbnails import LONGER_SIDE, chosen, thumbnails
 from tests.storage.memory import MemoryBackend
 
 RULE = ResolutionRule(128, "pixel", alignment=8, crop=True, crop_style="corner")

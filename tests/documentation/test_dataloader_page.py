@@ -14,10 +14,10 @@ from helpers.config.dataloader import read_dataloader
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import options_of
 from helpers.config.options import OPTIONS
-from helpers.data.images import EXTENSIONS
+from helpers.data.base.images import EXTENSIONS
+from helpers.data.base.sample import Size
 from helpers.data.plan.buckets import geometry
 from helpers.data.plan.targets import ResolutionRule, target_size
-from helpers.data.sample import Size
 from tests.documentation.pages import ROOT, Page
 
 PAGE = Page.named("documentation/DATALOADER.md")

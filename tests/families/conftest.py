@@ -13,9 +13,9 @@ import torch
 
 from helpers import registry
 from helpers.config.options import CacheOptions, DataOptions, ModelOptions, ObjectiveOptions
+from helpers.data.base.draws import StepDraws
+from helpers.data.base.sample import Geometry, Size
 from helpers.data.batches import Batch
-from helpers.data.draws import StepDraws
-from helpers.data.sample import Geometry, Size
 from helpers.families import FAMILIES
 from helpers.families.tiny import MINIATURES
 from helpers.objectives import OBJECTIVES

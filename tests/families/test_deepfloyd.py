@@ -22,7 +22,7 @@ import train
 from helpers.choices import known_facts
 from helpers.config.options import AdapterOptions, ObjectiveOptions
 from helpers.config.read import read_config
-from helpers.data.draws import StepDraws
+from helpers.data.base.draws import StepDraws
 from helpers.data.encode.fill import stored
 from helpers.errors import ConfigError
 from helpers.families.deepfloyd import quarter

@@ -17,7 +17,7 @@ import train
 from helpers.choices import known_facts
 from helpers.config.options import AdapterOptions, ObjectiveOptions
 from helpers.config.read import read_config
-from helpers.data.masked import stacked, without_padding
+from helpers.data.base.padding import stacked, without_padding
 from helpers.errors import ConfigError
 from helpers.methods.full import FullFineTune
 from helpers.objectives.diffusion import Diffusion

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from helpers.data.masked import stacked, without_padding
+from helpers.data.base.padding import stacked, without_padding
 from tests.families.conftest import CLIP_ALONE, CPU, Tried, family_name, open_family
 
 SHORT, LONG, LONGER = "a red circle", "a photo of a cat on the sea " * 20, "blue square and green star " * 40

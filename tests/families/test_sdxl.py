@@ -13,12 +13,12 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
 from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+from helpers.data.base.draws import StepDraws
+from helpers.data.base.images import cut
+from helpers.data.base.sample import Geometry, Size
 from helpers.data.batches import Batch
-from helpers.data.draws import StepDraws
-from helpers.data.images import cut
 from helpers.data.plan.buckets import geometry
 from helpers.data.plan.targets import ResolutionRule
-from helpers.data.sample import Geometry, Size
 from helpers.errors import ModelError
 from helpers.families.sdxl import SDXL
 from helpers.families.tiny import write_sdxl

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.config.options import OPTIONS, ObjectiveOptions
-from helpers.data.draws import StepDraws
+from helpers.data.base.draws import StepDraws
 from helpers.errors import ConfigError
 from helpers.objectives.flow import FlowMatching, shifted, timesteps
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from helpers.data.report import ASPECT_EDGES, SIZE_EDGES, Survey
-from helpers.data.sample import Geometry, Size
-from helpers.data.thumbnails import Thumbnail
+from helpers.data.base.sample import Geometry, Size
+from helpers.data.report.dataset_report import ASPECT_EDGES, SIZE_EDGES
+from helpers.data.report.survey import Survey, Thumbnail
 from helpers.reporting.html_report import MOST_LEFT_OUT, PAGE, HtmlReport, findings, page, percent
 
 EVIL = '<script>console.error("ran")</script>"\'&amp; \u202egnp.🐈‍⬛\udcff'

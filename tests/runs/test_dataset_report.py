@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from helpers.data.thumbnails import PER_DATASET
+from helpers.data.report.thumbnails import PER_DATASET
 from tests.data.toys import tree_hash
 from tests.runs.conftest import Trainer
 

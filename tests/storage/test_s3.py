@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from helpers.data.images import read_size
-from helpers.data.sample import Size
+from helpers.data.base.images import read_size
+from helpers.data.base.sample import Size
 from helpers.errors import DataError, StorageError
 from helpers.storage.backend import DataBackend, RemoteSource
 from helpers.storage.local import LocalSource

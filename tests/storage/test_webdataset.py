@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers.data.images import EXTENSIONS
+from helpers.data.base.images import EXTENSIONS
 from helpers.errors import DataError
 from helpers.storage import kept_index as kept_index_module
 from helpers.storage import webdataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.data.sample import Sample, Size
+from helpers.data.base.sample import Sample, Size
 from helpers.errors import CheckpointError, TrainingError
 from helpers.training.state import TrainState, settle_accumulation
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from helpers.config.options import ValidationOptions
+from helpers.data.base.draws import StepDraws
+from helpers.data.base.sample import Geometry, Sample, Size
 from helpers.data.batches import Batch
-from helpers.data.draws import StepDraws
-from helpers.data.sample import Geometry, Sample, Size
 from helpers.errors import ConfigError
 from helpers.training.prompt_library import PROMPTS
 from helpers.training.validation import Prompt, first_pictures, parse_sizes, read_prompts

@@ -18,6 +18,7 @@ from helpers.assembly import captions_of_pictures
 from helpers.config.config import Config
 from helpers.config.datasets import DatasetConfig
 from helpers.config.saved import read_saved_config
+from helpers.data.base.sample import Sample
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import ScanOptions, refresh, scan
 from helpers.data.encode.conditions import Conditions
@@ -25,7 +26,6 @@ from helpers.data.encode.latents import cuts, latents_facts, latents_key, latent
 from helpers.data.encode.texts import text_key, text_subject
 from helpers.data.plan.buckets import BucketPlan, plan
 from helpers.data.planning import columns_of, rules_of, rules_of_conditions
-from helpers.data.sample import Sample
 from helpers.data.sources import CachePlace, extra_texts_place, latents_place, open_source, pass_prefix, texts_place
 from helpers.errors import DataError
 from helpers.families import FAMILIES

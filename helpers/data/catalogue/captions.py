@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from helpers.data.base.draws import seed_of
 from helpers.data.catalogue.caption_filters import CaptionFilters
-from helpers.data.draws import seed_of
 
 CAPTION_EXTENSION = ".txt"  # in any case
 MAX_CAPTION_BYTES = 1 << 20  # a text this long beside an image is a mistake, not a caption

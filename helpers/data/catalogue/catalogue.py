@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from helpers.data.sample import LeftOut, Sample, Size
+from helpers.data.base.sample import LeftOut, Sample, Size
 from helpers.errors import DataError, StorageError
 
 _VERSION = 2

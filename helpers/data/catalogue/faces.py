@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from helpers.config.sizes import FACE_CASCADE, PROFILE_CASCADE
+from helpers.data.base.images import ImageError, decode
+from helpers.data.base.sample import Size
 from helpers.data.catalogue.catalogue import Catalogue
-from helpers.data.images import ImageError, decode
-from helpers.data.sample import Size
 from helpers.errors import Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
 

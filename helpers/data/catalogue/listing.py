@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from helpers.data.base.images import EXTENSIONS
 from helpers.data.catalogue.captions import CAPTION_EXTENSION
-from helpers.data.images import EXTENSIONS
 from helpers.storage.backend import Entry, SourceBackend
 
 _BLOCK = 4096  # entries put away, and read back, at a time

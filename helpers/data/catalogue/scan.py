@@ -21,14 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from helpers.data.base.images import ImageError, read_size
+from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption, json_list
 from helpers.data.catalogue.catalogue import Catalogue, new_mark
 from helpers.data.catalogue.listing import Listing
 from helpers.data.catalogue.table_join import JoinedTable, join_tables
 from helpers.data.catalogue.tables import TableRule
-from helpers.data.images import ImageError, read_size
 from helpers.data.plan.targets import ResolutionRule, too_small
-from helpers.data.sample import Size
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import RemoteSource, SourceBackend
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from helpers.config.suggest import did_you_mean
+from helpers.data.base.images import MAX_PIXELS
+from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, clean, json_list
-from helpers.data.images import MAX_PIXELS
-from helpers.data.sample import Size
 from helpers.errors import DataError
 
 BLOCK = 8192  # rows at once

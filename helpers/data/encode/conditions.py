@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from helpers.data.images import cut_out, decode, pixels_of, require_size
-from helpers.data.sample import Geometry, Sample
+from helpers.data.base.images import cut_out, decode, pixels_of, require_size
+from helpers.data.base.sample import Geometry, Sample
 from helpers.errors import StorageError
 from helpers.storage.backend import SourceBackend
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from helpers.data.base.workers import Workers
 from helpers.data.cache.cache import SEAL_AFTER_SECONDS
-from helpers.data.workers import Workers
 
 WRITES_AHEAD = 4  # batches that may wait for the writer: bounds memory
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from helpers.config.datasets import DatasetConfig
+from helpers.data.base.progress import bar
+from helpers.data.base.workers import Workers
 from helpers.data.cache.index import LOCATION, Locations
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.encode.background import BackgroundEncoder
@@ -18,12 +20,10 @@ from helpers.data.encode.passes import HeldCodec, Pass, Passes
 from helpers.data.order.epoch_order import EpochOrder, MicroBatch, Share
 from helpers.data.plan.buckets import BucketPlan
 from helpers.data.planning import plan_inputs
-from helpers.data.progress import bar
 from helpers.data.remembered import Remembered, inputs_digest
 from helpers.data.settings import DataSettings
 from helpers.data.sources import CachePlace, latents_place, open_caches, pass_prefix
 from helpers.data.training_data import Steps
-from helpers.data.workers import Workers
 from helpers.storage.backend import SourceBackend
 
 if TYPE_CHECKING:

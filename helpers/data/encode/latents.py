@@ -22,23 +22,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from helpers.data.base.images import PIXELS_VERSION, ImageError, cut, decode, require_size
+from helpers.data.base.prefetch import read_ahead
+from helpers.data.base.sample import Geometry, Sample
 from helpers.data.cache.cache import Cache, Writer, record_key
 from helpers.data.cache.index import Locations
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.encode.conditions import NAME as CONDITION
 from helpers.data.encode.conditions import Condition, Conditions, make, read
 from helpers.data.encode.fill import REASONS, WRITES_AHEAD, Filled, FillOptions, background, is_finite, stored
-from helpers.data.images import ImageError, cut, decode, require_size
 from helpers.data.plan.buckets import BucketPlan
-from helpers.data.reading_ahead import read_ahead
-from helpers.data.sample import Geometry, Sample
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
 
 if TYPE_CHECKING:
     from helpers.protocols import ImageCodec
 
-PIXELS_VERSION = 1  # to be raised by whoever changes the pixels that `images.decode` and `images.cut` give
 CONTENTS_PER_COMMIT = 256
 CONTENTS_SECONDS = 1.0  # no content waits longer for its commit, as long as others follow
 IDLE_SECONDS = 0.02

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from helpers.data.base.padding import without_padding
 from helpers.data.cache.cache import Cache, Writer, record_key
 from helpers.data.encode.fill import REASONS, WRITES_AHEAD, Filled, FillOptions, background, is_finite, stored
-from helpers.data.masked import without_padding
 from helpers.errors import DataError, Interrupted
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from helpers.data.draws import seed_of
+from helpers.data.base.draws import seed_of
 from helpers.data.order.shuffle import Words, hashed, key_words, shuffled
 from helpers.data.order.spread import GROUP_SIZE, Spread, Stretch
 

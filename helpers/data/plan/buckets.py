@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from helpers.data.base.sample import Geometry, Size
 from helpers.data.plan.cuts import Places, cuts
 from helpers.data.plan.targets import Fractions, Integers, ResolutionRule, targets
-from helpers.data.sample import Geometry, Size
 
 ROW = np.dtype(
     [

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helpers.config.aspects import DEFAULT_ROUNDING, LARGEST_ASPECT, AspectBucket, BucketSize
-from helpers.data.sample import Size
+from helpers.data.base.sample import Size
 
 MAX_ASPECT = LARGEST_ASPECT  # beyond this, a picture is a line: covering even the thinnest target would blow it up out of memory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from helpers.data.sample import Geometry
+from helpers.data.base.sample import Geometry
 from helpers.families.networks import condition
 from helpers.families.text import clip_states
 

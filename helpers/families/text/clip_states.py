@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from helpers.protocols import TextTensors
 
 STATES = "prompt_embeds"
-MASK = "prompt_embeds_mask"  # by the rule of helpers/data/masked.py, so that a cache holds what is there alone
+MASK = "prompt_embeds_mask"  # by the rule of helpers/data/base/padding.py, so that a cache holds what is there alone
 
 
 def of_batch(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from helpers.data.sample import Size
+from helpers.data.base.sample import Size
 from tests.config.effects.lab import Effect, cropped, refusal
 from tests.config.effects.sights import (
     allows_tf32,

@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.data.base.sample import Size
 from helpers.data.plan.buckets import geometry
 from helpers.data.plan.targets import target_size
 from helpers.data.planning import rules_of
-from helpers.data.sample import Size
 from helpers.errors import Interrupted
 from helpers.families.sdxl import SDXL
 from helpers.launch import plan_launch

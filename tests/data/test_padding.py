@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.data.base.padding import stacked, without_padding
 from helpers.data.cache.cache import Cache
 from helpers.data.encode.fill import FillOptions
 from helpers.data.encode.texts import TextFiller, text_key
-from helpers.data.masked import stacked, without_padding
 
 
 def record(length: int, read: int = 6) -> dict[str, Tensor]:

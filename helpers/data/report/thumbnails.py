@@ -6,36 +6,22 @@ import base64
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
+from helpers.data.base.images import PIXELS_VERSION, ImageError, cut, decode
+from helpers.data.base.sample import Geometry
 from helpers.data.catalogue.catalogue import Catalogue
-from helpers.data.encode.latents import PIXELS_VERSION
-from helpers.data.images import ImageError, cut, decode
 from helpers.data.plan.buckets import BucketPlan
-from helpers.data.report import Memory
-from helpers.data.sample import Geometry
+from helpers.data.report.dataset_report import Memory
+from helpers.data.report.survey import Thumbnail
 from helpers.storage.backend import SourceBackend
 
 PER_DATASET = 24
 LONGER_SIDE = 256  # pixels of a thumbnail
 _QUALITY = 82  # of its JPEG
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """One image as it is trained, small; `jpeg` is empty where the image cannot be had, and `problem` says why."""
-
-    dataset: str
-    key: str
-    caption: str
-    geometry: Geometry
-    upscaled: bool
-    jpeg: bytes = b""
-    problem: str = ""
 
 
 def chosen(plan: BucketPlan, dataset: int, most: int = PER_DATASET) -> list[int]:

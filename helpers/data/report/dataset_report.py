@@ -7,7 +7,6 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ from helpers.data.plan.buckets import BucketPlan
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:
-    from helpers.data.thumbnails import Thumbnail
     from helpers.protocols import CaptionLengths
 
 REPORT = "dataset_report.json"
@@ -30,14 +28,6 @@ MOST_CAPTIONS_COUNTED = 20_000  # of a data set: seconds of work; of more captio
 MOST_SHARED_CAPTIONS = 100  # that are listed
 SIZE_EDGES = (0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 128)  # megapixels; nothing above 128 is trained on
 ASPECT_EDGES = tuple(round(2 ** (exponent / 8), 3) for exponent in range(-17, 18, 2))  # width / height; 1 is the middle of a bin
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What is known of the data, for reporters. `thumbnails` opens files, a bounded number, so it is called by whoever shows them."""
-
-    report: dict[str, Any]  # the content of dataset_report.json
-    thumbnails: Callable[[], Sequence[Thumbnail]]
 
 
 class Memory:

@@ -16,10 +16,11 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
-from helpers.data.sample import Geometry, Size
+from helpers.data.base.sample import Geometry, Size
 
 # File name endings, in any case, that count as images. What a file really is, its first bytes tell.
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
+PIXELS_VERSION = 1  # part of the key of cached latents: raise it when `decode` or `cut` give other pixels
 MAX_PIXELS = 128_000_000  # 384 MB as RGB; above the largest cameras' 102 megapixels, below what a forged header may ask for
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")

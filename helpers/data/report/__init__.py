@@ -1,0 +1,1 @@
+"""What users see of their data: counts, reasons, token lengths, thumbnails."""
