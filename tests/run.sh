@@ -23,7 +23,7 @@ check() { # check NAME COMMAND...: go on after a failure, so that one run tells 
 
 check 'lint' "$python" -m ruff check .
 check 'types' "$python" -m mypy
-check 'shell scripts' .venv/bin/shellcheck -x ./*.sh tests/run.sh .ci/run helpers/launch.sh
+check 'shell scripts' .venv/bin/shellcheck -x ./*.sh simpletuner tests/run.sh .ci/run helpers/launch.sh
 check 'tests' "$python" -m pytest -n "${SIMPLETUNER_TEST_WORKERS:-auto}" --dist worksteal "$@"
 
 if ((${#failed[@]})); then

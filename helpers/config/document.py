@@ -1,11 +1,14 @@
 """Options -> OPTIONS.md, --help and the schema of the dataloader JSON.
 
-python -m helpers.config.document            writes OPTIONS.md and documentation/dataloader.schema.json
-python -m helpers.config.document --check    exits 1 when one of them is not what the code declares
+Run it after a change of an option or of a key:
+
+    ./simpletuner document            writes OPTIONS.md and documentation/dataloader.schema.json
+    ./simpletuner document --check    exits 1 if one of them is not what the code declares
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +25,7 @@ _NOT_YET = "*Not available yet.*"
 _INTRODUCTION = """\
 # Options
 
-This page is generated from `helpers/config`; do not edit it, run `python -m helpers.config.document`.
+This page is generated from `helpers/config`; do not edit it, run `./simpletuner document`.
 
 Every option is a flag (`--learning_rate 1e-4` or `--learning_rate=1e-4`) and a variable of the env file
 (`LEARNING_RATE='1e-4'`). Where two variables are named, the first is the usual one and both are accepted. A switch is
@@ -158,16 +161,17 @@ def _key_row(item: Option) -> tuple[str, ...]:
     return _list((item.name, *item.aliases)), default, f"{_explained(item)} {nothing}".strip()
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="./simpletuner document", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     pages = {OPTIONS_MD: options_page, SCHEMA_JSON: schema_text}
-    if list(argv) == ["--check"]:
+    if parser.parse_args(arguments).check:
         old = [path for path, made in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != made()]
         for path in pages:
-            print(f"{path.name} is {'not current: run python -m helpers.config.document' if path in old else 'current'}")
+            print(f"{path.name} is {'not current: run ./simpletuner document' if path in old else 'current'}")
         return 1 if old else 0
-    if argv:
-        print(__doc__)
-        return 2
     for path, made in pages.items():
         path.write_text(made(), encoding="utf-8")
         print(f"wrote {path.name}")

@@ -37,7 +37,7 @@ def dataloader_schema() -> Schema:
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "SimpleTuner data sets",
-        "description": "Generated from helpers/config/datasets.py by python -m helpers.config.document; see documentation/DATALOADER.md.",
+        "description": "Generated from helpers/config/datasets.py by ./simpletuner document; see documentation/DATALOADER.md.",
         "allowComments": True,  # these two are for VS Code, and mean what the reader allows
         "allowTrailingCommas": True,
         "type": "array",

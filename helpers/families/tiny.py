@@ -1,6 +1,6 @@
 """Miniature models: the real architecture and file layout of a family, with random weights, in a megabyte or less.
 
-    python -m helpers.families.tiny sdxl /tmp/tiny-sdxl
+    ./simpletuner miniature sdxl /tmp/tiny-sdxl
 
 Tests train them, the embedded default (`demo/`) starts from one, and whoever changes the trainer can try a family in seconds. Everything
 is made offline and from a seed; the folders load with plain diffusers.
@@ -299,9 +299,9 @@ def small_vae(channels: Sequence[int] = (8, 16, 16, 16), groups: int = 4, layers
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m helpers.families.tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./simpletuner miniature", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("family", choices=MINIATURES, help="whose architecture and files")
     parser.add_argument("folder", type=Path, help="where the model is written to")
@@ -309,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     write: Callable[..., Path] = registry.load(MINIATURES, options.family)
     print(write(options.folder, seed=options.seed))
+    return 0
 
 
 if __name__ == "__main__":

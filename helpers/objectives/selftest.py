@@ -1,4 +1,4 @@
-"""The training step of this installation against closed forms and numbers of the papers: `python -m helpers.objectives.selftest`.
+"""The training step of this installation against closed forms and numbers of the papers: `./simpletuner selftest`.
 
 Every row runs what training runs (`Diffusion` and `FlowMatching`), on the schedule of Stable Diffusion: scaled-linear betas from 0.00085 to
 0.012 over 1000 timesteps. S is the ratio of signal to noise, abar / (1 - abar).
@@ -320,9 +320,11 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 def main(arguments: Sequence[str] | None = None, checks: Callable[[], Iterator[Row]] = rows) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m helpers.objectives.selftest",
-        description="Run the training step of this installation against closed forms and numbers of the papers, and print a table. "
+        prog="./simpletuner selftest",
+        description="Run the training step of this installation against closed forms and numbers of the papers, and print a table:\n\n"
+        "    ./simpletuner selftest\n\n"
         "The exit code is 1 if a number is off. It takes a few seconds on a CPU, and needs no model and no data.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(arguments)
     checked = list(checks())

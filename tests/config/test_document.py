@@ -18,7 +18,7 @@ EXAMPLES = ["sdxl-env.sh.example", "sd21-env.sh.example", "sd3-env.sh.example"]
 
 
 def test_options_md_is_what_the_code_declares(repository: Path) -> None:
-    assert (repository / "OPTIONS.md").read_text(encoding="utf-8") == options_page(), "run python -m helpers.config.document"
+    assert (repository / "OPTIONS.md").read_text(encoding="utf-8") == options_page(), "run ./simpletuner document"
 
 
 def test_options_md_has_a_row_for_every_option_and_variable() -> None:

@@ -32,7 +32,7 @@ def validator() -> Any:
 
 def test_the_committed_schema_is_what_the_code_declares(repository: Path) -> None:
     committed = (repository / "documentation" / "dataloader.schema.json").read_text(encoding="utf-8")
-    assert committed == schema_text(), "run python -m helpers.config.document"
+    assert committed == schema_text(), "run ./simpletuner document"
 
 
 def test_every_key_that_can_be_used_is_completed_with_its_help_and_no_other() -> None:

@@ -74,7 +74,7 @@ class Reader:
 def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings: str = "sdxl-env.sh") -> Reader:
     clone, home = folder / "clone", folder / "home"
     clone.mkdir(parents=True)
-    for name in ("train_sdxl.sh", "train_sd2x.sh", "train_sd3.sh", "sdxl-env.sh.example", "sd21-env.sh.example", "sd3-env.sh.example"):
+    for name in (*(path.name for path in [*ROOT.glob("train_*.sh"), *ROOT.glob("*-env.sh.example")]), "simpletuner"):
         (clone / name).symlink_to(ROOT / name)
     (home / pictures).mkdir(parents=True)
     for name in PHOTOGRAPHS:

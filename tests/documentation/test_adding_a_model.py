@@ -16,7 +16,7 @@ from tests.documentation.pages import ROOT, Page
 
 PAGE = Page.named("documentation/ADDING_A_MODEL.md")
 PIECES = re.findall(r"^`([\w./]+)`([^\n]*):\n\n```(python|diff)\n(.*?)^```$", PAGE.text, re.MULTILINE | re.DOTALL)
-CHANGED = ("helpers", "tests")  # the folders that the page writes to
+COPIED = ("helpers", "tests", "toolkit")  # the folders that the page writes to, and the programs that import them
 SPARED = "tests/families/test_handed_over.py"  # it goes through all families: SIMPLETUNER_TEST_LONG=1 runs it here too
 
 
@@ -25,9 +25,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository with the pieces of the page in it."""
     folder = tmp_path_factory.mktemp("copy")
     for path in ROOT.iterdir():
-        if path.name in CHANGED:
+        if path.name in COPIED:
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif path.suffix in (".py", ".sh"):
+        elif path.suffix in (".py", ".sh") or path.name == "simpletuner":
             shutil.copy(path, folder)  # scripts look for the rest beside themselves
         elif not path.name.startswith(".") and path.name != "output":
             (folder / path.name).symlink_to(path)

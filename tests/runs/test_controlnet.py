@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from tests.runs.conftest import Trainer
 from tests.runs.evidence import refusal
-from toolkit.cache.__main__ import main as cache
+from toolkit.cache.command import main as cache
 
 USUAL: dict[str, object] = {
     "model_type": "full",

@@ -14,7 +14,7 @@ from tests.runs.conftest import Ended, Trainer
 from tests.runs.evidence import refusal, unwrapped
 from tests.storage.fault_proxy import FaultProxy, Request, fault_proxy
 from tests.storage.s3_server import KEY, SECRET, S3Server
-from toolkit.cache.__main__ import main as cache
+from toolkit.cache.command import main as cache
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs.conftest import Trainer, draw_pictures
-from toolkit.cache.__main__ import main
+from toolkit.cache.command import main
 
 SETTINGS = {"max_train_steps": 2, "validation_prompt": None, "validation_disable_unconditional": True}
 

@@ -30,7 +30,7 @@ from helpers.errors import ConfigError
 from tests.runs.conftest import ROOT, Trainer, draw_pictures
 from tests.storage.memory import MemoryBackend
 from tests.storage.s3_server import KEY, SECRET
-from toolkit.cache.__main__ import main
+from toolkit.cache.command import main
 
 SETTINGS = {"max_train_steps": 1, "checkpointing_steps": 100, "validation_prompt": None, "validation_disable_unconditional": True}
 
@@ -113,7 +113,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_explains_itself_in_less_than_a_second() -> None:
-    words = [sys.executable, "-X", "importtime", "-m", "toolkit.cache", "--help"]
+    words = [sys.executable, "-X", "importtime", "toolkit/commands.py", "cache", "--help"]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(command in ended.stdout for command in ("verify", "why", "gc", "stats", "export"))
     assert "torch" not in ended.stderr

@@ -1,6 +1,6 @@
 """Make pictures of a class with the base model, for a regularisation set that keeps what the model can do.
 
-    python -m toolkit.datasets.class_images --pretrained_model_name_or_path MODEL --prompt "a photo of a person" \\
+    ./simpletuner class-images --pretrained_model_name_or_path MODEL --prompt "a photo of a person" \\
         --number 200 --output_dir /data/class_person
 
 Each picture is a PNG with its prompt beside it in a .txt. Its name tells the settings (a hash of them) and its number, and number n
@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +109,7 @@ def _as_named(model: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m toolkit.datasets.class_images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./simpletuner class-images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument(
         "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="the base model: a diffusers folder or a hub name"
@@ -130,6 +129,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
     return exit_code(lambda: run(chosen), "Stopped; the same command goes on with what is missing.")
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Make pictures with two experts, each trained for its part of the noise schedule (documentation/MIXTURE_OF_EXPERTS.md).
 
-    python -m toolkit.inference.experts first-expert second-expert --prompt "my dog Rex asleep on a sofa" --output_dir pictures
+    ./simpletuner experts first-expert second-expert --prompt "my dog Rex asleep on a sofa" --output_dir pictures
 
 The folders are the OUTPUT_DIRs of the two runs, in any order: which part each has learnt, of which base model, is read from its
 config.json. Full fine-tunes and LoRAs may be mixed. Picture n always starts from the same noise; a file of the same name is replaced.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +157,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m toolkit.inference.experts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./simpletuner experts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("one", type=Path, metavar="EXPERT", help="the OUTPUT_DIR of one run")
     made.add_argument("other", type=Path, metavar="EXPERT", help="the OUTPUT_DIR of the other")
@@ -172,6 +171,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
     return exit_code(lambda: run(chosen))
 
-
-if __name__ == "__main__":
-    sys.exit(main())

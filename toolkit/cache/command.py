@@ -1,10 +1,10 @@
 """Look into the caches of a run.
 
-    python -m toolkit.cache verify --output_dir=OUTPUT_DIR         every checksum, every shard, the index against the shards
-    python -m toolkit.cache why FILE --output_dir=OUTPUT_DIR       the entry of a picture, and whether the next start uses it
-    python -m toolkit.cache gc --output_dir=OUTPUT_DIR [--delete]  what the run does not need any more; without --delete only a list
-    python -m toolkit.cache stats --output_dir=OUTPUT_DIR          records, bytes, shapes, encoders
-    python -m toolkit.cache export FILE OUT.png --output_dir=OUTPUT_DIR
+    ./simpletuner cache verify --output_dir=OUTPUT_DIR         every checksum, every shard, the index against the shards
+    ./simpletuner cache why FILE --output_dir=OUTPUT_DIR       the entry of a picture, and whether the next start uses it
+    ./simpletuner cache gc --output_dir=OUTPUT_DIR [--delete]  what the run does not need any more; without --delete only a list
+    ./simpletuner cache stats --output_dir=OUTPUT_DIR          records, bytes, shapes, encoders
+    ./simpletuner cache export FILE OUT.png --output_dir=OUTPUT_DIR
 
 FILE is a picture's path, or DATASET/FILE as dataset_report.json names it. verify and stats take --cache_dir=FOLDER as well. Start
 it in the folder that the run was started in, if its paths are relative. Nothing but `gc --delete` changes anything, and that only
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m toolkit.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./simpletuner cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -206,6 +206,3 @@ def _late_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
         yield told
 
-
-if __name__ == "__main__":
-    sys.exit(main())
