@@ -74,7 +74,7 @@ def begin_report(config: Config, runtime: Runtime, report: Reporters) -> None:
 
 def without_weights(config: Config, runtime: Runtime) -> Config:
     """The settings with models that need no weights, of which none are fetched: for a look at the data."""
-    from helpers.families.loading.base_model import without_weights
+    from helpers.families.loading.locate import without_weights
 
     if runtime.is_main:
         without_weights(config.model)  # fetches: once

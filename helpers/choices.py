@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from helpers import registry
 from helpers.config.read import FactsByAxis
-from helpers.families import FAMILIES
+from helpers.families import family_facts
 from helpers.methods import METHODS
 from helpers.objectives import OBJECTIVES
 
 
 def known_facts() -> FactsByAxis:
-    """What every family, method and objective says of the settings; nothing heavy is imported for it."""
-    return FactsByAxis(registry.facts(FAMILIES), registry.facts(METHODS), registry.facts(OBJECTIVES))
+    """What every family, method and objective declares; imports nothing heavy."""
+    return FactsByAxis(family_facts(), registry.facts(METHODS), registry.facts(OBJECTIVES))

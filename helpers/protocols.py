@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from helpers.config.facts import Facts
+from helpers.config.facts import Facts, FamilyFacts
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ class Trainable:
 class ModelFamily(Protocol):
     """A kind of network: how to load it, feed it and save it. One file per family; its facts import without torch."""
 
-    facts: Facts
+    facts: FamilyFacts
     latents: LatentSpec
     name: str  # model folder or hub name, for messages and cards
     identity: str  # a hash of the denoiser's weights: a run goes on only with the model it began with

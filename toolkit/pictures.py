@@ -56,9 +56,9 @@ def load_pipeline(model: Model, dtype: str, device: str, **parts: Any) -> Any:
     import diffusers
     import transformers
 
-    from helpers.families.loading.base_model import T5_CLASSES
     from helpers.families.loading.components import load_component
     from helpers.families.loading.folder import locate, locate_component, model_index
+    from helpers.families.loading.locate import T5_CLASSES
 
     folder = locate(model.name, model.revision, model.variant, T5_CLASSES if model.t5 else ())
     device, kind = _settled(device, dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import masked, options_of, show
-from helpers.config.facts import Facts, family_problems, with_origin
+from helpers.config.facts import FamilyFacts, family_problems, with_origin
 from helpers.config.options import (
     OPTIONS,
     SECTIONS,
@@ -105,7 +105,7 @@ class Config:
         origins = {**self.origins, **dict.fromkeys(values, origin)}
         return dataclasses.replace(self, origins=origins, given=self.given | values.keys(), **sections)
 
-    def of_family(self, family: Facts) -> Config:
+    def of_family(self, family: FamilyFacts) -> Config:
         """The same Config for another family than was asked for, which the base model turned out to be of.
 
         Its defaults count where nobody set anything. ConfigError holds what it refuses.
@@ -117,7 +117,7 @@ class Config:
             raise ConfigError(*(with_origin(problem, given) for problem in problems))
         return config
 
-    def of_other_families(self, families: Mapping[str, Facts]) -> Iterator[str]:
+    def of_other_families(self, families: Mapping[str, FamilyFacts]) -> Iterator[str]:
         """One sentence for every setting that somebody made and that only other families than this one know."""
         own = families[self.family_name].options
         for name in self.values():

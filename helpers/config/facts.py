@@ -1,11 +1,12 @@
-"""What a family, a method or an objective says of the settings before anything heavy is imported."""
+"""What a family, a method or an objective declares before anything heavy is imported."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 Settings = Mapping[str, object]  # option name -> effective value, before the Config is built
 SAME_SIZE = 1.25  # the factor up to which the edge of pictures counts as that which a family is for
@@ -15,35 +16,53 @@ def no_objection(settings: Settings) -> Iterable[str]:
     return ()
 
 
+def every_index(index: Mapping[str, Any]) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Facts:
-    """One choice on an axis (a family, a method, an objective), as far as it can be told without torch.
+    """What one choice on an axis (a family, a method, an objective) declares without importing torch.
 
-    `defaults` replace declared defaults of options the user did not set; `judge` yields one sentence for every setting that
-    this choice refuses, naming the option and the remedy. `options` mean something to this choice, and nothing to those that do not
-    name them too. `objective` is what a family's networks are asked, by its name in the registry; `switched` are switches
-    of the settings after which they are asked something else.
+    `defaults` replace the declared defaults of options that the user did not set. `judge` yields one sentence for every setting that
+    this choice refuses, naming the option and the remedy.
     """
 
     name: str
     title: str
     defaults: Settings = field(default_factory=dict)
-    options: frozenset[str] = frozenset()
-    objective: str = "diffusion"
-    switched: Mapping[str, str] = field(default_factory=dict)  # switch => objective
-    img2img: bool = False  # of a family: its pictures can begin with pictures
-    trains_text_encoders: frozenset[str] = frozenset()  # of a family: the values of --model_type that can train them too
-    encoders_apart: bool = False  # of a family: one text encoder may be told of a caption and another not
-    controlnet: bool = False  # of a family: a ControlNet can be trained beside its networks
-    edge: int | None = None  # of a family: the shorter edge in pixels of the pictures it is for, where all its models share one
+    _: KW_ONLY
     judge: Callable[[Settings], Iterable[str]] = no_objection
 
+
+@dataclass(frozen=True)
+class FamilyFacts(Facts):
+    """What a family of base models declares beside that."""
+
+    wrapper: str = ""  # the script that trains it: "./train_sdxl.sh"
+    setting: str = ""  # in the env file, where the wrapper trains this family only with it: "PIXART_SIGMA='true'"
+    pipelines: tuple[str, ...] = ()  # pipeline classes of diffusers: `_class_name` in the model_index.json of its base models
+    accepts: Callable[[Mapping[str, Any]], bool] = every_index  # whether a model_index.json that names one of them is of this family
+    options: frozenset[str] = frozenset()  # options that have an effect for this family, and for other families only if they name them too
+    objective: str = "diffusion"  # what its networks predict, by the name in the objectives registry
+    switched: Mapping[str, str] = field(default_factory=dict)  # switch of the settings => the objective with it
+    img2img: bool = False  # validation can start from images
+    trains_text_encoders: frozenset[str] = frozenset()  # values of --model_type that can train its text encoders too
+    encoders_apart: bool = False  # a caption can be dropped for one text encoder and kept for another
+    controlnet: bool = False  # a ControlNet can be trained for its networks
+    edge: int | None = None  # the shorter edge in pixels that all its base models are made for
+
     def objective_for(self, settings: Settings) -> str:
-        """What a family's networks are asked under these settings."""
+        """The objective under these settings."""
         return next((objective for switch, objective in self.switched.items() if settings[switch]), self.objective)
 
+    @property
+    def command(self) -> str:
+        """How a base model of this family is trained. Families with the same command are recognized by their base model."""
+        return f"{self.wrapper} with {self.setting}" if self.setting else self.wrapper
 
-def family_problems(family: Facts, settings: Settings) -> Iterable[str]:
+
+def family_problems(family: FamilyFacts, settings: Settings) -> Iterable[str]:
     """What a family refuses: what its networks or pipelines cannot, and by its own rules."""
     if settings["validation_using_datasets"] and not family.img2img:
         yield f"--validation_using_datasets: there is no pipeline of {family.title} that begins with a picture; remove it."
@@ -61,7 +80,7 @@ def family_problems(family: Facts, settings: Settings) -> Iterable[str]:
     yield from family.judge(settings)
 
 
-def size_notes(family: Facts, resolution_of: Mapping[str, tuple[float, str]]) -> Iterable[str]:
+def size_notes(family: FamilyFacts, resolution_of: Mapping[str, tuple[float, str]]) -> Iterable[str]:
     """One sentence for every data set that is trained at another size than the family's models are for.
 
     `resolution_of` holds each one's resolution and its unit, "pixel" or "area", by the set's id.
@@ -82,7 +101,7 @@ def with_origin(problem: str, origins: Mapping[str, str]) -> str:
     return problem if origin is None or origin == f"--{option[1]}" else f"{origin}: {problem}"  # type: ignore[index]
 
 
-def _without_text_encoders(family: Facts) -> str:
+def _without_text_encoders(family: FamilyFacts) -> str:
     if family.trains_text_encoders:
         kinds = " or ".join(f"--model_type={kind}" for kind in sorted(family.trains_text_encoders))
         return f"--train_text_encoder: the text encoders of {family.title} are trained by {kinds} alone; set that, or remove it."

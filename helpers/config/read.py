@@ -14,7 +14,7 @@ from helpers.config.datasets import DataConfig
 from helpers.config.declare import masked, options_of
 from helpers.config.document import help_text
 from helpers.config.env_file import EnvFile, read_env_file
-from helpers.config.facts import Facts, family_problems, size_notes, with_origin
+from helpers.config.facts import Facts, FamilyFacts, family_problems, size_notes, with_origin
 from helpers.config.options import OPTIONS, SECTIONS, VARIABLES, WITHOUT_EFFECT
 from helpers.config.rules import impossible
 from helpers.config.settle import Chosen, chosen_method, settle, take_switches, without_effect
@@ -30,7 +30,7 @@ KNOWN_VARIABLES = frozenset(
 class FactsByAxis:
     """What every choice says of the settings, by its name; given by train.py, because config imports none of them."""
 
-    families: Mapping[str, Facts] = field(default_factory=dict)
+    families: Mapping[str, FamilyFacts] = field(default_factory=dict)
     methods: Mapping[str, Facts] = field(default_factory=dict)
     objectives: Mapping[str, Facts] = field(default_factory=dict)
 
@@ -133,8 +133,8 @@ def _data(chosen: Chosen) -> DataConfig:
 
 def _judged(choices: Sequence[tuple[str, Facts]], values: Mapping[str, object]) -> Iterator[str]:
     """What the run's family, method and objective refuse."""
-    for axis, choice in choices:
-        yield from family_problems(choice, values) if axis == "family" else choice.judge(values)
+    for _, choice in choices:
+        yield from family_problems(choice, values) if isinstance(choice, FamilyFacts) else choice.judge(values)
 
 
 def _sections(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,8 +151,9 @@ def _notes(chosen: Chosen, choices: Sequence[tuple[str, Facts]], data: DataConfi
 
 def _size_notes(choices: Sequence[tuple[str, Facts]], data: DataConfig) -> Iterator[str]:
     sizes = {dataset.id: (dataset.resolution, dataset.resolution_type) for dataset in data.datasets}
-    for choice in (choice for axis, choice in choices if axis == "family"):
-        yield from size_notes(choice, sizes)
+    for _, choice in choices:
+        if isinstance(choice, FamilyFacts):
+            yield from size_notes(choice, sizes)
 
 
 def _variables_without_effect(env_file: EnvFile) -> Iterator[str]:

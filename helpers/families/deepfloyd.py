@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from helpers.config.facts import Facts, Settings
+from helpers.config.facts import FamilyFacts, Settings
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
 from helpers.families.networks import img2img
@@ -63,7 +63,7 @@ class DeepFloyd:
     (`fixed_small`). The betas are the checkpoint's, which follow a cosine.
     """
 
-    facts: ClassVar[Facts]
+    facts: ClassVar[FamilyFacts]
     pipeline_class: ClassVar[str]  # of diffusers
     parts: ClassVar[tuple[str, ...]] = ("unet", "scheduler")  # beside T5
     stage: ClassVar[str]
@@ -77,7 +77,7 @@ class DeepFloyd:
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
         from helpers.families.text.t5_source import T5Source
 
-        self.base = BaseModel.open(self.facts.name, self.parts, options, cache)
+        self.base = BaseModel.open(self.facts, self.parts, options, cache)
         self.t5 = T5Source.open(self.base, "", options, width=self.base.config("unet")["encoder_hid_dim"])
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.scheduler_config: Mapping[str, Any] = {**self.base.config("scheduler"), "variance_type": "fixed_small"}
@@ -154,9 +154,12 @@ class DeepFloyd:
 class StageOne(DeepFloyd):
     """Pictures of 64 pixels from noise."""
 
-    facts = Facts(
+    facts = FamilyFacts(
         name="deepfloyd_1",
         title="DeepFloyd IF stage I",
+        wrapper="./train_sd2x.sh",
+        setting="MODEL_TYPE='deepfloyd-lora' or 'deepfloyd-full'",
+        pipelines=("IFPipeline",),
         defaults={
             **OF_BOTH,
             "resolution": float(EDGE),
@@ -187,9 +190,12 @@ class StageTwo(DeepFloyd):
     likely, as in Imagen; pictures are sampled at NOISE_LEVEL_OF_SAMPLING.
     """
 
-    facts = Facts(
+    facts = FamilyFacts(
         name="deepfloyd_2",
         title="DeepFloyd IF stage II",
+        wrapper="./train_sd2x.sh",
+        setting="MODEL_TYPE='deepfloyd-stage2-lora' or 'deepfloyd-stage2'",
+        pipelines=("IFSuperResolutionPipeline",),
         defaults={**OF_BOTH, "resolution": float(QUARTER * EDGE), "validation_guidance": 4.0, "validation_num_inference_steps": 50},
         options=OPTIONS,
         img2img=True,

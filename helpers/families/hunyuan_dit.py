@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.facts import Facts, Settings
+from helpers.config.facts import FamilyFacts, Settings
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import peft_lora
 from helpers.families.networks import sdxl_inputs
@@ -43,10 +43,13 @@ class HunyuanDiT:
     samplers in use have no need of and that is not trained.
     """
 
-    facts = Facts(
+    facts = FamilyFacts(
         name="hunyuan_dit",
         title="Hunyuan-DiT",
         defaults={"aspect_bucket_alignment": 64},
+        wrapper="./train_sdxl.sh",
+        setting="HUNYUAN_DIT='true'",
+        pipelines=("HunyuanDiTPipeline",),
         options=frozenset({"sdxl_original_size", "pretrained_t5_model_name_or_path"}),
         judge=_judge,
     )
@@ -59,7 +62,7 @@ class HunyuanDiT:
         from helpers.families.loading.vae import Vae
         from helpers.families.text.t5_source import T5Source
 
-        self.base = BaseModel.open("hunyuan_dit", ("transformer", "vae", *BERT, "scheduler"), options, cache)
+        self.base = BaseModel.open(self.facts, ("transformer", "vae", *BERT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "transformer", options, cache)
         self.network = self.base.config("transformer")
         self.t5 = T5Source.open(self.base, "_2", options, width=self.network["cross_attention_dim_t5"])

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from helpers.config.facts import Facts, Settings
+from helpers.config.facts import FamilyFacts, Settings
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import peft_lora
 from helpers.families.networks.export import Component, modelspec, trained_edge, write_pipeline
@@ -42,7 +42,7 @@ class PixArt:
     The network answers with 8 channels: the noise, and a variance that the samplers in use have no need of and that is not trained.
     """
 
-    facts: ClassVar[Facts]
+    facts: ClassVar[FamilyFacts]
     pipeline_class: ClassVar[str]  # of diffusers
     tokens: ClassVar[int]  # read of a caption unless --tokenizer_max_length says otherwise
     code: ClassVar[str]  # where the authors' is
@@ -56,7 +56,7 @@ class PixArt:
         from helpers.families.loading.vae import Vae
         from helpers.families.text.t5_source import T5Source
 
-        self.base = BaseModel.open(self.facts.name, ("transformer", "vae", "scheduler"), options, cache)
+        self.base = BaseModel.open(self.facts, ("transformer", "vae", "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "transformer", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=PATCH)
@@ -168,7 +168,16 @@ class FromEmbeddings:
 class PixArtAlpha(PixArt):
     """The network for 1024 pixels is told height, width and aspect of the picture; those for less are not."""
 
-    facts = Facts("pixart_alpha", "PixArt Alpha", DEFAULTS, OPTIONS, judge=_judge)
+    facts = FamilyFacts(
+        name="pixart_alpha",
+        title="PixArt Alpha",
+        defaults=DEFAULTS,
+        wrapper="./train_sdxl.sh",
+        setting="PIXART_ALPHA='true'",
+        pipelines=("PixArtAlphaPipeline",),
+        options=OPTIONS,
+        judge=_judge,
+    )
     pipeline_class = "PixArtAlphaPipeline"
     tokens = 120
     code = "https://github.com/PixArt-alpha/PixArt-alpha"
@@ -177,7 +186,16 @@ class PixArtAlpha(PixArt):
 class PixArtSigma(PixArt):
     """Reads longer captions, has SDXL's VAE, and is not told sizes."""
 
-    facts = Facts("pixart_sigma", "PixArt Sigma", DEFAULTS, OPTIONS, judge=_judge)
+    facts = FamilyFacts(
+        name="pixart_sigma",
+        title="PixArt Sigma",
+        defaults=DEFAULTS,
+        wrapper="./train_sdxl.sh",
+        setting="PIXART_SIGMA='true'",
+        pipelines=("PixArtSigmaPipeline",),
+        options=OPTIONS,
+        judge=_judge,
+    )
     pipeline_class = "PixArtSigmaPipeline"
     tokens = 300
     code = "https://github.com/PixArt-alpha/PixArt-sigma"

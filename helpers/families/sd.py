@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.facts import Facts, Settings
+from helpers.config.facts import FamilyFacts, Settings
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
 from helpers.families.networks import condition, img2img
@@ -43,9 +43,11 @@ class StableDiffusion:
     the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
     """
 
-    facts = Facts(
+    facts = FamilyFacts(
         name="sd2x",
-        title="Stable Diffusion",
+        title="Stable Diffusion 1 and 2",
+        wrapper="./train_sd2x.sh",
+        pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
         options=UNET_OPTIONS | {"long_captions"},
         img2img=True,
         controlnet=True,
@@ -61,7 +63,7 @@ class StableDiffusion:
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
 
-        self.base = BaseModel.open("sd2x", ("unet", "vae", "text_encoder", "tokenizer", "scheduler"), options, cache)
+        self.base = BaseModel.open(self.facts, ("unet", "vae", "text_encoder", "tokenizer", "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.facts import Facts, Settings
+from helpers.config.facts import FamilyFacts, Settings
 from helpers.config.options import OPTIONS
 from helpers.errors import ModelError
 from helpers.families.loading.base_model import BaseModel
@@ -77,10 +77,12 @@ class StableDiffusion3:
     3.5 differs in what the transformer's own config says: norms of queries and keys, and a second attention in some layers.
     """
 
-    facts = Facts(
+    facts = FamilyFacts(
         name="sd3",
         title="Stable Diffusion 3",
         defaults={"aspect_bucket_alignment": 64},
+        wrapper="./train_sd3.sh",
+        pipelines=("StableDiffusion3Pipeline",),
         options=frozenset(
             {"tokenizer_max_length", "pretrained_t5_model_name_or_path", "sd3_uses_diffusion", "sd3_caption_dropout", *FLOW_OPTIONS}
         ),
@@ -99,7 +101,7 @@ class StableDiffusion3:
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
 
-        self.base = BaseModel.open("sd3", ("transformer", "vae", *CLIP_FOLDERS, "scheduler"), options, cache)
+        self.base = BaseModel.open(self.facts, ("transformer", "vae", *CLIP_FOLDERS, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "transformer", options, cache)
         self.transformer = self.base.config("transformer")
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")

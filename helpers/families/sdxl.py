@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.facts import Facts
+from helpers.config.facts import FamilyFacts
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
 from helpers.families.networks import condition, img2img, sdxl_inputs
@@ -31,9 +31,12 @@ ENCODERS = ("", "_2")  # suffixes of their folders
 class SDXL:
     """SDXL base: two CLIP encoders, size and crop conditioning, a U-Net on latents of 4 channels at an eighth of the pixels."""
 
-    facts = Facts(
+    facts = FamilyFacts(
         name="sdxl",
         title="SDXL",
+        wrapper="./train_sdxl.sh",
+        pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+        accepts=sdxl_inputs.has_first_encoder,
         options=UNET_OPTIONS | {"sdxl_original_size", "long_captions"},
         img2img=True,
         controlnet=True,
@@ -48,7 +51,7 @@ class SDXL:
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
 
-        self.base = BaseModel.open("sdxl", ("unet", "vae", *TEXT, "scheduler"), options, cache)
+        self.base = BaseModel.open(self.facts, ("unet", "vae", *TEXT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")

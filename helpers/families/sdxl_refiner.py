@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.facts import Facts
+from helpers.config.facts import FamilyFacts
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
 from helpers.families.networks import img2img, sdxl_inputs
@@ -33,10 +33,13 @@ class SDXLRefiner:
     pictures of the data rather than from noise.
     """
 
-    facts = Facts(
+    facts = FamilyFacts(
         name="sdxl_refiner",
         title="SDXL refiner",
         defaults={"refiner_training": True},
+        wrapper="./train_sdxl.sh",
+        pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+        accepts=lambda index: not sdxl_inputs.has_first_encoder(index),
         options=UNET_OPTIONS | {"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range", "long_captions"},
         img2img=True,
     )
@@ -48,7 +51,7 @@ class SDXLRefiner:
     def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
 
-        self.base = BaseModel.open("sdxl_refiner", ("unet", "vae", *TEXT, "scheduler"), options, cache)
+        self.base = BaseModel.open(self.facts, ("unet", "vae", *TEXT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")

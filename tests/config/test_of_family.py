@@ -8,11 +8,13 @@ from collections.abc import Callable
 import pytest
 
 from helpers.config.config import Config
-from helpers.config.facts import Facts
+from helpers.config.facts import FamilyFacts
 from helpers.errors import ConfigError
 
-REFINER = Facts("refiner", "the refiner", defaults={"refiner_training": True, "lora_rank": 4}, options=frozenset({"data_aesthetic_score"}))
-FAMILIES = {"sdxl": Facts("sdxl", "SDXL"), "refiner": REFINER}
+REFINER = FamilyFacts(
+    "refiner", "the refiner", defaults={"refiner_training": True, "lora_rank": 4}, options=frozenset({"data_aesthetic_score"})
+)
+FAMILIES = {"sdxl": FamilyFacts("sdxl", "SDXL"), "refiner": REFINER}
 
 
 def test_its_defaults_count_where_nobody_set_anything(read: Callable[..., Config]) -> None:
@@ -23,7 +25,9 @@ def test_its_defaults_count_where_nobody_set_anything(read: Callable[..., Config
 
 
 def test_what_it_refuses_is_refused(read: Callable[..., Config]) -> None:
-    refuses = Facts("refiner", "the refiner", judge=lambda settings: ["--lora_rank is too small."] if settings["lora_rank"] == 8 else [])
+    refuses = FamilyFacts(
+        "refiner", "the refiner", judge=lambda settings: ["--lora_rank is too small."] if settings["lora_rank"] == 8 else []
+    )
     with pytest.raises(ConfigError, match="too small"):
         read("--lora_rank=8").of_family(refuses)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.env_file import EnvFile
-from helpers.config.facts import Facts, Settings
+from helpers.config.facts import Facts, FamilyFacts, Settings
 from helpers.config.read import FactsByAxis, read_config
 from helpers.config.sources import from_flags, from_preset, from_variables
 from helpers.errors import ConfigError
@@ -31,7 +31,7 @@ def test_what_is_required_is_asked_for_by_name(folder: Path) -> None:
 
 
 def test_the_strongest_source_wins(read: Read) -> None:
-    facts = FactsByAxis(families={"sdxl": Facts("sdxl", "SDXL", defaults={"learning_rate": 1.0, "lora_rank": 1, "lora_alpha": 1.0})})
+    facts = FactsByAxis(families={"sdxl": FamilyFacts("sdxl", "SDXL", defaults={"learning_rate": 1.0, "lora_rank": 1, "lora_alpha": 1.0})})
     config = read(
         "--learning_rate=4", facts=facts, LEARNING_RATE="2", LORA_RANK="2", TRAINER_EXTRA_ARGS="--learning_rate=3 --lora_dropout 0.3"
     )

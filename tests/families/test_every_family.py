@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler
 import train
 from helpers.config.options import AdapterOptions
 from helpers.families import FAMILIES
-from helpers.families.loading.base_model import SETTINGS
+from helpers.families.loading.locate import SETTINGS
 from helpers.families.tiny import MINIATURES
 from helpers.methods.full import FullFineTune
 from helpers.methods.lora import Lora

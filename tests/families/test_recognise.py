@@ -12,7 +12,8 @@ import pytest
 
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.errors import ModelError
-from helpers.families.loading.recognise import FAMILY_OF_PIPELINE, KINDS, recognise
+from helpers.families import family_facts
+from helpers.families.loading.recognise import family_of, recognise
 from helpers.families.tiny import MINIATURES
 from tests.families.conftest import family_name, open_family
 
@@ -43,22 +44,22 @@ def test_a_base_model_is_of_the_family_of_its_wrapper_or_of_one_that_shares_it(
 @pytest.mark.parametrize(
     ("name", "wrapper", "said"),
     [
-        ("sdxl", "sd2x", "is SDXL (a StableDiffusionXLPipeline), not Stable Diffusion 1 or 2: it is trained by ./train_sdxl.sh."),
-        ("sdxl_refiner", "sd2x", "is the SDXL refiner (a StableDiffusionXLImg2ImgPipeline), not"),
-        ("sd1", "sdxl", "is Stable Diffusion 1 or 2 (a StableDiffusionPipeline), not SDXL: it is trained by ./train_sd2x.sh."),
-        ("sd2", "sdxl", "it is trained by ./train_sd2x.sh."),
-        ("sd3", "sdxl", "is Stable Diffusion 3 (a StableDiffusion3Pipeline), not SDXL: it is trained by ./train_sd3.sh."),
-        ("sdxl", "sd3", "is SDXL (a StableDiffusionXLPipeline), not Stable Diffusion 3: it is trained by ./train_sdxl.sh."),
+        ("sdxl", "sd2x", "is of SDXL (StableDiffusionXLPipeline), not of Stable Diffusion 1 and 2: train it with ./train_sdxl.sh."),
+        ("sdxl_refiner", "sd2x", "is of SDXL refiner (StableDiffusionXLImg2ImgPipeline), not of"),
+        ("sd1", "sdxl", "is of Stable Diffusion 1 and 2 (StableDiffusionPipeline), not of SDXL: train it with ./train_sd2x.sh."),
+        ("sd2", "sdxl", "train it with ./train_sd2x.sh."),
+        ("sd3", "sdxl", "is of Stable Diffusion 3 (StableDiffusion3Pipeline), not of SDXL: train it with ./train_sd3.sh."),
+        ("sdxl", "sd3", "is of SDXL (StableDiffusionXLPipeline), not of Stable Diffusion 3: train it with ./train_sdxl.sh."),
         (
             "deepfloyd_1",
             "sd2x",
-            "is DeepFloyd IF, stage I (an IFPipeline), not Stable Diffusion 1 or 2: it is trained by ./train_sd2x.sh with",
+            "is of DeepFloyd IF stage I (IFPipeline), not of Stable Diffusion 1 and 2: train it with ./train_sd2x.sh with",
         ),
         ("deepfloyd_2", "deepfloyd_1", "./train_sd2x.sh with MODEL_TYPE='deepfloyd-stage2-lora' or 'deepfloyd-stage2'."),
         ("deepfloyd_1", "deepfloyd_2", "./train_sd2x.sh with MODEL_TYPE='deepfloyd-lora' or 'deepfloyd-full'."),
-        ("sd2", "deepfloyd_1", "not DeepFloyd IF, stage I: it is trained by ./train_sd2x.sh without MODEL_TYPE='deepfloyd-lora' or"),
-        ("sdxl", "deepfloyd_1", "not DeepFloyd IF, stage I: it is trained by ./train_sdxl.sh without MODEL_TYPE='deepfloyd-lora' or"),
-        ("sd3", "pixart_sigma", "not PixArt Sigma: it is trained by ./train_sd3.sh without PIXART_SIGMA='true'."),
+        ("sd2", "deepfloyd_1", "not of DeepFloyd IF stage I: train it with ./train_sd2x.sh without MODEL_TYPE='deepfloyd-lora' or"),
+        ("sdxl", "deepfloyd_1", "not of DeepFloyd IF stage I: train it with ./train_sdxl.sh without MODEL_TYPE='deepfloyd-lora' or"),
+        ("sd3", "pixart_sigma", "not of PixArt Sigma: train it with ./train_sd3.sh without PIXART_SIGMA='true'."),
     ],
 )
 def test_a_base_model_of_another_wrapper_is_refused_with_its_name(
@@ -76,15 +77,27 @@ def test_a_family_refuses_a_base_model_of_another(name: str, miniature: Callable
         open_family(other, miniature(name), tmp_path)
 
 
-@pytest.mark.parametrize("pipeline", FAMILY_OF_PIPELINE)
-def test_every_pipeline_that_is_known_is_told_from_the_others(pipeline: str, tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "text_encoder": ["transformers", "CLIPTextModel"]}))
-    for asked in ("sd2x", "sdxl", "sd3"):
-        if KINDS[FAMILY_OF_PIPELINE[pipeline]].command == KINDS[asked].command:
-            assert recognised(asked, tmp_path) == FAMILY_OF_PIPELINE[pipeline]
+@pytest.mark.parametrize(("name", "pipeline"), [(name, kind) for name, facts in family_facts().items() for kind in facts.pipelines])
+def test_every_pipeline_of_a_family_is_recognized_or_refused_with_its_command(name: str, pipeline: str, tmp_path: Path) -> None:
+    indexes = [{"_class_name": pipeline, "text_encoder": encoder} for encoder in (["transformers", "CLIPTextModel"], [None, None])]
+    [index] = [index for index in indexes if family_facts()[name].accepts(index)][:1]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for asked, facts in family_facts().items():
+        if facts.command == family_facts()[name].command:
+            assert recognised(asked, tmp_path) == name
         else:
-            with pytest.raises(ModelError, match=r"it is trained by \./train_\w+\.sh"):
+            with pytest.raises(ModelError, match=r"train it with \./train_\w+\.sh"):
                 recognised(asked, tmp_path)
+
+
+def test_no_model_index_belongs_to_two_families() -> None:
+    for facts in family_facts().values():
+        for pipeline in facts.pipelines:
+            for encoder in (["transformers", "CLIPTextModel"], [None, None]):
+                index = {"_class_name": pipeline, "text_encoder": encoder}
+                accepting = [other.name for other in family_facts().values() if pipeline in other.pipelines and other.accepts(index)]
+                assert len(accepting) == 1
+                assert getattr(family_of(index), "name", None) == accepting[0]
 
 
 def test_weights_in_a_format_that_runs_code_are_named_at_once(miniature: Callable[[str], Path], tmp_path: Path) -> None:
@@ -101,5 +114,5 @@ def test_a_pipeline_that_nothing_trains_is_named(miniature: Callable[[str], Path
     shutil.copytree(miniature("sd1"), copy)
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
-    with pytest.raises(ModelError, match="is a StableDiffusionInpaintPipeline, which cannot be trained here"):
+    with pytest.raises(ModelError, match="has the pipeline StableDiffusionInpaintPipeline, which cannot be trained"):
         recognised("sd2x", copy)

@@ -153,7 +153,7 @@ def test_other_models_and_broken_ones_are_named(model: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError, match="has no tokenizer_2 folder"):
         make(copy, tmp_path)
     (copy / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
-    with pytest.raises(ModelError, match="is Stable Diffusion 3 .*, not SDXL: it is trained by ./train_sd3.sh"):
+    with pytest.raises(ModelError, match="is of Stable Diffusion 3 .*, not of SDXL: train it with ./train_sd3.sh"):
         make(copy, tmp_path)
     (copy / "model_index.json").unlink()
     with pytest.raises(ModelError, match=r"no model_index\.json"):

@@ -134,7 +134,7 @@ def refusal(path: Path, tmp_path: Path, config: Path | None = None, family: str 
 
 def test_a_file_of_another_family_names_its_wrapper(miniature: Callable[[str], Path], tmp_path: Path) -> None:
     file = write_single_file(miniature("sd1"), tmp_path / "model.safetensors")
-    assert "it is trained by ./train_sd2x.sh" in refusal(file, tmp_path, miniature("sd1"))
+    assert "train it with ./train_sd2x.sh" in refusal(file, tmp_path, miniature("sd1"))
 
 
 def test_settings_that_cannot_be_fetched_are_asked_for(miniature: Callable[[str], Path], tmp_path: Path) -> None:

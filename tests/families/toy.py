@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helpers.config.facts import Facts
+from helpers.config.facts import FamilyFacts
 from helpers.config.options import CacheOptions, DataOptions, ModelOptions
 from helpers.data.batches import Batch
 from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
@@ -44,7 +44,7 @@ class Characters:
 
 
 class Toy:
-    facts = Facts(name="toy", title="Toy", defaults={"learning_rate": 2e-3})
+    facts = FamilyFacts(name="toy", title="Toy", defaults={"learning_rate": 2e-3})
     latents = LatentSpec(channels=3, downsampling=8)
     refines = False
     notes = ("a toy of one convolution",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,44 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.errors import ModelError
 from helpers.families.loading import folder as files
-from helpers.families.loading import single_file
 from helpers.families.loading.components import load_component, outline, require_components
 from helpers.families.loading.hashes import WeightsHashes
 from helpers.families.loading.integrity import settings_file
+from helpers.families.loading.locate import locate
 from helpers.families.loading.recognise import require_family
 
 if TYPE_CHECKING:
+    from helpers.config.facts import FamilyFacts
     from helpers.config.options import CacheOptions, ModelOptions
-
-T5_CLASSES = ("T5EncoderModel", "MT5EncoderModel")  # as a model_index.json names them: not fetched where T5 comes from elsewhere
-
-SETTINGS = ("*.json", "*.txt", "*.model")  # of a model folder: how its parts are built, and the tables of its tokenizers
-
-
-def locate(options: ModelOptions, cache: CacheOptions) -> Path:
-    """The folder of the base model: named, fetched from the hub, or made of a single file. Raises ModelError when there is none."""
-    path = Path(options.pretrained_model_name_or_path).expanduser()
-    if path.is_file():
-        with_t5 = not options.pretrained_t5_model_name_or_path
-        return single_file.converted(path, options.single_file_config, cache.cache_dir, with_t5)
-    without = T5_CLASSES if options.pretrained_t5_model_name_or_path else ()
-    return files.locate(options.pretrained_model_name_or_path, options.revision, options.variant, without)
-
-
-def without_weights(options: ModelOptions) -> ModelOptions:
-    """The options for a look at the data, which asks for the sizes of latents and the lengths of captions and so needs no weights.
-
-    Of models on the hub they name folders with the settings and tokenizers, which is all that is fetched. Raises ModelError where the hub
-    does not give them.
-    """
-    revisions = {"pretrained_model_name_or_path": options.revision, "pretrained_vae_model_name_or_path": None}
-    named = {option: getattr(options, option) for option in revisions}
-    fetched: dict[str, Any] = {
-        option: str(files.fetch(f"--{option}", name, SETTINGS, revisions[option]))
-        for option, name in named.items()
-        if name and not Path(name).expanduser().exists()
-    }
-    return dataclasses.replace(options, needs_weights=False, **fetched)
 
 
 @dataclass(frozen=True)
@@ -62,7 +32,7 @@ class BaseModel:
     settings: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of components that were asked for: names of layers ask often
 
     @classmethod
-    def open(cls, family: str, components: Sequence[str], options: ModelOptions, cache: CacheOptions) -> BaseModel:
+    def open(cls, family: FamilyFacts, components: Sequence[str], options: ModelOptions, cache: CacheOptions) -> BaseModel:
         """The base model, fetched if need be. Raises ModelError when it is of another family or lacks one of `components`."""
         name = options.pretrained_model_name_or_path
         found = locate(options, cache)

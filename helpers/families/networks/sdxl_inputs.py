@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from helpers.data.base.sample import Geometry
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     from helpers.data.batches import Batch
     from helpers.protocols import TextTensors
+
+
+def has_first_encoder(index: Mapping[str, Any]) -> bool:
+    """Whether a model_index.json names a first text encoder: SDXL has two, its refiner only the second."""
+    return bool((index.get("text_encoder") or [None])[0])
 
 
 def size_and_crop(geometry: Geometry, original_size: str) -> list[int]:
