@@ -30,12 +30,13 @@ from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, ScanResult, scan
 from helpers.data.encode.fill import available_threads
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
-from helpers.data.report.dataset_report import Memory, caption_report, dataset_report
+from helpers.data.report.dataset_report import caption_report, dataset_report
 from helpers.data.report.survey import Thumbnail
 from helpers.data.report.thumbnails import PER_DATASET, thumbnails
 from helpers.families.text.clip import ClipCaptionLengths
 from helpers.reporting.html_report import page
 from helpers.storage.local import LocalSource
+from helpers.storage.memo import Memo
 
 TOKENIZERS = Path(__file__).resolve().parent.parent / "demo" / "model"
 PHOTOGRAPH = (4000, 3000)
@@ -51,7 +52,7 @@ class Report:
     catalogue: Catalogue
     planned: BucketPlan
     result: ScanResult
-    memory: Path
+    memo: Path
 
     def __enter__(self) -> Report:
         return self
@@ -61,13 +62,11 @@ class Report:
 
     def seconds(self, cold: bool) -> float:
         if cold:
-            self.memory.unlink(missing_ok=True)
+            shutil.rmtree(self.memo, ignore_errors=True)
         began = time.perf_counter()
         told = dataset_report([self.result], self.planned, self.catalogue)
-        memory = Memory(self.memory)
         lengths = ClipCaptionLengths([TOKENIZERS / "tokenizer", TOKENIZERS / "tokenizer_2"], "benchmark")
-        told["datasets"][0]["captions"] = caption_report("benchmark", self.catalogue, lengths, memory)
-        memory.save()
+        told["datasets"][0]["captions"] = caption_report("benchmark", self.catalogue, lengths, Memo(self.memo))
         self.page = page(told, [])
         return time.perf_counter() - began
 
@@ -90,7 +89,7 @@ def many_images(folder: Path, count: int) -> Report:
     found = catalogue.columns("benchmark")
     planned = plan([DatasetColumns("benchmark", RULE, found.rows, found.width, found.height)])
     result = ScanResult("benchmark", count + count // 10, count, count // 10, {"no caption": count // 10}, 0, 0, 0, 0)
-    return Report(catalogue, planned, result, folder / "tokens.json")
+    return Report(catalogue, planned, result, folder / "memo")
 
 
 @dataclass
@@ -100,17 +99,17 @@ class Sheet:
     pictures: Path
     catalogue: Catalogue
     planned: BucketPlan
-    memory: Path
+    memo: Path
 
     def seconds(self, cold: bool) -> float:
         if cold:
-            self.memory.unlink(missing_ok=True)
+            shutil.rmtree(self.memo, ignore_errors=True)
         began = time.perf_counter()
         self.made()
         return time.perf_counter() - began
 
     def made(self) -> list[Thumbnail]:
-        return thumbnails(self.planned, [LocalSource(self.pictures)], self.catalogue, Memory(self.memory), available_threads())
+        return thumbnails(self.planned, [LocalSource(self.pictures)], self.catalogue, Memo(self.memo), available_threads())
 
     def bare(self) -> float:
         """Seconds to decode the photographs in as many threads."""
@@ -128,7 +127,7 @@ def photographs(folder: Path, size: tuple[int, int]) -> Sheet:
     scan(LocalSource(pictures), DatasetRules("benchmark", RULE, CaptionRule("filename")), catalogue)
     found = catalogue.columns("benchmark")
     planned = plan([DatasetColumns("benchmark", RULE, found.rows, found.width, found.height)])
-    return Sheet(pictures, catalogue, planned, folder / "thumbnails.json")
+    return Sheet(pictures, catalogue, planned, folder / "memo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

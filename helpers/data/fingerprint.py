@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from helpers.config.datasets import DatasetConfig
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.plan.buckets import BucketPlan
-from helpers.data.remembered import Remembered, inputs_digest
 from helpers.storage.backend import SourceBackend
+from helpers.storage.memo import Memo, digest_of
 
 UNREAD = "images_unread"  # of the plan's rows, in the checkpoint
 
@@ -29,7 +29,7 @@ class DataFingerprint:
     """Computed when first asked for, and anew until every image, and every condition, has been read.
 
     `sources` are those of the data sets and of their conditions, by id.
-    `inputs` is a digest of what the images and captions in use are; under it the answer is kept in `remembered` for later starts.
+    `inputs` is a digest of what the images and captions in use are; under it the result is kept in `memo` for later starts.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class DataFingerprint:
         catalogue: Catalogue,
         fixed: Mapping[str, str],
         inputs: Callable[[], str] = lambda: "",
-        remembered: Remembered | None = None,
+        memo: Memo | None = None,
     ) -> None:
         self._plan = plan
         self._datasets = datasets
@@ -48,7 +48,7 @@ class DataFingerprint:
         self._catalogue = catalogue
         self._settings = fixed
         self._inputs = inputs
-        self._remembered = remembered
+        self._memo = memo
         self._complete: dict[str, str] | None = None
 
     def __call__(self, like: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -85,14 +85,15 @@ class DataFingerprint:
 
     def _of_all_images(self) -> dict[str, str]:
         if self._complete is None:
-            inputs = inputs_digest(self._inputs(), self._settings)
-            self._complete = self._remembered.value("fingerprint", inputs) if self._remembered is not None else None
-            if self._complete is None:
-                contents = (content for dataset in self._datasets for content in self._catalogue.contents(dataset.id))
-                self._complete = self._told(self._images(contents, itertools.repeat(False)))
-                if self._remembered is not None:
-                    self._remembered.keep("fingerprint", inputs, self._complete)
+            if self._memo is None:
+                self._complete = self._computed()
+            else:
+                self._complete = self._memo.recall("fingerprint", digest_of(self._inputs(), self._settings), self._computed)
         return self._complete
+
+    def _computed(self) -> dict[str, str]:
+        contents = (content for dataset in self._datasets for content in self._catalogue.contents(dataset.id))
+        return self._told(self._images(contents, itertools.repeat(False)))
 
     def _images(self, contents: Iterable[str | None], left_aside: Iterable[bool]) -> str:
         """One digest of all images, in the order of the plan."""

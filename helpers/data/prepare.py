@@ -40,10 +40,8 @@ from helpers.data.planning import (
     save_plan,
     without_a_face,
 )
-from helpers.data.remembered import Remembered, inputs_digest
 from helpers.data.report.dataset_report import (
     REPORT,
-    Memory,
     caption_report,
     conditions_report,
     cut_off_line,
@@ -58,6 +56,7 @@ from helpers.data.settings import DataSettings
 from helpers.data.sources import extra_texts_place, open_caches, open_source, texts_place
 from helpers.data.training_data import CachedRecords, PreparedDataset, Recall, TrainingData
 from helpers.storage.atomic import write_json
+from helpers.storage.memo import Memo, digest_of
 
 if TYPE_CHECKING:
     from helpers.data.cache.cache import Cache
@@ -111,7 +110,7 @@ class _Preparation:
         self.faceless: dict[str, NDArray[np.int64]] = {}  # there too
         self.told: dict[int, str] = {}  # failures that stand in the report
         self.is_survey = False  # then the report is what was asked for
-        self.remembered = Remembered(settings.cache_dir / "remembered")
+        self.memo = Memo(settings.cache_dir / "memo")
         self.unread = 0  # images whose bytes were not known when the data was last surveyed; in the first process
 
     # -- scan and plan --------------------------------------------------------------------------------------------------
@@ -154,12 +153,13 @@ class _Preparation:
         """Lay the plan into a folder, unless the one that lies there was made from just the same."""
         has_faces = any(dataset.crop and dataset.crop_style == "face" for dataset in self.datasets)
         inputs = self._inputs()
-        if not has_faces and self.remembered.value("plan", inputs) is not None and has_plan(folder):
+        if not has_faces and self.memo.load_value("plan", inputs) is not None and has_plan(folder):
             return
         columns = self._columns(0)
         self.faceless = without_a_face(columns)
+        self.memo.forget("plan")  # first: a start killed while it writes leaves files that no memo vouches for
         save_plan(plan(columns), folder)
-        self.remembered.keep("plan", inputs, str(folder))
+        self.memo.save_value("plan", inputs, str(folder))
 
     def _inputs(self) -> str:
         return plan_inputs(self.datasets, self.catalogue, self.settings.seed)
@@ -167,7 +167,7 @@ class _Preparation:
     def _is_surveyed(self) -> bool:
         """Whether the report of an earlier start is there and still tells what there is to tell."""
         report = self.settings.output_dir / REPORT
-        known = self.remembered.value("survey", inputs_digest(self._inputs(), report))
+        known = self.memo.load_value("survey", digest_of(self._inputs(), report))
         if known is None or self.faceless or not (report.is_file() and report.with_suffix(".html").is_file()):
             return False
         self.unread = known["unread"]
@@ -181,19 +181,16 @@ class _Preparation:
         told = dataset_report(self.scanned, self.plan, self.catalogue, self.faceless, failed)
         if self.scanned_conditions:
             told["conditions"] = conditions_report(self.scanned_conditions, self.catalogue)
-        folder = self.settings.cache_dir / "report"
-        lengths, tokens = self.family.caption_lengths(), Memory(folder / "tokens.json")
+        lengths = self.family.caption_lengths()
         for entry in told["datasets"]:
-            entry["captions"] = caption_report(entry["id"], self.catalogue, lengths, tokens)
-        tokens.save()
+            entry["captions"] = caption_report(entry["id"], self.catalogue, lengths, self.memo)
         self.told, self.unread = dict(failed), self._count_unread()
         report = self.settings.output_dir / REPORT
         write_json(report, told)
         trained = restricted(self.plan, np.flatnonzero(~np.isin(self.plan.columns["row"], list(failed)))) if failed else self.plan
-        pictures = Memory(folder / "thumbnails.json")
-        self.report.surveyed(Survey(told, lambda: thumbnails(trained, self.sources, self.catalogue, pictures, self.settings.threads)))
+        self.report.surveyed(Survey(told, lambda: thumbnails(trained, self.sources, self.catalogue, self.memo, self.settings.threads)))
         if not failed:
-            self.remembered.keep("survey", inputs_digest(self._inputs(), report), {"unread": self.unread})
+            self.memo.save_value("survey", digest_of(self._inputs(), report), {"unread": self.unread})
 
     def _tell_of_unread_captions(self) -> None:
         """Names of files are the default: who has written captions beside the pictures should not find out by the result."""
@@ -273,8 +270,8 @@ class _Preparation:
             with self.workers.phase():
                 self.text_caches = open_caches(places, lambda note: self.report.chapter("cache", note))
                 marks = [cache.mark() for cache in self.text_caches]
-                inputs = inputs_digest(self._inputs(), encoders.fingerprint, options.cache_dtype, marks)
-                cached = self.remembered.value("captions", inputs)  # how many of the data there are, all of them cached
+                inputs = digest_of(self._inputs(), encoders.fingerprint, options.cache_dtype, marks)
+                cached = self.memo.load_value("captions", inputs)  # how many of the data there are, all of them cached
                 wanted = [list(self.catalogue.captions(dataset.id)) if cached is None else [] for dataset in self.datasets]
                 wanted.append(self.extra_captions)
                 filled = [
@@ -287,7 +284,7 @@ class _Preparation:
         if cached is None:
             cached = sum(map(len, wanted[:-1]))
             if self.workers.is_first:
-                self.remembered.keep("captions", inputs, cached)
+                self.memo.save_value("captions", inputs, cached)
         needed = cached + len(self.extra_captions)
         self.report.chapter("text", gathered(filled, self.workers).describe(needed, "the text encoders"))
         if cut_off:
@@ -299,13 +296,13 @@ class _Preparation:
         limit = lengths.limit
         if limit is None or not self.workers.is_first:
             return 0
-        inputs = inputs_digest(self._inputs(), lengths.fingerprint)
-        known = self.remembered.value("truncated", inputs)
-        if known is None:
+        inputs = digest_of(self._inputs(), lengths.fingerprint)
+
+        def count() -> int:
             captions = {caption for dataset in self.datasets for caption in self.catalogue.captions(dataset.id)}
-            known = sum(length > limit for length in lengths.of(sorted(captions)))
-            self.remembered.keep("truncated", inputs, known)
-        return int(known)
+            return sum(length > limit for length in lengths.of(sorted(captions)))
+
+        return self.memo.recall("truncated", inputs, count)
 
     def _why_uncached(self) -> str:
         entries = sorted({dataset.text_entry.id for dataset in self.datasets if dataset.text_entry is not None})
@@ -392,12 +389,12 @@ class _Preparation:
         }
         if pairs := [(dataset.id, of) for dataset, of in zip(self.datasets, self._conditions(), strict=True) if of is not None]:
             fixed["conditions"] = ", ".join(f"{name} {conditions.fact}" for name, conditions in pairs)
-        remembered = self.remembered if self.workers.is_first else None
+        memo = self.memo if self.workers.is_first else None
         sources = {
             **dict(zip((dataset.id for dataset in self.datasets), self.sources, strict=True)),
             **self.condition_sources,
         }
-        return DataFingerprint(self.plan, self.datasets, sources, self.catalogue, fixed, self._inputs, remembered)
+        return DataFingerprint(self.plan, self.datasets, sources, self.catalogue, fixed, self._inputs, memo)
 
 
 def _part_in_the_mix(dataset: DatasetConfig) -> str:

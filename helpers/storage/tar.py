@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import posixpath
 import tarfile
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from helpers.errors import DataError
@@ -88,6 +89,27 @@ class TarIndex:
     members: Members
     problems: tuple[Member, ...]  # those that cannot be read, in the order of the tar
     damage: str = ""  # why the tar was not read to its end, as "kind: detail"
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON and the members' arrays, for a memo on this machine."""
+        parts = self.members.parts
+        head = {
+            "version": astuple(self.version),
+            "problems": [astuple(member) for member in self.problems],
+            "damage": self.damage,
+            "lengths": [len(part) for part in parts],
+        }
+        return json.dumps(head).encode() + b"\n" + b"".join(parts)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> TarIndex:
+        """What `to_bytes` gave."""
+        line, _, arrays = data.partition(b"\n")
+        head = json.loads(line)
+        ends = list(itertools.accumulate(head["lengths"]))
+        names, *numbers = (arrays[end - length : end] for end, length in zip(ends, head["lengths"], strict=True))
+        members = Members(names, *(array("Q", part) for part in numbers))
+        return cls(Version(*head["version"]), members, tuple(Member(*facts) for facts in head["problems"]), head["damage"])
 
 
 def read_index(path: Path) -> TarIndex:
@@ -222,11 +244,6 @@ def _refuse_other_formats(path: Path, beginning: bytes) -> None:
             tarfile.TarInfo.frombuf(beginning, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             raise DataError(f"{path} is not a tar; name tars in urls.") from None
-
-
-def version_of(path: Path) -> Version:
-    """OSError when there is no such file."""
-    return _version(path.stat())
 
 
 def _version(found: os.stat_result) -> Version:

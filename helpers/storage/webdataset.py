@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import posixpath
+import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from typing import BinaryIO, cast
 
 from helpers.errors import DataError
 from helpers.storage.backend import Entry
-from helpers.storage.kept_index import kept_index
+from helpers.storage.memo import Memo, digest_of, file_state
 from helpers.storage.tar import Member, Section, TarIndex, read_index, read_member
 
 PICKLED = frozenset({".pyd", ".pickle", ".pkl", ".pt", ".pth"})
@@ -31,6 +32,7 @@ CAPTION = ".txt"  # in which every caption is shown
 CAPTIONS = (CAPTION, ".TXT", ".caption", ".json")  # where it may stand
 JSON_FIELD = "caption"
 
+_INDEX = "tar index 2"  # raise it when `TarIndex.to_bytes` changes
 _THREADS = 8  # that read headers: on network file systems most of the time is waiting
 
 
@@ -79,7 +81,7 @@ class _Shard:
 
     def __init__(self, path: Path, pictures: Collection[str], indices: Path | None) -> None:
         self.path = path
-        self._indices = indices
+        self._memo = None if indices is None else Memo(indices)
         self._pictures = pictures
         self._index: TarIndex | None = None
         self._lock = threading.Lock()
@@ -89,10 +91,21 @@ class _Shard:
         with self._lock:
             if self._index is None:
                 try:
-                    self._index = kept_index(self.path, self._indices) if self._indices else read_index(self.path)
+                    self._index = self._recalled() if self._memo else read_index(self.path)
                 except OSError as error:
                     raise DataError(f"{self.path} cannot be read: {error.strerror or error}; check the urls.") from error
             return self._index
+
+    def _recalled(self) -> TarIndex:
+        """The index from the memo, where the tar is still the same; else read anew and stored there."""
+        assert self._memo is not None
+        name, inputs = f"index of {self.path.absolute()}", digest_of(_INDEX, sys.byteorder, file_state(self.path))
+        stored = self._memo.load_bytes(name, inputs)
+        if stored is not None:
+            return TarIndex.from_bytes(stored)
+        index = read_index(self.path)
+        self._memo.save_bytes(name, inputs, index.to_bytes())
+        return index
 
     def entries(self, shard: str) -> Iterator[Entry]:
         index = self.index

@@ -15,7 +15,8 @@ from helpers.data.catalogue.scan import DatasetRules, ScanResult, scan
 from helpers.data.catalogue.table_join import JoinedTable
 from helpers.data.plan.buckets import DatasetColumns, plan
 from helpers.data.plan.targets import ResolutionRule
-from helpers.data.report.dataset_report import Memory, caption_report, dataset_report, summary
+from helpers.data.report.dataset_report import caption_report, dataset_report, summary
+from helpers.storage.memo import Memo
 from tests.data.toys import WordLengths
 from tests.storage.memory import MemoryBackend
 
@@ -106,7 +107,7 @@ def test_captions_that_several_images_share_are_listed_commonest_first(tmp_path:
     files = {f"{name}.png": picture(1000, 1500) for name in captions} | {f"{name}.txt": text.encode() for name, text in captions.items()}
     with Catalogue(tmp_path / "catalogue.sqlite") as catalogue:
         scanned(catalogue, files)
-        told = caption_report("set", catalogue, WordLengths(), Memory(tmp_path / "tokens.json"))
+        told = caption_report("set", catalogue, WordLengths(), Memo(tmp_path / "memo"))
     assert told["shared"] == [{"caption": "a dog", "images": 3}, {"caption": "a cat", "images": 2}]
 
 
@@ -125,10 +126,7 @@ def test_captions_are_measured_in_tokens_and_again_only_when_they_or_the_tokeniz
     lengths = CountingLengths()
 
     def told() -> dict[str, object]:
-        memory = Memory(tmp_path / "memory" / "tokens.json")
-        content = caption_report("set", catalogue, lengths, memory)
-        memory.save()
-        return json.loads(json.dumps(content))
+        return json.loads(json.dumps(caption_report("set", catalogue, lengths, Memo(tmp_path / "memo"))))
 
     with Catalogue(tmp_path / "catalogue.sqlite") as catalogue:
         scanned(catalogue, files)
@@ -148,25 +146,6 @@ def test_of_very_many_captions_an_even_choice_is_measured(tmp_path: Path, monkey
     lengths = CountingLengths()
     with Catalogue(tmp_path / "catalogue.sqlite") as catalogue:
         scanned(catalogue, files, CaptionRule("filename"))
-        told = caption_report("set", catalogue, lengths, Memory(tmp_path / "tokens.json"))
+        told = caption_report("set", catalogue, lengths, Memo(tmp_path / "memo"))
     assert (told["distinct"], told["counted"]) == (25, 7)
     assert lengths.asked == [f"picture {number:02}" for number in range(0, 25, 4)]
-
-
-@pytest.mark.parametrize("damage", [b"", b"[1, 2", b"3", b"\xff"])
-def test_a_damaged_memory_only_costs_time(tmp_path: Path, damage: bytes) -> None:
-    (tmp_path / "memory.json").write_bytes(damage)
-    memory = Memory(tmp_path / "memory.json")
-    assert memory.recall(lambda: [1], "key") == [1]
-    memory.save()
-    assert Memory(tmp_path / "memory.json").recall(lambda: [2], "key") == [1]
-
-
-def test_a_memory_forgets_what_is_no_longer_asked_for(tmp_path: Path) -> None:
-    first = Memory(tmp_path / "memory.json")
-    first.recall(lambda: "old", "old")
-    first.save()
-    second = Memory(tmp_path / "memory.json")
-    second.recall(lambda: "new", "new")
-    second.save()
-    assert len(json.loads((tmp_path / "memory.json").read_text())) == 1

@@ -14,9 +14,9 @@ from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, scan
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
-from helpers.data.report.dataset_report import Memory
 from helpers.data.report.survey import Thumbnail
 from helpers.data.report.thumbnails import LONGER_SIDE, chosen, thumbnails
+from helpers.storage.memo import Memo
 from tests.storage.memory import MemoryBackend
 
 RULE = ResolutionRule(128, "pixel", alignment=8, crop=True, crop_style="corner")
@@ -52,7 +52,7 @@ def made(source: Opened, folder: Path, flip: bool = False) -> list[Thumbnail]:
         found = catalogue.columns("set")
         flips = np.full(len(found.rows), flip)
         planned = plan([DatasetColumns("set", RULE, found.rows, found.width, found.height, flip=flips)])
-        return thumbnails(planned, [source], catalogue, Memory(folder / "thumbnails.json"), threads=2)
+        return thumbnails(planned, [source], catalogue, Memo(folder / "memo"), threads=2)
 
 
 def colours(thumbnail: Thumbnail) -> list[tuple[int, ...]]:

@@ -14,7 +14,6 @@ import pytest
 
 from helpers.data.base.images import EXTENSIONS
 from helpers.errors import DataError
-from helpers.storage import kept_index as kept_index_module
 from helpers.storage import webdataset
 from helpers.storage.backend import Entry
 from helpers.storage.tar import Member, Members
@@ -223,16 +222,17 @@ def test_what_headers_say_is_kept_and_used_as_long_as_the_tar_is_the_same(tmp_pa
     path, indices = tmp_path / "s.tar", tmp_path / "cache" / "tars"
     write_tar(path, [("a.jpg", b"one"), ("a.jpg", b"again"), ("caf\udce9.jpg", b"2"), ("b.txt", b"three")])
     path.write_bytes(path.read_bytes()[: 4 * 1024])  # and without its end
+    expected = list(opened(path).list())
     read = []
-    really = kept_index_module.read_index
-    monkeypatch.setattr(kept_index_module, "read_index", lambda path: read.append(path) or really(path))
+    really = webdataset.read_index
+    monkeypatch.setattr(webdataset, "read_index", lambda path: read.append(path) or really(path))
 
     def listed_and_read() -> tuple[list[Entry], bytes]:
         source = WebDataset([path], EXTENSIONS, indices)
         return list(source.list()), source.read("s/a.jpg")
 
     first = listed_and_read()
-    assert first == (list(opened(path).list()), b"one")
+    assert first == (expected, b"one")
     assert listed_and_read() == first and len(read) == 1
     [kept] = indices.iterdir()
     whole = kept.read_bytes()

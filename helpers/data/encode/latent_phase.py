@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from helpers.config.datasets import DatasetConfig
 from helpers.data.base.progress import bar
 from helpers.data.base.workers import Workers
@@ -20,11 +22,11 @@ from helpers.data.encode.passes import HeldCodec, Pass, Passes
 from helpers.data.order.epoch_order import EpochOrder, MicroBatch, Share
 from helpers.data.plan.buckets import BucketPlan
 from helpers.data.planning import plan_inputs
-from helpers.data.remembered import Remembered, inputs_digest
 from helpers.data.settings import DataSettings
 from helpers.data.sources import CachePlace, latents_place, open_caches, pass_prefix
 from helpers.data.training_data import Steps
 from helpers.storage.backend import SourceBackend
+from helpers.storage.memo import Memo, digest_of
 
 if TYPE_CHECKING:
     from helpers.protocols import ModelFamily, Reporter
@@ -57,7 +59,7 @@ class LatentPhase:
         self.workers = workers
         self.report = report
         self.are_remote = False  # whether latents are read from a network
-        self.remembered = Remembered(settings.cache_dir / "remembered")
+        self.memo = Memo(settings.cache_dir / "memo")
 
     def encode(self) -> None:
         """Encode what is missing for the epoch that training begins in, which for most data sets is what every epoch needs."""
@@ -104,23 +106,22 @@ class LatentPhase:
         """Where all latents lie, if nothing that this depends on has changed since an earlier start looked them up."""
         if made.number != EVERY_EPOCH:
             return None
-        known = self.remembered.array("locations", self._inputs(made))
-        return known if known is not None and known.dtype == LOCATION and len(known) == len(self.plan) else None
+        known = self.memo.load_bytes("locations", self._inputs(made))
+        return None if known is None else np.frombuffer(known, LOCATION).copy()
 
     def _remember(self) -> None:
         """Keep for the next start where all latents lie. Only the first process does anything."""
         for passed in self.present_passes:
             if self.workers.is_first and passed.number == EVERY_EPOCH and not passed.incomplete and not passed.hopeless.any():
                 inputs = self._inputs(passed)
-                if self.remembered.value("locations", inputs) is None:
-                    self.remembered.keep_array("locations", inputs, passed.locations)
+                if self.memo.load_bytes("locations", inputs) is None:
+                    self.memo.save_bytes("locations", inputs, passed.locations.tobytes())
 
     def _inputs(self, passed: Pass) -> str:
         """Everything that the places of a pass's latents depend on."""
         caches = [filler.cache.mark() for filler in passed.fillers.values()]
-        return inputs_digest(
-            plan_inputs(self.datasets, self.catalogue, self.settings.seed), self.codec.fingerprint, caches, self.settings.cache_dtype
-        )
+        images = plan_inputs(self.datasets, self.catalogue, self.settings.seed)
+        return digest_of(images, self.codec.fingerprint, caches, self.settings.cache_dtype, LOCATION.descr)
 
     def ahead(self) -> BackgroundEncoder | None:
         """What encodes behind training, with its codec loaded; None where nothing is left to encode."""

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +15,7 @@ from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import ScanResult
 from helpers.data.order.epoch_order import Mix
 from helpers.data.plan.buckets import BucketPlan
-from helpers.storage.atomic import write_json
+from helpers.storage.memo import Memo, digest_of
 
 if TYPE_CHECKING:
     from helpers.protocols import CaptionLengths
@@ -28,35 +25,6 @@ MOST_CAPTIONS_COUNTED = 20_000  # of a data set: seconds of work; of more captio
 MOST_SHARED_CAPTIONS = 100  # that are listed
 SIZE_EDGES = (0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 128)  # megapixels; nothing above 128 is trained on
 ASPECT_EDGES = tuple(round(2 ** (exponent / 8), 3) for exponent in range(-17, 18, 2))  # width / height; 1 is the middle of a bin
-
-
-class Memory:
-    """Results that take long to have, kept in a JSON file by what they were made from. Losing it costs time and nothing else."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.used: dict[str, Any] = {}
-        try:
-            self.known: dict[str, Any] = dict(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):
-            self.known = {}
-
-    def recall(self, make: Callable[[], Any], *made_from: str) -> Any:
-        """What `make()` gave for these before, or gives now: a value as JSON holds it, or None, which is not remembered."""
-        name = sha256(json.dumps(made_from).encode()).hexdigest()
-        value = self.known.get(name)
-        if value is None:
-            value = make()
-        if value is not None:
-            self.used[name] = value
-        return value
-
-    def save(self) -> None:
-        """Keep what was recalled, and forget the rest. StorageError when it cannot be written."""
-        if self.used != self.known:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.used)
-            self.known = self.used
 
 
 def dataset_report(
@@ -126,7 +94,7 @@ def lost_line(failed: Mapping[int, str]) -> str:
     return f"{len(failed):,} more left out, found while encoding ({counts}); {REPORT} names them"
 
 
-def caption_report(dataset: str, catalogue: Catalogue, lengths: CaptionLengths, memory: Memory) -> dict[str, Any]:
+def caption_report(dataset: str, catalogue: Catalogue, lengths: CaptionLengths, memo: Memo) -> dict[str, Any]:
     """The distinct captions of a data set: how long they are in tokens, as [[length, captions of this length], ...], and the most shared.
 
     `counted` of the `distinct` ones are measured, every n-th in their order where they are many; `truncated` of these are longer than the
@@ -144,7 +112,8 @@ def caption_report(dataset: str, catalogue: Catalogue, lengths: CaptionLengths, 
             heapq.heappush(shared, (images, caption))
             if len(shared) > MOST_SHARED_CAPTIONS:
                 heapq.heappop(shared)
-    tokens: list[list[int]] = memory.recall(lambda: _tally(lengths.of(captions)), lengths.fingerprint, *captions)
+    inputs = digest_of(lengths.fingerprint, captions)
+    tokens = memo.recall(f"tokens of {dataset}", inputs, lambda: _tally(lengths.of(captions)))
     return {
         "distinct": distinct,
         "counted": len(captions),

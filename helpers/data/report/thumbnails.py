@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,9 @@ from helpers.data.base.images import PIXELS_VERSION, ImageError, cut, decode
 from helpers.data.base.sample import Geometry
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.plan.buckets import BucketPlan
-from helpers.data.report.dataset_report import Memory
 from helpers.data.report.survey import Thumbnail
 from helpers.storage.backend import SourceBackend
+from helpers.storage.memo import Memo, digest_of
 
 PER_DATASET = 24
 LONGER_SIDE = 256  # pixels of a thumbnail
@@ -47,25 +46,28 @@ def chosen(plan: BucketPlan, dataset: int, most: int = PER_DATASET) -> list[int]
     return picked
 
 
-def thumbnails(plan: BucketPlan, sources: Sequence[SourceBackend], catalogue: Catalogue, memory: Memory, threads: int) -> list[Thumbnail]:
-    """A few images of every data set, commonest shape first; `sources` are in the plan's order. Opens what is not in the memory."""
-    rows = [(dataset, row) for dataset in range(len(plan.datasets)) for row in chosen(plan, dataset)]
+def thumbnails(plan: BucketPlan, sources: Sequence[SourceBackend], catalogue: Catalogue, memo: Memo, threads: int) -> list[Thumbnail]:
+    """A few images of every dataset, the most common shape first. `sources` are in the plan's order. Reads only what is not in `memo`."""
+    rows = [(dataset, place, row) for dataset in range(len(plan.datasets)) for place, row in enumerate(chosen(plan, dataset))]
     with ThreadPoolExecutor(threads, thread_name_prefix="thumbnails") as pool:
-        made = list(pool.map(lambda each: _thumbnail(plan, each[1], sources[each[0]], catalogue, memory), rows))
-    memory.save()
-    return made
+        return list(pool.map(lambda each: _thumbnail(plan, each[2], sources[each[0]], catalogue, memo, each[1]), rows))
 
 
-def _thumbnail(plan: BucketPlan, row: int, source: SourceBackend, catalogue: Catalogue, memory: Memory) -> Thumbnail:
+def _thumbnail(plan: BucketPlan, row: int, source: SourceBackend, catalogue: Catalogue, memo: Memo, place: int) -> Thumbnail:
+    """One row of the plan. In the memo it is named by its place on the page, so that there are never more files than places."""
     number = int(plan.columns["row"][row])
     sample, geometry, upscaled = catalogue.sample(number), plan.geometry(row), bool(plan.columns["upscaled"][row])
     caption = sample.captions[0]
-    made_from = (sample.dataset, sample.key, catalogue.version(number), repr(geometry), f"{PIXELS_VERSION} {LONGER_SIDE} {_QUALITY}")
-    try:
-        encoded = memory.recall(lambda: base64.b64encode(_jpeg(source.read(sample.key), geometry)).decode(), *made_from)
-    except (ImageError, OSError) as error:  # of the page's concern only: the run itself will say more when it reads the file
-        return Thumbnail(sample.dataset, sample.key, caption, geometry, upscaled, problem=str(error))
-    return Thumbnail(sample.dataset, sample.key, caption, geometry, upscaled, jpeg=base64.b64decode(encoded))
+    name = f"thumbnail {place} of {sample.dataset}"
+    inputs = digest_of(sample.key, catalogue.version(number), repr(geometry), PIXELS_VERSION, LONGER_SIDE, _QUALITY)
+    jpeg = memo.load_bytes(name, inputs)
+    if jpeg is None:
+        try:
+            jpeg = _jpeg(source.read(sample.key), geometry)
+        except (ImageError, OSError) as error:  # only the page misses it: the run reports the file when it encodes it
+            return Thumbnail(sample.dataset, sample.key, caption, geometry, upscaled, problem=str(error))
+        memo.save_bytes(name, inputs, jpeg)
+    return Thumbnail(sample.dataset, sample.key, caption, geometry, upscaled, jpeg=jpeg)
 
 
 def _jpeg(data: bytes, geometry: Geometry) -> bytes:

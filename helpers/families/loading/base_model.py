@@ -14,6 +14,7 @@ from helpers.families.loading.hashes import WeightsHashes
 from helpers.families.loading.integrity import settings_file
 from helpers.families.loading.locate import locate
 from helpers.families.loading.recognise import require_family
+from helpers.storage.memo import Memo
 
 if TYPE_CHECKING:
     from helpers.config.facts import FamilyFacts
@@ -43,7 +44,7 @@ class BaseModel:
         others = options.pretrained_vae_model_name_or_path or options.pretrained_t5_model_name_or_path  # it may be meant for these
         if options.variant and options.needs_weights and not others and not any(found.glob(f"*/*.{options.variant}[.-]*")):
             raise ModelError(f"--variant={options.variant}: {found} has no weights of this variant; leave it out to take its own.")
-        return cls(name, found, index, options.variant, WeightsHashes(cache.cache_dir / "weights_hashes.json"))
+        return cls(name, found, index, options.variant, WeightsHashes(Memo(cache.cache_dir / "memo")))
 
     def config(self, component: str) -> Mapping[str, Any]:
         """How a component is built; a scheduler's is its noise schedule."""

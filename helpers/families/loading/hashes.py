@@ -7,20 +7,14 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from helpers.storage.atomic import write_json
+from helpers.storage.memo import Memo, digest_of, file_state
 
 
 class WeightsHashes:
-    """Hashes of weight files, remembered by (path, size, time) so that a warm start reads no weights."""
+    """SHA-256 of weight and configuration files. A memo keeps them, so that a later start reads no weights."""
 
-    def __init__(self, memory: Path) -> None:
-        self.memory = memory
-        self.known: dict[str, str] = {}
-        if memory.is_file():
-            try:
-                self.known = json.loads(memory.read_text(encoding="utf-8"))
-            except ValueError:
-                self.known = {}  # only a memory: the files themselves are hashed again
+    def __init__(self, memo: Memo) -> None:
+        self.memo = memo
 
     def of(self, *folders: Path) -> str:
         """One hash over every weight and configuration file of these folders."""
@@ -39,14 +33,13 @@ class WeightsHashes:
         return digest.hexdigest()
 
     def of_file(self, path: Path) -> str:
-        state = path.stat()
-        name = f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
-        if name not in self.known:
+        """64 hex digits. The file is read again when its size, times or inode differ from when it was last read."""
+
+        def hash_content() -> str:
             with path.open("rb") as stream:
-                self.known[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.memory, self.known)
-        return self.known[name]
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+
+        return self.memo.recall(f"sha256 of {path.resolve()}", digest_of(file_state(path)), hash_content)
 
 
 def fingerprint(facts: Mapping[str, object]) -> str:

@@ -11,6 +11,7 @@ from helpers.errors import ModelError
 from helpers.families.loading.hashes import WeightsHashes, fingerprint
 from helpers.families.loading.integrity import problem_with
 from helpers.storage.atomic import atomic_folder
+from helpers.storage.memo import Memo
 
 # A tensor that only files of this kind have => the class of diffusers that reads the file. The first that is found counts.
 PIPELINE_OF_TENSOR: Mapping[str, str] = {
@@ -61,7 +62,7 @@ def converted(path: Path, config: str | None, cache_dir: Path, with_t5: bool = T
     elsewhere = _encoders_elsewhere(path, config) if kind == "StableDiffusion3Pipeline" else {}
     if kind == "StableDiffusion3Pipeline" and not with_t5:
         elsewhere = {**elsewhere, T5: None}
-    hashes = WeightsHashes(cache_dir / "weights_hashes.json")
+    hashes = WeightsHashes(Memo(cache_dir / "memo"))
     facts: dict[str, Any] = {"weights": hashes.of_file(path), "config": config, "pipeline": kind, "precision": _dtypes(path)}
     if elsewhere:
         facts["encoders"] = {part: hashes.of(found) if found else None for part, found in elsewhere.items()}
