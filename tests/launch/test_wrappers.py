@@ -66,7 +66,7 @@ def test_each_wrapper_has_its_family_and_the_names_that_its_env_file_had_once(sa
     (sandbox.folder / "env.sh").write_text(NEEDED)
     done = sandbox.run(wrapper="train_sd2x.sh")
     assert '"family": "sd2x"' in done.stdout
-    assert "env.sh, whose name today is sd21-env.sh" in done.stderr
+    assert "env.sh, an old name; the current name is sd21-env.sh" in done.stderr
 
 
 def test_the_env_file_here_comes_before_the_one_in_the_repository(sandbox: Any) -> None:
@@ -100,7 +100,7 @@ def test_a_missing_env_file_names_the_file_to_copy(sandbox: Any) -> None:
     assert "cp" in done.stderr and "sdxl-env.sh.example" in done.stderr and "--demo" in done.stderr
     done = sandbox.run(ENV_FILE="nowhere.sh")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "ENV_FILE names nowhere.sh" in done.stderr
+    assert "ENV_FILE is nowhere.sh" in done.stderr
 
 
 @pytest.mark.parametrize("line", ["VALIDATION_PROMPT=a photo of a cat", "MODEL_NAME = 'x'", "# fine\r\nMODEL_NAME = 'x'\r"])
@@ -108,7 +108,7 @@ def test_a_slip_in_the_env_file_is_not_passed_over(sandbox: Any, line: str) -> N
     (sandbox.folder / "sdxl-env.sh").write_bytes(f"{NEEDED}{line}\n".encode())
     done = sandbox.run()
     assert done.returncode == 2
-    assert "a variable is set as NAME='value'" in done.stderr
+    assert "write variables as NAME='value'" in done.stderr
 
 
 def test_an_env_file_that_is_not_shell_is_refused_with_its_line(sandbox: Any) -> None:
