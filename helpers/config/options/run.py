@@ -76,7 +76,7 @@ def _in_adamw(name: str) -> str:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Optimiser: how a gradient becomes a step."""
+    """Optimizer: how a gradient becomes a step."""
 
     optimizer: str = option(
         "auto",
