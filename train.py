@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from helpers import ranks
 from helpers.assembly import (
@@ -61,12 +61,7 @@ if TYPE_CHECKING:
 
     from helpers.data.batches import Batch
     from helpers.data.training_data import TrainingData
-    from helpers.protocols import (
-        Corrupted,
-        ModelFamily,
-        Objective,
-        TextTrainer,
-    )
+    from helpers.protocols import Corrupted, ModelFamily, Objective
     from helpers.reporting import Reporters
     from helpers.training.checkpoints import Checkpointer
     from helpers.training.learner import Learner
@@ -130,7 +125,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
     """Put the run together, each part refusing at once what it cannot do; then train, and hand over what was learnt."""
     from helpers.data.prepare import prepare_data
     from helpers.training.checkpoints import Checkpointer
-    from helpers.training.live_text import LiveText
+    from helpers.training.live_text import live_text
 
     if config.run.dataset_report:
         config = without_weights(config, runtime)
@@ -166,7 +161,7 @@ def run(config: Config, runtime: Runtime, report: Reporters) -> None:
         names = ", ".join(path.name for path in left)
         report.chapter("checkpoint", f"later than {beginning.found.folder.name} and set aside: {names}")
     trainable, engine, state = learner.trainable, learner.engine, beginning.state
-    live = LiveText(cast("TextTrainer", family), trainable, engine) if trainable.text_encoders else None
+    live = live_text(family, trainable, engine)
     validator = make_validator(config, runtime, family, objective, subjects_of_pictures(config, family, data, live), state.seed)
 
     if runtime.is_main:

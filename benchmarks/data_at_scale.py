@@ -87,7 +87,7 @@ class PlainEncoders:
     truncated = 0
     limit = 77
 
-    def of(self, captions: Sequence[str]) -> list[int]:
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
         return [len(caption) for caption in captions]
 
     def encode(self, captions: Sequence[str]) -> dict[str, Any]:

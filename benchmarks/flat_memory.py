@@ -27,7 +27,6 @@ import numpy as np
 from benchmarks.material import run_flags, write_photographs
 from benchmarks.measure import Figure, conclude, parser, table
 from benchmarks.training_step import Ours
-from helpers import registry
 from helpers.assembly import StartPoint, data_settings, workers
 from helpers.choices import known_facts
 from helpers.config.config import Config
@@ -92,7 +91,7 @@ def settings(folder: Path, model: Path, pictures: Path, preprocess: bool, redraw
 def watched(config: Config, steps: int) -> Watched:
     """Train for some steps, and look at the process after each."""
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
-        family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+        family = FAMILIES[config.family_name](config.model, config.data, config.cache)
         data = prepare_data(
             config.datasets,
             data_settings(config, family, runtime, StartPoint(None, TrainState(seed=1), 1)),

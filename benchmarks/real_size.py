@@ -172,7 +172,6 @@ def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str,
     import torch
     from accelerate import Accelerator
 
-    from helpers import registry
     from helpers.config.options import AdapterOptions, ObjectiveOptions, OptimizerOptions, RunOptions
     from helpers.methods.lora import Lora
     from helpers.methods.quantised_base import bytes_of, quantise, size_of
@@ -199,7 +198,7 @@ def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str,
         runtime = Runtime(Accelerator(cpu=True), StopRequest(), "no", [], [])
         options = dataclasses.replace(OptimizerOptions(), optimizer="adamw")
         engine = Engine(runtime, trainable, options, Schedule("constant", 1e-4, 0.0, 0, 100))
-        objective = registry.load(OBJECTIVES, family.facts.objective)(ObjectiveOptions(), family.scheduler_config)
+        objective = OBJECTIVES[family.facts.objective](ObjectiveOptions(), family.scheduler_config)
         made = largest_resident()
         forget_largest_resident()
         took = []
@@ -227,17 +226,16 @@ def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str,
 
 def family_of(network: Network, folder: Path) -> Any:
     """The family on a miniature's folder, whose network is said to be of its real size; its weights are never read."""
-    from helpers import registry
     from helpers.config.options import CacheOptions, DataOptions, ModelOptions
     from helpers.families import FAMILIES
     from helpers.families.tiny import MINIATURES
 
-    write: Callable[[Path], Path] = registry.load(MINIATURES, network.miniature)
+    write: Callable[[Path], Path] = MINIATURES[network.miniature]
     model = write(folder / "model")
     file = model / network.role / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **network.config}), encoding="utf-8")
     options = dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model))
-    return registry.load(FAMILIES, network.family)(options, DataOptions(), dataclasses.replace(CacheOptions(), cache_dir=folder / "cache"))
+    return FAMILIES[network.family](options, DataOptions(), dataclasses.replace(CacheOptions(), cache_dir=folder / "cache"))
 
 
 def random_network(network: Network) -> Any:

@@ -42,7 +42,6 @@ def stage(name):
     took[name] = now - began
     began = now
 
-from helpers import registry
 from helpers.choices import known_facts
 from helpers.config.read import read_config
 config = read_config(sys.argv[1:], {}, known_facts())
@@ -67,9 +66,9 @@ import peft
 stage("imports")
 
 with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
-    family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
-    method = registry.load(METHODS, config.method_name)(config.adapter, family)
-    objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+    family = FAMILIES[config.family_name](config.model, config.data, config.cache)
+    method = METHODS[config.method_name](config.adapter, family)
+    objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config)
     gc.freeze()
     gc.enable()
     stage("runtime and choices")

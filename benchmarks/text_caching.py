@@ -21,13 +21,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from benchmarks.material import caption, run_settings, write_photographs
 from benchmarks.measure import compared, conclude, in_turns, parser, profile
-from helpers import registry
 from helpers.data.cache.cache import Cache
 from helpers.data.encode.fill import FillOptions
 from helpers.data.encode.texts import TextFiller
+from helpers.data.ports import TextEncoders
 from helpers.families import FAMILIES
 from helpers.families.tiny import SdxlSizes, write_sdxl
-from helpers.protocols import TextEncoders
 
 MOST_OF_BARE = 1.2  # the time of caching, of bare encoding's
 BATCH = 16
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(place)
         model = write_sdxl(folder / "model", sizes=SIZES)
         config = run_settings(folder / "run", model, write_photographs(folder / "pictures", 1), 64)
-        family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+        family = FAMILIES[config.family_name](config.model, config.data, config.cache)
         bare = Bare(model)
         with family.text_encoders(torch.device("cpu")) as encoders:
 

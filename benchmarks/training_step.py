@@ -32,7 +32,6 @@ from torch.nn import functional
 
 from benchmarks.material import run_settings, write_photographs
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
-from helpers import registry
 from helpers.assembly import StartPoint, data_settings, workers
 from helpers.config.config import Config
 from helpers.data.batches import Batch
@@ -124,8 +123,8 @@ class Ours:
 
     def __init__(self, config: Config, runtime: Runtime, family: ModelFamily, data: TrainingData) -> None:
         self.runtime, self.family, self.data = runtime, family, data
-        self.objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
-        method = registry.load(METHODS, config.method_name)(config.adapter, family)
+        self.objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config)
+        method = METHODS[config.method_name](config.adapter, family)
         optimizer = config.replaced("settled", optimizer=method.default_optimizer("no")).optimizer
         trainable = method.attach(family.load(method.weights_dtype("no", optimizer.optimizer)))
         self.engine = Engine(runtime, trainable, optimizer, Schedule.create(config.schedule, 1_000_000))
@@ -187,7 +186,7 @@ def loops(folder: Path, model: Path, pictures: Path, resolution: int, method: st
     changed = {"model_type": method, "train_batch_size": BATCH, "cache_dir": folder / "cache"}
     config = run_settings(folder / method, model, pictures, resolution, **changed)
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
-        family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+        family = FAMILIES[config.family_name](config.model, config.data, config.cache)
         settings = data_settings(config, family, runtime, StartPoint(None, TrainState(seed=1), 1))
         data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())
         bare, ours = Bare(model, config), Ours(config, runtime, family, data)

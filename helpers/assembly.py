@@ -11,35 +11,28 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from helpers import registry
 from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.declare import show
 from helpers.config.optimizer_rules import highest_rate
 from helpers.config.options import OPTIONS
 from helpers.config.rules import VALIDATION_FOLDER
+from helpers.data.ports import can_drop_encoders_apart
 from helpers.errors import ConfigError
 from helpers.families import FAMILIES
 from helpers.methods import METHODS
 from helpers.objectives import OBJECTIVES
+from helpers.protocols import can_train_text_encoders
 from helpers.storage.atomic import write_json
 
 if TYPE_CHECKING:
     from helpers.data.base.workers import Workers
+    from helpers.data.ports import TextTensors
     from helpers.data.settings import DataSettings
     from helpers.data.training_data import TrainingData
-    from helpers.protocols import (
-        EncodersApart,
-        ModelFamily,
-        Objective,
-        Parts,
-        TextTensors,
-        TextTrainer,
-        Trainable,
-        TrainingMethod,
-    )
+    from helpers.protocols import ModelFamily, Objective, Parts, Trainable, TrainingMethod
     from helpers.reporting import Reporters
     from helpers.training.checkpoints import Checkpoint, Checkpointer
     from helpers.training.learner import Learner
@@ -104,11 +97,12 @@ def chosen_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]
     """Family, method and objective of the run. ConfigError or ModelError where one of them cannot do what is asked."""
     from helpers.methods.text_encoders import require_something_to_train
 
-    family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
-    method: TrainingMethod = registry.load(METHODS, config.method_name)(config.adapter, family)
+    family = FAMILIES[config.family_name](config.model, config.data, config.cache)
+    method = METHODS[config.method_name](config.adapter, family)
     if config.text_encoder.train_text_encoder and config.model.model_type == "full":
-        require_something_to_train(cast("TextTrainer", family), config.text_encoder)
-    objective: Objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, family.scheduler_config)
+        assert can_train_text_encoders(family), "the settings refuse --train_text_encoder for other families"
+        require_something_to_train(family, config.text_encoder)
+    objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config)
     require_sampler(config, objective)
     return family, method, objective
 
@@ -277,7 +271,7 @@ def data_settings(
         undecodable=found.content["undecodable"] if found else None,
         accumulation=beginning.accumulation,
         caption_dropout=config.data.caption_dropout_probability,
-        encoders_apart=cast("EncodersApart", family).encoders_apart if family.facts.encoders_apart else (),
+        encoders_apart=family.encoders_apart if can_drop_encoders_apart(family) else (),
         cache_dtype=config.cache.cache_dtype,
         vae_batch_size=config.cache.vae_batch_size,
         live_text=config.text_encoder.train_text_encoder,
@@ -383,7 +377,8 @@ def add_text(parts: Parts, config: Config, family: ModelFamily, method: Training
     if config.text_encoder.train_text_encoder:
         dtype = method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
         freezes = config.model.model_type == "full"
-        add_text_encoders(parts, cast("TextTrainer", family), config.text_encoder, dtype, freezes)
+        assert can_train_text_encoders(family), "the settings refuse --train_text_encoder for other families"
+        add_text_encoders(parts, family, config.text_encoder, dtype, freezes)
 
 
 def make_schedule(config: Config, beginning: StartPoint, total: int, report: Reporters) -> Schedule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from helpers import registry
 from helpers.config.read import FactsByAxis
 from helpers.families import family_facts
 from helpers.methods import METHODS
@@ -11,4 +10,5 @@ from helpers.objectives import OBJECTIVES
 
 def known_facts() -> FactsByAxis:
     """What every family, method and objective declares; imports nothing heavy."""
-    return FactsByAxis(family_facts(), registry.facts(METHODS), registry.facts(OBJECTIVES))
+    methods = {name: METHODS[name].facts for name in METHODS}
+    return FactsByAxis(family_facts(), methods, {name: OBJECTIVES[name].facts for name in OBJECTIVES})

@@ -1,87 +1,29 @@
-"""The architecture on one page: a run = Family x Method x Objective, over Data.
+"""The architecture on one page: a run = family x method x objective, over data (helpers/data/ports.py), watched by reporters.
 
-Four axes and one observer. Each axis is a protocol, a registry of one line an entry and one file a choice; nothing outside
-`families/sdxl.py` knows that SDXL exists.
+Family, method and objective are protocols. Each choice is one file and one line in the registry of its package (`families/__init__.py`);
+nothing outside `families/sdxl.py` knows that SDXL exists. What only some families can do is a protocol of its own, with a function that
+asks for it: `can_img2img(family)`. mypy compares every choice with its protocols in tests/test_conformance.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from helpers.config.facts import Facts, FamilyFacts
+from helpers.data.ports import ConditionEncoder, ModelEncoders, TextTensors
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from helpers.config.options import AdapterOptions, CacheOptions, DataOptions, ModelOptions, ObjectiveOptions
     from helpers.data.base.draws import StepDraws
     from helpers.data.batches import Batch
     from helpers.data.report.survey import Survey
-
-TextTensors = dict[str, "Tensor"]  # what text encoders give for one caption, by name, without a batch dimension
-
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """The tensors a family trains on: `channels` at 1/`downsampling` of the pixels' width and height."""
-
-    channels: int
-    downsampling: int
-    patch: int = 1  # the network reads squares of this edge, so the edges of latents are multiples of it
-
-    @property
-    def alignment(self) -> int:
-        """The edges of pictures are multiples of this, in pixels."""
-        return self.downsampling * self.patch
-
-
-class ImageCodec(Protocol):
-    """Pixels to what the network sees and back. For pixel models the identity."""
-
-    fingerprint: str  # changes with anything that changes the bytes of `encode`: weights, dtype, scaling
-
-    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
-        """pixels (B, 3, H, W) in [-1, 1] => {"mean": (B, C, h, w)} and, when latents are sampled, "std"; scaled and shifted."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, C, h, w), as `encode` gave them => pixels (B, 3, H, W) in [-1, 1]."""
-        ...
-
-
-class TextEncoders(Protocol):
-    """Captions to conditioning tensors, the same function for the cache and for live training."""
-
-    fingerprint: str
-
-    @property
-    def truncated(self) -> int:
-        """Captions so far that were longer than the encoders read."""
-        ...
-
-    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """B captions => tensors by name, each (B, ...)."""
-        ...
-
-
-class CaptionLengths(Protocol):
-    """How long captions are for the text encoders, from their tokenizers alone."""
-
-    fingerprint: str  # changes with anything that changes the lengths
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens that are read of a caption, those that mark its beginning and end included; None where all are."""
-        ...
-
-    def of(self, captions: Sequence[str]) -> list[int]:
-        """Tokens of each caption, those marks included; where tokenizers differ, by the one that makes most of it."""
-        ...
-
 
 @dataclass
 class Parts:
@@ -127,71 +69,76 @@ class Trainable:
             self.fixed[name].data.copy_(weights[name])
 
 
-class ModelFamily(Protocol):
-    """A kind of network: how to load it, feed it and save it. One file per family; its facts import without torch."""
+class ModelFamily(ModelEncoders, Protocol):
+    """A kind of network: how to load it, what it reads, and how it is saved. One file a family; importing that file imports no torch."""
 
-    facts: FamilyFacts
-    latents: LatentSpec
-    name: str  # model folder or hub name, for messages and cards
-    identity: str  # a hash of the denoiser's weights: a run goes on only with the model it began with
-    refines: bool  # whether its pictures begin with pictures (img2img) and not with noise
-    notes: Sequence[str]  # of this base model, what a run should say at its start
-    loads_lora: bool  # whether its pipeline in diffusers loads LoRA files
-    lora_targets: tuple[str, ...]  # module name endings that an adapter goes to unless the user names others
-    scheduler_config: Mapping[str, Any]  # the checkpoint's own noise schedule
+    @property
+    def facts(self) -> FamilyFacts: ...
 
-    def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]: ...
-
-    def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]: ...
-
-    def caption_lengths(self) -> CaptionLengths:
-        """Loads no weights."""
+    @property
+    def name(self) -> str:
+        """Model folder or hub name, for messages and model cards."""
         ...
 
-    def unconditional(self, encoders: TextEncoders) -> TextTensors:
-        """What a dropped caption becomes."""
+    @property
+    def identity(self) -> str:
+        """A hash of the denoiser's weights. A run resumes only with the base model it was started with."""
+        ...
+
+    @property
+    def refines(self) -> bool:
+        """True where the network only improves images (img2img) and cannot make one from noise: SDXL's refiner, DeepFloyd stage II."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a run should print at its start about this base model."""
+        ...
+
+    @property
+    def loads_lora(self) -> bool:
+        """True where the family's diffusers pipeline can load LoRA files."""
+        ...
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Endings of module names that get an adapter, unless the user names others."""
+        ...
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The base model's own noise schedule, by diffusers' names."""
         ...
 
     def load(self, dtype: torch.dtype | None) -> Parts:
-        """The network in this precision, on the CPU; with None an outline of it, which has layers and no weights."""
+        """The network in this precision, on the CPU. With None its layers without weights (meta device)."""
         ...
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        """Everything the network is told besides the noisy latents, each tensor (B, ...), on the device."""
+        """All inputs of the network except noisy latents and timesteps, each tensor (B, ...), on the device."""
         ...
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """noisy (B, C, h, w), timesteps (B,) => the network's answer (B, C, h, w)."""
+        """noisy (B, C, h, w), timesteps (B,) in the network's units => the network's output (B, C, h, w)."""
         ...
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        """A diffusers pipeline from embeddings, and from what `begin_with` says where the family refines, to latents.
+        """A diffusers pipeline without text encoders and VAE: prompt embeddings to latents (B, C, h, w).
 
-        It has no encoders and no VAE.
+        Takes `prompt_arguments`, and where the family `refines` also `img2img_arguments`.
         """
-        ...
-
-    def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
-        """The same for pictures that begin with what `begin_with` says, of families that do so only when asked (`facts.img2img`)."""
         ...
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
-        """The pipeline's call arguments for one prompt, each with a batch dimension of 1."""
-        ...
-
-    def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
-        """Its call arguments for one picture that begins with latents (1, C, h, w), steps among them (`facts.img2img`).
-
-        `strength` is the share of the schedule that such a picture goes back to, in (0, 1].
-        """
+        """Call arguments of the pipeline for one prompt, each with a batch dimension of 1."""
         ...
 
     def kohya_name(self, module: str) -> str | None:
-        """A denoiser module's name in kohya's layout; None where the family has no such layout."""
+        """The name of a denoiser module in kohya's LoRA format; None where that format does not know the family."""
         ...
 
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
-        """What diffusers makes of a LoRA file of this family: matrices by peft's names, and every alpha it found."""
+        """A LoRA file as diffusers reads it: matrices by their PEFT names, and every alpha in the file."""
         ...
 
     def modelspec(self, kind: str) -> dict[str, str]:
@@ -199,57 +146,83 @@ class ModelFamily(Protocol):
         ...
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
-        """Write a complete diffusers folder around a saved denoiser, which other tools load."""
+        """Write a complete diffusers folder, with the denoiser from `denoiser_folder`, that other tools load."""
         ...
 
 
-class TextTrainer(Protocol):
-    """What a family has too whose text encoders can be trained (`facts.trains_text_encoders`)."""
+class Img2ImgFamily(ModelFamily, Protocol):
+    """A family with a pipeline that starts from an image."""
+
+    def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
+        """As `pipeline`. Takes `prompt_arguments` and `img2img_arguments`."""
+        ...
+
+    def img2img_arguments(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
+        """Call arguments for one image that starts from latents (1, C, h, w), the number of steps included.
+
+        `strength`, in (0, 1], is the share of the noise schedule that is added to the latents and removed again.
+        """
+        ...
+
+
+class TextTrainingFamily(ModelFamily, Protocol):
+    """A family whose text encoders can be trained together with the denoiser."""
 
     def load_text_encoders(self, dtype: torch.dtype) -> dict[str, Any]:
         """The encoders, by role, on the CPU."""
         ...
 
     def text_layers_read(self, role: str) -> int:
-        """How many layers of an encoder that is trained the network is told of, from the first; what is behind gets no gradient."""
+        """How many of an encoder's layers, from the first, affect the network's input. The layers after them get no gradient."""
         ...
 
     def embed(self, encoders: Mapping[str, nn.Module], captions: Sequence[str | None], device: torch.device) -> dict[str, Tensor]:
-        """What `text_encoders` gives for captions, None being the unconditional, by those encoders on the device and differentiable."""
+        """Encode captions with these encoders, on the device and differentiable, as `text_encoders` does; None is the unconditional."""
         ...
 
 
-class EncodersApart(Protocol):
-    """What a family has too that may be told of a caption by one text encoder and not by another (`facts.encoders_apart`)."""
+class ControlledDenoiser(Protocol):
+    """A denoiser and its ControlNet in one nn.Module. Called like the denoiser, with `condition` as one more keyword."""
 
-    encoders_apart: tuple[str, ...]  # those a caption is kept from each by itself, by their folders; none where it is dropped as a whole
+    @property
+    def denoiser(self) -> Any: ...
 
-    def without(self, text: TextTensors, encoders: Collection[str]) -> TextTensors:
-        """A caption's tensors, without a batch dimension, as if these encoders had not been told of it."""
+    @property
+    def controlnet(self) -> Any: ...
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Prefixes of ControlNet weights that never affect the output."""
         ...
 
-
-class Controlled(Protocol):
-    """A network with a ControlNet beside it: an nn.Module that is asked as the network alone is, with `condition` beside the rest."""
-
-    denoiser: Any
-    controlnet: Any
-    unused: tuple[str, ...]  # beginnings of names of the ControlNet's weights that nothing depends on
-    argument: str  # by which the pipeline takes the condition
+    @property
+    def argument(self) -> str:
+        """The pipeline's argument for the conditioning image."""
+        ...
 
     def prepared(self, condition: Tensor) -> Tensor:
-        """The conditions of a batch, as the ControlNet reads them and the pipeline is handed them."""
+        """The conditions of a batch in the form that the ControlNet and the pipeline read."""
         ...
 
 
-class ControlledFamily(ModelFamily, Protocol):
-    """A family whose facts say that a ControlNet can be trained beside its networks. Then its `pipeline` takes both as one."""
-
-    condition_as_latents: bool  # whether the ControlNet reads conditions as the VAE encodes them, or as pixels in [0, 1]
+class ControlNetFamily(ModelFamily, ConditionEncoder, Protocol):
+    """A family for whose networks a ControlNet can be trained. Its `pipeline` also accepts a `ControlledDenoiser`."""
 
     def controlnet(self, denoiser: nn.Module) -> Any:
-        """`Controlled`: the network, and the ControlNet that it starts with."""
+        """A `ControlledDenoiser`: the network, and a ControlNet with its initial weights."""
         ...
+
+
+def can_img2img(family: ModelFamily) -> TypeGuard[Img2ImgFamily]:
+    return family.facts.img2img
+
+
+def can_train_text_encoders(family: ModelFamily) -> TypeGuard[TextTrainingFamily]:
+    return bool(family.facts.trains_text_encoders)
+
+
+def can_controlnet(family: ModelFamily) -> TypeGuard[ControlNetFamily]:
+    return family.facts.controlnet
 
 
 @dataclass(frozen=True)
@@ -263,24 +236,57 @@ class Corrupted:
 
 
 class Objective(Protocol):
-    """What a network is asked to predict, and how much each sample counts."""
+    """What the network learns to predict, and how much each sample counts. This one learns the noise, at one noise level:
 
-    facts: Facts
-    scheduler_config: Mapping[str, Any]  # for a sampler that agrees with the training schedule
-    samplers: Mapping[str, str]  # diffusers' class for each of --validation_noise_scheduler that can sample what is learnt
-    identity: Mapping[str, Any]  # what the model and the options agreed on, by the options' names: a resumed run must agree too
+        class HalfNoise:
+            facts = Facts(name="half", title="half noise")
+            samplers = {"euler": "EulerDiscreteScheduler"}
+            identity = {}
 
-    def corrupt(self, latents: Tensor, draws: StepDraws) -> Corrupted: ...
+            def __init__(self, options, scheduler_config):
+                self.scheduler_config = scheduler_config
+
+            def corrupt(self, latents, draws):
+                noise = draws.normal("noise", *latents.shape[1:]).to(latents.device)
+                ones = torch.ones(len(latents), device=latents.device)
+                return Corrupted((latents + noise) / 2**0.5, timesteps=500 * ones, target=noise, weight=ones)
+
+            def loss(self, prediction, corrupted):
+                return ((prediction.float() - corrupted.target) ** 2).mean(dim=(1, 2, 3)) * corrupted.weight
+    """
+
+    @property
+    def facts(self) -> Facts: ...
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The training schedule, by diffusers' names, for a sampler that matches it."""
+        ...
+
+    @property
+    def samplers(self) -> Mapping[str, str]:
+        """Values of --validation_noise_scheduler that can sample this prediction, with the diffusers class of each."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Values found from model and options together, by option names. They must be the same when a run resumes."""
+        ...
+
+    def corrupt(self, latents: Tensor, draws: StepDraws) -> Corrupted:
+        """latents (B, C, h, w), float32 => the network's input and target, on the same device. Random numbers come from `draws` only."""
+        ...
 
     def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """(B,) the weighted loss of each sample, float32; reduction is the caller's."""
+        """(B,) weighted loss of each sample, float32. The caller takes the mean."""
         ...
 
 
 class TrainingMethod(Protocol):
     """Which weights move. Created for a family, and refuses there what that family cannot do."""
 
-    facts: Facts
+    @property
+    def facts(self) -> Facts: ...
 
     def default_optimizer(self, mixed_precision: str) -> str:
         """What `--optimizer=auto` means for the weights that move."""
@@ -309,6 +315,39 @@ class TrainingMethod(Protocol):
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
         """Write what the user came for into OUTPUT_DIR, of the average where there is one, and say what that made."""
+        ...
+
+
+class FamilyClass(Protocol):
+    """The class of a family, as it stands in the registry."""
+
+    @property
+    def facts(self) -> FamilyFacts: ...
+
+    def __call__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> ModelFamily:
+        """Open a base model. Raises ModelError where it cannot be used, ConfigError for options it cannot follow."""
+        ...
+
+
+class MethodClass(Protocol):
+    """The class of a method, as it stands in the registry."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def __call__(self, options: AdapterOptions, family: ModelFamily) -> TrainingMethod:
+        """Raises ConfigError where the family cannot be trained this way."""
+        ...
+
+
+class ObjectiveClass(Protocol):
+    """The class of an objective, as it stands in the registry."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def __call__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any]) -> Objective:
+        """`scheduler_config` is the base model's. Raises ConfigError for options that do not fit it."""
         ...
 
 

@@ -1,22 +1,33 @@
-"""Names of choices => where they live, loaded only when chosen. Each axis is one dict of one line an entry."""
+"""A dictionary of choices whose modules are imported only when they are chosen. Each axis is one, with one line a choice."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
-from helpers.config.facts import Facts
-
-Registry = Mapping[str, str]  # name -> "package.module:Class"
+Choice = TypeVar("Choice")
 
 
-def load(registry: Registry, name: str) -> Any:
-    """The class behind a name. An unknown name is a bug: settings have been judged before."""
-    module, _, attribute = registry[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+class Registry(Mapping[str, Choice]):
+    """name => the object at "package.module:Name". Listing the names imports nothing.
 
+        OPTIMIZERS: Registry[type[Optimizer]] = Registry({"adamw": "torch.optim:AdamW"})
+        optimizer = OPTIMIZERS["adamw"](parameters)
 
-def facts(registry: Registry) -> dict[str, Facts]:
-    """What every choice of an axis says of the settings. Imports the choices' modules, which import nothing heavy themselves."""
-    return {name: load(registry, name).facts for name in registry}
+    mypy takes the type of the annotation for granted; tests/test_conformance.py lets it check the objects themselves.
+    """
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> Choice:
+        module, _, attribute = self.places[name].partition(":")
+        choice: Choice = getattr(importlib.import_module(module), attribute)
+        return choice
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +18,20 @@ MODULES = sorted(path for name in ("helpers", *PROGRAMS) for path in (*REPOSITOR
 # Part of helpers => the parts it may import. What stands in neither column is imported by nothing but train.py and other programs.
 ALLOWED = {
     "errors": set(),
+    "registry": set(),
     "config": {"errors"},
     "storage": {"errors"},
     "threads": set(),
     "ranks": {"errors"},
     "supervisor": {"errors", "ranks"},
-    "registry": {"config"},
     "data": {"errors", "config", "storage"},
     "protocols": {"errors", "config", "data"},
     "families": {"errors", "config", "storage", "data", "protocols", "registry"},
     "methods": {"errors", "config", "storage", "data", "protocols", "registry"},
     "objectives": {"errors", "config", "storage", "data", "protocols", "registry"},
-    "training": {"errors", "config", "storage", "data", "protocols", "registry", "families", "methods", "objectives", "ranks"},
-    "reporting": {"errors", "config", "storage", "data", "protocols", "registry", "families", "methods", "objectives"},
-    "choices": {"config", "registry", "families", "methods", "objectives"},
+    "training": {"errors", "config", "storage", "data", "protocols", "families", "methods", "objectives", "ranks"},
+    "reporting": {"errors", "config", "storage", "data", "protocols", "families", "methods", "objectives"},
+    "choices": {"config", "families", "methods", "objectives"},
     "launch": {"errors", "config", "ranks", "supervisor", "choices"},
     "assembly": {
         "errors",
@@ -39,7 +39,6 @@ ALLOWED = {
         "storage",
         "data",
         "protocols",
-        "registry",
         "families",
         "methods",
         "objectives",
@@ -71,12 +70,13 @@ PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
 
 @dataclass(frozen=True)
 class Import:
-    """`module` as imported by `by`, at `line`; `typing_only` when it stands under TYPE_CHECKING."""
+    """`module` as imported by `by`, at `line`; `typing_only` when it stands under TYPE_CHECKING, `in_function` when in a function."""
 
     by: Path
     line: int
     module: str
     typing_only: bool
+    in_function: bool
 
     @property
     def library(self) -> str:
@@ -92,29 +92,58 @@ def part_of(path: Path) -> str:
     return Path(inside[1]).stem if inside[0] == "helpers" else ""
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
 def imports(path: Path) -> Iterator[Import]:
     """Every import of a module, those inside functions too."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    guarded = {
-        id(inner)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        for inner in ast.walk(block)
-    }
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    guarded = {id(inner) for block in guards for inner in ast.walk(block)}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    in_functions = {id(inner) for function in functions for inner in ast.walk(function)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively; say helpers.…"
-            # `from helpers import errors` names the module in the second half.
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "helpers" else [node.module or ""]
+            names = [_imported_module(node.module or "", alias.name) for alias in node.names]
         else:
             continue
         for name in names:
-            yield Import(path, node.lineno, name, id(node) in guarded)
+            yield Import(path, node.lineno, name, id(node) in guarded, id(node) in in_functions)
+
+
+def _imported_module(package: str, name: str) -> str:
+    """The module that `from package import name` names: in our packages `name` may itself be one."""
+    inside = REPOSITORY.joinpath(*package.split("."), name)
+    is_module = package.partition(".")[0] == "helpers" and (inside.is_dir() or inside.with_suffix(".py").is_file())
+    return f"{package}.{name}" if is_module else package
 
 
 EVERY_IMPORT = [found for path in MODULES for found in imports(path)]
+
+
+def circles(found: Iterable[Import]) -> list[str]:
+    """The groups of modules of which each imports, directly or through others, every other one of its group."""
+    graph: dict[str, set[str]] = {}
+    for each in found:
+        if not each.in_function:
+            graph.setdefault(module_name(each.by), set()).add(each.module)
+    reached = {module: _reachable(graph, module) for module in graph}
+    groups = {frozenset(other for other in reached[module] if module in reached.get(other, ())) for module in graph}
+    return sorted(" <-> ".join(sorted(group)) for group in groups if group)
+
+
+def _reachable(graph: Mapping[str, Iterable[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = list(graph[start])
+    while waiting:
+        if (module := waiting.pop()) not in seen:
+            seen.add(module)
+            waiting += graph.get(module, ())
+    return seen
 
 
 def test_every_part_of_helpers_has_its_place_in_the_layers() -> None:
@@ -129,10 +158,14 @@ def test_imports_point_down_and_siblings_do_not_import_one_another() -> None:
         if found.library != "helpers" or here in ("", "__init__"):
             continue
         there = found.module.split(".")[1]
-        names_a_type = found.typing_only and there == "protocols"  # what data receives is described above it
-        if there != here and there not in ALLOWED[here] and not names_a_type:
+        if there != here and there not in ALLOWED[here]:
             wrong.append(str(found))
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Neither when they are loaded nor for their types; an import inside a function runs later, and counts no more than a call."""
+    assert circles(EVERY_IMPORT) == []
 
 
 def test_nothing_imports_the_programs_on_top() -> None:
@@ -209,6 +242,15 @@ def test_settings_can_be_judged_where_torch_cannot_be_imported() -> None:
     ]
     done = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARIES, *light], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_circle_of_imports_is_noticed() -> None:
+    def line(by: str, module: str, in_function: bool = False) -> Import:
+        return Import(REPOSITORY / f"{by.replace('.', '/')}.py", 1, module, typing_only=True, in_function=in_function)
+
+    chain = [line("helpers.a", "helpers.b"), line("helpers.b", "helpers.c"), line("helpers.c", "helpers.d")]
+    assert circles([*chain, line("helpers.c", "helpers.a", in_function=True)]) == []
+    assert circles([*chain, line("helpers.c", "helpers.a")]) == ["helpers.a <-> helpers.b <-> helpers.c"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ from helpers.data.planning import (
     save_plan,
     without_a_face,
 )
+from helpers.data.ports import DataReporter, ModelEncoders, TextEncoders, reads_conditions
 from helpers.data.report.dataset_report import (
     REPORT,
     caption_report,
@@ -60,11 +61,10 @@ from helpers.storage.memo import Memo, digest_of
 
 if TYPE_CHECKING:
     from helpers.data.cache.cache import Cache
-    from helpers.protocols import ControlledFamily, ModelFamily, Reporter, TextEncoders
 
 
 def prepare_data(
-    datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter
+    datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelEncoders, workers: Workers, report: DataReporter
 ) -> TrainingData:
     """Everything on disk that training needs to begin, and the way to it.
 
@@ -84,7 +84,9 @@ def prepare_data(
     return preparation.training_data()
 
 
-def survey_data(datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter) -> None:
+def survey_data(
+    datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelEncoders, workers: Workers, report: DataReporter
+) -> None:
     """Scan, plan and report as `prepare_data` does, and encode nothing. Raises the same errors."""
     preparation = _Preparation(datasets, settings, family, workers, report)
     preparation.is_survey = True
@@ -95,7 +97,7 @@ class _Preparation:
     """The steps of `prepare_data`; each leaves here what the next ones need."""
 
     def __init__(
-        self, datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelFamily, workers: Workers, report: Reporter
+        self, datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelEncoders, workers: Workers, report: DataReporter
     ) -> None:
         self.datasets = datasets
         self.settings = settings
@@ -226,7 +228,7 @@ class _Preparation:
 
     def _conditions(self) -> list[Conditions | None]:
         """Those of each data set's images."""
-        as_latents = bool(self.condition_sets) and cast("ControlledFamily", self.family).condition_as_latents
+        as_latents = reads_conditions(self.family) and self.family.condition_as_latents
         return [
             None if of is None else Conditions(self.condition_sources[of.id], of.resize_filter, as_latents)
             for of in (dataset.condition for dataset in self.datasets)
@@ -300,7 +302,7 @@ class _Preparation:
 
         def count() -> int:
             captions = {caption for dataset in self.datasets for caption in self.catalogue.captions(dataset.id)}
-            return sum(length > limit for length in lengths.of(sorted(captions)))
+            return sum(length > limit for length in lengths.token_counts(sorted(captions)))
 
         return self.memo.recall("truncated", inputs, count)
 

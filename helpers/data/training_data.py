@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from helpers.data.encode.fill import FillOptions, is_finite
 from helpers.data.encode.passes import Pass, Passes
 from helpers.data.encode.texts import TextFiller, text_key
 from helpers.data.order.epoch_order import FROM_THE_BEGINNING, EpochOrder, MicroBatch, OrderStart
+from helpers.data.ports import can_drop_encoders_apart
 from helpers.errors import DataError
 
 if TYPE_CHECKING:
-    from helpers.protocols import EncodersApart, ModelFamily, TextTensors
+    from helpers.data.ports import ModelEncoders, TextTensors
 
 STEPS_AHEAD = 2  # made before they are asked for
 MICRO_BATCHES_AT_ONCE = 16  # read from a network at the same time, so many more are in memory
@@ -49,7 +50,7 @@ class PreparedDataset:
 class Recall:
     """Reads what was encoded. What turns out damaged is encoded again, once, with the encoder loaded for just that."""
 
-    family: ModelFamily
+    family: ModelEncoders
     device: torch.device
     text_fingerprint: str
     image_options: FillOptions
@@ -210,7 +211,11 @@ class CachedRecords:
             return {}
         name = self.plan.datasets[self._column("dataset", row)]
         text = self.recall.text(texts, told.caption, lambda: list(self.catalogue.captions(name)))
-        return cast("EncodersApart", self.recall.family).without(text, told.without) if told.without else text
+        if not told.without:
+            return text
+        family = self.recall.family
+        assert can_drop_encoders_apart(family), "only such a family names encoders to drop"
+        return family.without(text, told.without)
 
     def _dataset(self, row: int) -> PreparedDataset:
         return self.datasets[self._column("dataset", row)]

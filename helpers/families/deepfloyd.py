@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from helpers.config.facts import FamilyFacts, Settings
+from helpers.data.ports import CaptionLengths, ImageCodec, LatentSpec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
 from helpers.families.networks import img2img
 from helpers.families.networks.export import modelspec, trained_edge, write_pipeline
 from helpers.families.networks.recompute import recompute
 from helpers.families.networks.unet import UNET_OPTIONS, load_unet
-from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
+from helpers.protocols import Parts
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +177,7 @@ class StageOne(DeepFloyd):
     stage = "i"
     refines = False
 
-    begin_with = staticmethod(img2img.begin_with)
+    img2img_arguments = staticmethod(img2img.img2img_arguments)
 
     def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         return FromEmbeddings(self._pipeline(denoiser, "IFImg2ImgPipeline", scheduler=sampler))
@@ -240,7 +241,9 @@ class StageTwo(DeepFloyd):
         schedulers = {"scheduler": sampler, "image_noising_scheduler": self._image_noising()}
         return FromEmbeddings(self._pipeline(denoiser, self.pipeline_class, **schedulers))
 
-    def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
+    img2img_pipeline = pipeline
+
+    def img2img_arguments(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
         """A quarter of the picture, to be made as large as it was; noise is all that the larger one begins with, whatever the strength."""
         height, width = latents.shape[2:]
         level = {"noise_level": NOISE_LEVEL_OF_SAMPLING}

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import FamilyFacts, Settings
+from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import peft_lora
 from helpers.families.networks import sdxl_inputs
 from helpers.families.networks.export import Component, modelspec, trained_edge, write_pipeline
 from helpers.families.networks.recompute import recompute
-from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+from helpers.protocols import Parts
 
 if TYPE_CHECKING:
     import torch

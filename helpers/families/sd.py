@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import FamilyFacts, Settings
+from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
 from helpers.families.networks import condition, img2img
 from helpers.families.networks.export import modelspec, trained_edge, write_pipeline
 from helpers.families.networks.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
 from helpers.families.text import clip_states
-from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+from helpers.protocols import Parts
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,7 @@ class StableDiffusion:
         kind = StableDiffusionControlNetPipeline if "controlnet" in networks else StableDiffusionPipeline
         return kind(**others, **networks, scheduler=sampler, requires_safety_checker=False)
 
-    begin_with = staticmethod(img2img.begin_with)
+    img2img_arguments = staticmethod(img2img.img2img_arguments)
 
     def img2img_pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         from diffusers import StableDiffusionImg2ImgPipeline

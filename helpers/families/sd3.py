@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import FamilyFacts, Settings
 from helpers.config.options import OPTIONS
+from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.errors import ModelError
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import transformer_lora
 from helpers.families.networks import condition, img2img
 from helpers.families.networks.export import Component, modelspec, trained_edge, write_pipeline
-from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+from helpers.protocols import Parts
 
 if TYPE_CHECKING:
     import torch
@@ -194,10 +195,10 @@ class StableDiffusion3:
         encoders = dict.fromkeys((*CLIP_FOLDERS, *T5_FOLDERS), absent)
         return StableDiffusion3Img2ImgPipeline(vae=vae, **encoders, transformer=denoiser, scheduler=sampler)
 
-    def begin_with(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
+    def img2img_arguments(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
         """With the size in pixels, or the pipeline takes it to be that of the model's own pictures."""
         height, width = (side * self.latents.downsampling for side in latents.shape[2:])
-        return {**img2img.begin_with(latents, steps, strength), "height": height, "width": width}
+        return {**img2img.img2img_arguments(latents, steps, strength), "height": height, "width": width}
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
         arguments = {}

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import FamilyFacts
+from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
 from helpers.families.networks import condition, img2img, sdxl_inputs
 from helpers.families.networks.export import modelspec, trained_edge, write_pipeline
 from helpers.families.networks.unet import UNET_OPTIONS, controlnet_start, load_unet, unet_and_controlnet
-from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+from helpers.protocols import Parts
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,7 @@ class SDXL:
 
     predict = staticmethod(sdxl_inputs.predict)
     prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
-    begin_with = staticmethod(img2img.begin_with)
+    img2img_arguments = staticmethod(img2img.img2img_arguments)
 
     def controlnet(self, denoiser: nn.Module) -> Any:
         from helpers.families.networks.controlnet import controlled_unet

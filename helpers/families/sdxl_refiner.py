@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import FamilyFacts
+from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
 from helpers.families.networks import img2img, sdxl_inputs
 from helpers.families.networks.export import modelspec, trained_edge, write_pipeline
 from helpers.families.networks.unet import UNET_OPTIONS, load_unet
-from helpers.protocols import CaptionLengths, ImageCodec, Parts, TextEncoders, TextTensors
+from helpers.protocols import Parts
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ class SDXLRefiner:
 
     predict = staticmethod(sdxl_inputs.predict)
     prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
-    begin_with = staticmethod(img2img.begin_with)
+    img2img_arguments = staticmethod(img2img.img2img_arguments)
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         """From latents and embeddings to latents."""
@@ -108,6 +109,8 @@ class SDXLRefiner:
             requires_aesthetics_score=True,
             add_watermarker=False,
         )
+
+    img2img_pipeline = pipeline
 
     def kohya_name(self, module: str) -> str | None:
         """By diffusers' names: diffusers misreads the original ones of a network of four levels (block 1 for block 10)."""

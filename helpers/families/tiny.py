@@ -15,26 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import registry
+from helpers.registry import Registry
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-MINIATURES: registry.Registry = {  # each writes a model into a folder: (folder, seed=) => the folder
-    "deepfloyd_1": "helpers.families.miniatures.deepfloyd:write_deepfloyd_1",
-    "deepfloyd_2": "helpers.families.miniatures.deepfloyd:write_deepfloyd_2",
-    "hunyuan_dit": "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit",
-    "hunyuan_dit_11": "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit_11",
-    "pixart_alpha": "helpers.families.miniatures.pixart:write_pixart_alpha",
-    "pixart_sigma": "helpers.families.miniatures.pixart:write_pixart_sigma",
-    "sd1": "helpers.families.miniatures.sd:write_sd1",
-    "sd2": "helpers.families.miniatures.sd:write_sd2",
-    "sd3": "helpers.families.miniatures.sd3:write_sd3",
-    "sd35": "helpers.families.miniatures.sd3:write_sd35",
-    "sdxl": "helpers.families.tiny:write_sdxl",
-    "sdxl_refiner": "helpers.families.miniatures.sd:write_sdxl_refiner",
-}
+MINIATURES: Registry[Callable[..., Path]] = Registry(  # each writes a model into a folder: (folder, seed=) => the folder
+    {
+        "deepfloyd_1": "helpers.families.miniatures.deepfloyd:write_deepfloyd_1",
+        "deepfloyd_2": "helpers.families.miniatures.deepfloyd:write_deepfloyd_2",
+        "hunyuan_dit": "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit",
+        "hunyuan_dit_11": "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit_11",
+        "pixart_alpha": "helpers.families.miniatures.pixart:write_pixart_alpha",
+        "pixart_sigma": "helpers.families.miniatures.pixart:write_pixart_sigma",
+        "sd1": "helpers.families.miniatures.sd:write_sd1",
+        "sd2": "helpers.families.miniatures.sd:write_sd2",
+        "sd3": "helpers.families.miniatures.sd3:write_sd3",
+        "sd35": "helpers.families.miniatures.sd3:write_sd35",
+        "sdxl": "helpers.families.tiny:write_sdxl",
+        "sdxl_refiner": "helpers.families.miniatures.sd:write_sdxl_refiner",
+    }
+)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -307,8 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the model is written to")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (default: 0)")
     options = parser.parse_args(arguments)
-    write: Callable[..., Path] = registry.load(MINIATURES, options.family)
-    print(write(options.folder, seed=options.seed))
+    print(MINIATURES[options.family](options.folder, seed=options.seed))
     return 0
 
 

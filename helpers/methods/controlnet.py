@@ -5,17 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
 from helpers.methods.full import FullFineTune, check
-from helpers.protocols import Parts, Trainable
+from helpers.protocols import Parts, Trainable, can_controlnet
 from helpers.storage.atomic import atomic_folder, scratch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from helpers.protocols import ControlledFamily
 
 FOLDER = "controlnet"
 LEARNING_RATE = 1e-5  # of the paper; the declared default is for networks that have learnt already what they are to do
@@ -46,7 +44,8 @@ class ControlNet(FullFineTune):
     def attach(self, parts: Parts) -> Trainable:
         from torch import nn
 
-        both = cast("ControlledFamily", self.family).controlnet(parts.denoiser)
+        assert can_controlnet(self.family), "the settings refuse --controlnet for other families"
+        both = self.family.controlnet(parts.denoiser)
         both.requires_grad_(False).train()
         nn.Module.to(both.denoiser, parts.frozen_dtype)  # diffusers' own `to` warns, of nothing
         parameters = {

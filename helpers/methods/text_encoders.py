@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from helpers.config.options import TextEncoderOptions
-    from helpers.protocols import Parts, TextTrainer
+    from helpers.protocols import Parts, TextTrainingFamily
 
 _LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.")
 _EMBEDDINGS = re.compile(r"(?:text_model\.)?embeddings\.")
@@ -20,7 +20,7 @@ _LEVEL = "text_model."  # transformers 5 has it in encoders with a projection al
 WEIGHTS_FILE = "model.safetensors"
 
 
-def add_text_encoders(parts: Parts, family: TextTrainer, options: TextEncoderOptions, dtype: torch.dtype, freezes: bool) -> None:
+def add_text_encoders(parts: Parts, family: TextTrainingFamily, options: TextEncoderOptions, dtype: torch.dtype, freezes: bool) -> None:
     """Load the text encoders into `parts`, and say which of their weights may move.
 
     `freezes` is whether the layers that the options name stay as they are.
@@ -39,7 +39,7 @@ def add_text_encoders(parts: Parts, family: TextTrainer, options: TextEncoderOpt
     parts.text_weights = frozenset(moving)
 
 
-def require_something_to_train(family: TextTrainer, options: TextEncoderOptions) -> None:
+def require_something_to_train(family: TextTrainingFamily, options: TextEncoderOptions) -> None:
     """Raises ConfigError where the options freeze every layer of the text encoder; no weights are loaded for it."""
     layers = family.text_layers_read("text_encoder")
     if options.freeze_encoder and all(is_frozen(place, options) for place in range(layers)):

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from helpers.errors import CheckpointError, StorageError
 from helpers.storage.atomic import MANIFEST, atomic_folder, remove_leftovers, verify_manifest, write_json, write_manifest
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from helpers.config.options import CheckpointOptions
-    from helpers.training.learner import Learner
 
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -61,6 +60,16 @@ class Checkpoint:
         from safetensors.torch import load_file
 
         return load_file(self.folder / OPTIMIZER_FILE)
+
+
+class Savable(Protocol):
+    """What a checkpoint holds besides the position of the run."""
+
+    def write_weights(self, folder: Path) -> None: ...
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and all the rest as JSON values."""
+        ...
 
 
 class Checkpointer:
@@ -100,7 +109,7 @@ class Checkpointer:
             )
         return None
 
-    def save(self, step: int, learner: Learner, position: Mapping[str, Any]) -> Path:
+    def save(self, step: int, learner: Savable, position: Mapping[str, Any]) -> Path:
         """Write `checkpoint-<step>`, verify it on disk, and only then remove what the limit allows. Raises StorageError.
 
         `position` is everything beside the learner that a resumed run needs, as JSON values.
@@ -108,7 +117,7 @@ class Checkpointer:
         final = self.output_dir / f"checkpoint-{step}"
         with atomic_folder(final) as folder:
             learner.write_weights(folder)
-            tensors, numbers = learner.engine.state()
+            tensors, numbers = learner.optimizer_state()
             save_tensors(tensors, folder / OPTIMIZER_FILE)
             write_json(folder / STATE_FILE, {**position, "numbers": numbers})
             write_manifest(folder)

@@ -36,6 +36,10 @@ class Learner:
         if self.average is not None:
             self.method.save(self.trainable, folder, self.average.shadow, EMA_LABEL)
 
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and all the rest as JSON values."""
+        return self.engine.state()
+
     def restore(self, found: Checkpoint) -> None:
         """Put weights, optimiser and average back exactly as they were saved."""
         self.trainable.put(self.method.read(self.trainable, found.folder))

@@ -9,7 +9,8 @@ import math
 import torch
 
 from helpers.data.batches import Batch
-from helpers.protocols import TextTensors, TextTrainer, Trainable
+from helpers.data.ports import TextTensors
+from helpers.protocols import ModelFamily, TextTrainingFamily, Trainable, can_train_text_encoders
 from helpers.training.engine import Engine
 
 
@@ -23,10 +24,18 @@ def stop_of(limit: int, total: int, settled: int | None) -> int:
     return math.ceil(total * limit / 100) if settled is None else settled
 
 
+def live_text(family: ModelFamily, trainable: Trainable, engine: Engine) -> LiveText | None:
+    """None where no text encoder is trained."""
+    if not trainable.text_encoders:
+        return None
+    assert can_train_text_encoders(family), "only such a family has text encoders that are trained"
+    return LiveText(family, trainable, engine)
+
+
 class LiveText:
     """What captions become by the text encoders as they are now. Before step `engine.text_stop` gradients reach the encoders."""
 
-    def __init__(self, family: TextTrainer, trainable: Trainable, engine: Engine) -> None:
+    def __init__(self, family: TextTrainingFamily, trainable: Trainable, engine: Engine) -> None:
         self.family = family
         self.trainable = trainable
         self.engine = engine

@@ -18,8 +18,9 @@ from PIL import Image
 
 from helpers.data.base.padding import without_padding
 from helpers.data.base.sample import Size
+from helpers.data.ports import ImageCodec, TextTensors
 from helpers.errors import ConfigError
-from helpers.protocols import ImageCodec, ModelFamily, TextTensors, Trainable, ValidationImage
+from helpers.protocols import Img2ImgFamily, ModelFamily, Trainable, ValidationImage, can_img2img
 from helpers.storage.atomic import write_file
 from helpers.training.prompt_library import PROMPTS
 from helpers.training.runtime import Runtime, undisturbed
@@ -216,11 +217,14 @@ class Validator:
             ).images
 
     def _pipeline(self, trainable: Trainable, start: Start | None) -> Any:
-        from_picture = start is not None and start.condition is None and not self.family.refines
-        make = self.family.img2img_pipeline if from_picture else self.family.pipeline
+        make = self.family.pipeline if start is None or start.condition is not None else self._img2img().img2img_pipeline
         pipeline = make(self._network(trainable), self.new_sampler())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def _img2img(self) -> Img2ImgFamily:
+        assert can_img2img(self.family), "the settings refuse validation images that start from images for other families"
+        return self.family
 
     def _told(self, trainable: Trainable, prompt: Prompt, size: Size) -> dict[str, Any]:
         """The pipeline's arguments for one picture: its words, and what it begins with or follows."""
@@ -229,7 +233,7 @@ class Validator:
         text = start.text if start and start.text is not None else self.subjects.text(prompt.text)
         arguments = self.family.prompt_arguments(text, negative)
         if start and start.condition is None:
-            return arguments | self.family.begin_with(start.latents.unsqueeze(0), steps, self.subjects.strength)
+            return arguments | self._img2img().img2img_arguments(start.latents.unsqueeze(0), steps, self.subjects.strength)
         arguments |= {"width": size.width, "height": size.height, "num_inference_steps": steps}
         if start and start.condition is not None:
             condition = start.condition.unsqueeze(0).to(self.runtime.device)

@@ -29,7 +29,6 @@ from benchmarks import (
 )
 from benchmarks.material import caption, run_settings, write_photographs
 from benchmarks.measure import in_turns
-from helpers import registry
 from helpers.families import FAMILIES
 from helpers.families.tiny import SdxlSizes, write_sdxl
 from tests.storage.s3_server import S3Server
@@ -112,7 +111,7 @@ def test_captions_are_cached_about_as_fast_as_they_are_encoded(tmp_path: Path) -
     captions = [caption(index) for index in range(64)]
     model = write_sdxl(tmp_path / "model", sizes=SdxlSizes(text_width=128, text_2_width=128, text_layers=4))
     config = run_settings(tmp_path, model, write_photographs(tmp_path / "pictures", 1, (64, 64)), 64)
-    family = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+    family = FAMILIES[config.family_name](config.model, config.data, config.cache)
     bare = text_caching.Bare(model)
     with family.text_encoders(torch.device("cpu")) as encoders:
         encoders.encode(captions[:1])  # loads them

@@ -27,10 +27,10 @@ from helpers.data.base.workers import Workers
 from helpers.data.batches import Batch
 from helpers.data.catalogue.scan import same_shape
 from helpers.data.encode.conditions import packed, unpacked
+from helpers.data.ports import ImageCodec, LatentSpec
 from helpers.data.prepare import prepare_data
 from helpers.data.training_data import TrainingData
 from helpers.errors import DataError
-from helpers.protocols import ImageCodec, LatentSpec
 from helpers.storage.local import LocalSource
 from tests.data.test_prepare import damage
 from tests.data.toys import ConvCodec, Story, ToyFamily, dataset, picture, settings

@@ -115,9 +115,9 @@ class CountingLengths(WordLengths):
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def of(self, captions: Sequence[str]) -> list[int]:
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
         self.asked += captions
-        return super().of(captions)
+        return super().token_counts(captions)
 
 
 def test_captions_are_measured_in_tokens_and_again_only_when_they_or_the_tokenizer_changed(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from helpers.config.datasets import DatasetConfig
+from helpers.data.ports import CaptionLengths, ImageCodec, LatentSpec, TextEncoders, TextTensors
 from helpers.data.settings import DataSettings
-from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Reporter, TextEncoders, TextTensors
+from helpers.protocols import Reporter
 
 
 class ConvCodec:
@@ -59,7 +60,7 @@ class WordLengths:
     fingerprint = "words"
     limit = 8
 
-    def of(self, captions: Sequence[str]) -> list[int]:
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
         return [len(caption.split()) for caption in captions]
 
 

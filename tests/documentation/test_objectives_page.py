@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from helpers import registry
 from helpers.choices import known_facts
 from helpers.config.options import OPTIONS
 from helpers.config.read import read_config
@@ -53,7 +52,7 @@ def test_an_example_can_be_trained_with(number: int, tmp_path: Path, monkeypatch
     config = read_config(flags, variables, known_facts())
     assert config.notes == ()
     schedule = {"shift": 3.0} if config.objective_name == "flow" else SDXL_SCHEDULE
-    objective = registry.load(OBJECTIVES, config.objective_name)(config.objective, schedule)
+    objective = OBJECTIVES[config.objective_name](config.objective, schedule)
     assert objective.scheduler_config["shift" if config.objective_name == "flow" else "prediction_type"]
 
 

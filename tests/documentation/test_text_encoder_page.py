@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from helpers.errors import ConfigError
 from helpers.families.miniatures.sd import write_sd2
 from helpers.methods.lora import Lora
 from helpers.methods.text_encoders import add_text_encoders
-from helpers.protocols import TextTrainer
+from helpers.protocols import can_train_text_encoders
 from tests.documentation.pages import Page
 from tests.families.conftest import open_family
 
@@ -74,7 +74,8 @@ def test_the_sample_opens_a_lora_with_its_text_encoder(tmp_path: Path, monkeypat
     model = write_sd2(tmp_path / "model")
     family = open_family("sd2x", model, tmp_path / "cache")
     parts = family.load(torch.float32)
-    add_text_encoders(parts, cast("TextTrainer", family), TextEncoderOptions(), torch.float32, freezes=False)
+    assert can_train_text_encoders(family)
+    add_text_encoders(parts, family, TextEncoderOptions(), torch.float32, freezes=False)
     method = Lora(dataclasses.replace(AdapterOptions(), lora_rank=2), family)
     method.export(method.attach(parts), tmp_path, {}, None)
     monkeypatch.chdir(tmp_path)

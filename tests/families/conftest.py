@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import registry
 from helpers.config.options import CacheOptions, DataOptions, ModelOptions, ObjectiveOptions
 from helpers.data.base.draws import StepDraws
 from helpers.data.base.sample import Geometry, Size
@@ -40,7 +39,7 @@ class Tried:
     def objective(self, **options: Any) -> Objective:
         """What the family's networks are asked."""
         chosen = dataclasses.replace(ObjectiveOptions(), **options)
-        return registry.load(OBJECTIVES, self.family.facts.objective)(chosen, self.family.scheduler_config)  # type: ignore[no-any-return]
+        return OBJECTIVES[self.family.facts.objective](chosen, self.family.scheduler_config)
 
     def batch(self, captions: Sequence[str] = CAPTIONS, step: int = 3) -> Batch:
         """Fixed latents of 8 x 8 under the captions, all with GEOMETRY."""
@@ -66,7 +65,7 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     def folder(name: str) -> Path:
         if name not in written:
-            written[name] = registry.load(MINIATURES, name)(tmp_path_factory.mktemp("miniature") / name)
+            written[name] = MINIATURES[name](tmp_path_factory.mktemp("miniature") / name)
         return written[name]
 
     return folder
@@ -80,7 +79,7 @@ def open_family(name: str, model: Path, cache: Path, **options: Any) -> ModelFam
         dataclasses.replace(section, **{field.name: values[field.name] for field in dataclasses.fields(section) if field.name in values})
         for section in sections
     ]
-    return registry.load(FAMILIES, name)(*changed)  # type: ignore[no-any-return]
+    return FAMILIES[name](*changed)
 
 
 def family_name(miniature: str) -> str:

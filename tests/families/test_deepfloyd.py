@@ -103,7 +103,8 @@ def test_captions_are_encoded_as_the_pipeline_encodes_them(deepfloyd: Tried) -> 
     assert list(ours) == ["prompt_embeds"] and ours["prompt_embeds"].shape[1] == 77
     assert torch.allclose(ours["prompt_embeds"], theirs, atol=1e-5)
     assert torch.allclose(dropped["prompt_embeds"], negative[0], atol=1e-5)
-    assert deepfloyd.family.caption_lengths().of(captions)[-1] == deepfloyd.family.caption_lengths().of(["a red circle"])[0]
+    lengths = deepfloyd.family.caption_lengths()
+    assert lengths.token_counts(captions)[-1] == lengths.token_counts(["a red circle"])[0]
 
 
 def test_the_network_attends_to_the_states_of_the_padding(deepfloyd: Tried) -> None:
@@ -222,8 +223,9 @@ def test_validation_makes_the_pictures_that_the_pipeline_makes(deepfloyd: Tried,
     with deepfloyd.family.text_encoders(CPU) as encoders:
         text, negative = ({n: t[0] for n, t in encoders.encode([caption]).items()} for caption in ("a red circle", "blue"))
     picture = torch.linspace(-1, 1, 24).expand(1, 3, 16, 24).contiguous()
+    family: Any = deepfloyd.family
     begins = (
-        deepfloyd.family.begin_with(picture, 3, 0.2) if deepfloyd.family.refines else {"num_inference_steps": 3, "width": 24, "height": 16}
+        family.img2img_arguments(picture, 3, 0.2) if family.refines else {"num_inference_steps": 3, "width": 24, "height": 16}
     )
     usual = {"guidance_scale": 4.0}
     made = ours(
@@ -257,7 +259,7 @@ def test_pictures_of_stage_one_that_begin_with_pictures_are_those_of_the_pipelin
     with family.text_encoders(CPU) as encoders:
         text, negative = ({n: t[0] for n, t in encoders.encode([caption]).items()} for caption in ("a red circle", "blue"))
     picture = torch.linspace(-1, 1, 24).expand(1, 3, 16, 24).contiguous()
-    begins = family.begin_with(picture, 10, 0.4)
+    begins = family.img2img_arguments(picture, 10, 0.4)
     usual = {"guidance_scale": 4.0, "generator": torch.Generator()}
     usual["generator"].manual_seed(3)
     made = ours(**family.prompt_arguments(text, negative), **begins, **usual, output_type="latent").images

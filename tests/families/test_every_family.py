@@ -38,7 +38,7 @@ def test_settings_and_tokenizers_suffice_for_a_look_at_the_data(tried: Tried, tm
     bare = Path(shutil.copytree(tried.folder, tmp_path / "bare", ignore=lambda _, names: weights & set(names)))
     family = open_family(family_name(tried.miniature), bare, tmp_path / "bare-cache", needs_weights=False)
     assert weights and family.latents == tried.family.latents
-    assert family.caption_lengths().of(["a red circle"]) == tried.family.caption_lengths().of(["a red circle"])
+    assert family.caption_lengths().token_counts(["a red circle"]) == tried.family.caption_lengths().token_counts(["a red circle"])
     assert family.caption_lengths().fingerprint == tried.family.caption_lengths().fingerprint
 
 

@@ -41,7 +41,7 @@ def test_pictures_from_pictures_are_those_that_the_pipeline_makes_of_the_words(t
     with tried.family.text_encoders(CPU) as encoders:
         text, negative = ({name: tensor[0] for name, tensor in encoders.encode([caption]).items()} for caption in ("a cat", "blurry"))
     usual: dict[str, Any] = {"guidance_scale": 5.0, "output_type": "latent"}
-    begins = tried.family.begin_with(latents, 10, 0.4)
+    begins = tried.family.img2img_arguments(latents, 10, 0.4)
     found = ours(**tried.family.prompt_arguments(text, negative), **begins, **usual, generator=torch.Generator().manual_seed(1)).images
     size = {"width": 64, "height": 96} if tried.miniature in ("sd3", "sd35") else {}
     expected = whole(
@@ -61,7 +61,7 @@ def test_pictures_from_pictures_are_those_that_the_pipeline_makes_of_the_words(t
 
 @pytest.mark.parametrize("tried", ["sdxl"], indirect=True)
 def test_a_share_of_the_schedule_has_at_least_one_step(tried: Tried) -> None:
-    assert tried.family.begin_with(torch.zeros(1, 4, 8, 8), 2, 0.2)["num_inference_steps"] == 5
+    assert tried.family.img2img_arguments(torch.zeros(1, 4, 8, 8), 2, 0.2)["num_inference_steps"] == 5
 
 
 def test_what_the_pipelines_cannot_do_is_refused() -> None:

@@ -110,4 +110,4 @@ def test_a_pipeline_is_told_equally_many_states_and_makes_of_them_what_the_netwo
 
 def test_captions_are_of_any_length(chunked: Tried) -> None:
     lengths = chunked.family.caption_lengths()
-    assert lengths.limit is None and lengths.of([LONGER])[0] > 2 * LENGTH
+    assert lengths.limit is None and lengths.token_counts([LONGER])[0] > 2 * LENGTH

@@ -54,7 +54,7 @@ def test_captions_without_their_padding_give_the_same_answer(pixart: Tried) -> N
     batch = pixart.batch()
     rows = [{name: tensor[index] for name, tensor in batch.text.items()} for index in range(len(CAPTIONS))]
     short = [without_padding(row) for row in rows]
-    assert [len(row["prompt_embeds"]) for row in short] == pixart.family.caption_lengths().of(CAPTIONS)
+    assert [len(row["prompt_embeds"]) for row in short] == pixart.family.caption_lengths().token_counts(CAPTIONS)
     trimmed = dataclasses.replace(batch, text=stacked(short))
     assert trimmed.text["prompt_embeds"].shape[1] == 9
     assert torch.allclose(answer(pixart.family, trimmed), answer(pixart.family, batch), atol=1e-5)
@@ -81,7 +81,7 @@ def test_capitals_and_surrounding_blanks_are_not_seen(pixart: Tried) -> None:
     with pixart.family.text_encoders(CPU) as encoders:
         plain, loud = encoders.encode(["a red circle"]), encoders.encode(["  A Red CIRCLE "])
     assert all(torch.equal(plain[name], loud[name]) for name in plain)
-    assert pixart.family.caption_lengths().of(["A Red CIRCLE "]) == pixart.family.caption_lengths().of(["a red circle"])
+    assert pixart.family.caption_lengths().token_counts(["A Red CIRCLE "]) == pixart.family.caption_lengths().token_counts(["a red circle"])
 
 
 def test_the_length_of_captions_can_be_set_and_is_part_of_the_fingerprint(pixart: Tried, tmp_path: Path) -> None:

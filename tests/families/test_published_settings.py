@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from helpers import registry
 from helpers.config.options import ObjectiveOptions
 from helpers.errors import ConfigError, ModelError
 from helpers.objectives import OBJECTIVES
@@ -117,7 +116,7 @@ def test_a_model_of_another_schedule_is_not_trained_as_diffusion(scheduler: Any,
     scheduler().save_pretrained(model / "scheduler")
     family = open_family("sdxl", model, tmp_path / "cache")
     with pytest.raises(ConfigError, match=f"The model's scheduler, {scheduler.__name__}, has no noise schedule of betas"):
-        registry.load(OBJECTIVES, "diffusion")(ObjectiveOptions(), family.scheduler_config)
+        OBJECTIVES["diffusion"](ObjectiveOptions(), family.scheduler_config)
 
 
 def test_a_network_that_sees_more_than_latents_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:

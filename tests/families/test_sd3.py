@@ -218,7 +218,7 @@ def test_a_caption_is_cut_off_where_the_encoder_that_reads_most_stops(
     family, captions = open_family("sd3", miniature(name), tmp_path), ["a cat", "cat " * 100, LONG]
     lengths = family.caption_lengths()
     assert lengths.limit == limit
-    assert [length > limit for length in lengths.of(captions)] == cut
+    assert [length > limit for length in lengths.token_counts(captions)] == cut
     with family.text_encoders(CPU) as encoders:
         encoders.encode(captions)
         assert encoders.truncated == sum(cut)

@@ -101,7 +101,7 @@ def test_captions_are_read_by_it_and_it_is_in_the_pipeline_that_is_handed_over(
     key = next(key for key in ("t5", "prompt_embeds_2", "prompt_embeds") if key in ours)
     expected = other.states(captions, ours[key].shape[1], masked=key != "t5")
     assert torch.allclose(ours[key].float(), expected, atol=1e-5)
-    assert family.caption_lengths().of(["harbour"]) == [2]
+    assert family.caption_lengths().token_counts(["harbour"]) == [2]
 
     method = FullFineTune(AdapterOptions(), family)
     sampler = list(Tried(name, base, family).objective().samplers.values())[-1]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from helpers.errors import ConfigError
 from helpers.methods.full import FullFineTune
 from helpers.methods.lora import Lora
 from helpers.methods.text_encoders import add_text_encoders, name_in_files, require_something_to_train
-from helpers.protocols import ModelFamily, Parts, TextTrainer, Trainable
+from helpers.protocols import ModelFamily, Parts, TextTrainingFamily, Trainable, can_train_text_encoders
 from tests.families.conftest import CPU, family_name, open_family
 
 LORA = dataclasses.replace(AdapterOptions(), lora_rank=2, lora_alpha=3.0, lora_dropout=0.0)
@@ -62,10 +62,15 @@ def opened(miniature: Callable[[str], Path], tmp_path: Path) -> Callable[[str], 
     return lambda name: open_family(family_name(name), miniature(name), tmp_path / "cache" / name)
 
 
+def trainable_text(family: ModelFamily) -> TextTrainingFamily:
+    assert can_train_text_encoders(family)
+    return family
+
+
 def loaded(family: ModelFamily, kind: str, **options: Any) -> Parts:
     parts = family.load(torch.float32)
     chosen = dataclasses.replace(TextEncoderOptions(), **options)
-    add_text_encoders(parts, cast("TextTrainer", family), chosen, torch.float32, freezes=kind == "full")
+    add_text_encoders(parts, trainable_text(family), chosen, torch.float32, freezes=kind == "full")
     return parts
 
 
@@ -78,7 +83,7 @@ def attached(family: ModelFamily, kind: str, **options: Any) -> tuple[Any, Train
 def test_live_text_of_untrained_weights_is_what_the_cache_holds(name: str, opened: Callable[[str], ModelFamily]) -> None:
     family = opened(name)
     captions = [PROMPT, "a photo of a cat on the sea", ""]
-    live = cast("TextTrainer", family).embed(loaded(family, "full").text_encoders, [*captions, None], CPU)
+    live = trainable_text(family).embed(loaded(family, "full").text_encoders, [*captions, None], CPU)
     with family.text_encoders(CPU) as encoders:
         cached, unconditional = encoders.encode(captions), family.unconditional(encoders)
     assert live.keys() == cached.keys() == unconditional.keys()
@@ -98,7 +103,7 @@ def test_all_that_moves_gets_a_gradient_though_every_caption_is_dropped_but_one(
     for captions, zero in (([PROMPT, None], False), ([None, None], name == "sdxl")):
         for parameter in trainable.parameters.values():
             parameter.grad = None
-        told = cast("TextTrainer", family).embed(trainable.text_encoders, captions, CPU)
+        told = trainable_text(family).embed(trainable.text_encoders, captions, CPU)
         sum((tensor.square() * torch.arange(1, 1 + tensor.shape[-1])).sum() for tensor in told.values()).backward()  # type: ignore[union-attr]
         gradients = [trainable.parameters[parameter].grad for parameter in text]
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
@@ -126,7 +131,7 @@ def test_the_layers_that_freeze_are_those_that_the_option_names(
 
 def test_freezing_everything_is_refused(opened: Callable[[str], ModelFamily]) -> None:
     everything = dataclasses.replace(TextEncoderOptions(), freeze_encoder_strategy="before", freeze_encoder_before=3)
-    family = cast("TextTrainer", opened("sd2"))
+    family = trainable_text(opened("sd2"))
     with pytest.raises(ConfigError, match=r"--freeze_encoder_before=3 .* leave none of the 3 layers \(0 to 2\)"):
         require_something_to_train(family, everything)
     require_something_to_train(family, dataclasses.replace(everything, freeze_encoder_before=2))
@@ -174,7 +179,7 @@ def predicted(family: ModelFamily, trainable: Trainable, noisy: torch.Tensor) ->
     for module in trainable.modules.values():
         module.eval()
     with torch.no_grad():
-        told = cast("TextTrainer", family).embed(trainable.text_encoders, [PROMPT], CPU)
+        told = trainable_text(family).embed(trainable.text_encoders, [PROMPT], CPU)
         conditioning = {**told, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
         return family.predict(trainable.denoiser, noisy, torch.tensor([600]), conditioning)
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from helpers.config.facts import FamilyFacts
 from helpers.config.options import CacheOptions, DataOptions, ModelOptions
 from helpers.data.batches import Batch
-from helpers.protocols import CaptionLengths, ImageCodec, LatentSpec, Parts, TextEncoders, TextTensors
+from helpers.data.ports import CaptionLengths, ImageCodec, LatentSpec, TextEncoders, TextTensors
+from helpers.protocols import Parts
 
 
 class Pixels:
@@ -39,7 +40,7 @@ class Characters:
     fingerprint = "toy characters"
     limit = 77
 
-    def of(self, captions: Sequence[str]) -> list[int]:
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
         return [len(caption) for caption in captions]
 
 

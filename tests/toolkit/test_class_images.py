@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from transformers import T5EncoderModel
 
-from helpers import registry
 from helpers.errors import EXIT_FINISHED, EXIT_REFUSED
 from helpers.families.miniatures.pixart import t5_config, write_pixart_sigma
 from helpers.families.miniatures.sd3 import write_sd3, write_sd35
@@ -31,7 +30,7 @@ def make(folder: Path, *more: str, number: int = 2) -> int:
 
 
 def miniature(family: str, folder: Path) -> tuple[str, str]:
-    return "--pretrained_model_name_or_path", str(registry.load(MINIATURES, family)(folder / family))
+    return "--pretrained_model_name_or_path", str(MINIATURES[family](folder / family))
 
 
 def content(folder: Path) -> dict[str, bytes]:

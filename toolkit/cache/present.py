@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
-from helpers import registry
 from helpers.assembly import captions_of_pictures
 from helpers.config.config import Config
 from helpers.config.datasets import DatasetConfig
@@ -26,12 +25,13 @@ from helpers.data.encode.latents import cuts, latents_facts, latents_key, latent
 from helpers.data.encode.texts import text_key, text_subject
 from helpers.data.plan.buckets import BucketPlan, plan
 from helpers.data.planning import columns_of, rules_of, rules_of_conditions
+from helpers.data.ports import reads_conditions
 from helpers.data.sources import CachePlace, extra_texts_place, latents_place, open_source, pass_prefix, texts_place
 from helpers.errors import DataError
 from helpers.families import FAMILIES
 
 if TYPE_CHECKING:
-    from helpers.protocols import ControlledFamily, ModelFamily
+    from helpers.protocols import ModelFamily
 
 CATALOGUE = "catalogue.sqlite"
 
@@ -159,7 +159,7 @@ class Present:
         of = dataset.condition
         if of is None:
             return None
-        return Conditions(open_source(of), of.resize_filter, cast("ControlledFamily", self.family).condition_as_latents)
+        return Conditions(open_source(of), of.resize_filter, reads_conditions(self.family) and self.family.condition_as_latents)
 
     def _content(self, image: int) -> str:
         """What `Catalogue.content` says of an image whose files have been read, from the files as they are now."""
@@ -176,7 +176,7 @@ def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[
     ConfigError, ModelError or DataError where the run could not start. `progress` is told of files that had to be opened, and of how many.
     """
     config = read_saved_config(output_dir)
-    family: ModelFamily = registry.load(FAMILIES, config.family_name)(config.model, config.data, config.cache)
+    family = FAMILIES[config.family_name](config.model, config.data, config.cache)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     with family.image_codec(device) as codec, family.text_encoders(device) as encoders:

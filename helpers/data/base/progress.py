@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from helpers.protocols import Reporter
+    from helpers.data.ports import DataReporter
 
 
 @contextmanager
-def bar(report: Reporter, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def bar(report: DataReporter, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Gives a function that is told how many more units are done."""
     shown = report.progress(title, total, unit)
     if shown is None:
@@ -22,7 +22,7 @@ def bar(report: Reporter, title: str, total: int, unit: str) -> Iterator[Callabl
 
 
 @contextmanager
-def late_bar(report: Reporter, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def late_bar(report: DataReporter, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for work that tells (done, total); shown when it is first told of, so that a warm start shows none."""
     with ExitStack() as stack:
         advance: Callable[[int], None] | None = None

@@ -29,7 +29,7 @@ from helpers.storage.backend import SourceBackend
 from helpers.storage.memo import Memo, digest_of
 
 if TYPE_CHECKING:
-    from helpers.protocols import ModelFamily, Reporter
+    from helpers.data.ports import DataReporter, ModelEncoders
 
 
 class LatentPhase:
@@ -44,9 +44,9 @@ class LatentPhase:
         plan: BucketPlan,
         plan_of: Callable[[int], BucketPlan],
         settings: DataSettings,
-        family: ModelFamily,
+        family: ModelEncoders,
         workers: Workers,
-        report: Reporter,
+        report: DataReporter,
     ) -> None:
         self.datasets = datasets
         self.sources = sources

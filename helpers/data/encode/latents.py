@@ -36,7 +36,7 @@ from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
 
 if TYPE_CHECKING:
-    from helpers.protocols import ImageCodec
+    from helpers.data.ports import ImageCodec
 
 CONTENTS_PER_COMMIT = 256
 CONTENTS_SECONDS = 1.0  # no content waits longer for its commit, as long as others follow

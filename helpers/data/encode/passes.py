@@ -23,13 +23,13 @@ from helpers.data.order.epoch_order import MicroBatch
 from helpers.data.plan.buckets import BucketPlan
 
 if TYPE_CHECKING:
-    from helpers.protocols import ImageCodec, ModelFamily
+    from helpers.data.ports import ImageCodec, ModelEncoders
 
 
 class HeldCodec:
     """A family's image codec, open between `open` and `close` and loaded by its first use. Its fingerprint is always known."""
 
-    def __init__(self, family: ModelFamily, device: torch.device) -> None:
+    def __init__(self, family: ModelEncoders, device: torch.device) -> None:
         self._context: Callable[[], AbstractContextManager[ImageCodec]] = lambda: family.image_codec(device)
         self._opened: AbstractContextManager[ImageCodec] | None = None
         with self._context() as codec:

@@ -17,7 +17,7 @@ from helpers.data.encode.fill import REASONS, WRITES_AHEAD, Filled, FillOptions,
 from helpers.errors import DataError, Interrupted
 
 if TYPE_CHECKING:
-    from helpers.protocols import TextEncoders
+    from helpers.data.ports import TextEncoders
 
 
 def text_key(caption: str | None, fingerprint: str, cache_dtype: str) -> bytes:

@@ -18,7 +18,7 @@ from helpers.data.plan.buckets import BucketPlan
 from helpers.storage.memo import Memo, digest_of
 
 if TYPE_CHECKING:
-    from helpers.protocols import CaptionLengths
+    from helpers.data.ports import CaptionLengths
 
 REPORT = "dataset_report.json"
 MOST_CAPTIONS_COUNTED = 20_000  # of a data set: seconds of work; of more captions every n-th is counted
@@ -113,7 +113,7 @@ def caption_report(dataset: str, catalogue: Catalogue, lengths: CaptionLengths, 
             if len(shared) > MOST_SHARED_CAPTIONS:
                 heapq.heappop(shared)
     inputs = digest_of(lengths.fingerprint, captions)
-    tokens = memo.recall(f"tokens of {dataset}", inputs, lambda: _tally(lengths.of(captions)))
+    tokens = memo.recall(f"tokens of {dataset}", inputs, lambda: _tally(lengths.token_counts(captions)))
     return {
         "distinct": distinct,
         "counted": len(captions),

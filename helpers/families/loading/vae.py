@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from helpers.data.ports import LatentSpec
 from helpers.errors import ModelError
 from helpers.families.loading import components, folder
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.loading.hashes import fingerprint
-from helpers.protocols import LatentSpec
 
 if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, ModelOptions

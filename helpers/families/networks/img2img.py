@@ -9,6 +9,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def begin_with(latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
+def img2img_arguments(latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
     """Of the steps of the whole schedule, a pipeline makes this share: at least one."""
     return {"image": latents, "strength": strength, "num_inference_steps": max(steps, math.ceil(1 / strength))}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from helpers.data.batches import Batch
-    from helpers.protocols import TextTensors
+    from helpers.data.ports import TextTensors
 
 
 def has_first_encoder(index: Mapping[str, Any]) -> bool:

@@ -198,7 +198,7 @@ class ClipCaptionLengths:
             None if chunked else min(folder.read_json(path / "tokenizer_config.json").get("model_max_length", 77) for path in self.folders)
         )
 
-    def of(self, captions: Sequence[str]) -> list[int]:
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
         from transformers import CLIPTokenizer
 
         tokenizers = [CLIPTokenizer.from_pretrained(path, local_files_only=True) for path in self.folders]

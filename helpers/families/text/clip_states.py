@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from helpers.data.batches import Batch
-    from helpers.protocols import TextTensors
+    from helpers.data.ports import TextTensors
 
 STATES = "prompt_embeds"
 MASK = "prompt_embeds_mask"  # by the rule of helpers/data/base/padding.py, so that a cache holds what is there alone

@@ -118,12 +118,12 @@ class T5CaptionLengths:
         self.limit = limit
         self.fingerprint = source.tokenizer_fingerprint
 
-    def of(self, captions: Sequence[str]) -> list[int]:
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
         return lengths(self.source.load_tokenizer(), captions)
 
 
 class NormalisedLengths(T5CaptionLengths):
     """Of captions as they are read where they are normalised."""
 
-    def of(self, captions: Sequence[str]) -> list[int]:
-        return super().of([normalised(caption) for caption in captions])
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
+        return super().token_counts([normalised(caption) for caption in captions])
