@@ -84,10 +84,10 @@ def main() -> int:
         return ranks.record_exit(os.environ, EXIT_REFUSED)
 
     from helpers.reporting import Reporters
-    from helpers.reporting.console import Console, Speaker
+    from helpers.reporting.console import Console, FailureReporter
 
     first = os.environ.get("RANK", "0") == "0"
-    report = Reporters(Console() if first else Speaker(f"process {os.environ['RANK']}"))
+    report = Reporters(Console() if first else FailureReporter(f"process {os.environ['RANK']}"))
     code = EXIT_FAULT
     try:
         train(config, stop, report)

@@ -1,4 +1,4 @@
-"""Who is told how a run goes. Reporters watch; none of them steers."""
+"""Reporters show and record how a run goes. They never influence it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Reporters(Reporter):
-    """Passes every event on to all of its members, in order; members may join while the run goes on."""
+    """Passes every event to all members, in order. Members may be added during the run."""
 
     def __init__(self, *members: Reporter) -> None:
         self.members = list(members)

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: a line a chapter, a bar for long work, and at the end what was made and where."""
+"""Terminal output: one line per chapter, a progress bar for long work, and at the end the list of files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from rich.text import Text
 
 from helpers.protocols import Reporter, StepResult, ValidationImage
 
-INDENT = 11  # columns of a chapter's title
-PLAIN_WIDTH = 160  # of lines where there is no terminal
-PLAIN_EVERY_S = 15.0  # where there is no terminal, a line of progress at most this often
+INDENT = 11  # width of a chapter's title, in columns
+PLAIN_WIDTH = 160  # line width without a terminal
+PLAIN_EVERY_S = 15.0  # without a terminal, at most one progress line in this time
 
 
 class Rate(ProgressColumn):
-    """Units a second, or seconds a unit when it is slow."""
+    """Units per second, or seconds per unit if slow."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ def rate(per_second: float, unit: str) -> str:
     return f"{per_second:,.1f} {unit}/s" if per_second >= 1 else f"{1 / per_second:,.1f} s/{unit.rstrip('s')}"
 
 
-class Speaker(Reporter):
-    """Speaks for a process that is not the main one: only of what makes it fail."""
+class FailureReporter(Reporter):
+    """Console of a process other than the main process: prints only the reason why it failed."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -59,7 +59,7 @@ class Speaker(Reporter):
 
 
 class Console(Reporter):
-    """Speaks for the main process."""
+    """Console of the main process."""
 
     def __init__(self) -> None:
         self.out = RichConsole(stderr=True, highlight=False, soft_wrap=True)
@@ -103,7 +103,7 @@ class Console(Reporter):
     def validated(self, step: int, images: Sequence[ValidationImage]) -> None:
         self.chapter(
             "validation",
-            f"step {step:,}: {len(images)} picture{'s' if len(images) != 1 else ''} in {images[0].path.parent}"
+            f"step {step:,}: {len(images)} image{'s' if len(images) != 1 else ''} in {images[0].path.parent}"
             if images
             else f"step {step:,}: stopped",
         )
@@ -113,7 +113,7 @@ class Console(Reporter):
 
     def finished(self, step: int, outputs: Sequence[Path]) -> None:
         self._stop_bar()
-        self.chapter("finished", f"{step:,} steps. Made:")
+        self.chapter("finished", f"{step:,} steps. Files:")
         for path in outputs:
             self.out.print(f"  {path}", markup=False)
 

@@ -1,4 +1,4 @@
-"""All validation pictures of a run on one sheet: a row for each prompt and size, a column for each step."""
+"""All validation images of a run on one sheet: a row for each prompt and size, a column for each step."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from helpers.storage.atomic import write_file
 SHEET = "contact_sheet.png"
 _NAME = re.compile(r"step_(\d+)_(.+_\d+x\d+(?:_\d+)?)\.png")
 MOST_COLUMNS = 12
-CELL = 192  # pixels of a picture's longer side on the sheet
+CELL = 192  # longer side of an image on the sheet, in pixels
 MARGIN, LABEL = 8, 18
 
 
 def write_contact_sheet(folder: Path) -> Path | None:
-    """Lay out `folder`'s pictures as contact_sheet.png. Of many steps the first, the last and an even choice between are shown."""
-    pictures: dict[str, dict[int, Path]] = {}
+    """Write contact_sheet.png from the images in `folder`; None if there are none.
+
+    Of many steps, it shows an even selection that includes the first and the last.
+    """
+    images: dict[str, dict[int, Path]] = {}
     for path in folder.glob("step_*.png"):
         if match := _NAME.fullmatch(path.name):
-            pictures.setdefault(match[2], {})[int(match[1])] = path
-    if not pictures:
+            images.setdefault(match[2], {})[int(match[1])] = path
+    if not images:
         return None
-    steps = _spread(sorted({step for row in pictures.values() for step in row}), MOST_COLUMNS)
-    sheet = Image.new("RGB", (MARGIN + len(steps) * (CELL + MARGIN), LABEL + len(pictures) * (CELL + LABEL + MARGIN) + MARGIN), "white")
+    steps = _spread(sorted({step for row in images.values() for step in row}), MOST_COLUMNS)
+    sheet = Image.new("RGB", (MARGIN + len(steps) * (CELL + MARGIN), LABEL + len(images) * (CELL + LABEL + MARGIN) + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
     for column, step in enumerate(steps):
         draw.text((MARGIN + column * (CELL + MARGIN), 2), f"step {step:,}", "black", font)
-    for row, (name, by_step) in enumerate(sorted(pictures.items())):
+    for row, (name, by_step) in enumerate(sorted(images.items())):
         top = LABEL + MARGIN + row * (CELL + LABEL + MARGIN)
         draw.text((MARGIN, top - 4), name.replace("_", " "), "dimgray", font)
         for column, step in enumerate(steps):

@@ -1,7 +1,7 @@
-"""The dataset report as a page to look at: one file without scripts that asks nothing of the network.
+"""The dataset report as an HTML page: one file without scripts that loads nothing from the network.
 
-Everything it shows comes from dataset_report.json but for the thumbnails. Lists are cut to what a person reads, with their full length
-and the file that has them all, so a page stays small whatever the data.
+Everything except the thumbnails comes from dataset_report.json. Long lists are truncated, with their full length and a reference to
+dataset_report.json, so the page stays small for any dataset.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 PAGE = "dataset_report.html"
 TEMPLATE = Path(__file__).with_name("dataset_report.html.j2")
-MOST_LEFT_OUT, MOST_SHAPES, MOST_GROUPS, MOST_COPIES = 1_000, 60, 100, 8  # rows of a data set's lists; keys in a group of copies
-MOST_CHARACTERS = 600  # of a caption or a file's name
+MOST_LEFT_OUT, MOST_BUCKETS, MOST_GROUPS, MOST_COPIES = 1_000, 60, 100, 8  # rows of a dataset's lists; files in a group of duplicates
+MOST_CHARACTERS = 600  # of a caption or a file name
 MOST_BARS = 32
-CHART_WIDTH, CHART_HEIGHT, CHART_FOOT = 320, 110, 20  # units of the drawing; the foot holds the labels
-PERCEPTIBLE_CROP = 0.1  # share of a picture that is cut away, from which on the page mentions it
+CHART_WIDTH, CHART_HEIGHT, CHART_FOOT = 320, 110, 20  # in SVG units; the foot holds the axis labels
+PERCEPTIBLE_CROP = 0.1  # the page mentions the crop if it removes at least this share of an image
 
 
 class HtmlReport(Reporter):
-    """Writes OUTPUT_DIR/dataset_report.html, unless the page that is there shows the same already."""
+    """Writes OUTPUT_DIR/dataset_report.html, unless the existing page is up to date."""
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
@@ -48,7 +48,7 @@ class HtmlReport(Reporter):
 
 
 def _mark(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
-    """A comment that names all that a page is made from, this module included."""
+    """An HTML comment with a hash of everything that the page is made from, including this module."""
     digest = sha256(json.dumps([report, repr(thumbnails)]).encode())
     for path in (TEMPLATE, Path(__file__)):
         digest.update(path.read_bytes())
@@ -56,7 +56,7 @@ def _mark(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
 
 
 def _end(path: Path) -> str:
-    """The last bytes of a page; of none, nothing."""
+    """The last 128 bytes of a file; "" if there is no file."""
     try:
         with path.open("rb") as stream:
             stream.seek(-min(128, path.stat().st_size), os.SEEK_END)
@@ -67,7 +67,7 @@ def _end(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a chart, in its units; `strong` marks what the page speaks of."""
+    """One bar of a chart, in SVG units. `strong` bars are highlighted."""
 
     x: float
     y: float
@@ -79,18 +79,18 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """A histogram to be drawn as SVG."""
+    """A histogram, drawn as SVG."""
 
     title: str
     bars: Sequence[Bar]
     labels: Sequence[tuple[float, str, str]]  # x, text, anchor
-    line: float | None = None  # x of a limit
+    line: float | None = None  # x of a vertical line at a limit
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A list as the page has it: its beginning, and how many there are."""
+class Truncated:
+    """The beginning of a list, and the length of the full list."""
 
     items: Sequence[Any]
     total: int
@@ -102,43 +102,43 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says of one data set."""
+    """The page's section about one image dataset."""
 
     entry: Mapping[str, Any]
     findings: Sequence[str]
     kinds: Sequence[tuple[str, int]]
-    left_out: Shown
-    shapes: Shown
-    copies: Shown
-    shared: Shown
+    left_out: Truncated
+    buckets: Truncated
+    copies: Truncated
+    shared: Truncated
     charts: Sequence[Chart]
-    sheet: Sequence[Picture]
+    sheet: Sequence[SheetImage]
 
 
 @dataclass(frozen=True)
 class ConditionsSection:
-    """What the page says of one data set of conditions."""
+    """The page's section about one dataset of conditioning images."""
 
     entry: Mapping[str, Any]
     kinds: Sequence[tuple[str, int]]
-    left_out: Shown
+    left_out: Truncated
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A thumbnail as the page has it."""
+class SheetImage:
+    """A thumbnail on the page."""
 
     name: str
     caption: str
-    source: str  # data URI; "" where there is none
-    shape: str
-    steps: str  # from the file to the shape
+    source: str  # data URI; "" if the image cannot be shown
+    size: str  # it is trained at this size
+    steps: str  # from the file's size to the training size
     problem: str
     marks: Sequence[str] = field(default_factory=tuple)
 
 
 def page(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
-    """The page for the content of dataset_report.json and some thumbnails, in any order of data sets."""
+    """The HTML page for the content of dataset_report.json and the thumbnails of its datasets, in any order."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -148,69 +148,69 @@ def page(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
     environment.filters["sizes"] = lambda text: text.replace("x", "\u00a0×\u00a0")
     sections = [_section(entry, [each for each in thumbnails if each.dataset == entry["id"]]) for entry in report["datasets"]]
     conditions = [
-        ConditionsSection(entry, _kinds(entry), _shown(entry["left_out"], MOST_LEFT_OUT)) for entry in report.get("conditions", ())
+        ConditionsSection(entry, _kinds(entry), _truncated(entry["left_out"], MOST_LEFT_OUT)) for entry in report.get("conditions", ())
     ]
-    shapes = {shape for entry in report["datasets"] for shape in entry["buckets"]}
+    buckets = {bucket for entry in report["datasets"] for bucket in entry["buckets"]}
     totals = {name: sum(entry[name] for entry in report["datasets"]) for name in ("found", "used")}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        sections=sections, conditions=conditions, shapes=len(shapes), chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals
+        sections=sections, conditions=conditions, buckets=len(buckets), chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals
     )
 
 
 def _section(entry: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> Section:
     buckets = sorted(entry["buckets"].items(), key=lambda bucket: -bucket[1])
     largest = buckets[0][1] if buckets else 1
-    shapes = [{"shape": shape, "images": images, "bar": images / largest, **_outline(shape)} for shape, images in buckets]
-    copies = [Shown(keys[:MOST_COPIES], len(keys)) for keys in entry["copies"]]
+    rows = [{"size": size, "images": images, "bar": images / largest, **_outline(size)} for size, images in buckets]
+    copies = [Truncated(keys[:MOST_COPIES], len(keys)) for keys in entry["copies"]]
     shared = entry["captions"]["shared"]
     return Section(
         entry,
         list(findings(entry)),
         _kinds(entry),
-        _shown(entry["left_out"], MOST_LEFT_OUT),
-        _shown(shapes, MOST_SHAPES),
-        _shown(copies, MOST_GROUPS),
-        _shown(shared, MOST_GROUPS),
+        _truncated(entry["left_out"], MOST_LEFT_OUT),
+        _truncated(rows, MOST_BUCKETS),
+        _truncated(copies, MOST_GROUPS),
+        _truncated(shared, MOST_GROUPS),
         [_sizes_chart(entry["sizes"]), _aspects_chart(entry["aspects"]), _captions_chart(entry["captions"])],
-        [_picture(each) for each in thumbnails],
+        [_sheet_image(each) for each in thumbnails],
     )
 
 
 def _kinds(entry: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Why files are left out, with the number of files, the most frequent reason first."""
+    """The reasons why files are left out, with the number of files; the most frequent reason first."""
     return Counter(item["reason"].partition(":")[0] for item in entry["left_out"]).most_common()
 
 
 def findings(entry: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on what is worth a look before training on a data set."""
+    """Sentences about what to check before training on a dataset."""
     used, captions, copies = entry["used"], entry["captions"], entry["copies"]
     if entry["left_out"]:
-        yield f"{len(entry['left_out']):,} of {entry['found']:,} files are left out; each is listed with its reason."
+        yield f"{len(entry['left_out']):,} of {entry['found']:,} files are left out; each is listed with the reason."
     if entry["upscaled"]:
         share = percent(entry["upscaled"] / used)
-        yield f"{entry['upscaled']:,} pictures ({share}) have fewer pixels than they are trained at, and are enlarged."
+        yield f"{entry['upscaled']:,} images ({share}) are smaller than their training size and are upscaled."
     if entry["cropped_share"] >= PERCEPTIBLE_CROP:
-        yield f"The cut removes {percent(entry['cropped_share'])} of a picture on average; look whether heads and feet are still there."
+        yield f"The crop removes {percent(entry['cropped_share'])} of an image on average; check whether heads and feet are cut off."
     if captions["truncated"]:
-        measured = "captions" if captions["counted"] == captions["distinct"] else "captions looked at"
+        measured = "captions" if captions["counted"] == captions["distinct"] else "checked captions"
         share = percent(captions["truncated"] / captions["counted"])
         yield (
             f"{captions['truncated']:,} of {captions['counted']:,} {measured} ({share}) are longer than the {captions['limit']} tokens"
-            " that the text encoders read; what comes after is not seen."
+            " that the text encoders read; the rest is ignored."
         )
     if copies:
         surplus = sum(len(keys) - 1 for keys in copies)
-        yield f"{surplus:,} picture{'s are' if surplus > 1 else ' is'} an exact copy of another one."
+        yield f"{surplus:,} image{'s are exact duplicates' if surplus > 1 else ' is an exact duplicate'} of another image."
     if entry["unread"]:
-        yield f"Whether {entry['unread']:,} pictures are copies is not known yet: their bytes are read when they are first encoded."
+        yield f"{entry['unread']:,} images have not been checked for duplicates yet: their bytes are read when they are first encoded."
     lonely = sum(images == 1 for images in entry["buckets"].values())
     if lonely:
-        yield f"{lonely:,} shape{'s have' if lonely > 1 else ' has'} a single picture, which makes a batch of its own in every epoch."
+        yield f"{lonely:,} bucket{'s have' if lonely > 1 else ' has'} a single image, which is a batch of its own in every epoch."
 
 
 def percent(share: float) -> str:
-    """A share from 0 to 1 in words: never 0 % for what is there, never 100 % for what is not all."""
+    """A share from 0 to 1 as a percentage. Only 0 becomes 0 %, and only 1 becomes 100 %."""
     if 0 < share < 0.001:
         return "< 0.1 %"
     if 0.999 < share < 1:
@@ -222,24 +222,24 @@ def short(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
 
 
-def _shown(items: Sequence[Any], most: int) -> Shown:
-    return Shown(items[:most], len(items))
+def _truncated(items: Sequence[Any], most: int) -> Truncated:
+    return Truncated(items[:most], len(items))
 
 
-def _outline(shape: str) -> dict[str, float]:
-    """Width and height of a small rectangle of a shape's aspect, at most 18 units."""
-    width, height = map(int, shape.split("x"))
+def _outline(size: str) -> dict[str, float]:
+    """Width and height of a small rectangle with the aspect ratio of a size such as 832x1216, at most 18 SVG units."""
+    width, height = map(int, size.split("x"))
     return {"width": round(18 * width / max(width, height), 1), "height": round(18 * height / max(width, height), 1)}
 
 
-def _picture(thumbnail: Thumbnail) -> Picture:
+def _sheet_image(thumbnail: Thumbnail) -> SheetImage:
     geometry = thumbnail.geometry
-    marks = ["enlarged"] * thumbnail.upscaled + ["mirrored"] * geometry.flip
+    marks = ["upscaled"] * thumbnail.upscaled + ["mirrored"] * geometry.flip
     source = "data:image/jpeg;base64," + base64.b64encode(thumbnail.jpeg).decode() if thumbnail.jpeg else ""
     steps = f"{geometry.original} → {geometry.resized}" if geometry.original != geometry.resized else str(geometry.original)
     if geometry.resized != geometry.target:
-        steps += f", cut from {geometry.left}, {geometry.top}"
-    return Picture(thumbnail.key, thumbnail.caption, source, str(geometry.target), steps, thumbnail.problem, marks)
+        steps += f", cropped at {geometry.left}, {geometry.top}"
+    return SheetImage(thumbnail.key, thumbnail.caption, source, str(geometry.target), steps, thumbnail.problem, marks)
 
 
 # -- charts -----------------------------------------------------------------------------------------------------------------
@@ -249,18 +249,18 @@ def _sizes_chart(histogram: Mapping[str, Any]) -> Chart:
     edges, counts = histogram["edges"], histogram["counts"]
     names = [f"{low:g} to {high:g} megapixels" for low, high in zip(edges, edges[1:], strict=False)]
     labels = [(index, f"{edges[index]:g}", "middle") for index in range(1, len(counts))]
-    return _chart("Sizes of the files, megapixels", counts, names, labels)
+    return _chart("Image sizes in megapixels", counts, names, labels)
 
 
 def _aspects_chart(histogram: Mapping[str, Any]) -> Chart:
     edges, counts = histogram["edges"], histogram["counts"]
     names = [f"width / height {low:.2f} to {high:.2f}" for low, high in zip(edges, edges[1:], strict=False)]
     labels = [(_place(edges, aspect), name, "middle") for aspect, name in ((0.25, "1:4"), (0.5, "1:2"), (1, "1:1"), (2, "2:1"), (4, "4:1"))]
-    return _chart("Aspects of the files, width : height", counts, names, labels)
+    return _chart("Aspect ratios, width : height", counts, names, labels)
 
 
 def _place(edges: Sequence[float], value: float) -> float:
-    """Where a value lies on an axis whose unit is a bin and whose bins are of equal width in logarithms."""
+    """Position of a value on the axis of a logarithmic histogram, in bins."""
     index = min(max(bisect.bisect_right(edges, value) - 1, 0), len(edges) - 2)
     return index + math.log(value / edges[index]) / math.log(edges[index + 1] / edges[index])
 
@@ -270,7 +270,7 @@ def _captions_chart(captions: Mapping[str, Any]) -> Chart:
     longest = max((length for length, _ in tokens), default=0)
     limit = longest if read is None else read
     width = _round_width(max(longest, limit + 1) / MOST_BARS)
-    # Bins are laid so that one begins with the first length that is cut off; the bin at 0 may be the narrower for it.
+    # One bin begins at the first length that is cut off, so the bin at 0 may be narrower.
     starts = sorted({0, *range((limit + 1) % width, max(longest, limit + 1) + 1, width)})
     counts = [0] * len(starts)
     for length, count in tokens:
@@ -278,16 +278,16 @@ def _captions_chart(captions: Mapping[str, Any]) -> Chart:
     last = [start - 1 for start in (*starts[1:], starts[-1] + width)]
     names = [f"{start} to {end} tokens" if end > start else f"{start} tokens" for start, end in zip(starts, last, strict=True)]
     cut_off = starts.index(limit + 1)
-    told = "all are read" if read is None else f"{read} are read"
-    labels = [(0.0, "0", "start"), (float(cut_off), told, "start" if cut_off < len(counts) / 2 else "end")]
+    limit_label = "all are read" if read is None else f"{read} are read"
+    labels = [(0.0, "0", "start"), (float(cut_off), limit_label, "start" if cut_off < len(counts) / 2 else "end")]
     if cut_off < 0.6 * len(counts):
         labels.append((float(len(counts)), f"{longest:,}", "end"))
-    note = "" if captions["counted"] == captions["distinct"] else f"{captions['counted']:,} of {captions['distinct']:,}, spread evenly"
-    return _chart("Captions, tokens", counts, names, labels, line=cut_off, note=note)
+    note = "" if captions["counted"] == captions["distinct"] else f"{captions['counted']:,} of {captions['distinct']:,}, evenly selected"
+    return _chart("Caption lengths in tokens", counts, names, labels, line=cut_off, note=note)
 
 
 def _round_width(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50 ... that is not below `least`."""
+    """The smallest of 1, 2, 5, 10, 20, 50 ... that is at least `least`."""
     return next(step * 10**power for power in range(12) for step in (1, 2, 5) if step * 10**power >= least)
 
 
@@ -299,16 +299,16 @@ def _chart(
     line: float | None = None,
     note: str = "",
 ) -> Chart:
-    """`labels` and `line` are placed in bins: 0 is the left end of the first bar, 1 the left end of the second.
+    """Positions of `labels` and `line` are in bins: 0 is the left edge of the first bar, 1 that of the second.
 
-    Bars beyond the line are the strong ones.
+    Bars to the right of the line are highlighted.
     """
     pitch = CHART_WIDTH / len(counts)
     tallest = max(counts, default=0) or 1
     room = CHART_HEIGHT - CHART_FOOT - 4
     bars = []
     for index, (count, name) in enumerate(zip(counts, names, strict=True)):
-        height = max(room * count / tallest, 1.5) if count else 0  # a single one among thousands is to be seen
+        height = max(room * count / tallest, 1.5) if count else 0  # a count of 1 among thousands stays visible
         strong = line is not None and index >= line
         top = CHART_HEIGHT - CHART_FOOT - height
         bars.append(

@@ -1,4 +1,4 @@
-"""The loss of a run as a picture: every step, and a running mean that can be read."""
+"""The loss curve of a run as an image: every step, and a smooth running mean."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CURVE = "loss_curve.png"
 
 
 def write_loss_curve(output_dir: Path) -> Path | None:
-    """Draw metrics.jsonl as loss_curve.png; nothing for a run without steps."""
+    """Draw metrics.jsonl as loss_curve.png; None for a run without steps."""
     rows = [json.loads(line) for line in (output_dir / METRICS).read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if not row.get("skipped")]
     if not rows:
@@ -36,7 +36,7 @@ def write_loss_curve(output_dir: Path) -> Path | None:
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
-    """Each value's mean with up to `window` - 1 values before it."""
+    """The mean of each value and up to `window` - 1 values before it."""
     means, total = [], 0.0
     for index, value in enumerate(values):
         total += value - (values[index - window] if index >= window else 0.0)

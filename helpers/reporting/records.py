@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: one JSON object a line, each step once however often the run was stopped."""
+"""metrics.jsonl and samples.jsonl: one JSON object per line. Each step appears once, however often the run was resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = "samples.jsonl"
 
 
 class Records(Reporter):
-    """Appends to the files of one OUTPUT_DIR, after cutting them back to the step that the run goes on from."""
+    """Appends to the files in OUTPUT_DIR. A resumed run first removes the lines of later steps."""
 
     def __init__(self, output_dir: Path, resumed_at: int, record_samples: bool) -> None:
         self._files: list[FileIO] = []
@@ -39,13 +39,13 @@ class Records(Reporter):
 
     def _continue(self, path: Path, step: int) -> FileIO:
         cut_back(path, step)
-        stream = path.open("ab", buffering=0)  # what a reader sees is whole lines; a kill loses at most the last
+        stream = path.open("ab", buffering=0)  # unbuffered: each line is written at once, so a kill loses at most the last one
         self._files.append(stream)
         return stream
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Keep the lines up to and with `step`: later ones will be written again. A half line that a kill left goes too."""
+    """Keep the lines up to and including `step`; later ones will be written again. A line that a kill left incomplete is removed too."""
     if not path.is_file():
         return
     lines = path.read_bytes().splitlines(keepends=True)

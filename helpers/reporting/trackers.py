@@ -18,9 +18,9 @@ _LOGGED = ("loss", "learning_rate", "text_encoder_lr", "grad_norm", "epoch", "se
 
 
 class Trackers(Reporter):
-    """Sends the curves and pictures of a run to the trackers the user named; none of them by default leaves the machine.
+    """Sends metrics and validation images to the chosen trackers. By default, nothing leaves the machine.
 
-    The run goes on from step `resumed_at`. TensorBoard forgets what it was told of later steps; the others keep it.
+    The run resumes after step `resumed_at`. TensorBoard discards what was logged for later steps; the other trackers keep it.
     """
 
     def __init__(self, options: ReportingOptions, output_dir: Path, run_ids: dict[str, str], resumed_at: int) -> None:
@@ -34,8 +34,8 @@ class Trackers(Reporter):
 
     def stepped(self, result: StepResult) -> None:
         for tracker in self._trackers:
-            told = {f"train/{name}": value for name in _LOGGED if (value := getattr(result, name)) is not None}
-            tracker.log(told, step=result.step)
+            metrics = {f"train/{name}": value for name in _LOGGED if (value := getattr(result, name)) is not None}
+            tracker.log(metrics, step=result.step)
 
     def validated(self, step: int, images: Sequence[ValidationImage]) -> None:
         import numpy as np
@@ -44,10 +44,10 @@ class Trackers(Reporter):
         for tracker in self._trackers:
             if not hasattr(tracker, "log_images"):
                 continue
-            for picture in images:
-                with Image.open(picture.path) as opened:
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}  # the others expect it anyway
-                    tracker.log_images({f"validation/{picture.name}": np.asarray(opened)[None]}, step=step, **layout)
+            for image in images:
+                with Image.open(image.path) as opened:
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}  # NHWC is the others' default
+                    tracker.log_images({f"validation/{image.name}": np.asarray(opened)[None]}, step=step, **layout)
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -69,9 +69,7 @@ def _create(name: str, options: ReportingOptions, output_dir: Path, run_ids: dic
             arguments = {"experiment_key": run_ids["comet"]} if "comet" in run_ids else {}
             tracker = tracking.CometMLTracker(options.tracker_project_name, **arguments)
     except ImportError as error:
-        raise ConfigError(
-            f"--report_to={name} needs a package that cannot be imported here ({error}): {install(TRACKERS[name][1])}."
-        ) from error
+        raise ConfigError(f"--report_to={name} needs a package that cannot be imported ({error}): {install(TRACKERS[name][1])}.") from error
     if hasattr(tracker, "start"):
         tracker.start()
     if name == "wandb":

@@ -1,4 +1,4 @@
-"""The page on the data: the right numbers, nothing that a file's name could do, and readable in a real browser at any width."""
+"""The dataset report page has the right numbers, shows file names without obeying them, and is readable in a real browser at any width."""
 
 from __future__ import annotations
 
@@ -63,22 +63,23 @@ def written(folder: Path, entries: Sequence[Mapping[str, Any]], thumbnails: Sequ
 
 
 def figures(text: str) -> dict[str, str]:
-    """The large numbers of a page with one data set."""
+    """The large numbers of a page with one dataset."""
     return dict(re.findall(r'data-figure="(\w+)">([^<]+)<', html.unescape(text)))
 
 
 def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
     text = written(tmp_path, [entry()], [thumbnail()]).read_text(encoding="utf-8")
     assert figures(text) == {
-        "used": "1,200", "left_out": "8", "shapes": "3", "upscaled": "24", "cropped": "12.3 %", "truncated": "1 %", "copies": "1"
+        "used": "1,200", "left_out": "8", "buckets": "3", "upscaled": "24", "cropped": "12.3 %", "truncated": "1 %", "copies": "1"
     }  # fmt: skip
-    assert "1,200 pictures of 1,208 files are trained on, from 1 data set, in 3 shapes." in text
-    for words in ("832\u00a0×\u00a01216", "broken_7.jpg", "a.jpg", "mirrored", "640\u00a0×\u00a0480 → 112\u00a0×\u00a084, cut from 8, 10"):
+    assert "1,200 images of 1,208 files are used, from 1 dataset, in 3 buckets." in text
+    steps = "640\u00a0×\u00a0480 → 112\u00a0×\u00a084, cropped at 8, 10"
+    for words in ("832\u00a0×\u00a01216", "broken_7.jpg", "a.jpg", "mirrored", steps):
         assert words in text
     assert text.count("data:image/jpeg;base64,") == 1
 
 
-def test_pictures_to_follow_have_a_section_that_lists_what_has_no_image() -> None:
+def test_conditioning_images_have_a_section_that_lists_what_has_no_image() -> None:
     left_out = [{"key": f"{EVIL}_{number}.png", "reason": "condition without an image"} for number in range(3)]
     report = {"datasets": [entry()], "conditions": [{"id": "edges", "found": 11, "used": 8, "left_out": left_out}]}
     text = page(report, [])
@@ -93,11 +94,11 @@ def test_what_deserves_a_look_is_said_in_sentences() -> None:
     said = "\n".join(findings(entry()))
     for words in (
         "8 of 1,208 files are left out",
-        "24 pictures (2 %) have fewer pixels",
-        "removes 12.3 % of a picture",
+        "24 images (2 %) are smaller than their training size",
+        "removes 12.3 % of an image",
         "12 of 1,199 captions (1 %) are longer than the 77 tokens",
-        "2 pictures are an exact copy",
-        "1 shape has a single picture",
+        "2 images are exact duplicates",
+        "1 bucket has a single image",
     ):
         assert words in said
     flawless = entry(
@@ -109,15 +110,15 @@ def test_what_deserves_a_look_is_said_in_sentences() -> None:
 def test_what_nobody_has_read_yet_is_said_to_be_unknown() -> None:
     text = page({"datasets": [entry(copies=[], unread=1_200)]}, [])
     assert figures(text)["copies"] == "unknown"
-    assert "Not known yet for 1,200 of 1,200 pictures" in text and "No two pictures" not in text
+    assert "1,200 of 1,200 images have not been checked yet" in text and "No two images" not in text
     half = page({"datasets": [entry(unread=600)]}, [])
-    assert figures(half)["copies"] == "1" and "known so far" in half
+    assert figures(half)["copies"] == "1" and "found so far" in half
 
 
 def test_captions_of_which_a_part_was_measured_say_so() -> None:
     captions = {**ENTRY["captions"], "distinct": 900_000}
-    assert "1,199 of 900,000, spread evenly" in page({"datasets": [entry(captions=captions)]}, [])
-    assert any("captions looked at" in sentence for sentence in findings(entry(captions=captions)))
+    assert "1,199 of 900,000, evenly selected" in page({"datasets": [entry(captions=captions)]}, [])
+    assert any("checked captions" in sentence for sentence in findings(entry(captions=captions)))
 
 
 @pytest.mark.parametrize("limit", [8, 77, 225])
@@ -184,7 +185,7 @@ def test_a_page_on_very_many_files_stays_small() -> None:
     )
     text = page({"datasets": [many]}, [])
     assert len(text) < 2_000_000
-    assert f"The first {MOST_LEFT_OUT:,} of 20,000 files; dataset_report.json has all of them." in text
+    assert f"The first {MOST_LEFT_OUT:,} of 20,000 files; dataset_report.json lists all of them." in text
     assert "000999.jpg" in text and "001000.jpg" not in text
 
 

@@ -21,8 +21,8 @@ def result(step: int, loss: float = 0.5) -> StepResult:
     return StepResult(step, 0, loss, 1e-4, 1.0, 0.1, 0.001, 4)
 
 
-def test_a_resumed_run_goes_on_where_its_checkpoint_stands(tmp_path: Path) -> None:
-    """Lines of steps after the checkpoint go, and so does the half line that a kill left."""
+def test_a_resumed_run_removes_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
+    """Including a line that a kill left incomplete."""
     first = Records(tmp_path, 0, record_samples=True)
     for step in range(1, 6):
         first.stepped(result(step))
@@ -39,12 +39,12 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_stands(tmp_path: Path) -> No
     assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [1, 1, 2, 2, 3, 3]
 
 
-def test_the_rate_of_text_encoders_is_kept_and_told_where_they_are_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_learning_rate_of_trained_text_encoders_is_recorded_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records, console = Records(tmp_path, 0, record_samples=False), Console()
     console.started({}, 2)
-    for told in (result(1), dataclasses.replace(result(2), text_encoder_lr=5e-5)):
-        records.stepped(told)
-        console.stepped(told)
+    for each in (result(1), dataclasses.replace(result(2), text_encoder_lr=5e-5)):
+        records.stepped(each)
+        console.stepped(each)
     records.close()
     without, with_text = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert with_text["text_encoder_lr"] == 5e-5 and "text_encoder_lr" not in without
@@ -76,7 +76,7 @@ def test_contact_sheet_has_a_row_for_each_prompt_and_a_column_for_each_step(tmp_
         assert sheet.width > 3 * CELL
         assert sheet.height > 2 * CELL
         pixels = list(sheet.getdata())
-    # Six pictures of 192 x 96 pixels, half of them red.
+    # Six images of 192 x 96 pixels, half of them red.
     assert pixels.count((255, 0, 0)) == pixels.count((0, 0, 255)) == 3 * CELL * CELL // 2
 
 
@@ -89,7 +89,7 @@ def test_a_long_run_still_fits_on_one_sheet(tmp_path: Path) -> None:
         assert sheet.width < 13 * (CELL + 8)
 
 
-def test_no_pictures_no_sheet_and_no_steps_no_curve(tmp_path: Path) -> None:
+def test_no_images_no_sheet_and_no_steps_no_curve(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     assert write_contact_sheet(tmp_path) is None
     assert write_loss_curve(tmp_path) is None
@@ -109,7 +109,7 @@ def test_running_mean() -> None:
     assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
 
 
-def test_console_tells_rate_and_time_left_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_prints_rate_and_time_left_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("helpers.reporting.console.PLAIN_EVERY_S", 0.0)
     console = Console()
     console.started({}, 10)
