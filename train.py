@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a diffusion model: the story of a run, from its settings to the files it hands over.
+"""Train a diffusion model: the story of a run, from its settings to the exported weights.
 
 `python train.py --help` lists the options; the wrappers (`train_sdxl.sh` ...) start this with the settings of an env file.
 """
@@ -10,34 +10,11 @@ import gc
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from helpers import ranks
-from helpers.assembly import (
-    StartPoint,
-    begin_report,
-    captions_of_pictures,
-    check_device,
-    chosen_axes,
-    data_settings,
-    find_start,
-    go_on_with_changed_data,
-    hand_over,
-    join_reporters,
-    look_at_data,
-    make_learner,
-    make_validator,
-    of_the_base_model,
-    run_identity,
-    say_what_validation_leaves_out,
-    settled,
-    subjects_of_pictures,
-    total_steps,
-    without_weights,
-    workers,
-)
 from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.read import read_config
@@ -63,7 +40,7 @@ if TYPE_CHECKING:
     from helpers.data.training_data import TrainingData
     from helpers.protocols import Corrupted, ModelFamily, Objective
     from helpers.reporting import Reporters
-    from helpers.training.checkpoints import Checkpointer
+    from helpers.setup.run import Run
     from helpers.training.learner import Learner
     from helpers.training.live_text import LiveText
     from helpers.training.runtime import Runtime
@@ -73,7 +50,7 @@ MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a fini
 
 
 def main() -> int:
-    """Run, and say how it ended by the exit code (helpers/errors.py)."""
+    """Run, and return how it ended as an exit code (helpers/errors.py)."""
     ranks.tie_to_launcher(os.environ)
     wait_briefly(os.environ)
     stop = StopRequest().listen()
@@ -92,8 +69,8 @@ def main() -> int:
     try:
         train(config, stop, report)
         code = EXIT_FINISHED
-    except Interrupted as left:
-        report.failed(str(left))
+    except Interrupted as error:
+        report.failed(str(error))
         code = EXIT_INTERRUPTED
     except UserError as error:
         report.failed(str(error))
@@ -108,8 +85,9 @@ def main() -> int:
 
 
 def train(config: Config, stop: StopRequest, report: Reporters) -> None:
-    """One life of a run: it begins anew or goes on from a checkpoint, and ends finished, or saved and interrupted."""
+    """Start a run, or resume it; it ends finished, or saved and interrupted."""
     gc.disable()  # while libraries are imported: it would go through half a million new objects again and again, and find nothing
+    from helpers.setup.outputs import open_report
     from helpers.training.runtime import start_runtime
 
     if config.run.max_train_seconds is not None:
@@ -117,171 +95,131 @@ def train(config: Config, stop: StopRequest, report: Reporters) -> None:
     folders = {"--output_dir": config.run.output_dir, "--cache_dir": config.cache.cache_dir}
     with start_runtime(config.run, folders, config.given, stop) as runtime:  # processes, device, precision, locks on its folders
         if runtime.is_main:
-            begin_report(config, runtime, report)
-        run(config, runtime, report)
+            open_report(config, runtime, report)
+        set_up_and_train(config, runtime, report)
 
 
-def run(config: Config, runtime: Runtime, report: Reporters) -> None:
-    """Put the run together, each part refusing at once what it cannot do; then train, and hand over what was learnt."""
-    from helpers.data.prepare import prepare_data
-    from helpers.training.checkpoints import Checkpointer
+def set_up_and_train(config: Config, runtime: Runtime, report: Reporters) -> None:
+    """Set the run up, train, and export what was learned. Each part of the set-up refuses at once what it cannot do."""
+    from helpers.setup import datasets, learning, machine, model, outputs, resume, validation
+    from helpers.setup.run import Run
     from helpers.training.live_text import live_text
 
-    if config.run.dataset_report:
-        config = without_weights(config, runtime)
-    # Which network, which weights, which loss.
-    config = of_the_base_model(config, runtime, report)
-    family, method, objective = chosen_axes(config)
+    # The base model and the settings decide family, method and objective; OUTPUT_DIR decides whether the run resumes.
+    config = model.resolve_base_model(config, runtime, report)
+    family, method, objective = model.choose_axes(config)
     for note in family.notes:
         report.chapter("", note)
-    say_what_validation_leaves_out(config, family, report)
+    validation.note_unused_options(config, family, report)
     gc.freeze()
     gc.enable()
-
-    checkpoints = Checkpointer(config.checkpoints, config.run.output_dir)
-    beginning = find_start(checkpoints, config, runtime, report)
+    start = resume.find_start(config, runtime, report)
+    run = Run(config, runtime, report, family, method, objective, start)
     if config.run.dataset_report:
-        return look_at_data(config, runtime, beginning, family, report)
-    config = settled(config, runtime, method, beginning)
-    check_device(config, runtime, method)
-    identity = run_identity(config, family, objective)
-    if beginning.found:
-        beginning.found.require_same_run(identity)
-    else:
-        method.check(family.load(None))
+        return datasets.report_on_data(run)
+    run = machine.resolve_for_machine(run)
+    machine.check_machine(run)
+    resume.check_start(run)
 
-    # Encode every image and caption once, then let the encoders go: they and the network share the GPU only where the user wants that.
-    settings = data_settings(config, family, runtime, beginning, captions_of_pictures(config, family))
-    data = prepare_data(config.datasets, settings, family, workers(runtime), report)
-    go_on_with_changed_data(config, beginning, data, report)
+    # Encode every image and caption once. Then the encoders leave memory before the network comes, unless the user wants both there.
+    data = datasets.prepare(run)
+    total = datasets.total_steps(run, data)
 
-    total = total_steps(config, runtime, data, beginning)
-    learner = make_learner(config, runtime, family, method, beginning, total, report)
-    if runtime.is_main and beginning.found and (left := checkpoints.set_newer_aside(beginning.found.step)):
-        names = ", ".join(path.name for path in left)
-        report.chapter("checkpoint", f"later than {beginning.found.folder.name} and set aside: {names}")
-    trainable, engine, state = learner.trainable, learner.engine, beginning.state
-    live = live_text(family, trainable, engine)
-    validator = make_validator(config, runtime, family, objective, subjects_of_pictures(config, family, data, live), state.seed)
-
+    learner = learning.make_learner(run, total)
+    live = live_text(family, learner.trainable, learner.engine)
+    resume.set_newer_aside(run)
+    validator = validation.make_validator(run, data, live)
     if runtime.is_main:
-        join_reporters(config, state, total, report)
-    length = f"from step {state.step:,} to {total:,}"
-    report.chapter("training", f"{family.facts.title} · {trainable.description} · {length} · {data.describe()}")
-    Training(
-        config=config,
-        runtime=runtime,
-        report=report,
-        family=family,
-        objective=objective,
-        data=data,
-        learner=learner,
-        live=live,
-        validator=validator,
-        checkpoints=checkpoints,
-        identity=identity,
-        beginning=beginning,
-        total=total,
-    ).advance()
-    if state.skipped_in_a_row == state.step:
-        raise TrainingError("Not one step had a finite loss and gradient: nothing was learnt, and nothing is handed over.")
+        outputs.join_reporters(run, total)
+    steps = f"from step {run.state.step:,} to {total:,}"
+    report.chapter("training", f"{family.facts.title} · {learner.trainable.description} · {steps} · {data.describe()}")
+    Training(run, data, learner, live, validator, total).advance()
+    if run.state.skipped_in_a_row == run.state.step:
+        raise TrainingError("No step had a finite loss and gradient: nothing was learned, and nothing is exported.")
     if runtime.is_main:
-        report.finished(state.step, hand_over(config, learner, objective))
+        report.finished(run.state.step, outputs.export(run, learner))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Training:
-    """A run put together, from its first step in this life to its last."""
+    """A run that is set up, from its first step after this start to its last."""
 
-    config: Config
-    runtime: Runtime
-    report: Reporters
-    family: ModelFamily
-    objective: Objective
+    run: Run
     data: TrainingData
     learner: Learner
-    live: LiveText | None  # where text encoders are trained
+    live: LiveText | None  # if text encoders are trained
     validator: Validator
-    checkpoints: Checkpointer
-    identity: Mapping[str, Any]
-    beginning: StartPoint  # its state advances
-    total: int
+    total: int  # steps
 
     def advance(self) -> None:
-        """All that happens, in the order in which it happens. Raises Interrupted, saved, when the run is asked to stop."""
+        """Everything that happens, in the order in which it happens. Raises Interrupted, after saving, when the run is asked to stop."""
         from helpers.training.steps import in_order, step_result, timed
 
-        runtime, report, data, state, total = self.runtime, self.report, self.data, self.beginning.state, self.total
-        average, clear_every = self.learner.average, self.config.run.accelerator_cache_clear_interval
+        config, runtime, report, state = self.run.config, self.run.runtime, self.run.report, self.run.state
+        average, clear_every, total = self.learner.average, config.run.accelerator_cache_clear_interval, self.total
         self.validate()
-        for batches, waited, began in timed(data.steps(state.step, total, state.order)):
+        for batches, waited, began in timed(self.data.steps(state.step, total, state.order)):
             rows = self.add_gradients(batches)
             update = self.learner.engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
             state.advance(update.taken, MOST_SKIPPED[runtime.mixed_precision], batches[-1].samples, empty=not update.samples)
             if average is not None and update.taken:
                 average.update(state.updates)
-            if self.config.data.record_samples:
+            if config.data.record_samples:
                 report.sampled(in_order(runtime.gather(rows)))
             report.stepped(step_result(state, update, batches, began, waited))
-            if (self.checkpoints.due(state.step) and update.taken) or update.stop_asked or state.step == total:
+            if (self.run.checkpoints.due(state.step) and update.taken) or update.stop_asked or state.step == total:
                 self.save()
             if update.stop_asked and state.step < total:
-                data.close()
-                raise Interrupted(f"step {state.step:,} of {total:,} is done and saved; start again to go on.")
+                self.data.close()
+                raise Interrupted(f"stopped after step {state.step:,} of {total:,}, which is saved; run the same command to resume.")
             self.validate()
             if clear_every and state.step % clear_every == 0:
                 runtime.clear_cache()
 
     def add_gradients(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Forward and backward pass of each micro-batch of a step. => what is recorded of its samples, if it is"""
+        """Forward and backward pass of each micro-batch of a step. => the records of its samples, if they are wanted"""
         from helpers.training.steps import sample_rows
 
-        runtime, state, engine = self.runtime, self.beginning.state, self.learner.engine
+        runtime, state, engine = self.run.runtime, self.run.state, self.learner.engine
         rows: list[dict[str, Any]] = []
         for number, batch in enumerate(batches):
             runtime.seed("dropout", state.seed, state.step, number * runtime.world_size + runtime.rank)  # by place in the step
             with engine.micro_batch(last=number == len(batches) - 1):
-                told = self.live.told(batch, state.step) if self.live else batch
-                losses, corrupted = train_step(self.family, self.objective, engine.denoiser, told, runtime.device)
+                encoded = self.live.encode(batch, state.step) if self.live else batch
+                losses, corrupted = train_step(self.run.family, self.run.objective, engine.denoiser, encoded, runtime.device)
                 engine.backward(losses, batch.loss_weight.to(losses.device), batch.global_samples, batch.size)
-            if self.config.data.record_samples:
+            if self.run.config.data.record_samples:
                 rows += sample_rows(state.step + 1, batch, corrupted, losses)
         return rows
 
     def save(self) -> None:
-        if self.runtime.is_main:  # it writes for all: weights, optimiser and average are the same everywhere
-            data, state = self.data, self.beginning.state
-            position = {
-                "state": state.to_json(),
-                "total_steps": self.total,
-                **({"text_encoder_stop": self.learner.engine.text_stop} if self.live else {}),
-                "untouched_epoch": data.untouched_epoch(state.step, state.order),
-                "identity": self.identity,
-                "data": data.fingerprint(),
-                "undecodable": data.undecodable,
-                "batch": {"gradient_accumulation_steps": self.beginning.accumulation, "processes": self.runtime.world_size},
-            }
-            self.report.saved(state.step, self.checkpoints.save(state.step, self.learner, position))
-            data.remember_undecodable()
-        self.runtime.wait_for_everyone()
+        """Write a checkpoint, on the main process for all: weights, optimizer and average are the same on each."""
+        from helpers.setup.resume import position
+
+        if self.run.runtime.is_main:
+            step = self.run.state.step
+            saved = self.run.checkpoints.save(step, self.learner, position(self.run, self.data, self.learner, self.total))
+            self.run.report.saved(step, saved)
+            self.data.remember_undecodable()
+        self.run.runtime.wait_for_everyone()
 
     def validate(self) -> None:
-        """Make the pictures of this step that it is to have and that are not there yet."""
+        """Generate the images that are due at this step and not there yet."""
         from helpers.reporting.contact_sheet import write_contact_sheet
 
-        step, validator = self.beginning.state.step, self.validator
-        if self.runtime.is_main and (validator.due(step) or step in (0, self.total)) and validator.missing(step):
+        step, validator, runtime = self.run.state.step, self.validator, self.run.runtime
+        if runtime.is_main and (validator.due(step) or step in (0, self.total)) and validator.missing(step):
             with self.learner.averaged():
                 images = validator.run(self.learner.trainable, step)
             write_contact_sheet(validator.folder)
-            self.report.validated(step, images)
-        self.runtime.wait_for_everyone()
+            self.run.report.validated(step, images)
+        runtime.wait_for_everyone()
 
 
 def train_step(
     family: ModelFamily, objective: Objective, denoiser: nn.Module, batch: Batch, device: torch.device
 ) -> tuple[Tensor, Corrupted]:
-    """The whole of diffusion training: add noise, ask the network, compare. => (B,) losses, and what the network saw."""
+    """The whole of diffusion training: add noise, predict, compare. => the loss (B,) of each sample, and what the network was given."""
     corrupted = objective.corrupt(batch.latents.to(device), batch.draws)
     prediction = family.predict(denoiser, corrupted.noisy, corrupted.timesteps, family.conditioning(batch, device))
     return objective.loss(prediction, corrupted), corrupted

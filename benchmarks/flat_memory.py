@@ -24,10 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.material import run_flags, write_photographs
+from benchmarks.material import new_run, run_flags, write_photographs
 from benchmarks.measure import Figure, conclude, parser, table
 from benchmarks.training_step import Ours
-from helpers.assembly import StartPoint, data_settings, workers
 from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.read import read_config
@@ -35,8 +34,8 @@ from helpers.data.prepare import prepare_data
 from helpers.families import FAMILIES
 from helpers.families.tiny import SdxlSizes, write_sdxl
 from helpers.protocols import Reporter
+from helpers.setup.datasets import data_settings, workers
 from helpers.training.runtime import start_runtime
-from helpers.training.state import TrainState
 from helpers.training.steps import timed
 from helpers.training.stopping import StopRequest
 
@@ -92,13 +91,8 @@ def watched(config: Config, steps: int) -> Watched:
     """Train for some steps, and look at the process after each."""
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
         family = FAMILIES[config.family_name](config.model, config.data, config.cache)
-        data = prepare_data(
-            config.datasets,
-            data_settings(config, family, runtime, StartPoint(None, TrainState(seed=1), 1)),
-            family,
-            workers(runtime),
-            Reporter(),
-        )
+        settings = data_settings(new_run(config, runtime))
+        data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())
         run = Ours(config, runtime, family, data)
         resident: list[int] = []
         seconds: list[float] = []

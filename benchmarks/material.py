@@ -11,6 +11,11 @@ from PIL import Image
 from helpers.choices import known_facts
 from helpers.config.config import Config
 from helpers.config.read import read_config
+from helpers.reporting import Reporters
+from helpers.setup.model import choose_axes
+from helpers.setup.run import Run, StartPoint
+from helpers.training.runtime import Runtime
+from helpers.training.state import TrainState
 
 SUBJECTS = ("cat", "dog", "house", "tree", "flower", "street", "person", "sea")
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
@@ -69,3 +74,8 @@ def run_flags(folder: Path, model: Path, **changed: object) -> list[str]:
         **changed,
     }
     return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def new_run(config: Config, runtime: Runtime) -> Run:
+    """A run at its first step, which reports nothing."""
+    return Run(config, runtime, Reporters(), *choose_axes(config), StartPoint(None, TrainState(seed=1), 1))

@@ -30,7 +30,7 @@ LEAST_IMPORTS = 0.5  # of the time to the first batch: what "dominated by librar
 MOST_OURS = 0.5  # s from scan to first batch at 10,000 images, imports and model apart
 LIBRARIES = 6  # listed, the slowest first
 
-# Goes through a start as train.run does, and says what each stage took. A program of its own, so that nothing is imported before it.
+# Goes through a start as train.py does, and says what each stage took. A program of its own, so that nothing is imported before it.
 STAGES = """
 import gc, json, sys, time
 gc.disable()
@@ -47,13 +47,12 @@ from helpers.config.read import read_config
 config = read_config(sys.argv[1:], {}, known_facts())
 stage("settings")
 
-from helpers.assembly import StartPoint, data_settings, workers
 from helpers.data.prepare import prepare_data
-from helpers.families import FAMILIES
-from helpers.methods import METHODS
-from helpers.objectives import OBJECTIVES
-from helpers.protocols import Reporter
+from helpers.reporting import Reporters
 from helpers.reporting.console import Console
+from helpers.setup.datasets import data_settings, workers
+from helpers.setup.model import choose_axes
+from helpers.setup.run import Run, StartPoint
 from helpers.training.checkpoints import Checkpointer
 from helpers.training.engine import Engine
 from helpers.training.runtime import start_runtime
@@ -66,14 +65,13 @@ import peft
 stage("imports")
 
 with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
-    family = FAMILIES[config.family_name](config.model, config.data, config.cache)
-    method = METHODS[config.method_name](config.adapter, family)
-    objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config)
+    family, method, objective = choose_axes(config)
     gc.freeze()
     gc.enable()
     stage("runtime and choices")
-    settings = data_settings(config, family, runtime, StartPoint(None, TrainState(seed=1), 1))
-    data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())
+    start = StartPoint(None, TrainState(seed=1), 1)
+    settings = data_settings(Run(config, runtime, Reporters(), family, method, objective, start))
+    data = prepare_data(config.datasets, settings, family, workers(runtime), Reporters())
     stage("data")
     optimizer = config.replaced("settled", optimizer="adamw").optimizer
     trainable = method.attach(family.load(method.weights_dtype("no", "adamw")))

@@ -30,9 +30,8 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.material import run_settings, write_photographs
+from benchmarks.material import new_run, run_settings, write_photographs
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
-from helpers.assembly import StartPoint, data_settings, workers
 from helpers.config.config import Config
 from helpers.data.batches import Batch
 from helpers.data.prepare import prepare_data
@@ -43,6 +42,7 @@ from helpers.methods import METHODS
 from helpers.objectives import OBJECTIVES
 from helpers.protocols import ModelFamily, Reporter
 from helpers.reporting.records import Records
+from helpers.setup.datasets import data_settings, workers
 from helpers.training.engine import Engine
 from helpers.training.runtime import Runtime, start_runtime
 from helpers.training.schedules import Schedule
@@ -187,7 +187,7 @@ def loops(folder: Path, model: Path, pictures: Path, resolution: int, method: st
     config = run_settings(folder / method, model, pictures, resolution, **changed)
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
         family = FAMILIES[config.family_name](config.model, config.data, config.cache)
-        settings = data_settings(config, family, runtime, StartPoint(None, TrainState(seed=1), 1))
+        settings = data_settings(new_run(config, runtime))
         data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())
         bare, ours = Bare(model, config), Ours(config, runtime, family, data)
         require_same_loss(bare, ours)

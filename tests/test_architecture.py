@@ -33,7 +33,7 @@ ALLOWED = {
     "reporting": {"errors", "config", "storage", "data", "protocols", "families", "methods", "objectives"},
     "choices": {"config", "families", "methods", "objectives"},
     "launch": {"errors", "config", "ranks", "supervisor", "choices"},
-    "assembly": {
+    "setup": {
         "errors",
         "config",
         "storage",

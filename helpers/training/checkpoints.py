@@ -38,12 +38,16 @@ class Checkpoint:
     content: Mapping[str, Any]  # of training_state.json
 
     @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
     def step(self) -> int:
         return int(self.content["state"]["step"])
 
     def require_same_run(self, identity: Mapping[str, Any]) -> None:
         """Raises CheckpointError naming every setting that is no longer what it was."""
-        require_same(self.content["identity"], identity, self.folder.name, "Set it back, or choose another --output_dir for a new run.")
+        require_same(self.content["identity"], identity, self.name, "Set it back, or choose another --output_dir for a new run.")
 
     def changed_data(self, data: Mapping[str, str], accepted: bool) -> list[str]:
         """The parts of the data's fingerprint that are no longer what they were. Raises CheckpointError naming them unless `accepted`."""
@@ -51,7 +55,7 @@ class Checkpoint:
         changed = [name for name in {**before, **data} if before.get(name) != data.get(name)]
         if changed and not accepted:
             raise CheckpointError(
-                f"{self.folder.name} was trained on other data than is there now: {', '.join(changed)} changed. "
+                f"{self.name} was trained on other data than is there now: {', '.join(changed)} changed. "
                 "Restore the data, go on with what is there now by --accept_changed_data, or choose another --output_dir."
             )
         return changed

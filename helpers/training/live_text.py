@@ -40,7 +40,7 @@ class LiveText:
         self.trainable = trainable
         self.engine = engine
 
-    def told(self, batch: Batch, step: int) -> Batch:
+    def encode(self, batch: Batch, step: int) -> Batch:
         """The batch of a step, counted from 0, with its text."""
         moving = step < self.engine.text_stop
         for encoder in self.trainable.text_encoders.values():

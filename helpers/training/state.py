@@ -59,7 +59,7 @@ def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], checkpoi
         raise CheckpointError(f"{checkpoint} belongs to a run with other settings: {differences}. {remedy}")
 
 
-def settle_accumulation(stored: Mapping[str, int] | None, accumulation: int, world_size: int, checkpoint: str) -> tuple[int, str | None]:
+def resume_accumulation(stored: Mapping[str, int] | None, accumulation: int, world_size: int, checkpoint: str) -> tuple[int, str | None]:
     """Micro-batches of each process in a step, so that a resumed run keeps its global batch, and what to say if that changed.
 
     `stored` holds "gradient_accumulation_steps" and "processes" of the run so far, or is None for a new run.

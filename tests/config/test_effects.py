@@ -66,7 +66,7 @@ def test_a_run_in_less_memory_goes_on_as_if_it_had_not_stopped(flags: tuple[str,
     folder = lab.new_folder()
     lab.run_again((*flags, "--max_train_steps=2"), folder)
     again = lab.run_again((*flags, "--max_train_steps=4"), folder)
-    assert "going on from checkpoint-2" in " ".join(again.story)
+    assert "resuming from checkpoint-2" in " ".join(again.story)
     assert [row["loss"] for row in again.rows("metrics.jsonl")] == [row["loss"] for row in whole.rows("metrics.jsonl")]
 
 

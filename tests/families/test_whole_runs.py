@@ -60,7 +60,7 @@ def test_a_run_through_the_wrapper_trains_resumes_and_hands_over(
     trainer = Trainer(miniature(name), pictures, tmp_path, {**SHORT, "model_type": method, **switch}, wrapper)
     trainer.finish(max_train_steps=1)
     ended = trainer.finish()
-    assert "going on from checkpoint-1" in ended.said
+    assert "resuming from checkpoint-1" in ended.said
     assert [row["step"] for row in ended.rows("metrics.jsonl")] == [1, 2]
     assert made <= {path.name for path in ended.folder.iterdir()}
     assert ("the base model is without T5" in unwrapped(ended.said)) == (name == "sd35")
@@ -94,13 +94,13 @@ def test_a_stage_of_deepfloyd_trains_through_its_wrapper_and_resumes_to_the_bit(
     undisturbed = trainer.finish("whole")
     trainer.finish(max_train_steps=1)
     ended = trainer.finish()
-    assert "going on from checkpoint-1" in ended.said
+    assert "resuming from checkpoint-1" in ended.said
     assert ended.losses == undisturbed.losses
     assert (ended.folder / made).exists() and weights(ended.folder) == weights(undisturbed.folder) != []
     assert json.loads((ended.folder / "config.json").read_text())["family"] == name
     pictures_made = {path.name.split("_", 2)[2] for path in (ended.folder / "validation_images").glob("step_2_*.png")}
     if name == "deepfloyd_2":  # of the data, made smaller and larger again
         assert {picture.rsplit("_", 1)[0] for picture in pictures_made} == {f"picture_{number}" for number in range(1, 5)}
-        assert "is validated on pictures of the data under their captions" in unwrapped(ended.said)
+        assert "is validated on dataset images with their captions" in unwrapped(ended.said)
     else:
         assert pictures_made == {"unconditional_32x32.png", "validation_32x32.png"}

@@ -205,7 +205,7 @@ def test_a_resumed_run_keeps_the_plan_that_an_undecodable_image_was_part_of(
     stopped = beside_bad_files.finish("stopped", max_train_steps=2)
     damage_records(stopped.folder / "cache" / "latents")
     resumed = beside_bad_files.finish("stopped")
-    assert "going on from checkpoint-2" in unwrapped(resumed.said)
+    assert "resuming from checkpoint-2" in unwrapped(resumed.said)
     assert "is encoded again" in unwrapped(resumed.said)
     assert resumed.rows("samples.jsonl") == undisturbed.rows("samples.jsonl")
     assert same_weights(undisturbed, resumed)

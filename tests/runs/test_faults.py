@@ -185,7 +185,7 @@ def test_damaged_checkpoints_are_passed_over_and_the_run_still_ends_in_the_same_
     again = trainer.finish()
     assert "checkpoint-6 is damaged and is passed over:" in unwrapped(again.said)
     assert "checkpoint-4 is damaged and is passed over:" in unwrapped(again.said)
-    assert "going on from checkpoint-2" in unwrapped(again.said)
+    assert "resuming from checkpoint-2" in unwrapped(again.said)
     assert again.rows("samples.jsonl") == finished.rows("samples.jsonl")
     assert again.losses == finished.losses
     assert same_weights(finished, again)
@@ -264,7 +264,7 @@ def test_accepted_changed_data_begins_with_a_whole_epoch_and_is_itself_exact(res
     shutil.copytree(resumable.folder / "out", resumable.folder / "twice")
 
     once = resumable.finish(accept_changed_data=True)
-    assert "epoch 1 begins with step 3 on what is there now" in unwrapped(once.said)
+    assert "epoch 1 starts at step 3 on the present data" in unwrapped(once.said)
     rows = [row for row in once.rows("samples.jsonl") if row["step"] in (3, 4, 5)]
     assert sorted(row["key"] for row in rows) == sorted(path.name for path in resumable.pictures.iterdir())
     assert [row["epoch"] for row in once.rows("metrics.jsonl")] == [0, 0, 1, 1, 1, 2]

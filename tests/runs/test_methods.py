@@ -33,7 +33,7 @@ def test_a_run_in_two_lives_ends_in_the_same_bytes(method: str, trainer: Trainer
     whole = trainer.finish("whole", max_train_steps=4, **usual)
     trainer.finish(max_train_steps=2, **usual)
     again = trainer.finish(max_train_steps=4, **usual)
-    assert "going on from checkpoint-2" in again.said
+    assert "resuming from checkpoint-2" in again.said
     assert again.losses == whole.losses
     kept = sorted(path.relative_to(whole.folder) for path in (whole.folder / "checkpoint-4").rglob("*.safetensors"))
     assert len(kept) >= 3  # the live weights, the average, the optimiser

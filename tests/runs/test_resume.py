@@ -102,7 +102,7 @@ def test_a_signal_to_the_wrapper_saves_and_exits_75(
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
     again = trainer.finish()
-    assert "going on from checkpoint-" in again.said
+    assert "resuming from checkpoint-" in again.said
     assert again.losses == finished.losses
     assert same_weights(finished, again)
 
@@ -205,7 +205,7 @@ def test_a_longer_run_goes_on_and_a_finished_one_is_finished(trainer: Trainer, f
     longer = trainer.finish(max_train_steps=6)
     assert longer.losses == finished.losses
     assert same_weights(finished, longer)
-    assert "the learning rate bends" not in longer.said  # a constant one does not
+    assert "the learning rate changes" not in longer.said  # a constant one does not
     before = {path: path.stat().st_mtime_ns for path in longer.folder.glob("checkpoint-*/*")}
     once_more = trainer.finish(max_train_steps=6)
     assert {path: path.stat().st_mtime_ns for path in once_more.folder.glob("checkpoint-*/*")} == before
@@ -217,7 +217,7 @@ def test_going_on_from_a_named_checkpoint_leaves_the_later_ones_aside(trainer: T
     back = trainer.finish(resume_from_checkpoint="checkpoint-2", max_train_steps=3)
     assert "later than checkpoint-2 and set aside: left-checkpoint-6, left-checkpoint-4" in unwrapped(back.said)
     again = trainer.finish()
-    assert "going on from checkpoint-3" in unwrapped(again.said)
+    assert "resuming from checkpoint-3" in unwrapped(again.said)
     assert same_weights(finished, again)
     assert verify_manifest(output / "left-checkpoint-4") == []
 

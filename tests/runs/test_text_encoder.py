@@ -79,7 +79,7 @@ def test_two_processes_and_a_run_in_two_lives_end_as_one_that_never_stopped(trai
     before = weights(whole.folder / "checkpoint-6")
     assert {name.partition("/")[0] for name in before} == {"optimizer.safetensors", "unet", "unet_ema", "text_encoder", "text_encoder_ema"}
     again = trainer.finish("whole", resume_from_checkpoint="checkpoint-2")
-    assert "going on from checkpoint-2" in again.said
+    assert "resuming from checkpoint-2" in again.said
     assert weights(again.folder / "checkpoint-6") == before
     wrapped = dataclasses.replace(trainer, wrapper="train_sd2x.sh")
     shared = wrapped.finish("shared", environ={"TRAINING_NUM_PROCESSES": "2"}, gradient_accumulation_steps=1)

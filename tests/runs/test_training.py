@@ -105,7 +105,7 @@ def test_fp16_on_a_cpu_is_refused(trainer: Trainer) -> None:
 def test_a_longer_run_says_that_its_learning_rate_bends(trainer: Trainer) -> None:
     trainer.finish(max_train_steps=2, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
     longer = trainer.finish(max_train_steps=4, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
-    assert "the learning rate bends: --lr_scheduler=cosine was laid over 2 steps and now is over 4" in longer.said
+    assert "the learning rate changes: --lr_scheduler=cosine was planned over 2 steps and now covers 4" in longer.said
 
 
 def test_a_drawn_seed_is_kept_for_the_next_life(trainer: Trainer) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.data.base.sample import Sample, Size
 from helpers.errors import CheckpointError, TrainingError
-from helpers.training.state import TrainState, settle_accumulation
+from helpers.training.state import TrainState, resume_accumulation
 
 SAMPLES = [Sample("cats", "a/tom.png", Size(64, 64), ("a cat",))]
 
@@ -16,21 +16,21 @@ def stored(accumulation: int, processes: int) -> dict[str, int]:
 
 
 def test_accumulation_follows_the_number_of_processes() -> None:
-    assert settle_accumulation(None, 4, 2, "") == (4, None)
-    assert settle_accumulation(stored(4, 1), 4, 1, "checkpoint-5") == (4, None)
+    assert resume_accumulation(None, 4, 2, "") == (4, None)
+    assert resume_accumulation(stored(4, 1), 4, 1, "checkpoint-5") == (4, None)
     for processes, expected in ((2, 2), (4, 1)):
-        accumulation, note = settle_accumulation(stored(4, 1), 4, processes, "checkpoint-5")
+        accumulation, note = resume_accumulation(stored(4, 1), 4, processes, "checkpoint-5")
         assert accumulation == expected
         assert note is not None
         assert f"becomes {expected}" in note
-    assert settle_accumulation(stored(4, 1), 2, 2, "checkpoint-5") == (2, None)
+    assert resume_accumulation(stored(4, 1), 2, 2, "checkpoint-5") == (2, None)
 
 
 def test_a_batch_that_cannot_be_kept_is_refused() -> None:
     with pytest.raises(CheckpointError, match="3 processes cannot share evenly"):
-        settle_accumulation(stored(4, 1), 4, 3, "checkpoint-5")
+        resume_accumulation(stored(4, 1), 4, 3, "checkpoint-5")
     with pytest.raises(CheckpointError, match="the batch of a run cannot change"):
-        settle_accumulation(stored(4, 1), 8, 1, "checkpoint-5")
+        resume_accumulation(stored(4, 1), 8, 1, "checkpoint-5")
 
 
 def test_steps_without_a_finite_gradient_are_counted_and_then_end_the_run() -> None:

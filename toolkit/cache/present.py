@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from helpers.assembly import captions_of_pictures
 from helpers.config.config import Config
 from helpers.config.datasets import DatasetConfig
 from helpers.config.saved import read_saved_config
@@ -29,6 +28,7 @@ from helpers.data.ports import reads_conditions
 from helpers.data.sources import CachePlace, extra_texts_place, latents_place, open_source, pass_prefix, texts_place
 from helpers.errors import DataError
 from helpers.families import FAMILIES
+from helpers.setup.validation import captions_to_encode
 
 if TYPE_CHECKING:
     from helpers.protocols import ModelFamily
@@ -91,7 +91,7 @@ class Present:
                 texts[text_key(caption, self.text_fingerprint, precision)] = text_subject(caption)
         extras = extra_texts_place(config.datasets, config.cache.cache_dir_text, config.cache.cache_dir)
         texts = needed.setdefault(extras.folder, {})
-        for extra in (None, "", *captions_of_pictures(config, self.family)):
+        for extra in (None, "", *captions_to_encode(config, self.family)):
             texts[text_key(extra, self.text_fingerprint, precision)] = text_subject(extra)
         return needed
 

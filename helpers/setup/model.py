@@ -1,0 +1,73 @@
+"""Which network is trained, which of its weights, and on which loss: family, method and objective of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from helpers.choices import known_facts
+from helpers.config.declare import show
+from helpers.errors import ConfigError
+from helpers.families import FAMILIES
+from helpers.families.loading.locate import without_weights
+from helpers.families.loading.recognise import recognise
+from helpers.methods import METHODS
+from helpers.methods.text_encoders import require_something_to_train
+from helpers.objectives import OBJECTIVES
+from helpers.protocols import can_train_text_encoders
+
+if TYPE_CHECKING:
+    from helpers.config.config import Config
+    from helpers.protocols import ModelFamily, Objective, TrainingMethod
+    from helpers.reporting import Reporters
+    from helpers.training.runtime import Runtime
+
+
+def resolve_base_model(config: Config, runtime: Runtime, report: Reporters) -> Config:
+    """The settings for the family of the base model, which may be another than the wrapper's: train_sdxl.sh also trains the refiner.
+
+    Downloads the base model, or converts a single file, once on the main process. A dataset report needs no weights and downloads none.
+    """
+    if config.run.dataset_report:
+        if runtime.is_main:
+            without_weights(config.model)
+        runtime.wait_for_everyone()
+        config = dataclasses.replace(config, model=without_weights(config.model))
+    families = known_facts().families
+    if runtime.is_main:
+        recognise(config.family_name, config.model, config.cache)
+    runtime.wait_for_everyone()
+    family = families[recognise(config.family_name, config.model, config.cache)]
+    if family.name != config.family_name:
+        defaults = [f"{name} {show(value)}" for name, value in family.defaults.items() if name not in config.given]
+        config = config.of_family(family)
+        report.chapter("model", " · ".join((f"{family.title}, by its model_index.json", *defaults)))
+    for note in config.of_other_families(families):
+        report.chapter("", note)
+    return config
+
+
+def choose_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]:
+    """Family, method and objective of the run. ConfigError or ModelError if one of them does not support the settings."""
+    family = FAMILIES[config.family_name](config.model, config.data, config.cache)
+    method = METHODS[config.method_name](config.adapter, family)
+    if config.text_encoder.train_text_encoder and config.model.model_type == "full":
+        assert can_train_text_encoders(family), "the settings refuse --train_text_encoder for other families"
+        require_something_to_train(family, config.text_encoder)
+    objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config)
+    _require_sampler(config, objective)
+    return family, method, objective
+
+
+def sampler_class(config: Config, objective: Objective) -> str:
+    """Diffusers' scheduler class for validation images. The exported pipeline names it too, so that it samples as validation does."""
+    return objective.samplers[config.validation.validation_noise_scheduler]
+
+
+def _require_sampler(config: Config, objective: Objective) -> None:
+    """ConfigError if the sampler does not fit the objective. Settings alone cannot tell: the base model may decide the prediction type."""
+    asked = config.validation.validation_noise_scheduler
+    if asked not in objective.samplers:
+        raise ConfigError(
+            f"--validation_noise_scheduler={asked} cannot sample what this model predicts; use {', '.join(objective.samplers)}."
+        )

@@ -1,0 +1,49 @@
+"""What a run writes besides checkpoints: its reports and metrics, and the exported weights at the end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.config.rules import VALIDATION_FOLDER
+from helpers.reporting.html_report import PAGE, HtmlReport
+from helpers.setup.model import sampler_class
+
+if TYPE_CHECKING:
+    from helpers.config.config import Config
+    from helpers.reporting import Reporters
+    from helpers.setup.run import Run
+    from helpers.training.learner import Learner
+    from helpers.training.runtime import Runtime
+
+
+def open_report(config: Config, runtime: Runtime, report: Reporters) -> None:
+    """Say which settings the run starts with, and add the HTML report of the datasets."""
+    report.members.append(HtmlReport(config.run.output_dir))
+    report.chapter("settings", config.describe())
+    for note in (*config.notes, *runtime.notes):
+        report.chapter("", note)
+    logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
+
+
+def join_reporters(run: Run, total: int) -> None:
+    """Add the metrics files and trackers. Rows of steps later than this start are removed from the files."""
+    from helpers.reporting.records import Records
+    from helpers.reporting.trackers import Trackers
+
+    config, state, report = run.config, run.state, run.report
+    report.members.append(Records(config.run.output_dir, state.step, config.data.record_samples))
+    report.members.append(Trackers(config.reporting, config.run.output_dir, state.trackers, state.step))
+    report.started(config.values(), total)
+
+
+def export(run: Run, learner: Learner) -> list[Path]:
+    """Write the trained weights in the formats that other tools load => them, and the curves and images worth a look."""
+    from helpers.reporting.contact_sheet import SHEET
+    from helpers.reporting.loss_curve import write_loss_curve
+
+    folder = run.config.run.output_dir
+    weights = learner.export(folder, {**run.objective.scheduler_config, "_class_name": sampler_class(run.config, run.objective)})
+    worth_a_look = (write_loss_curve(folder), folder / VALIDATION_FOLDER / SHEET, folder / PAGE)
+    return [*weights, *(path for path in worth_a_look if path and path.exists())]
