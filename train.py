@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from helpers import ranks
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.errors import (
@@ -55,7 +55,7 @@ def main() -> int:
     wait_briefly(os.environ)
     stop = StopRequest().listen()
     try:
-        config = read_config(sys.argv[1:], os.environ, known_facts())  # all mistakes at once, before torch is imported
+        config = read_config(sys.argv[1:], os.environ, known_axes())  # all mistakes at once, before torch is imported
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return ranks.record_exit(os.environ, EXIT_REFUSED)

@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.material import new_run, run_flags, write_photographs
 from benchmarks.measure import Figure, conclude, parser, table
 from benchmarks.training_step import Ours
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.data.prepare import prepare_data
@@ -84,7 +84,7 @@ def settings(folder: Path, model: Path, pictures: Path, preprocess: bool, redraw
     }
     (folder / "dataloader.json").write_text(json.dumps([entry]), encoding="utf-8")
     flags = run_flags(folder, model, model_type="lora", train_batch_size=BATCH, vae_cache_preprocess=preprocess)
-    return read_config(flags, {}, known_facts())
+    return read_config(flags, {}, known_axes())
 
 
 def watched(config: Config, steps: int) -> Watched:

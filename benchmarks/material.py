@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.reporting import Reporters
@@ -54,7 +54,7 @@ def run_settings(folder: Path, model: Path, pictures: Path, resolution: int, **c
     folder.mkdir(parents=True, exist_ok=True)
     dataloader = folder / "dataloader.json"
     dataloader.write_text(json.dumps([dataset]), encoding="utf-8")
-    return read_config(run_flags(folder, model, **changed), {}, known_facts())
+    return read_config(run_flags(folder, model, **changed), {}, known_axes())
 
 
 def run_flags(folder: Path, model: Path, **changed: object) -> list[str]:

@@ -42,9 +42,9 @@ def stage(name):
     took[name] = now - began
     began = now
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.read import read_config
-config = read_config(sys.argv[1:], {}, known_facts())
+config = read_config(sys.argv[1:], {}, known_axes())
 stage("settings")
 
 from helpers.data.prepare import prepare_data

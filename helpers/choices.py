@@ -1,14 +1,14 @@
-"""Everything that can be chosen on the three axes, for whoever reads settings: the launcher and the trainer."""
+"""Everything that can be chosen on the three axes, collected for the launcher, the trainer and other programs that read settings."""
 
 from __future__ import annotations
 
-from helpers.config.read import FactsByAxis
+from helpers.config.axes import Axes
 from helpers.families import family_facts
 from helpers.methods import METHODS
 from helpers.objectives import OBJECTIVES
 
 
-def known_facts() -> FactsByAxis:
-    """What every family, method and objective declares; imports nothing heavy."""
+def known_axes() -> Axes:
+    """What every family, method and objective declares, and all options; imports nothing heavy."""
     methods = {name: METHODS[name].facts for name in METHODS}
-    return FactsByAxis(family_facts(), methods, {name: OBJECTIVES[name].facts for name in OBJECTIVES})
+    return Axes(family_facts(), methods, {name: OBJECTIVES[name].facts for name in OBJECTIVES})

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     # Python put this file's folder first; `helpers` is found from the one above, and nothing in here may hide a library.
     sys.path[0] = str(ROOT)
 
-from helpers.choices import known_facts  # noqa: E402
+from helpers.choices import known_axes  # noqa: E402
 from helpers.config.options import LaunchOptions  # noqa: E402
 from helpers.config.read import read_config  # noqa: E402
 from helpers.errors import EXIT_REFUSED, ConfigError  # noqa: E402
@@ -46,7 +46,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
     try:
         # The trainer reads the same settings again: a fifth of a second, and it can be started without this program.
-        config = read_config(argv, environ, known_facts())
+        config = read_config(argv, environ, known_axes())
         launch = plan_launch(config.launch, environ, wants_file=config.run.demo is None)
     except ConfigError as mistake:
         print(*(f"error: {problem}" for problem in mistake.problems), sep="\n", file=sys.stderr)

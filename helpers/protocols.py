@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from helpers.data.batches import Batch
     from helpers.data.report.survey import Survey
 
+
 @dataclass
 class Parts:
     """The modules of a loaded model that a method may train, by role. Not loaded until asked for by the family."""
@@ -238,21 +239,21 @@ class Corrupted:
 class Objective(Protocol):
     """What the network learns to predict, and how much each sample counts. This one learns the noise, at one noise level:
 
-        class HalfNoise:
-            facts = Facts(name="half", title="half noise")
-            samplers = {"euler": "EulerDiscreteScheduler"}
-            identity = {}
+    class HalfNoise:
+        facts = Facts(name="half", title="half noise")
+        samplers = {"euler": "EulerDiscreteScheduler"}
+        identity = {}
 
-            def __init__(self, options, scheduler_config):
-                self.scheduler_config = scheduler_config
+        def __init__(self, options, scheduler_config):
+            self.scheduler_config = scheduler_config
 
-            def corrupt(self, latents, draws):
-                noise = draws.normal("noise", *latents.shape[1:]).to(latents.device)
-                ones = torch.ones(len(latents), device=latents.device)
-                return Corrupted((latents + noise) / 2**0.5, timesteps=500 * ones, target=noise, weight=ones)
+        def corrupt(self, latents, draws):
+            noise = draws.normal("noise", *latents.shape[1:]).to(latents.device)
+            ones = torch.ones(len(latents), device=latents.device)
+            return Corrupted((latents + noise) / 2**0.5, timesteps=500 * ones, target=noise, weight=ones)
 
-            def loss(self, prediction, corrupted):
-                return ((prediction.float() - corrupted.target) ** 2).mean(dim=(1, 2, 3)) * corrupted.weight
+        def loss(self, prediction, corrupted):
+            return ((prediction.float() - corrupted.target) ** 2).mean(dim=(1, 2, 3)) * corrupted.weight
     """
 
     @property

@@ -228,8 +228,8 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 for part in ("errors", "ranks", "supervisor", "launch", *sys.argv[1:]):
     importlib.import_module("helpers." + part)
-from helpers.choices import known_facts
-assert known_facts()
+from helpers.choices import known_axes
+assert known_axes()
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.data.ports import EncodersApart
 from helpers.families import FAMILIES
 from helpers.families.deepfloyd import StageOne, StageTwo
@@ -74,13 +74,13 @@ def test_mypy_reads_the_class_of_every_choice() -> None:
 
 
 def test_every_choice_has_the_name_under_which_it_is_registered() -> None:
-    known = known_facts()
+    known = known_axes()
     for facts in (known.families, known.methods, known.objectives):
         assert {name: one.name for name, one in facts.items()} == {name: name for name in facts}
 
 
 def test_the_facts_of_a_family_declare_what_its_class_can_do() -> None:
-    declared = known_facts().families.values()
+    declared = known_axes().families.values()
     assert {family.name for family in declared if family.img2img} == set(IMG2IMG)
     assert {family.name for family in declared if family.controlnet} == set(CONTROLNET)
     assert {family.name for family in declared if family.trains_text_encoders} == set(TEXT_TRAINING)

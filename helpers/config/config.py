@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers.config.axes import Axes
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
-from helpers.config.declare import masked, options_of, show
+from helpers.config.declare import Option, by_name, masked, options_of, show
 from helpers.config.facts import FamilyFacts, family_problems, with_origin
 from helpers.config.options import (
-    OPTIONS,
     SECTIONS,
     AdapterOptions,
     CacheOptions,
@@ -38,7 +38,10 @@ __all__ = ["DEFAULT", "Config"]
 
 @dataclass(frozen=True)
 class Config:
-    """One attribute per section of OPTIONS.md, and the data sets. Built once by `read_config`; every value is the effective one."""
+    """One attribute per common section of OPTIONS.md, the families' own sections, and the datasets.
+
+    Built once by `read_config`; every value is the effective one.
+    """
 
     model: ModelOptions
     adapter: AdapterOptions
@@ -70,16 +73,25 @@ class Config:
         """The data sets of conditions that are in use."""
         return tuple({of.id: of for dataset in self.datasets if (of := dataset.condition) is not None}.values())
 
+    @property
+    def _sections(self) -> list[Any]:
+        return [*(getattr(self, attribute) for attribute in SECTIONS), *self.model.family_sections]
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Every option as it is declared, by name."""
+        return by_name(type(chosen) for chosen in self._sections)
+
     def values(self) -> dict[str, Any]:
         """The effective value of every option, by name."""
-        sections = [(getattr(self, attribute), section) for attribute, section in SECTIONS.items()]
-        return {item.name: getattr(chosen, item.name) for chosen, section in sections for item in options_of(section)}
+        return {item.name: getattr(chosen, item.name) for chosen in self._sections for item in options_of(type(chosen))}
 
     def describe(self) -> str:
         """Every setting that somebody made and that is not the declared default, by origin: the run's opening line."""
         by_origin: dict[str, list[str]] = {}
+        options = self.options
         for name, value in self.values().items():
-            if name in self.given and value != OPTIONS[name].default and not OPTIONS[name].means:
+            if name in self.given and value != options[name].default and not options[name].alias_of:
                 by_origin.setdefault(self.origins[name], []).append(f"{name} {_on_one_line(masked(show(value)))}")
         return " · ".join(f"{', '.join(told)} ({origin})" for origin, told in by_origin.items()) or "all settings are the defaults"
 
@@ -97,11 +109,16 @@ class Config:
 
     def replaced(self, origin: str, **values: Any) -> Config:
         """The same Config with some options changed, for what only the running trainer can settle (a drawn seed, a CPU's precision)."""
-        attribute_of = {item.name: attribute for attribute, section in SECTIONS.items() for item in options_of(section)}
-        sections: dict[str, Any] = {}
-        for name, value in values.items():
-            attribute = attribute_of[name]
-            sections[attribute] = dataclasses.replace(sections.get(attribute, getattr(self, attribute)), **{name: value})
+        if unknown := values.keys() - self.options.keys():
+            raise KeyError(f"{min(unknown)} is no option")
+
+        def with_values(chosen: Any) -> Any:
+            its = {item.name: values[item.name] for item in options_of(type(chosen)) if item.name in values}
+            return dataclasses.replace(chosen, **its) if its else chosen
+
+        sections: dict[str, Any] = {attribute: with_values(getattr(self, attribute)) for attribute in SECTIONS}
+        own = tuple(with_values(chosen) for chosen in self.model.family_sections)
+        sections["model"] = dataclasses.replace(sections["model"], family_sections=own)
         origins = {**self.origins, **dict.fromkeys(values, origin)}
         return dataclasses.replace(self, origins=origins, given=self.given | values.keys(), **sections)
 
@@ -117,13 +134,13 @@ class Config:
             raise ConfigError(*(with_origin(problem, given) for problem in problems))
         return config
 
-    def of_other_families(self, families: Mapping[str, FamilyFacts]) -> Iterator[str]:
-        """One sentence for every setting that somebody made and that only other families than this one know."""
-        own = families[self.family_name].options
-        for name in self.values():
-            knows = [family.title for family in families.values() if name in family.options]
-            if knows and name in self.given - own and self.values()[name] != OPTIONS[name].default:
-                yield f"{self.origins[name]} does nothing for {families[self.family_name].title}, only for {' and '.join(knows)}."
+    def of_other_families(self, axes: Axes) -> Iterator[str]:
+        """One sentence for every setting that somebody made and that only other families than this one read."""
+        family, values = axes.families[self.family_name], self.values()
+        for name, item in axes.options.items():
+            if name in self.given and values[name] != item.default and not family.reads(item):
+                readers = " and ".join(reader.title for reader in axes.readers(item))
+                yield f"{self.origins[name]} does nothing for {family.title}, only for {readers}."
 
 
 def _entry(entry: Entry | TableConfig) -> dict[str, Any]:

@@ -367,7 +367,7 @@ def _typed(item: Option, raw: Any) -> Any:
     if item.kind is tuple and isinstance(raw, list):
         return tuple(_element(item, place, element) for place, element in enumerate(raw))
     if item.kind is str and isinstance(raw, str):
-        return item.spelt.get(raw, raw)
+        return item.synonyms.get(raw, raw)
     return float(raw) if item.kind is float and fits[float] else raw
 
 

@@ -109,7 +109,7 @@ class DatasetConfig(Entry):
         "random",
         "Where the cut is: drawn, bottom right, in the middle, or around the largest face.",
         choices=("random", "corner", "center", "face"),
-        spelt={"centre": "center"},
+        synonyms={"centre": "center"},
     )
     crop_aspect: str = option(
         "square",
@@ -126,7 +126,7 @@ class DatasetConfig(Entry):
         None,
         "Where captions come from.",
         choices=CAPTION_STRATEGIES,
-        spelt={"instance_prompt": "instanceprompt"},
+        synonyms={"instance_prompt": "instanceprompt"},
         inherits="caption_strategy",
     )
     instance_prompt: str | None = option(None, "The caption, or the beginning of it.", inherits="instance_prompt")

@@ -21,49 +21,59 @@ _METADATA = "option"
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
+Needs = tuple[tuple[str, tuple[Any, ...]], ...]
+
+
 @dataclass(frozen=True)
 class Declared:
-    """What an option's declaration says. `Option` adds what the field itself says: its name, which is the flag's, and its type.
+    """What an option's declaration says. `Option` adds the field's name, which is the flag, and its type.
 
-    A path whose real default depends on other settings has `default=None` and `default_text`; `settle` fills it in.
+    Everything else about options is derived from this: the checks, `--help`, OPTIONS.md, what a resumed run may change, and the
+    lines about settings that have no effect. A path whose real default depends on other settings has `default=None` and
+    `default_text`; `settle` fills it in.
     """
 
     default: Any
     help: str
     _: KW_ONLY
-    env: str | tuple[str, ...] | None = None  # historic variables, accepted beside the field's name in capitals; (): a flag only
+    env: str | tuple[str, ...] | None = None  # historic variables, accepted beside the field's name in capitals; (): flag only
     choices: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()  # further choices, too many to list beside the usual ones
-    refused: Mapping[str, str] = field(default_factory=dict)  # names that might be tried -> why they cannot be a choice
-    spelt: Mapping[str, str] = field(default_factory=dict)  # other spellings of choices -> the choice
+    more_choices: tuple[str, ...] = ()  # further choices, too many to list beside the usual ones
+    refused: Mapping[str, str] = field(default_factory=dict)  # names that users may try -> why they are no choice
+    synonyms: Mapping[str, str] = field(default_factory=dict)  # other spellings of choices -> the choice
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
+    # What changes when a run is resumed with another value. "" (the default): nothing may, the resume is refused. Otherwise the end
+    # of the sentence "learning_rate was 0.0001 and is 5e-05 ...", in which {step} stands for the checkpoint's step.
+    on_resume: str = ""
+    needs: Needs = ()  # (option, its values) that must all hold for this option to have an effect
+    objective: str = ""  # the only objective that reads it, by its name in the registry
+    some_families: bool = False  # only families that name it in their facts read it; options of a family's own section need not say so
     not_yet: bool = False
-    later: tuple[str, ...] = ()  # choices that are named but not available yet
-    means: tuple[str, str] | None = None  # (option, value): this switch is another way to say it
-    # Choices that are another way to say several options, this one among them.
-    choices_mean: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    unavailable_choices: tuple[str, ...] = ()  # choices that are named but not available yet
+    alias_of: tuple[str, str] | None = None  # (option, value) that this switch sets
+    choice_aliases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # choice -> the options it sets, this one included
     does_nothing: str = ""  # why an accepted option has no effect
     default_text: str = ""  # the default in words, where it depends on other settings
     aliases: tuple[str, ...] = ()  # other spellings of a key in the dataloader JSON
-    inherits: str = ""  # the option that a data set falls back to
+    inherits: str = ""  # the option that a dataset falls back to
     secret: bool = False
     each: Callable[[Any], Any] = str  # reads an element of a list in the dataloader JSON; ValueError says what is wrong with it
     may_be_empty: bool = False  # an empty variable is a value, not the absence of one
     one_or_many: bool = False  # in the dataloader JSON, a text stands for a list of one
-    of_type: str = ""  # the only `type` of data set that has this key; "" for all
+    of_type: str = ""  # the only `type` of dataset that has this key; "" for all
 
 
 P = ParamSpec("P")
 
 
 def _as_field(declare: Callable[P, Declared]) -> Callable[P, Any]:
-    """The same call, giving the dataclass field that holds what was declared."""
+    """The same call, returning the dataclass field that holds the declaration."""
 
     def declared_field(*args: P.args, **words: P.kwargs) -> Any:
-        told = declare(*args, **words)
-        return field(default=told.default, repr=not told.secret, metadata={_METADATA: told})
+        declared = declare(*args, **words)
+        return field(default=declared.default, repr=not declared.secret, metadata={_METADATA: declared})
 
     return declared_field
 
@@ -93,10 +103,10 @@ class Option(Declared):
         return tuple(dict.fromkeys((*historic, self.name.upper())))
 
     def meaning(self, value: Any) -> Mapping[str, str]:
-        """What a value says of options, by their names, where it is another way to say that; else nothing."""
-        if self.means:
-            return dict([self.means]) if value else {}
-        return self.choices_mean.get(value, {}) if self.choices_mean else {}
+        """The options that this value sets, by name, where it is an alias; otherwise an empty mapping."""
+        if self.alias_of:
+            return dict([self.alias_of]) if value else {}
+        return self.choice_aliases.get(value, {}) if self.choice_aliases else {}
 
     def parse(self, text: str) -> Any:
         """The value that `text` (from a flag, a variable or a preset) stands for; ValueError says what is wrong with it."""
@@ -111,11 +121,11 @@ class Option(Declared):
         if self.kind is bool:
             return parse_bool(stripped)
         if self.kind is tuple:
-            return tuple(self.spelt.get(part.strip(), part.strip()) for part in text.split(",") if part.strip())
+            return tuple(self.synonyms.get(part.strip(), part.strip()) for part in text.split(",") if part.strip())
         if self.kind is Path:
             return Path(text).expanduser()
         if self.kind is str:
-            return self.spelt.get(text, text)
+            return self.synonyms.get(text, text)
         try:
             return self.kind(stripped)
         except ValueError:
@@ -123,12 +133,12 @@ class Option(Declared):
 
     def check(self, value: Any) -> None:
         """ValueError unless the value is one of the choices and within the declared range."""
-        known = (*self.choices, *self.also)
+        known = (*self.choices, *self.more_choices)
         for item in value if isinstance(value, tuple) else (value,):
             if item in self.refused:
                 raise ValueError(f"{item} cannot be used here: {self.refused[item]}")
             if known and item is not None and item not in known:
-                more = f" or {len(self.also)} more" if self.also else ""
+                more = f" or {len(self.more_choices)} more" if self.more_choices else ""
                 raise ValueError(f"{item!r} is not one of {', '.join(self.choices)}{more}{did_you_mean(str(item), known)}")
         if not isinstance(value, int | float) or isinstance(value, bool):
             return
@@ -144,9 +154,9 @@ class Option(Declared):
     def unavailable(self, value: Any) -> str | None:
         """The part of a refusal after the option's name ("is not available yet ..."), or None when the value can be used."""
         items = value if isinstance(value, tuple) else (value,)
-        late = [item for item in items if item in self.later]
+        late = [item for item in items if item in self.unavailable_choices]
         if late:
-            built = ", ".join(choice for choice in self.choices if choice not in self.later)
+            built = ", ".join(choice for choice in self.choices if choice not in self.unavailable_choices)
             return f"{late[0]!r} is not available yet" + (f"; today it can be {built}" if built else "")
         if self.not_yet and value != self.default:
             usual = f"leave it at {show(self.default)}" if self.default not in (None, "", ()) else "leave it out"
@@ -189,13 +199,13 @@ def options_of(section: type) -> tuple[Option, ...]:
 def _options_of(section: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(section)
     return tuple(
-        Option(**_told(item), name=item.name, section=section.__name__, **_kind(hints[item.name]))
+        Option(**_declaration(item), name=item.name, section=section.__name__, **_kind(hints[item.name]))
         for item in dataclasses.fields(section)
         if _METADATA in item.metadata
     )
 
 
-def _told(item: dataclasses.Field[Any]) -> dict[str, Any]:
+def _declaration(item: dataclasses.Field[Any]) -> dict[str, Any]:
     declared = item.metadata[_METADATA]
     return {word.name: getattr(declared, word.name) for word in dataclasses.fields(declared)}
 

@@ -1,25 +1,16 @@
-"""Options -> OPTIONS.md, --help and the schema of the dataloader JSON.
-
-Run it after a change of an option or of a key:
-
-    ./simpletuner document            writes OPTIONS.md and documentation/dataloader.schema.json
-    ./simpletuner document --check    exits 1 if one of them is not what the code declares
-"""
+"""Options -> OPTIONS.md and `--help`. toolkit/document.py writes the page."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
+from helpers.config.axes import Axes
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of, show
-from helpers.config.options import SECTIONS, VARIABLES, WITHOUT_EFFECT, IgnoredOptions, Variable
-from helpers.config.schema import SCHEMA_JSON, schema_text
-from helpers.config.sources import ABBREVIATIONS, REPOSITORY
+from helpers.config.options import VARIABLES, WITHOUT_EFFECT, IgnoredOptions, Variable
+from helpers.config.sources import ABBREVIATIONS
 
-OPTIONS_MD = REPOSITORY / "OPTIONS.md"
 _NOT_YET = "*Not available yet.*"
 
 _INTRODUCTION = """\
@@ -42,16 +33,16 @@ What is *not available yet* is refused by name when it is set to anything but it
 """
 
 
-def help_text() -> str:
+def help_text(axes: Axes) -> str:
     """What `--help` prints: every option by section."""
-    return "\n".join(_help_lines())
+    return "\n".join(_help_lines(axes))
 
 
-def _help_lines() -> Iterator[str]:
+def _help_lines(axes: Axes) -> Iterator[str]:
     yield "Train a diffusion model. Every option is also a variable of the env file: see OPTIONS.md."
-    for section in SECTIONS.values():
+    for section in axes.sections:
         yield f"\n{section.__doc__}"
-        for item in options_of(section):
+        for item in _options(axes, section):
             yield f"  {item.flag}{_shape(item)}"
             text = f"{item.help} [{_default(item)}]{' Not available yet.' if item.not_yet else ''}"
             yield textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
@@ -68,21 +59,21 @@ def _default(item: Option) -> str:
     return item.default_text or show(item.default)
 
 
-def options_page() -> str:
+def options_page(axes: Axes) -> str:
     """The whole of OPTIONS.md."""
-    return "\n".join(_page()) + "\n"
+    return "\n".join(_page(axes)) + "\n"
 
 
-def _page() -> Iterator[str]:
+def _page(axes: Axes) -> Iterator[str]:
     short, full = next(iter(ABBREVIATIONS.items()))
     yield _INTRODUCTION.format(abbreviation=f" (only `--{short}` stands for `--{full}`)")
-    for section in SECTIONS.values():
+    for section in axes.sections:
         title, _, text = str(section.__doc__).partition(": ")
         yield f"## {title}\n\n{text[:1].upper()}{text[1:]}\n"
         if section is IgnoredOptions:
-            yield from _table(("Option", "Variable", "What it did", "Why it does nothing"), map(_ignored_row, options_of(section)))
+            yield from _table(("Option", "Variable", "What it did", "Why it does nothing"), map(_ignored_row, _options(axes, section)))
         else:
-            yield from _table(("Option", "Variable", "Default", "What it does"), map(_option_row, options_of(section)))
+            yield from _table(("Option", "Variable", "Default", "What it does"), map(_option_row, _options(axes, section)))
     yield "## Variables that are no options\n"
     yield from _table(("Variable", "What it does"), map(_variable_row, VARIABLES))
     yield "These are accepted and do nothing:\n"
@@ -93,6 +84,10 @@ def _page() -> Iterator[str]:
     yield from _keys("Image datasets", DatasetConfig, options_of(Entry))
     yield from _keys("Objects `parquet`, `jsonl` and `csv` of an image dataset", TableConfig, ())
     yield from _keys("Entries with `dataset_type: text_embeds`", TextCacheConfig, options_of(Entry))
+
+
+def _options(axes: Axes, section: type) -> list[Option]:
+    return [axes.options[item.name] for item in options_of(section)]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -124,11 +119,11 @@ def _code_or_words(item: Option) -> str:
 
 
 def _explained(item: Option) -> str:
-    available = [choice for choice in item.choices if choice not in item.later]
+    available = [choice for choice in item.choices if choice not in item.unavailable_choices]
     parts = [
         item.help,
         f"Choices: {_list(available)}." if available else "",
-        f"*Not available yet:* {_list(item.later)}." if item.later else "",
+        f"*Not available yet:* {_list(item.unavailable_choices)}." if item.unavailable_choices else "",
         _range(item),
         _NOT_YET if item.not_yet else "",
     ]
@@ -161,22 +156,5 @@ def _key_row(item: Option) -> tuple[str, ...]:
     return _list((item.name, *item.aliases)), default, f"{_explained(item)} {nothing}".strip()
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="./simpletuner document", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
-    pages = {OPTIONS_MD: options_page, SCHEMA_JSON: schema_text}
-    if parser.parse_args(arguments).check:
-        old = [path for path, made in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != made()]
-        for path in pages:
-            print(f"{path.name} is {'not current: run ./simpletuner document' if path in old else 'current'}")
-        return 1 if old else 0
-    for path, made in pages.items():
-        path.write_text(made(), encoding="utf-8")
-        print(f"wrote {path.name}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    raise SystemExit("run ./simpletuner document")

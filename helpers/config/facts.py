@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
+from helpers.config.declare import Option
+
 Settings = Mapping[str, object]  # option name -> effective value, before the Config is built
 SAME_SIZE = 1.25  # the factor up to which the edge of pictures counts as that which a family is for
 
@@ -28,8 +30,8 @@ class Facts:
     this choice refuses, naming the option and the remedy.
     """
 
-    name: str
-    title: str
+    name: str  # in the registry
+    title: str  # in messages
     defaults: Settings = field(default_factory=dict)
     _: KW_ONLY
     judge: Callable[[Settings], Iterable[str]] = no_objection
@@ -37,13 +39,22 @@ class Facts:
 
 @dataclass(frozen=True)
 class FamilyFacts(Facts):
-    """What a family of base models declares beside that."""
+    """What a family of base models declares beside that.
+
+    A family declares options of its own in a section: a frozen dataclass of `option(...)` fields whose docstring is "Title: what it is
+    about." It is a section of OPTIONS.md and of `--help`, its flags are read whatever the family is, and the family finds the values
+    by `options.section(ItsOptions)` of its `ModelOptions`. Options in helpers/config/options that are declared with
+    `some_families=True` are shared: `options` names those that this family reads.
+    """
 
     wrapper: str = ""  # the script that trains it: "./train_sdxl.sh"
     setting: str = ""  # in the env file, where the wrapper trains this family only with it: "PIXART_SIGMA='true'"
     pipelines: tuple[str, ...] = ()  # pipeline classes of diffusers: `_class_name` in the model_index.json of its base models
     accepts: Callable[[Mapping[str, Any]], bool] = every_index  # whether a model_index.json that names one of them is of this family
-    options: frozenset[str] = frozenset()  # options that have an effect for this family, and for other families only if they name them too
+    selectable: bool = True  # False: not a value of --model_family, but recognized from the base model's files
+    section: type | None = None  # the options that this family declares; families in one file may share a section
+    options: frozenset[str] = frozenset()  # the shared options that it reads
+    model_types: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # further values of --model_type => the options they set
     objective: str = "diffusion"  # what its networks predict, by the name in the objectives registry
     switched: Mapping[str, str] = field(default_factory=dict)  # switch of the settings => the objective with it
     img2img: bool = False  # validation can start from images
@@ -55,6 +66,13 @@ class FamilyFacts(Facts):
     def objective_for(self, settings: Settings) -> str:
         """The objective under these settings."""
         return next((objective for switch, objective in self.switched.items() if settings[switch]), self.objective)
+
+    def reads(self, item: Option) -> bool:
+        """Whether an option means anything to this family, whatever the other settings are."""
+        if item.objective and item.objective not in (self.objective, *self.switched.values()):
+            return False
+        own = self.section is not None and item.section == self.section.__name__
+        return own or item.name in self.options or not item.some_families
 
     @property
     def command(self) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helpers.config.axes import Axes
 from helpers.config.config import Config
 from helpers.config.dataloader import read_dataloader
 from helpers.config.datasets import DataConfig
@@ -15,43 +16,37 @@ from helpers.config.declare import masked, options_of
 from helpers.config.document import help_text
 from helpers.config.env_file import EnvFile, read_env_file
 from helpers.config.facts import Facts, FamilyFacts, family_problems, size_notes, with_origin
-from helpers.config.options import OPTIONS, SECTIONS, VARIABLES, WITHOUT_EFFECT
+from helpers.config.options import SECTIONS, VARIABLES, WITHOUT_EFFECT
 from helpers.config.rules import impossible
 from helpers.config.settle import Chosen, chosen_method, settle, take_switches, without_effect
-from helpers.config.sources import REPOSITORY, Rank, from_extra_args, from_flags, from_preset, from_variables, strongest
+from helpers.config.sources import REPOSITORY, Options, Rank, from_extra_args, from_flags, from_preset, from_variables, strongest
 from helpers.errors import ConfigError
 
-KNOWN_VARIABLES = frozenset(
-    [name for item in OPTIONS.values() for name in item.variables] + [variable.name for variable in (*VARIABLES, *WITHOUT_EFFECT)]
-)
+
+def known_variables(options: Options) -> frozenset[str]:
+    """The names of all variables that set an option or are read otherwise."""
+    of_options = [name for item in options.values() for name in item.variables]
+    return frozenset([*of_options, *(variable.name for variable in (*VARIABLES, *WITHOUT_EFFECT))])
 
 
-@dataclass(frozen=True)
-class FactsByAxis:
-    """What every choice says of the settings, by its name; given by train.py, because config imports none of them."""
-
-    families: Mapping[str, FamilyFacts] = field(default_factory=dict)
-    methods: Mapping[str, Facts] = field(default_factory=dict)
-    objectives: Mapping[str, Facts] = field(default_factory=dict)
-
-
-def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByAxis) -> Config:
+def read_config(argv: Sequence[str], environ: Mapping[str, str], axes: Axes) -> Config:
     """The Config of a run, from its flags (without the program's name), its environment and the files they name.
 
     `--help` prints the options and leaves with SystemExit(0). ConfigError holds every problem found, one sentence each.
     Imports nothing heavy and takes well under a second.
     """
     if any(word in ("--help", "-h") for word in argv):
-        print(help_text())
+        print(help_text(axes))
         raise SystemExit(0)
     problems: list[str] = []
-    env_file = _env_file(environ, problems)
-    chosen = _chosen(argv, environ, env_file, problems)
-    problems += take_switches(chosen)  # one of them may name the family
-    names = _names(chosen, facts)
-    choices = _facts_of(names, facts)
+    options = axes.options
+    env_file = _env_file(environ, known_variables(options), problems)
+    chosen = _chosen(options, argv, environ, env_file, problems)
+    problems += take_switches(options, chosen)  # one of them may name the family
+    names = _names(chosen, axes)
+    choices = _facts_of(names, axes)
     problems += settle(chosen, choices)
-    problems += _unavailable(chosen)
+    problems += _unavailable(options, chosen)
     data = _data(chosen)
     values = {name: setting.value for name, setting in chosen.items()}
     given = {name: setting.origin for name, setting in chosen.items() if setting.rank > Rank.DECLARED}
@@ -60,7 +55,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
     if problems:
         raise ConfigError(*dict.fromkeys(masked(problem) for problem in problems))
     return Config(
-        **_sections(values),
+        **_sections(axes, values),
         datasets=data.datasets,
         text_caches=data.text_caches,
         family_name=names["family"],
@@ -68,12 +63,12 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], facts: FactsByA
         objective_name=names["objective"],
         origins={name: setting.origin for name, setting in chosen.items()},
         given=frozenset(given),
-        notes=tuple(_notes(chosen, choices, data, env_file)),
-        passed_variables=tuple(env_file.unknown(KNOWN_VARIABLES)),
+        notes=tuple(_notes(axes, chosen, choices, data, env_file)),
+        passed_variables=tuple(env_file.unknown(known_variables(options))),
     )
 
 
-def _env_file(environ: Mapping[str, str], problems: list[str]) -> EnvFile:
+def _env_file(environ: Mapping[str, str], known: frozenset[str], problems: list[str]) -> EnvFile:
     """The env file that the wrapper sourced, if it did."""
     path = environ.get("SIMPLETUNER_ENV_FILE")
     if not path:
@@ -83,41 +78,41 @@ def _env_file(environ: Mapping[str, str], problems: list[str]) -> EnvFile:
     except OSError as error:
         problems.append(f"{path}: {error.strerror or error}; check SIMPLETUNER_ENV_FILE.")
         return EnvFile()
-    problems.extend(env_file.misspelt(KNOWN_VARIABLES))
+    problems.extend(env_file.misspelt(known))
     return env_file
 
 
-def _chosen(argv: Sequence[str], environ: Mapping[str, str], env_file: EnvFile, problems: list[str]) -> Chosen:
+def _chosen(options: Options, argv: Sequence[str], environ: Mapping[str, str], env_file: EnvFile, problems: list[str]) -> Chosen:
     """The strongest setting of every option."""
-    sources = [from_variables(environ, env_file), from_extra_args(environ, env_file), from_flags(argv)]
-    demo = strongest(sources)["demo"].value
+    sources = [from_variables(options, environ, env_file), from_extra_args(options, environ, env_file), from_flags(options, argv)]
+    demo = strongest(options, sources)["demo"].value
     if demo:
-        sources.insert(0, from_preset(demo))
+        sources.insert(0, from_preset(options, demo))
     for source in sources:
         problems.extend(source.problems)
-    return strongest(sources)
+    return strongest(options, sources)
 
 
-def _unavailable(chosen: Chosen) -> Iterator[str]:
-    for item in OPTIONS.values():
+def _unavailable(options: Options, chosen: Chosen) -> Iterator[str]:
+    for item in options.values():
         refusal = item.unavailable(chosen[item.name].value)
         if refusal:
             origin = chosen[item.name].origin
             yield f"{item.flag} {refusal}." if origin == item.flag else f"{origin}: {item.flag} {refusal}."
 
 
-def _names(chosen: Chosen, facts: FactsByAxis) -> dict[str, str]:
+def _names(chosen: Chosen, axes: Axes) -> dict[str, str]:
     """The run's choice on each axis; the family says which objective its networks have."""
     family = str(chosen["model_family"].value)
     settings = {name: setting.value for name, setting in chosen.items()}
-    objective = facts.families[family].objective_for(settings) if family in facts.families else "diffusion"
+    objective = axes.families[family].objective_for(settings) if family in axes.families else "diffusion"
     return {"family": family, "method": chosen_method(chosen), "objective": objective}
 
 
-def _facts_of(names: Mapping[str, str], facts: FactsByAxis) -> list[tuple[str, Facts]]:
+def _facts_of(names: Mapping[str, str], axes: Axes) -> list[tuple[str, Facts]]:
     """The facts of the run's choices; a choice that is refused as not available has none."""
-    axes = {"family": facts.families, "method": facts.methods, "objective": facts.objectives}
-    return [(axis, table[names[axis]]) for axis, table in axes.items() if names[axis] in table]
+    tables: Mapping[str, Mapping[str, Facts]] = {"family": axes.families, "method": axes.methods, "objective": axes.objectives}
+    return [(axis, table[names[axis]]) for axis, table in tables.items() if names[axis] in table]
 
 
 def _data(chosen: Chosen) -> DataConfig:
@@ -137,16 +132,20 @@ def _judged(choices: Sequence[tuple[str, Facts]], values: Mapping[str, object]) 
         yield from family_problems(choice, values) if isinstance(choice, FamilyFacts) else choice.judge(values)
 
 
-def _sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {attribute: section(**{item.name: values[item.name] for item in options_of(section)}) for attribute, section in SECTIONS.items()}
+def _sections(axes: Axes, values: Mapping[str, Any]) -> dict[str, Any]:
+    def section(kind: type) -> Any:
+        return kind(**{item.name: values[item.name] for item in options_of(kind)})
+
+    common = {attribute: section(kind) for attribute, kind in SECTIONS.items()}
+    return common | {"model": dataclasses.replace(common["model"], family_sections=tuple(map(section, axes.family_sections)))}
 
 
-def _notes(chosen: Chosen, choices: Sequence[tuple[str, Facts]], data: DataConfig, env_file: EnvFile) -> Iterator[str]:
-    yield from without_effect(chosen)
+def _notes(axes: Axes, chosen: Chosen, choices: Sequence[tuple[str, Facts]], data: DataConfig, env_file: EnvFile) -> Iterator[str]:
+    yield from without_effect(axes.options, chosen)
     yield from data.notes
     yield from _size_notes(choices, data)
     yield from _variables_without_effect(env_file)
-    yield from env_file.maybe_misspelt(KNOWN_VARIABLES)
+    yield from env_file.maybe_misspelt(known_variables(axes.options))
 
 
 def _size_notes(choices: Sequence[tuple[str, Facts]], data: DataConfig) -> Iterator[str]:

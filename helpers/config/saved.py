@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from helpers.config.axes import Axes
 from helpers.config.config import Config
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import options_of
@@ -23,7 +24,7 @@ KEYS = ("aws_access_key_id", "aws_secret_access_key")
 E = TypeVar("E", bound=Entry)
 
 
-def read_saved_config(output_dir: Path) -> Config:
+def read_saved_config(output_dir: Path, axes: Axes) -> Config:
     """The settings that a run was last started with. ConfigError where `output_dir` is no run's, or another version's.
 
     Paths are as they were given, relative ones to the folder of the start. Secrets are not kept in the file: keys of buckets come from
@@ -37,19 +38,20 @@ def read_saved_config(output_dir: Path) -> Config:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
     try:
-        return _config(content)
+        return _config(content, axes)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{path} was not written by this version ({error!r}); start the run once more, and it is written anew."
         ) from error
 
 
-def _config(content: Mapping[str, Any]) -> Config:
+def _config(content: Mapping[str, Any], axes: Axes) -> Config:
     settings = content["settings"]
-    sections = {
-        attribute: _restored(section, {item.name: settings[item.name]["value"] for item in options_of(section)})
-        for attribute, section in SECTIONS.items()
-    }
+
+    def section(kind: type) -> Any:
+        return _restored(kind, {item.name: settings[item.name]["value"] for item in options_of(kind)})
+
+    common = {attribute: section(kind) for attribute, kind in SECTIONS.items()}
     keys = _keys_by_id(settings["data_backend_config"]["value"])
 
     def restored(kind: type[E], name: str) -> list[E]:
@@ -62,7 +64,7 @@ def _config(content: Mapping[str, Any]) -> Config:
         for dataset in restored(DatasetConfig, "datasets")
     ]
     return Config(
-        **sections,
+        **common | {"model": dataclasses.replace(common["model"], family_sections=tuple(map(section, axes.family_sections)))},
         datasets=tuple(datasets),
         text_caches=tuple(texts.values()),
         family_name=content["family"],

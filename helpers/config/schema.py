@@ -115,7 +115,7 @@ def _is_required(item: Option) -> bool:
 def _key(item: Option, name: str) -> Schema:
     """One key. Null is accepted everywhere, and means that nothing was said."""
     told: Schema = {"description": _description(item, name)}
-    choices = [choice for choice in (*item.choices, *item.spelt) if choice not in item.later]
+    choices = [choice for choice in (*item.choices, *item.synonyms) if choice not in item.unavailable_choices]
     if choices:
         told["enum"] = [*choices, None]
     elif item.kind is TableConfig:

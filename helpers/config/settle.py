@@ -12,7 +12,7 @@ from helpers.config.facts import Facts
 from helpers.config.lora_file import LoraFile, read_lora_file
 from helpers.config.optimizer_rules import optimizer_notes, settle_optimizer
 from helpers.config.options import OPTIONS, AdapterOptions
-from helpers.config.sources import Rank, Setting
+from helpers.config.sources import Options, Rank, Setting
 
 Chosen = dict[str, Setting]
 DEFAULT_SNR_GAMMA = 5.0  # Hang et al. (2023), section 4
@@ -92,10 +92,10 @@ def _take_defaults(chosen: Chosen, axis: str, choice: Facts) -> None:
             chosen[name] = Setting(value, f"{axis} {choice.name}", Rank.FAMILY)
 
 
-def take_switches(chosen: Chosen) -> list[str]:
+def take_switches(options: Options, chosen: Chosen) -> list[str]:
     """`--use_8bit_adam` and its like set the options they stand for, in place. Returns what contradicts itself."""
     problems: list[str] = []
-    for item in OPTIONS.values():
+    for item in options.values():
         said = chosen[item.name]
         for target, value in item.meaning(said.value).items():
             if target == item.name:
@@ -198,9 +198,9 @@ def _take_folder(chosen: Chosen, name: str, folder: Path, origin: str) -> None:
         chosen[name] = Setting(folder, origin, Rank.DECLARED)
 
 
-def without_effect(chosen: Mapping[str, Setting]) -> Iterator[str]:
+def without_effect(options: Options, chosen: Mapping[str, Setting]) -> Iterator[str]:
     """One sentence for every setting the user made that changes nothing."""
-    for item in OPTIONS.values():
+    for item in options.values():
         setting = chosen[item.name]
         if item.does_nothing and setting.value != item.default:
             yield f"{setting.origin} does nothing: {item.does_nothing}."

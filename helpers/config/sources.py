@@ -13,7 +13,6 @@ from typing import Any
 from helpers.config.declare import FALSE_WORDS, TRUE_WORDS, Option
 from helpers.config.env_file import EnvFile
 from helpers.config.json_file import read_json
-from helpers.config.options import OPTIONS
 from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
 
@@ -22,6 +21,8 @@ EXTRA_ARGS = ("DEBUG_EXTRA_ARGS", "TRAINER_EXTRA_ARGS")  # a later one wins
 WRAPPERS_FAMILY = "SIMPLETUNER_FAMILY"  # the variable that wrappers say their family with
 DEFAULT = "default"  # the origin of a declared default
 ABBREVIATIONS = {"train_batch": "train_batch_size"}  # the one that wrappers of the June 2024 release relied on
+
+Options = Mapping[str, Option]  # by name
 
 
 class Rank(IntEnum):
@@ -66,7 +67,7 @@ class Source:
             self.problems.append(f"{origin}: {error}.")
 
 
-def from_flags(argv: Sequence[str], rank: Rank = Rank.FLAG, through: str = "") -> Source:
+def from_flags(options: Options, argv: Sequence[str], rank: Rank = Rank.FLAG, through: str = "") -> Source:
     """Read `--name value`, `--name=value`, `--switch`, `--no-switch`. `through` names the variable that carried them."""
     source = Source()
     words = list(argv)
@@ -76,13 +77,13 @@ def from_flags(argv: Sequence[str], rank: Rank = Rank.FLAG, through: str = "") -
         if not word.startswith("--"):
             source.problems.append(f"{_shortened(word)!r} is not an option; a value with spaces stands in quotes{_by(through)}.")
             continue
-        item = _option(name)
+        item = _option(options, name)
         if item is None:
-            source.problems.append(f"--{name} is not an option{did_you_mean(name, OPTIONS, prefix='--')}{_by(through)}.")
+            source.problems.append(f"--{name} is not an option{did_you_mean(name, options, prefix='--')}{_by(through)}.")
             if not has_value and words and not words[0].startswith("--"):
                 words.pop(0)  # most likely its value
             continue
-        text = value if has_value else _value_of(item, name, words)
+        text = value if has_value else _value_of(options, item, name, words)
         if text is None:
             source.problems.append(f"--{name} needs a value{_by(through)}.")
         else:
@@ -90,15 +91,15 @@ def from_flags(argv: Sequence[str], rank: Rank = Rank.FLAG, through: str = "") -
     return source
 
 
-def _option(name: str) -> Option | None:
+def _option(options: Options, name: str) -> Option | None:
     """The option that a flag without its dashes means; `no-` turns a switch off."""
     if name.startswith("no-"):
-        item = OPTIONS.get(name.removeprefix("no-"))
+        item = options.get(name.removeprefix("no-"))
         return item if item is not None and item.kind is bool else None
-    return OPTIONS.get(ABBREVIATIONS.get(name, name))
+    return options.get(ABBREVIATIONS.get(name, name))
 
 
-def _value_of(item: Option, name: str, words: list[str]) -> str | None:
+def _value_of(options: Options, item: Option, name: str, words: list[str]) -> str | None:
     """The value of a flag without `=`, taken from the words that follow; None when there is none."""
     if name.startswith("no-"):
         return "false"
@@ -107,16 +108,16 @@ def _value_of(item: Option, name: str, words: list[str]) -> str | None:
         return words.pop(0) if follows else "true"
     if item.name == "demo":
         return words.pop(0) if words and words[0] in item.choices else "lora"
-    if not words or _is_flag(words[0]):
+    if not words or _is_flag(options, words[0]):
         return None
     return words.pop(0)
 
 
-def _is_flag(word: str) -> bool:
-    return word.startswith("--") and _option(word[2:].partition("=")[0]) is not None
+def _is_flag(options: Options, word: str) -> bool:
+    return word.startswith("--") and _option(options, word[2:].partition("=")[0]) is not None
 
 
-def from_extra_args(environ: Mapping[str, str], env_file: EnvFile) -> Source:
+def from_extra_args(options: Options, environ: Mapping[str, str], env_file: EnvFile) -> Source:
     """Flags carried by DEBUG_EXTRA_ARGS and TRAINER_EXTRA_ARGS, split once by the shell's rules."""
     source = Source()
     for variable in EXTRA_ARGS:
@@ -126,16 +127,16 @@ def from_extra_args(environ: Mapping[str, str], env_file: EnvFile) -> Source:
         except ValueError as error:
             source.problems.append(f"{origin}: cannot be split into words: {error}.")
             continue
-        found = from_flags(words, Rank.EXTRA_ARGS, origin)
+        found = from_flags(options, words, Rank.EXTRA_ARGS, origin)
         source.settings.update(found.settings)
         source.problems.extend(found.problems)
     return source
 
 
-def from_variables(environ: Mapping[str, str], env_file: EnvFile) -> Source:
+def from_variables(options: Options, environ: Mapping[str, str], env_file: EnvFile) -> Source:
     """Read every option's variables. One that is set but empty counts as not set, unless emptiness is a value of the option."""
     source = Source()
-    for item in OPTIONS.values():
+    for item in options.values():
         given = [name for name in item.variables if environ.get(name, "").strip() or (item.may_be_empty and name in environ)]
         values = {environ[name] for name in given}
         if len(values) > 1:
@@ -147,7 +148,7 @@ def from_variables(environ: Mapping[str, str], env_file: EnvFile) -> Source:
     return source
 
 
-def from_preset(name: str, repository: Path = REPOSITORY) -> Source:
+def from_preset(options: Options, name: str, repository: Path = REPOSITORY) -> Source:
     """The settings of an embedded demo, `demo/<name>.json`: {option: value}, with paths relative to the repository root."""
     path = repository / "demo" / f"{name}.json"
     origin = f"demo/{name}.json"
@@ -159,9 +160,9 @@ def from_preset(name: str, repository: Path = REPOSITORY) -> Source:
         return Source(problems=[f"{origin}: must be an object of options."])
     source = Source()
     for key, value in values.items():
-        item = OPTIONS.get(key)
+        item = options.get(key)
         if item is None:
-            source.problems.append(f"{origin}: {key} is not an option{did_you_mean(key, OPTIONS)}.")
+            source.problems.append(f"{origin}: {key} is not an option{did_you_mean(key, options)}.")
         else:
             source.take(item, _text(item, value, repository), origin, Rank.PRESET)
     return source
@@ -180,9 +181,9 @@ def _text(item: Option, value: Any, repository: Path) -> str:
     return text
 
 
-def strongest(sources: Sequence[Source]) -> dict[str, Setting]:
+def strongest(options: Options, sources: Sequence[Source]) -> dict[str, Setting]:
     """For every option the strongest setting, or its declared default."""
-    chosen = {item.name: Setting(item.default, DEFAULT, Rank.DECLARED) for item in OPTIONS.values()}
+    chosen = {item.name: Setting(item.default, DEFAULT, Rank.DECLARED) for item in options.values()}
     for name, setting in _all(sources):
         if setting.rank >= chosen[name].rank:
             chosen[name] = setting

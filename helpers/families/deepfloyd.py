@@ -34,6 +34,11 @@ OF_BOTH: Settings = {"resolution_type": "pixel", "aspect_bucket_alignment": 8, "
 OPTIONS = UNET_OPTIONS | {"pretrained_t5_model_name_or_path"}
 
 
+def _model_types(full: str, lora: str, family: str) -> dict[str, dict[str, str]]:
+    """The values of --model_type by which the June 2024 release chose a stage."""
+    return {name: {"model_family": family, "model_type": kind} for name, kind in ((full, "full"), (lora, "lora"))}
+
+
 def _judge(settings: Settings) -> Iterable[str]:
     if settings["latent_sampling"] == "sample":
         yield "--latent_sampling=sample draws from a VAE's distribution; DeepFloyd is trained on pixels and has none: leave it at mean."
@@ -169,6 +174,7 @@ class StageOne(DeepFloyd):
             "validation_num_inference_steps": 100,
         },
         options=OPTIONS,
+        model_types=_model_types("deepfloyd-full", "deepfloyd-lora", "deepfloyd_1"),
         img2img=True,
         edge=EDGE,
         judge=_judge,
@@ -199,6 +205,7 @@ class StageTwo(DeepFloyd):
         pipelines=("IFSuperResolutionPipeline",),
         defaults={**OF_BOTH, "resolution": float(QUARTER * EDGE), "validation_guidance": 4.0, "validation_num_inference_steps": 50},
         options=OPTIONS,
+        model_types=_model_types("deepfloyd-stage2", "deepfloyd-stage2-lora", "deepfloyd_2"),
         img2img=True,
         edge=QUARTER * EDGE,
         judge=_judge,

@@ -84,9 +84,7 @@ class StableDiffusion3:
         defaults={"aspect_bucket_alignment": 64},
         wrapper="./train_sd3.sh",
         pipelines=("StableDiffusion3Pipeline",),
-        options=frozenset(
-            {"tokenizer_max_length", "pretrained_t5_model_name_or_path", "sd3_uses_diffusion", "sd3_caption_dropout", *FLOW_OPTIONS}
-        ),
+        options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path", "sd3_uses_diffusion", "sd3_caption_dropout"}),
         objective="flow",
         switched={"sd3_uses_diffusion": "diffusion"},
         img2img=True,

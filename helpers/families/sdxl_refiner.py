@@ -41,6 +41,7 @@ class SDXLRefiner:
         wrapper="./train_sdxl.sh",
         pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
         accepts=lambda index: not sdxl_inputs.has_first_encoder(index),
+        selectable=False,
         options=UNET_OPTIONS | {"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range", "long_captions"},
         img2img=True,
     )

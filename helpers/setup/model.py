@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.declare import show
 from helpers.errors import ConfigError
 from helpers.families import FAMILIES
@@ -33,16 +33,16 @@ def resolve_base_model(config: Config, runtime: Runtime, report: Reporters) -> C
             without_weights(config.model)
         runtime.wait_for_everyone()
         config = dataclasses.replace(config, model=without_weights(config.model))
-    families = known_facts().families
+    axes = known_axes()
     if runtime.is_main:
         recognise(config.family_name, config.model, config.cache)
     runtime.wait_for_everyone()
-    family = families[recognise(config.family_name, config.model, config.cache)]
+    family = axes.families[recognise(config.family_name, config.model, config.cache)]
     if family.name != config.family_name:
         defaults = [f"{name} {show(value)}" for name, value in family.defaults.items() if name not in config.given]
         config = config.of_family(family)
         report.chapter("model", " · ".join((f"{family.title}, by its model_index.json", *defaults)))
-    for note in config.of_other_families(families):
+    for note in config.of_other_families(axes):
         report.chapter("", note)
     return config
 

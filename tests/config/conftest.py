@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from helpers.choices import known_axes
+from helpers.config.axes import Axes
 from helpers.config.config import Config
-from helpers.config.read import FactsByAxis, read_config
+from helpers.config.read import read_config
 from helpers.errors import ConfigError
 
 Read = Callable[..., Config]
@@ -30,9 +32,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def read(folder: Path) -> Read:
     """`read(*flags, VARIABLE=value)`: the Config of a run that has a model and data."""
 
-    def read_with(*flags: str, facts: FactsByAxis | None = None, **variables: str) -> Config:
+    def read_with(*flags: str, facts: Axes | None = None, **variables: str) -> Config:
         required = ["--pretrained_model_name_or_path=someone/model", "--data_backend_config=data.json"]
-        return read_config([*required, *flags], variables, facts or FactsByAxis())
+        return read_config([*required, *flags], variables, facts or known_axes())
 
     return read_with
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.config.axes import Axes
 from helpers.config.config import Config
 from helpers.config.dataloader import read_dataloader
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of
 from helpers.config.options.data import TABLES
-from helpers.config.read import FactsByAxis, read_config
+from helpers.config.read import read_config
 from helpers.errors import ConfigError
 
 Read = Callable[..., Config]
@@ -378,9 +379,9 @@ def other_value(item: Option) -> Any:
         return OTHER_VALUES[item.name]
     if item.name in SAMPLES:
         return SAMPLES[item.name]
-    choices = [choice for choice in item.choices if choice != item.default and choice not in item.later]
-    if choices or item.later:
-        return (choices or item.later)[-1]
+    choices = [choice for choice in item.choices if choice != item.default and choice not in item.unavailable_choices]
+    if choices or item.unavailable_choices:
+        return (choices or item.unavailable_choices)[-1]
     if item.kind is bool:
         return not item.default
     if item.kind in (int, float):
@@ -406,7 +407,7 @@ def test_every_key_lands_in_its_field_or_is_refused_by_name(
         start = {**start, "aws_access_key_id": "text", "aws_secret_access_key": "text"}
         value = "https://s3.example.com" if item.name == "aws_endpoint_url" else value
     write_data([{**start, item.name: value}, {**IMAGES, "id": "beside"}])
-    if item.not_yet or value in item.later:
+    if item.not_yet or value in item.unavailable_choices:
         assert f"datasets[0].{item.name}" in (told := refuse("--instance_prompt=x")) and "is not available yet" in told
         return
     config = read("--instance_prompt=x")
@@ -492,7 +493,7 @@ def test_whatever_is_written_is_read_or_explained(entries: list[Any], flags: lis
         path = Path(folder) / "data.json"
         path.write_text(json.dumps(entries), encoding="utf-8")
         try:
-            read_config([*flags, "--pretrained_model_name_or_path=a/b", f"--data_backend_config={path}"], {}, FactsByAxis())
+            read_config([*flags, "--pretrained_model_name_or_path=a/b", f"--data_backend_config={path}"], {}, Axes())
         except ConfigError as error:
             assert error.problems and all(len(problem) > 10 for problem in error.problems)
 

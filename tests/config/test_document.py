@@ -7,25 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.document import options_page
 from helpers.config.env_file import read_env_file
-from helpers.config.options import OPTIONS
-from helpers.config.read import KNOWN_VARIABLES, read_config
+from helpers.config.read import known_variables, read_config
+
+OPTIONS = known_axes().options
 
 EXAMPLES = ["sdxl-env.sh.example", "sd21-env.sh.example", "sd3-env.sh.example"]
 
 
 def test_options_md_is_what_the_code_declares(repository: Path) -> None:
-    assert (repository / "OPTIONS.md").read_text(encoding="utf-8") == options_page(), "run ./simpletuner document"
+    assert (repository / "OPTIONS.md").read_text(encoding="utf-8") == options_page(known_axes()), "run ./simpletuner document"
 
 
 def test_options_md_has_a_row_for_every_option_and_variable() -> None:
-    page = options_page()
+    page = options_page(known_axes())
     rows = re.findall(r"^\| `--(\w+)` \|", page, re.MULTILINE)
     assert sorted(rows) == sorted(OPTIONS)
-    assert all(f"`{name}`" in page for name in KNOWN_VARIABLES)
+    assert all(f"`{name}`" in page for name in known_variables(known_axes().options))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -33,7 +34,7 @@ def test_every_variable_of_an_example_is_known(name: str, repository: Path) -> N
     text = (repository / name).read_text(encoding="utf-8")
     offered = set(re.findall(r"^#?([A-Z][A-Z0-9_]+)=", text, re.MULTILINE))
     assert len(offered) > 40
-    assert offered - KNOWN_VARIABLES == set()
+    assert offered - known_variables(known_axes().options) == set()
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -47,7 +48,7 @@ def test_values_of_an_example_stand_in_single_quotes_unless_they_use_a_variable(
 def test_an_example_follows_the_order_of_options_md(name: str, repository: Path) -> None:
     text = (repository / name).read_text(encoding="utf-8")
     titles = [title for title in re.findall(r"^# --- (.*?) -+$", text, re.MULTILINE) if title != "LoRA"]
-    page = [title for title in re.findall(r"^## (.*)$", options_page(), re.MULTILINE) if title != "LoRA"]
+    page = [title for title in re.findall(r"^## (.*)$", options_page(known_axes()), re.MULTILINE) if title != "LoRA"]
     merged = [title.split(" and learning rate")[0] for title in titles]
     assert merged == [title for title in page if title in merged]
 
@@ -62,7 +63,7 @@ def settings_of(example: Path, folder: Path, family: str = "sdxl") -> Config:
     sourced = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, check=True).stdout
     environ = dict(entry.split("=", 1) for entry in sourced.split("\0") if entry)
     environ |= {"SIMPLETUNER_ENV_FILE": str(copy), "DATALOADER_CONFIG": "data.json", "SIMPLETUNER_FAMILY": family}
-    return read_config([], environ, known_facts())
+    return read_config([], environ, known_axes())
 
 
 def test_the_sdxl_example_needs_only_its_paths_changed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

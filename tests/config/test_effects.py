@@ -6,15 +6,17 @@ from collections.abc import Mapping
 
 import pytest
 
+from helpers.choices import known_axes
 from helpers.config.datasets import DatasetConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of
-from helpers.config.options import OPTIONS
 from helpers.errors import CheckpointError
 from tests.config.effects.keys import DATASET_EFFECTS, TEXT_CACHE_EFFECTS
 from tests.config.effects.lab import ENTRY, Effect, Lab, build_lab, refusal
 from tests.config.effects.options import OPTION_EFFECTS
 from tests.config.effects.sights import exported_scheduler
 from tests.config.test_every_option import values_to_try
+
+OPTIONS = known_axes().options
 
 KEYS: dict[type, Mapping[str, Effect]] = {DatasetConfig: DATASET_EFFECTS, TextCacheConfig: TEXT_CACHE_EFFECTS}
 
@@ -115,8 +117,8 @@ def can_be_used(item: Option) -> bool:
     if item.not_yet or item.does_nothing:
         return False
     targets = [(item, item.parse(text)) for text in values_to_try(item)]
-    if item.means:
-        targets = [(OPTIONS[item.means[0]], item.means[1])]
+    if item.alias_of:
+        targets = [(OPTIONS[item.alias_of[0]], item.alias_of[1])]
     return any(target.unavailable(value) is None for target, value in targets)
 
 

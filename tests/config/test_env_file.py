@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.env_file import EnvFile, read_env_file
-from helpers.config.read import KNOWN_VARIABLES
+from helpers.config.read import known_variables
 
 Read = Callable[..., Config]
 Refuse = Callable[..., str]
@@ -60,7 +61,7 @@ def test_variables_of_other_programs_and_the_users_own_pass(name: str, folder: P
     scan(folder, f"export {name}='1'\n")
     config = read(SIMPLETUNER_ENV_FILE="env.sh")
     assert config.notes == ()
-    assert config.passed_variables == (() if name in KNOWN_VARIABLES else (name,))
+    assert config.passed_variables == (() if name in known_variables(known_axes().options) else (name,))
 
 
 def test_a_helper_that_the_file_reads_itself_passes_however_it_is_called(folder: Path, read: Read) -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.datasets import TableConfig
 from helpers.config.declare import Option
 from helpers.config.optimizers import LIBRARIES as OPTIMIZER_LIBRARIES
-from helpers.config.options import OPTIONS
 from helpers.config.options.data import TABLES
 from helpers.config.rules import TRACKERS
 from helpers.errors import ConfigError
+
+OPTIONS = known_axes().options
 
 # Text of a usable value where one cannot be made from the declaration alone.
 SAMPLES = {
@@ -46,6 +48,10 @@ COMPANIONS = {
     ("only_instance_prompt", "true"): ("--instance_prompt=a dog",),
     ("training_num_machines", "2"): ("--training_num_processes=2",),
     ("num_train_epochs", "0"): ("--max_train_steps=5",),
+    ("train_text_encoder", "true"): ("--model_type=lora",),
+    **{("timestep_bias_strategy", part): ("--timestep_bias_multiplier=2",) for part in ("earlier", "later", "range")},
+    ("refiner_training_strength", "0.25"): ("--refiner_training",),
+    ("refiner_training_invert_schedule", "true"): ("--refiner_training",),
     **{("base_quantization", kind): ("--model_type=lora",) for kind in ("int8", "fp8", "nf4")},
 }
 SWITCHES = {"use_8bit_adam": "adamw8bit", "use_prodigy_optimizer": "prodigy", "use_dadapt_optimizer": "dadaptation"}
@@ -94,7 +100,7 @@ def check(item: Option, text: str, said_by: str, read: Callable[[], Config]) -> 
         with pytest.raises(ConfigError) as caught:
             read()
         (problem,) = caught.value.problems
-        assert problem.startswith(said_by) or item.means
+        assert problem.startswith(said_by) or item.alias_of
         assert f"--{refused[0]}" in problem and "is not available yet" in problem
     elif library is not None and importlib.util.find_spec(library) is None:
         with pytest.raises(ConfigError, match=f"^{said_by}: .* needs the library"):
@@ -123,7 +129,7 @@ def test_every_switch_can_be_said_in_each_way(name: str) -> None:
     from helpers.config.sources import from_flags
 
     def said(*words: str) -> bool:
-        source = from_flags(words)
+        source = from_flags(OPTIONS, words)
         assert source.problems == []
         return bool(source.settings[name].value)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from helpers.config.axes import Axes
 from helpers.config.config import Config
 from helpers.config.facts import FamilyFacts
 from helpers.errors import ConfigError
@@ -14,7 +15,7 @@ from helpers.errors import ConfigError
 REFINER = FamilyFacts(
     "refiner", "the refiner", defaults={"refiner_training": True, "lora_rank": 4}, options=frozenset({"data_aesthetic_score"})
 )
-FAMILIES = {"sdxl": FamilyFacts("sdxl", "SDXL"), "refiner": REFINER}
+AXES = Axes({"sdxl": FamilyFacts("sdxl", "SDXL"), "refiner": REFINER})
 
 
 def test_its_defaults_count_where_nobody_set_anything(read: Callable[..., Config]) -> None:
@@ -40,6 +41,6 @@ def test_pictures_from_pictures_are_refused_where_the_family_makes_none(read: Ca
 
 def test_a_setting_that_only_another_family_knows_is_named(read: Callable[..., Config]) -> None:
     config = read("--data_aesthetic_score=5")
-    assert list(config.of_other_families(FAMILIES)) == ["--data_aesthetic_score does nothing for SDXL, only for the refiner."]
-    assert list(config.of_family(REFINER).of_other_families(FAMILIES)) == []
-    assert list(read().of_other_families(FAMILIES)) == []
+    assert list(config.of_other_families(AXES)) == ["--data_aesthetic_score does nothing for SDXL, only for the refiner."]
+    assert list(config.of_family(REFINER).of_other_families(AXES)) == []
+    assert list(read().of_other_families(AXES)) == []

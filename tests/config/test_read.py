@@ -11,11 +11,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
+from helpers.config.axes import Axes
 from helpers.config.config import Config
 from helpers.config.env_file import EnvFile
 from helpers.config.facts import Facts, FamilyFacts, Settings
-from helpers.config.read import FactsByAxis, read_config
+from helpers.config.options import OPTIONS
+from helpers.config.read import read_config
 from helpers.config.sources import from_flags, from_preset, from_variables
 from helpers.errors import ConfigError
 
@@ -25,13 +27,13 @@ Refuse = Callable[..., str]
 
 def test_what_is_required_is_asked_for_by_name(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_config([], {}, FactsByAxis())
+        read_config([], {}, Axes())
     missing = "\n".join(caught.value.problems)
     assert "MODEL_NAME" in missing and "DATALOADER_CONFIG" in missing and "--demo" in missing
 
 
 def test_the_strongest_source_wins(read: Read) -> None:
-    facts = FactsByAxis(families={"sdxl": FamilyFacts("sdxl", "SDXL", defaults={"learning_rate": 1.0, "lora_rank": 1, "lora_alpha": 1.0})})
+    facts = Axes(families={"sdxl": FamilyFacts("sdxl", "SDXL", defaults={"learning_rate": 1.0, "lora_rank": 1, "lora_alpha": 1.0})})
     config = read(
         "--learning_rate=4", facts=facts, LEARNING_RATE="2", LORA_RANK="2", TRAINER_EXTRA_ARGS="--learning_rate=3 --lora_dropout 0.3"
     )
@@ -49,26 +51,26 @@ def test_a_preset_is_weaker_than_a_variable_and_its_paths_are_in_the_repository(
     (tmp_path / "demo" / "model").mkdir(parents=True)
     preset = {"pretrained_model_name_or_path": "demo/model", "data_backend_config": "demo/data.json", "max_train_steps": 3, "use_ema": True}
     (tmp_path / "demo" / "lora.json").write_text(json.dumps(preset))
-    source = from_preset("lora", tmp_path)
+    source = from_preset(OPTIONS, "lora", tmp_path)
     assert source.problems == []
     assert source.settings["pretrained_model_name_or_path"].value == str(tmp_path / "demo" / "model")
     assert source.settings["data_backend_config"].value == tmp_path / "demo" / "data.json"
     assert source.settings["max_train_steps"].value == 3
     assert source.settings["use_ema"].value is True
     assert source.settings["use_ema"].origin == "demo/lora.json"
-    assert source.settings["use_ema"].rank < from_variables({"USE_EMA": "false"}, env_file=EnvFile()).settings["use_ema"].rank
+    assert source.settings["use_ema"].rank < from_variables(OPTIONS, {"USE_EMA": "false"}, env_file=EnvFile()).settings["use_ema"].rank
 
 
 def test_the_demo_is_chosen_with_or_without_a_name(refuse: Refuse) -> None:
     words = [("--demo",), ("--demo", "--seed=1"), ("--demo=photos",), ("--demo", "photos")]
-    assert [from_flags(flags).settings["demo"].value for flags in words] == ["lora", "lora", "photos", "photos"]
+    assert [from_flags(OPTIONS, flags).settings["demo"].value for flags in words] == ["lora", "lora", "photos", "photos"]
     assert "--demo: 'picture' is not one of lora, photos" in refuse("--demo=picture")
 
 
 @pytest.mark.parametrize("name", ["lora", "photos"])
 def test_an_embedded_demo_needs_no_other_setting(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = read_config([f"--demo={name}", "--output_dir=out"], {}, known_facts())
+    config = read_config([f"--demo={name}", "--output_dir=out"], {}, known_axes())
     assert config.datasets and config.run.output_dir == Path("out")
     assert Path(config.model.pretrained_model_name_or_path).is_dir()
 
@@ -76,7 +78,7 @@ def test_an_embedded_demo_needs_no_other_setting(name: str, tmp_path: Path, monk
 def test_a_misspelt_option_of_a_preset_is_named(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "lora.json").write_text('{"lora_rnk": 4}')
-    assert from_preset("lora", tmp_path).problems == ["demo/lora.json: lora_rnk is not an option (did you mean lora_rank?)."]
+    assert from_preset(OPTIONS, "lora", tmp_path).problems == ["demo/lora.json: lora_rnk is not an option (did you mean lora_rank?)."]
 
 
 def test_all_mistakes_are_told_at_once(refuse: Refuse) -> None:
@@ -126,7 +128,7 @@ def test_the_wrapper_chooses_the_family(read: Read, refuse: Refuse) -> None:
 
 def test_a_switch_names_another_family_than_the_wrapper(read: Read, refuse: Refuse) -> None:
     """As `STABLE_DIFFUSION_3='true'` in the env file of ./train_sdxl.sh; a family that the user names too is a contradiction."""
-    config = read(SIMPLETUNER_FAMILY="sdxl", STABLE_DIFFUSION_3="true", facts=known_facts())
+    config = read(SIMPLETUNER_FAMILY="sdxl", STABLE_DIFFUSION_3="true", facts=known_axes())
     assert (config.family_name, config.objective_name) == ("sd3", "flow")
     assert config.origins["model_family"] == "STABLE_DIFFUSION_3"
     assert read(SIMPLETUNER_FAMILY="sd3", STABLE_DIFFUSION_3="true").family_name == "sd3"
@@ -169,19 +171,19 @@ def test_two_switches_contradict_each_other(refuse: Refuse) -> None:
 def test_the_method_and_objective_are_named(read: Read) -> None:
     config = read("--model_type=lora")
     assert (config.method_name, config.objective_name) == ("lora", "diffusion")
-    assert read("--model_family=sd3", facts=known_facts()).objective_name == "flow"
+    assert read("--model_family=sd3", facts=known_axes()).objective_name == "flow"
 
 
 def test_every_choice_may_refuse_settings(refuse: Refuse) -> None:
     def judge(settings: Settings) -> list[str]:
         return [f"the resolution is {settings['resolution']}."]
 
-    facts = FactsByAxis(methods={"full": Facts("full", "full", judge=judge)})
+    facts = Axes(methods={"full": Facts("full", "full", judge=judge)})
     assert refuse("--resolution=2", facts=facts) == "the resolution is 2.0."
 
 
 def test_a_refusal_says_who_set_what_it_is_about(refuse: Refuse) -> None:
-    told = refuse("--model_family=sd3", "--offset_noise", MIN_SNR_GAMMA="5", facts=known_facts()).splitlines()
+    told = refuse("--model_family=sd3", "--offset_noise", MIN_SNR_GAMMA="5", facts=known_axes()).splitlines()
     assert told[0].startswith("MIN_SNR_GAMMA: --loss_weighting=min_snr is not for flow matching:")
     assert told[1].startswith("--offset_noise=true is not for flow matching:")
 
@@ -196,7 +198,7 @@ def test_a_refusal_says_who_set_what_it_is_about(refuse: Refuse) -> None:
     ],
 )
 def test_another_size_than_deepfloyds_is_said_aloud(flags: Sequence[str], edge: int | None, read: Read) -> None:
-    config = read("--model_type=deepfloyd-lora", *flags, SIMPLETUNER_FAMILY="sd2x", facts=known_facts())
+    config = read("--model_type=deepfloyd-lora", *flags, SIMPLETUNER_FAMILY="sd2x", facts=known_axes())
     said = f"data set 'pictures' is trained at {edge} pixels, and DeepFloyd IF stage I makes pictures of 64: leave RESOLUTION empty"
     assert [note.startswith(said) for note in config.notes if "is trained at" in note] == [True] * bool(edge)
 
@@ -216,12 +218,12 @@ prompts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_siz
 def test_a_prompt_arrives_byte_for_byte(prompt: str) -> None:
     assume(prompt.strip() not in ("", "''", '""'))
     said = [
-        from_flags([f"--validation_prompt={prompt}"]),
-        from_flags(shlex.split(shlex.join(["--validation_prompt=" + prompt]))),
-        from_variables({"VALIDATION_PROMPT": prompt}, EnvFile()),
+        from_flags(OPTIONS, [f"--validation_prompt={prompt}"]),
+        from_flags(OPTIONS, shlex.split(shlex.join(["--validation_prompt=" + prompt]))),
+        from_variables(OPTIONS, {"VALIDATION_PROMPT": prompt}, EnvFile()),
     ]
     if not prompt.startswith("--"):
-        said.append(from_flags(["--validation_prompt", prompt]))
+        said.append(from_flags(OPTIONS, ["--validation_prompt", prompt]))
     assert [source.settings["validation_prompt"].value for source in said] == [prompt] * len(said)
 
 
@@ -230,8 +232,8 @@ def test_prompts_pass_through_bash_and_the_env_file(folder: Path, repository: Pa
     quoted = prompt.replace("'", "'\\''")
     (folder / "env.sh").write_text(f"VALIDATION_PROMPT='{quoted}'\nMODEL_NAME='a/b'\nDATALOADER_CONFIG='data.json'\n")
     program = (
-        "import os, sys; from helpers.config.read import *; "
-        "sys.stdout.buffer.write(read_config([], os.environ, FactsByAxis()).validation.validation_prompt.encode())"
+        "import os, sys; from helpers.config.axes import Axes; from helpers.config.read import read_config; "
+        "sys.stdout.buffer.write(read_config([], os.environ, Axes()).validation.validation_prompt.encode())"
     )
     shell = f"set -a; . ./env.sh; exec {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(repository), "SIMPLETUNER_ENV_FILE": "env.sh", "LC_ALL": "C.UTF-8"}
@@ -276,22 +278,21 @@ def test_what_the_trainer_settles_later_replaces_the_setting_and_its_origin(read
 
 
 def test_help_lists_every_option_without_needing_any(capsys: pytest.CaptureFixture[str]) -> None:
-    from helpers.config.options import OPTIONS
-
     with pytest.raises(SystemExit) as left:
-        read_config(["--help"], {}, FactsByAxis())
+        read_config(["--help"], {}, known_axes())
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {item.flag}" in shown for item in OPTIONS.values())
+    assert all(f"\n  {item.flag}" in shown for item in known_axes().options.values())
 
 
 def test_settings_are_read_within_a_second_and_without_torch(folder: Path, repository: Path) -> None:
     program = (
-        "import sys, time; start = time.perf_counter()\n"
-        "from helpers.config.read import FactsByAxis, read_config\n"
-        "read_config(['--pretrained_model_name_or_path=a/b', '--data_backend_config=data.json'], {}, FactsByAxis())\n"
+        "import sys, time; start = time.process_time()\n"
+        "from helpers.choices import known_axes\n"
+        "from helpers.config.read import read_config\n"
+        "read_config(['--pretrained_model_name_or_path=a/b', '--data_backend_config=data.json'], {}, known_axes())\n"
         "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'transformers', 'accelerate'} & sys.modules.keys()\n"
-        "print(time.perf_counter() - start, sorted(heavy))"
+        "print(time.process_time() - start, sorted(heavy))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={"PYTHONPATH": str(repository)}, check=True)
     seconds, heavy = done.stdout.split(maxsplit=1)

@@ -43,7 +43,7 @@ def test_every_key_that_can_be_used_is_completed_with_its_help_and_no_other() ->
         assert properties.keys() == {key for item in usable for key in (item.name, *item.aliases)}
         for item in usable:
             assert item.help in properties[item.name]["description"]
-            assert not set(properties[item.name].get("enum", ())) & set(item.later)
+            assert not set(properties[item.name].get("enum", ())) & set(item.unavailable_choices)
 
 
 def test_the_example_files_are_valid(repository: Path, validator: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.options import OPTIONS, AdapterOptions, CacheOptions, DataOptions, ModelOptions
 from helpers.config.read import read_config
 from helpers.families.sdxl import SDXL
@@ -32,7 +32,7 @@ def accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "images").mkdir()
     (tmp_path / "data.json").write_text(json.dumps([{"id": "mine", "instance_data_dir": "images"}]))
     save_file({"unet.a.to_q.lora_A.weight": torch.zeros(8, 4)}, tmp_path / "first.safetensors")
-    return lambda flags: read_config([*REQUIRED, *flags], {}, known_facts())
+    return lambda flags: read_config([*REQUIRED, *flags], {}, known_axes())
 
 
 def test_every_line_is_accepted_and_nothing_in_it_does_nothing(accepted: Any) -> None:
@@ -56,7 +56,7 @@ def test_what_the_table_says_chooses_a_method_each(accepted: Any) -> None:
 def test_every_start_that_can_be_chosen_is_described() -> None:
     [_, *rows] = [table for table in PAGE.tables()][1]
     described = {span for row in rows for span in re.findall(r"`(\w+)`", row[0])}
-    assert described == set(OPTIONS["lora_init_type"].choices) - set(OPTIONS["lora_init_type"].later)
+    assert described == set(OPTIONS["lora_init_type"].choices) - set(OPTIONS["lora_init_type"].unavailable_choices)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.options import OPTIONS
 from helpers.config.read import read_config
 from helpers.methods.quantised_base import KINDS, QuantisedLinear, bytes_of
@@ -27,7 +27,7 @@ def test_an_example_can_be_trained_with(number: int, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     variables = dict(line.split("=", 1) for line in shlex.split(EXAMPLES[number].text, comments=True))
     flags = ["--pretrained_model_name_or_path=someone/model", "--data_backend_config=data.json"]
-    config = read_config(flags, variables, known_facts())
+    config = read_config(flags, variables, known_axes())
     assert config.notes == ()
     assert {name.lower() for name in variables} & config.given
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from helpers import threads
-from helpers.config.options import OPTIONS
-from helpers.config.read import KNOWN_VARIABLES
+from helpers.choices import known_axes
+from helpers.config.read import known_variables
 from tests.documentation.pages import ROOT, Page
 from toolkit.datasets import class_images
 from toolkit.inference import experts
+
+OPTIONS = known_axes().options
 
 # These three name, on purpose, what is not there: abbreviations, settings of another release, the files a reader is to write.
 OF_ABSENT_THINGS = {"OPTIONS.md", "documentation/MIGRATION.md", "documentation/ADDING_A_MODEL.md"}
@@ -52,7 +54,7 @@ def test_flags_of_the_set_up_exist() -> None:
 def test_variables_are_known(name: str) -> None:
     named = {span for span in Page.named(name).spans() if re.fullmatch(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+", span)}
     assigned = {variable for code in Page.named(name).code() for variable in re.findall(r"(?<![\w$-])([A-Z][A-Z0-9_]+)=", code)}
-    assert (assigned | named) - KNOWN_VARIABLES - OF_THE_SET_UP - OF_TORCH - OF_AWS == set()
+    assert (assigned | named) - known_variables(known_axes().options) - OF_THE_SET_UP - OF_TORCH - OF_AWS == set()
 
 
 @pytest.mark.parametrize("name", GUIDES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.options import OPTIONS
 from helpers.config.read import read_config
 from helpers.families.tiny import SDXL_SCHEDULE
@@ -49,7 +49,7 @@ def test_an_example_can_be_trained_with(number: int, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     variables = dict(line.split("=", 1) for line in shlex.split(EXAMPLES[number], comments=True))
     flags = ["--pretrained_model_name_or_path=someone/model", "--data_backend_config=data.json"]
-    config = read_config(flags, variables, known_facts())
+    config = read_config(flags, variables, known_axes())
     assert config.notes == ()
     schedule = {"shift": 3.0} if config.objective_name == "flow" else SDXL_SCHEDULE
     objective = OBJECTIVES[config.objective_name](config.objective, schedule)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.choices import known_axes
 from helpers.config.optimizers import OPTIMIZERS, PYTORCH_OPTIMIZER, REFUSED
-from helpers.config.options import OPTIONS
-from helpers.config.read import KNOWN_VARIABLES, FactsByAxis, read_config
+from helpers.config.read import known_variables, read_config
 from helpers.training.optimizers import create_optimizer
 from tests.documentation.pages import Page
+
+OPTIONS = known_axes().options
 
 PAGE = Page.named("documentation/OPTIMIZERS.md")
 EXAMPLES = PAGE.blocks("bash")
@@ -28,7 +30,9 @@ def test_flags_variables_and_names_exist() -> None:
     spans = PAGE.spans()
     flags = {flag for span in spans for flag in re.findall(r"--[a-z]\w+", span)}
     assert flags <= {item.flag for item in OPTIONS.values()}
-    assert {name for span in spans for name in re.findall(r"\b[A-Z][A-Z0-9_]{4,}\b", span)} - {"NAME"} <= set(KNOWN_VARIABLES)
+    assert {name for span in spans for name in re.findall(r"\b[A-Z][A-Z0-9_]{4,}\b", span)} - {"NAME"} <= known_variables(
+        known_axes().options
+    )
     named = {span.partition("=")[2] for span in spans if span.startswith("--optimizer=")}
     assert named and named <= {*OPTIMIZERS, *PYTORCH_OPTIMIZER}
     refused = re.findall(r"`(\w+)`", PAGE.section("Any optimizer of pytorch").text.rpartition("Some cannot work here")[2])
@@ -46,7 +50,7 @@ def test_an_example_can_be_trained_with(number: int, tmp_path: Path, monkeypatch
     lines = shlex.split(EXAMPLES[number].text, comments=True)
     variables = dict(line.split("=", 1) for line in lines)
     flags = ["--pretrained_model_name_or_path=someone/model", "--data_backend_config=data.json"]
-    config = read_config(flags, variables, FactsByAxis())
+    config = read_config(flags, variables, known_axes())
     assert config.notes == ()
     assert config.optimizer.optimizer == variables["OPTIMIZER"]
     create_optimizer(config.optimizer, {"w": nn.Parameter(torch.ones(2, 2))}, config.schedule.learning_rate)

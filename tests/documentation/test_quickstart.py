@@ -68,9 +68,9 @@ def test_the_report_has_the_fields_that_the_page_on_data_sets_explains(finished_
 JUDGE = """#!{python}
 import os, sys
 sys.path.insert(0, {root!r})
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.read import read_config
-config = read_config(sys.argv[2:], os.environ, known_facts())
+config = read_config(sys.argv[2:], os.environ, known_axes())
 print(config.datasets[0].instance_data_dir, config.run.output_dir, config.validation.validation_prompt, sep="|")
 """
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.choices import known_facts
-from helpers.config.options import OPTIONS, AdapterOptions, TextEncoderOptions
+from helpers.choices import known_axes
+from helpers.config.options import AdapterOptions, TextEncoderOptions
 from helpers.config.read import read_config
 from helpers.errors import ConfigError
 from helpers.families.miniatures.sd import write_sd2
@@ -21,6 +21,8 @@ from helpers.methods.text_encoders import add_text_encoders
 from helpers.protocols import can_train_text_encoders
 from tests.documentation.pages import Page
 from tests.families.conftest import open_family
+
+OPTIONS = known_axes().options
 
 PAGE = Page.named("documentation/TEXT_ENCODER.md")
 FAMILIES = {"./train_sdxl.sh": "sdxl", "./train_sd2x.sh": "sd2x"}
@@ -32,7 +34,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "data.json").write_text(json.dumps([{"id": "mine", "instance_data_dir": "images"}]))
-    return lambda family, *flags: read_config([*REQUIRED, f"--model_family={family}", *flags], {}, known_facts())
+    return lambda family, *flags: read_config([*REQUIRED, f"--model_family={family}", *flags], {}, known_axes())
 
 
 def test_every_command_is_accepted_and_nothing_in_it_does_nothing(read: Any) -> None:
@@ -56,7 +58,7 @@ def test_what_the_page_calls_refused_is_refused_at_once_and_the_rest_is_not(read
     accepted = {(family, kind) for family in families for kind in ("full", "lora")} - set(refused)
     assert accepted == {("sd2x", "full"), ("sd2x", "lora"), ("sdxl", "lora")}
     with pytest.raises(ConfigError, match="from encoders that are not trained; remove it"):  # the base model turns out to be one
-        read("sdxl", "--model_type=lora", "--train_text_encoder").of_family(known_facts().families["sdxl_refiner"])
+        read("sdxl", "--model_type=lora", "--train_text_encoder").of_family(known_axes().families["sdxl_refiner"])
     for flag in ("--lora_algorithm=lokr", "--lora_algorithm=loha"):
         with pytest.raises(ConfigError, match="--train_text_encoder"):
             read("sdxl", "--model_type=lora", "--train_text_encoder", flag)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 import train
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.options import AdapterOptions, ObjectiveOptions
 from helpers.config.read import read_config
 from helpers.data.base.draws import StepDraws
@@ -224,9 +224,7 @@ def test_validation_makes_the_pictures_that_the_pipeline_makes(deepfloyd: Tried,
         text, negative = ({n: t[0] for n, t in encoders.encode([caption]).items()} for caption in ("a red circle", "blue"))
     picture = torch.linspace(-1, 1, 24).expand(1, 3, 16, 24).contiguous()
     family: Any = deepfloyd.family
-    begins = (
-        family.img2img_arguments(picture, 3, 0.2) if family.refines else {"num_inference_steps": 3, "width": 24, "height": 16}
-    )
+    begins = family.img2img_arguments(picture, 3, 0.2) if family.refines else {"num_inference_steps": 3, "width": 24, "height": 16}
     usual = {"guidance_scale": 4.0}
     made = ours(
         **deepfloyd.family.prompt_arguments(text, negative), **begins, **usual, generator=torch.manual_seed(3), output_type="latent"
@@ -297,7 +295,7 @@ def test_an_exported_pipeline_samples_with_the_variance_that_is_not_learnt(deepf
 )
 def test_what_pixels_or_the_pipelines_cannot_do_is_refused_before_anything_is_loaded(stage: str, flag: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        read_config([f"--model_type={stage}", "--pretrained_model_name_or_path=someone/model", flag], {}, known_facts())
+        read_config([f"--model_type={stage}", "--pretrained_model_name_or_path=someone/model", flag], {}, known_axes())
 
 
 @pytest.mark.parametrize(("stage", "edge", "guidance"), [("deepfloyd-full", 64, 7), ("deepfloyd-stage2-lora", 256, 4)])
@@ -306,9 +304,9 @@ def test_each_stage_is_trained_at_its_size_unless_another_is_set(stage: str, edg
     data.write_text(json.dumps([{"id": "pictures", "instance_data_dir": str(tmp_path / "pictures")}]))
     (tmp_path / "pictures").mkdir()
     flags = [f"--model_type={stage}", "--pretrained_model_name_or_path=someone/model", f"--data_backend_config={data}"]
-    usual, own = (read_config([*flags, *more], {}, known_facts()) for more in ([], ["--resolution=0.05", "--resolution_type=area"]))
+    usual, own = (read_config([*flags, *more], {}, known_axes()) for more in ([], ["--resolution=0.05", "--resolution_type=area"]))
     assert [(d.resolution, d.resolution_type, d.aspect_bucket_alignment) for d in usual.datasets] == [(edge, "pixel", 8)]
     assert (usual.validation.validation_guidance, usual.validation.validation_noise_scheduler) == (guidance, "ddpm")
     assert [(d.resolution, d.resolution_type) for d in own.datasets] == [(0.05, "area")]
     with pytest.raises(ConfigError, match="did you mean --resolution_type=area"):
-        read_config([*flags, "--resolution=0.05"], {}, known_facts())
+        read_config([*flags, "--resolution=0.05"], {}, known_axes())

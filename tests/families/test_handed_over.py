@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.options import AdapterOptions
 from helpers.families import tiny
 from helpers.methods.full import FullFineTune
@@ -144,7 +144,7 @@ def elsewhere(handed_over: Path) -> dict[str, dict[str, Any]]:
 def test_a_pipeline_opens_elsewhere_with_the_weights_and_makes_a_picture(name: str, elsewhere: dict[str, dict[str, Any]]) -> None:
     seen = elsewhere[name]
     assert seen["pipeline"] < 1e-5
-    assert SCHEDULED[known_facts().families[family_name(name)].objective].items() <= seen["scheduler"].items()
+    assert SCHEDULED[known_axes().families[family_name(name)].objective].items() <= seen["scheduler"].items()
     assert seen["image"] == [[1, 3, 64, 64], True]
     assert seen["scheduler"].get("variance_type", "fixed_small") == "fixed_small"
 

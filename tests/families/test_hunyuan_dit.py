@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 import train
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.options import AdapterOptions, ObjectiveOptions
 from helpers.config.read import read_config
 from helpers.data.base.padding import stacked, without_padding
@@ -141,4 +141,4 @@ def test_a_file_of_the_family_describes_itself(hunyuan: Tried) -> None:
 
 def test_sides_that_patches_do_not_divide_are_refused_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigError, match="patches of 16 pixels"):
-        read_config(["--hunyuan_dit", "--pretrained_model_name_or_path=someone/model", "--aspect_bucket_alignment=8"], {}, known_facts())
+        read_config(["--hunyuan_dit", "--pretrained_model_name_or_path=someone/model", "--aspect_bucket_alignment=8"], {}, known_axes())

@@ -8,18 +8,19 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.facts import family_problems
-from helpers.config.options import OPTIONS
 from helpers.families.networks.samplers import sampler
 from helpers.families.tiny import MINIATURES
 from tests.families.conftest import CPU, Tried, family_name
+
+OPTIONS = known_axes().options
 
 ASKED = ("sd1", "sd2", "sdxl", "sd3", "sd35")  # miniatures of families that begin with pictures when they are asked to
 
 
 def test_these_are_all() -> None:
-    facts = known_facts().families
+    facts = known_axes().families
     refining = {"sdxl_refiner", "deepfloyd_2"}  # which have no other pictures; see their own tests
     of_pixels = {"deepfloyd_1"}  # see its own tests
     assert {name for name in MINIATURES if facts[family_name(name)].img2img} == {*ASKED, *refining, *of_pixels}
@@ -66,7 +67,7 @@ def test_a_share_of_the_schedule_has_at_least_one_step(tried: Tried) -> None:
 
 def test_what_the_pipelines_cannot_do_is_refused() -> None:
     usual = {**{name: item.default for name, item in OPTIONS.items()}, "validation_using_datasets": True}
-    families = known_facts().families
+    families = known_axes().families
     assert {name for name, facts in families.items() if list(family_problems(facts, {**usual, **facts.defaults}))} == {
         "pixart_alpha",
         "pixart_sigma",

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.options import AdapterOptions, ObjectiveOptions
 from helpers.config.read import read_config
 from helpers.data.base.padding import stacked, without_padding
@@ -181,7 +181,7 @@ def test_a_file_of_the_family_describes_itself(pixart: Tried) -> None:
 )
 def test_what_the_network_or_its_pipeline_cannot_do_is_refused_before_anything_is_loaded(flag: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        read_config(["--pixart_sigma", "--pretrained_model_name_or_path=someone/model", flag], {}, known_facts())
+        read_config(["--pixart_sigma", "--pretrained_model_name_or_path=someone/model", flag], {}, known_axes())
 
 
 def test_the_gradient_is_clipped_as_the_authors_do_unless_another_norm_is_set(tmp_path: Path) -> None:
@@ -189,6 +189,6 @@ def test_the_gradient_is_clipped_as_the_authors_do_unless_another_norm_is_set(tm
     data.write_text(json.dumps([{"id": "pictures", "instance_data_dir": str(tmp_path / "pictures")}]))
     (tmp_path / "pictures").mkdir()
     flags = ["--pixart_sigma", "--pretrained_model_name_or_path=someone/model", f"--data_backend_config={data}"]
-    usual, own = (read_config([*flags, *more], {}, known_facts()) for more in ([], ["--max_grad_norm=1"]))
+    usual, own = (read_config([*flags, *more], {}, known_axes()) for more in ([], ["--max_grad_norm=1"]))
     assert (usual.optimizer.max_grad_norm, own.optimizer.max_grad_norm) == (0.01, 1)
     assert usual.data.aspect_bucket_alignment == 64

@@ -17,7 +17,8 @@ from torch.nn.functional import huber_loss
 from transformers import T5TokenizerFast
 
 import train
-from helpers.config.options import OPTIONS, ObjectiveOptions
+from helpers.choices import known_axes
+from helpers.config.options import ObjectiveOptions
 from helpers.errors import ModelError
 from helpers.families.sd3 import StableDiffusion3
 from helpers.families.text.clip import ClipAnswer
@@ -25,6 +26,8 @@ from helpers.families.text.sd3_text import both_pooled, joined
 from helpers.families.text.t5 import tokenize
 from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
+
+OPTIONS = known_axes().options
 
 BOTH = ("sd3", "sd35")
 LONG = "a photo of a cat " * 90  # 360 words

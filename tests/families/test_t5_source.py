@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5TokenizerFast
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.options import AdapterOptions
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, ModelError
@@ -405,7 +405,7 @@ def test_families_without_t5_refuse_it_and_those_with_it_do_not(tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.json").write_text("[]")
     settings = ["--pretrained_model_name_or_path=some/model", "--pretrained_t5_model_name_or_path=google/t5-v1_1-xxl"]
-    facts = known_facts()
+    facts = known_axes()
     refused = []
     for name in (name for name in facts.families if name != "sdxl_refiner"):
         with pytest.raises(ConfigError) as caught:

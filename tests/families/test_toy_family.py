@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.read import read_config
 from helpers.families import FAMILIES
 from helpers.reporting import Reporters
@@ -26,7 +26,7 @@ def test_a_family_of_one_file_and_one_line_trains(method: str, made: str, tmp_pa
         picture(tmp_path / "images" / f"picture_{index}.png", index, (64, 64), "")
     (tmp_path / "data.json").write_text(json.dumps([{"id": "pictures", "instance_data_dir": "images"}]))
     flags = [*USUAL, f"--model_type={method}", "--lora_targets=conv1", "--lora_alpha=16", "--output_dir=out"]
-    config = dataclasses.replace(read_config(flags, {}, known_facts()), family_name="toy")  # a released one is named by --model_family
+    config = dataclasses.replace(read_config(flags, {}, known_axes()), family_name="toy")  # a released one is named by --model_family
     story = Story()
     with alone_in_this_process():
         train.train(config, StopRequest(), Reporters(story))

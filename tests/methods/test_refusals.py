@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.read import read_config
 from helpers.errors import ConfigError
 
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_combination_that_cannot_be_is_named_with_the_remedy(flags: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_config([*REQUIRED, *flags.split()], {}, known_facts())
+        read_config([*REQUIRED, *flags.split()], {}, known_axes())
     [problem] = caught.value.problems
     assert said in problem
 
@@ -69,4 +69,4 @@ def test_a_combination_that_cannot_be_is_named_with_the_remedy(flags: str, said:
     ],
 )
 def test_what_can_be_combined_is(flags: str) -> None:
-    assert read_config([*REQUIRED, *flags.split()], {}, known_facts()).notes == ()
+    assert read_config([*REQUIRED, *flags.split()], {}, known_axes()).notes == ()

@@ -8,12 +8,15 @@ import math
 import pytest
 import torch
 
-from helpers.config.options import OPTIONS, ObjectiveOptions
+from helpers.choices import known_axes
+from helpers.config.options import ObjectiveOptions
 from helpers.data.base.draws import StepDraws
 from helpers.errors import ConfigError
 from helpers.objectives.diffusion import Diffusion
 from helpers.objectives.timesteps import trained_timesteps
 from helpers.objectives.weights import loss_weight
+
+OPTIONS = known_axes().options
 
 SDXL_SCHEDULE = {
     "num_train_timesteps": 1000,

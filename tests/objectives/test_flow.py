@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.config.options import OPTIONS, ObjectiveOptions
+from helpers.choices import known_axes
+from helpers.config.options import ObjectiveOptions
 from helpers.data.base.draws import StepDraws
 from helpers.errors import ConfigError
 from helpers.objectives.flow import FlowMatching, shifted, timesteps
+
+OPTIONS = known_axes().options
 
 SD3_SCHEDULE = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 LATENTS = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))

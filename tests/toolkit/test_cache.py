@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.read import read_config
 from helpers.config.saved import read_saved_config
 from helpers.data.cache.cache import Cache, Writer, record_key
@@ -452,7 +452,7 @@ def test_a_picture_that_is_not_cached_cannot_be_exported(run: Run, tmp_path: Pat
 
 
 def test_saved_settings_come_back_as_they_were(run: Run) -> None:
-    config = read_saved_config(run.output)
+    config = read_saved_config(run.output, known_axes())
     assert config.to_json() == json.loads((run.output / "config.json").read_text())
     assert isinstance(config.run.output_dir, Path) and isinstance(config.reporting.report_to, tuple)
     assert isinstance(config.datasets[0].instance_data_dir, Path)
@@ -482,20 +482,20 @@ def test_every_kind_of_setting_comes_back_and_keys_of_buckets_from_the_dataloade
     dataloader = everything(tmp_path)
     flags = {"pretrained_model_name_or_path": "model", "data_backend_config": dataloader, "output_dir": tmp_path, "resolution": 0.5}
     (tmp_path / "aspect_resolution_map-0.5.json").write_text('{"1.5": [128, 64]}')
-    config = read_config([f"--{name}={value}" for name, value in flags.items()], {}, known_facts())
+    config = read_config([f"--{name}={value}" for name, value in flags.items()], {}, known_axes())
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
     assert SECRET not in (tmp_path / "config.json").read_text()
-    read = read_saved_config(tmp_path)
+    read = read_saved_config(tmp_path, known_axes())
     assert read.datasets == config.datasets and read.text_caches == config.text_caches
 
     dataloader.write_text(dataloader.read_text().replace('"bucket"', '"another"'))
-    assert {entry.aws_secret_access_key for entry in (*read_saved_config(tmp_path).datasets, read.datasets[0])} == {None}
+    assert {entry.aws_secret_access_key for entry in (*read_saved_config(tmp_path, known_axes()).datasets, read.datasets[0])} == {None}
     dataloader.unlink()
-    assert {entry.aws_secret_access_key for entry in read_saved_config(tmp_path).datasets} == {None}
+    assert {entry.aws_secret_access_key for entry in read_saved_config(tmp_path, known_axes()).datasets} == {None}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {}}'])
 def test_settings_of_another_version_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match="config.json"):
-        read_saved_config(tmp_path)
+        read_saved_config(tmp_path, known_axes())

@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.errors import EXIT_REFUSED, UserError
@@ -80,7 +80,7 @@ def test_both_sample_as_the_two_pipelines_of_sdxl_do_one_after_the_other() -> No
 
 def settings(*flags: str) -> Config:
     usual = ("--pretrained_model_name_or_path=someone/model", "--data_backend_config=data.json", "--model_type=full")
-    return read_config([*usual, *flags], {}, known_facts())
+    return read_config([*usual, *flags], {}, known_axes())
 
 
 @pytest.fixture

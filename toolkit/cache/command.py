@@ -41,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="./simpletuner cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="./simpletuner cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
@@ -158,6 +156,7 @@ def _gc(chosen: argparse.Namespace) -> int:
 
 def _places(chosen: argparse.Namespace) -> list[CachePlace]:
     """The caches that exist, each once. DataError where there is none."""
+    from helpers.choices import known_axes
     from helpers.config.saved import read_saved_config
     from helpers.data.sources import CachePlace, extra_texts_place, latents_place, texts_place
     from toolkit.cache.view import caches_below
@@ -166,7 +165,7 @@ def _places(chosen: argparse.Namespace) -> list[CachePlace]:
         if found := [CachePlace(folder) for folder in caches_below(chosen.cache_dir)]:
             return found
         raise DataError(f"{chosen.cache_dir} holds no cache; name the --cache_dir of a run, or a folder of latents or text embeddings.")
-    config = read_saved_config(chosen.output_dir)
+    config = read_saved_config(chosen.output_dir, known_axes())
     places = [place(dataset, config.cache.cache_dir) for dataset in config.datasets for place in (latents_place, texts_place)]
     extras = extra_texts_place(config.datasets, config.cache.cache_dir_text, config.cache.cache_dir)
     unique = {place.folder: place for place in (*places, extras)}
@@ -205,4 +204,3 @@ def _late_bar(title: str) -> Iterator[Callable[[int, int], None]]:
             before = done
 
         yield told
-

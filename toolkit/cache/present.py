@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.datasets import DatasetConfig
 from helpers.config.saved import read_saved_config
@@ -175,7 +176,7 @@ def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[
 
     ConfigError, ModelError or DataError where the run could not start. `progress` is told of files that had to be opened, and of how many.
     """
-    config = read_saved_config(output_dir)
+    config = read_saved_config(output_dir, known_axes())
     family = FAMILIES[config.family_name](config.model, config.data, config.cache)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")

@@ -128,4 +128,3 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
     return exit_code(lambda: run(chosen), "Stopped; the same command goes on with what is missing.")
-

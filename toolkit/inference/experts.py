@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.saved import read_saved_config
 from helpers.errors import UserError
@@ -36,7 +37,7 @@ class Expert:
     @classmethod
     def open(cls, folder: Path) -> Expert:
         """UserError for a run over the whole schedule, and for one whose files this program cannot open."""
-        config = read_saved_config(folder)
+        config = read_saved_config(folder, known_axes())
         if not config.objective.refiner_training:
             raise UserError(f"{folder} was trained on the whole schedule: it is no expert. Train with --refiner_training.")
         if config.method_name == "lycoris" and config.adapter.lora_algorithm != "locon":
@@ -156,9 +157,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="./simpletuner experts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(prog="./simpletuner experts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("one", type=Path, metavar="EXPERT", help="the OUTPUT_DIR of one run")
     made.add_argument("other", type=Path, metavar="EXPERT", help="the OUTPUT_DIR of the other")
     made.add_argument("--prompt", required=True, type=words, help="what the pictures show")
@@ -170,4 +169,3 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
     return exit_code(lambda: run(chosen))
-

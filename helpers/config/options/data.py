@@ -45,7 +45,7 @@ class DataOptions:
         "Where captions come from: the file's name, the .txt beside it, --instance_prompt, or the data set's table of this kind.",
         env="DEFAULT_CAPTION_STRATEGY",
         choices=CAPTION_STRATEGIES,
-        spelt={"instance_prompt": "instanceprompt"},
+        synonyms={"instance_prompt": "instanceprompt"},
     )
     instance_prompt: str | None = option(None, "The caption, or the beginning of it, for every image.")
     prepend_instance_prompt: bool = option(False, "Put the instance prompt before each caption.")
@@ -58,6 +58,7 @@ class DataOptions:
         "How Stable Diffusion 3 drops captions: each of three text encoders by itself, at the cube root of --caption_dropout_probability,"
         " as its base models were made, or all of them together. Without T5 it is the square root for two.",
         choices=("apart", "together"),
+        some_families=True,
     )
     parquet_caption_column: str = option("description", "Column of captions, in tables of any kind whose entry names none.")
     parquet_filename_column: str = option("id", "Column of file names, in tables of any kind whose entry names none.")
@@ -65,6 +66,7 @@ class DataOptions:
         "file",
         "The original size SDXL is told: the file's after EXIF rotation, or the resized image's (intermediary).",
         choices=("file", "intermediary"),
+        some_families=True,
     )
     preserve_data_backend_cache: bool = option(
         False, "Take data sets that were listed before to be as they were, and list none again: new and changed files are not noticed."

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from helpers.config.declare import option
 
-DEEPFLOYD: Mapping[str, Mapping[str, str]] = {
-    "deepfloyd-full": {"model_family": "deepfloyd_1", "model_type": "full"},
-    "deepfloyd-lora": {"model_family": "deepfloyd_1", "model_type": "lora"},
-    "deepfloyd-stage2": {"model_family": "deepfloyd_2", "model_type": "full"},
-    "deepfloyd-stage2-lora": {"model_family": "deepfloyd_2", "model_type": "lora"},
-}
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -22,10 +17,8 @@ class ModelOptions:
 
     model_family: str = option(
         "sdxl",
-        "Kind of network: SDXL and its refiner, told apart by themselves (sdxl), Stable Diffusion 1 and 2 (sd2x), Stable Diffusion 3 (sd3)."
-        " The wrappers set it.",
+        "The model family. The wrappers set it; an SDXL refiner is recognized from its files.",  # Axes adds the families
         env="SIMPLETUNER_FAMILY",
-        choices=("sdxl", "sd2x", "sd3", "pixart_sigma", "pixart_alpha", "hunyuan_dit", "deepfloyd_1", "deepfloyd_2"),
     )
     pretrained_model_name_or_path: str = option(
         "",
@@ -41,10 +34,8 @@ class ModelOptions:
     )
     model_type: str = option(
         "full",
-        "Train all weights of the network (full) or an adapter beside them (lora; see --lora_algorithm). The others say the same of"
-        " DeepFloyd IF, stage I or II, and name the family too.",
-        choices=("full", "lora", *DEEPFLOYD),
-        choices_mean=DEEPFLOYD,
+        "Train all weights of the network (full) or an adapter (lora; see --lora_algorithm).",  # Axes adds the families' further values
+        choices=("full", "lora"),
     )
     revision: str | None = option(None, "Revision of the base model on the hub.")
     variant: str | None = option(None, "Variant of the weight files, for example fp16.")
@@ -56,15 +47,17 @@ class ModelOptions:
         "Another T5 encoder with its tokenizer, for a family that reads T5: a folder or hub name of a pipeline or of a T5 alone."
         " Stable Diffusion 3 without T5 gains one.",
         default_text="the base model's own",
+        some_families=True,
     )
-    sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", means=("model_family", "sd3"))
+    sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", alias_of=("model_family", "sd3"))
     sd3_uses_diffusion: bool = option(
         False,
         "Train Stable Diffusion 3 by diffusion with v-prediction, not by flow matching: a long training. See documentation/OBJECTIVES.md.",
+        some_families=True,
     )
-    pixart_sigma: bool = option(False, "Same as --model_family=pixart_sigma.", means=("model_family", "pixart_sigma"))
-    pixart_alpha: bool = option(False, "Same as --model_family=pixart_alpha.", means=("model_family", "pixart_alpha"))
-    hunyuan_dit: bool = option(False, "Same as --model_family=hunyuan_dit.", means=("model_family", "hunyuan_dit"))
+    pixart_sigma: bool = option(False, "Same as --model_family=pixart_sigma.", alias_of=("model_family", "pixart_sigma"))
+    pixart_alpha: bool = option(False, "Same as --model_family=pixart_alpha.", alias_of=("model_family", "pixart_alpha"))
+    hunyuan_dit: bool = option(False, "Same as --model_family=hunyuan_dit.", alias_of=("model_family", "hunyuan_dit"))
     controlnet: bool = option(
         False,
         "Train a ControlNet: a copy of the network's encoder that follows a second picture, beside the network, which stays as it is."
@@ -76,23 +69,34 @@ class ModelOptions:
     freeze_unet_strategy: str = option(
         "none", "bitfit trains only the parameters whose name contains 'bias'; it needs --model_type=full.", choices=("none", "bitfit")
     )
-    use_bitfit: bool = option(False, "Same as --freeze_unet_strategy=bitfit.", means=("freeze_unet_strategy", "bitfit"))
+    use_bitfit: bool = option(False, "Same as --freeze_unet_strategy=bitfit.", alias_of=("freeze_unet_strategy", "bitfit"))
     tokenizer_max_length: int | None = option(
         None,
         "Tokens that T5 reads of a caption.",
         at_least=1,
         default_text="what the family's diffusers pipeline uses: 256 (sd3), 300 (pixart_sigma), 120 (pixart_alpha)",
+        some_families=True,
     )
     long_captions: str = option(
         "truncate",
         "Captions of over 77 tokens where CLIP alone reads them: cut off (counted and reported), or encoded in chunks, one after another.",
         choices=("truncate", "chunk"),
+        some_families=True,
     )
     data_aesthetic_score: float = option(
-        7.0, "How beautiful the SDXL refiner is told that the pictures are; it asks for 6 when it samples.", at_least=0, at_most=10
+        7.0,
+        "How beautiful the SDXL refiner is told that the pictures are; it asks for 6 when it samples.",
+        at_least=0,
+        at_most=10,
+        some_families=True,
     )
     enable_watermark: bool = option(False, "Keep SDXL's invisible watermark in the exported pipeline.", not_yet=True)
     needs_weights: bool = True  # not an option: a look at the data is content with settings and tokenizers
+    family_sections: tuple[Any, ...] = ()  # not an option: the sections that families declare, with their values
+
+    def section(self, kind: type[S]) -> S:
+        """The values of a section that a family declares; its defaults where settings were not read."""
+        return next((section for section in self.family_sections if isinstance(section, kind)), None) or kind()
 
 
 @dataclass(frozen=True)

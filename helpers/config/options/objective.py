@@ -44,7 +44,7 @@ class ObjectiveOptions:
         env="MIN_SNR_GAMMA",
         at_least=0,
     )
-    use_soft_min_snr: bool = option(False, "Same as --loss_weighting=soft_min_snr.", means=("loss_weighting", "soft_min_snr"))
+    use_soft_min_snr: bool = option(False, "Same as --loss_weighting=soft_min_snr.", alias_of=("loss_weighting", "soft_min_snr"))
     soft_min_snr_sigma_data: float | None = option(
         None,
         "Standard deviation of the data, another way to say the gamma of soft min-SNR: 1 / sigma_data^2.",
@@ -80,23 +80,29 @@ class ObjectiveOptions:
     refiner_training_invert_schedule: bool = option(
         False, "Train on all but that end: the expert for the rest of the schedule. With --refiner_training."
     )
-    sdxl_refiner_uses_full_range: bool = option(False, "Train an SDXL refiner on the whole schedule.")
+    sdxl_refiner_uses_full_range: bool = option(False, "Train an SDXL refiner on the whole schedule.", some_families=True)
     weighting_scheme: str = option(
         "logit_normal",
         "Flow matching: which timesteps are drawn more often (Esser et al., 2024). sigma_sqrt weighs the error of the picture by 1/sigma^2,"
         " which is the error of the velocity as it is: uniform.",
         choices=("logit_normal", "mode", "cosmap", "uniform"),
-        spelt={"sigma_sqrt": "uniform", "none": "uniform"},
+        synonyms={"sigma_sqrt": "uniform", "none": "uniform"},
+        objective="flow",
     )
     logit_mean: float = option(
-        0.0, "With logit_normal: timesteps are sigmoid(logit_mean + logit_std z), z standard normal; above 0 is noisier."
+        0.0,
+        "With logit_normal: timesteps are sigmoid(logit_mean + logit_std z), z standard normal; above 0 is noisier.",
+        objective="flow",
     )
-    logit_std: float = option(1.0, "With logit_normal: smaller keeps closer to the middle.", above=0)
-    mode_scale: float = option(1.29, "With mode, from -1 to 1.752: above 0 prefers the middle of the schedule, below 0 its ends.")
+    logit_std: float = option(1.0, "With logit_normal: smaller keeps closer to the middle.", above=0, objective="flow")
+    mode_scale: float = option(
+        1.29, "With mode, from -1 to 1.752: above 0 prefers the middle of the schedule, below 0 its ends.", objective="flow"
+    )
     flow_shift: float | None = option(
         None,
         "Flow matching: timesteps t become a t / (1 + (a - 1) t), towards noise above 1. The exported scheduler has it too.",
         above=0,
         at_most=100,
         default_text="what the base model's scheduler says, 3 for Stable Diffusion 3",
+        objective="flow",
     )

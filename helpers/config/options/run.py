@@ -50,14 +50,18 @@ class RunOptions:
         choices=("auto", "flash", "efficient", "cudnn", "math"),
     )
     unet_attention_slice: bool = option(
-        False, "Compute the attention of a U-Net in slices, for less memory where PyTorch has no lean kernel (Apple)."
+        False,
+        "Compute the attention of a U-Net in slices, for less memory where PyTorch has no lean kernel (Apple).",
+        some_families=True,
     )
     gradient_precision: str = option(
         "unmodified",
         "Precision that the gradients of a step's micro-batches add up in: the weights' own (unmodified), or fp32 for bf16 weights too.",
         choices=("unmodified", "fp32"),
     )
-    channels_last: bool = option(False, "Keep the weights of convolutions with their channels last, which is faster on many GPUs.")
+    channels_last: bool = option(
+        False, "Keep the weights of convolutions with their channels last, which is faster on many GPUs.", some_families=True
+    )
     base_quantization: str = option(
         "none",
         "Keep the weights of a base model that stands still in 8 bits (int8, fp8) or 4 (nf4), beside adapters of any kind; "
@@ -82,9 +86,9 @@ class OptimizerOptions:
         "auto",
         "How the gradient becomes a step; any of pytorch-optimizer's is accepted by its name too: see documentation/OPTIMIZERS.md.",
         choices=OPTIMIZERS,
-        also=PYTORCH_OPTIMIZER,
+        more_choices=PYTORCH_OPTIMIZER,
         refused=REFUSED,
-        spelt={"adamw_stochastic": "adamw_bf16"},
+        synonyms={"adamw_stochastic": "adamw_bf16"},
         default_text="adamw_bf16 where bf16 weights are trained, else adamw",
     )
     optimizer_args: str | None = option(
@@ -93,11 +97,11 @@ class OptimizerOptions:
     optimizer_cpu_offload: bool = option(
         False, "Keep the optimiser's state in the CPU's memory and take its step there: less memory of the accelerator, more time."
     )
-    adam_bfloat16: bool = option(False, "Same as --optimizer=adamw_bf16.", means=("optimizer", "adamw_bf16"))
-    use_8bit_adam: bool = option(False, "Same as --optimizer=adamw8bit.", means=("optimizer", "adamw8bit"))
-    use_adafactor_optimizer: bool = option(False, "Same as --optimizer=adafactor.", means=("optimizer", "adafactor"))
-    use_prodigy_optimizer: bool = option(False, "Same as --optimizer=prodigy.", means=("optimizer", "prodigy"))
-    use_dadapt_optimizer: bool = option(False, "Same as --optimizer=dadaptation.", means=("optimizer", "dadaptation"))
+    adam_bfloat16: bool = option(False, "Same as --optimizer=adamw_bf16.", alias_of=("optimizer", "adamw_bf16"))
+    use_8bit_adam: bool = option(False, "Same as --optimizer=adamw8bit.", alias_of=("optimizer", "adamw8bit"))
+    use_adafactor_optimizer: bool = option(False, "Same as --optimizer=adafactor.", alias_of=("optimizer", "adafactor"))
+    use_prodigy_optimizer: bool = option(False, "Same as --optimizer=prodigy.", alias_of=("optimizer", "prodigy"))
+    use_dadapt_optimizer: bool = option(False, "Same as --optimizer=dadaptation.", alias_of=("optimizer", "dadaptation"))
     adam_beta1: float | None = option(None, "Decay of the first moment.", at_least=0, at_most=0.99999, default_text=_in_adamw("adam_beta1"))
     adam_beta2: float | None = option(
         None, "Decay of the second moment.", at_least=0, at_most=0.9999999, default_text=_in_adamw("adam_beta2")
@@ -158,7 +162,7 @@ class EmaOptions:
         0.999, "Largest decay factor; update n uses min(ema_decay, (1 + n) / (10 + n)).", at_least=0, at_most=0.9999999
     )
     ema_device: str = option("cpu", "Where the average lives.", choices=("cpu", "accelerator"))
-    ema_cpu_only: bool = option(False, "Same as --ema_device=cpu.", means=("ema_device", "cpu"))
+    ema_cpu_only: bool = option(False, "Same as --ema_device=cpu.", alias_of=("ema_device", "cpu"))
     ema_update_interval: int = option(1, "Optimiser steps between updates.", at_least=1)
 
 

@@ -38,7 +38,7 @@ class ValidationOptions:
     )
     validation_seed: int | None = option(None, "Seed of the images.", at_least=0, at_most=LARGEST_SEED, default_text="--seed")
     validation_randomize: bool = option(False, "Another seed each time.")
-    validation_seed_source: str = option("cpu", "Device that draws the noise.", choices=("cpu", "gpu"), later=("gpu",))
+    validation_seed_source: str = option("cpu", "Device that draws the noise.", choices=("cpu", "gpu"), unavailable_choices=("gpu",))
     validation_using_datasets: bool = option(
         False,
         "Beside the prompts, make pictures that begin with pictures of the data sets (img2img) under their captions, taken back by"
@@ -62,7 +62,7 @@ class ReportingOptions:
         ("tensorboard",),
         "Comma list of trackers; none turns them off. Comet is sent the curves alone, the others the pictures too.",
         choices=TRACKERS,
-        spelt={"comet_ml": "comet"},
+        synonyms={"comet_ml": "comet"},
     )
     tracker_project_name: str = option("simpletuner", "Project in the tracker.")
     tracker_run_name: str = option("simpletuner-testing", "Run in the tracker.")

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
-from helpers.choices import known_facts
+from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, UserError
@@ -81,7 +81,7 @@ class Lab:
     """Relative paths in flags and data sets are taken from `folder`, which is the working directory of every check."""
 
     folder: Path
-    facts: Any = field(default_factory=known_facts)
+    facts: Any = field(default_factory=known_axes)
     ran: dict[Flags, Ran] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
