@@ -141,7 +141,7 @@ def plan_inputs(datasets: Sequence[DatasetConfig], catalogue: Catalogue, seed: i
     """A digest of everything that the plan depends on: the images in use, and what the data sets say of them."""
     listed: dict[str, Any] = {"preserve_data_backend_cache": False, "skip_file_discovery": ""}  # how they were found is not what they are
     said = [dataclasses.asdict(dataclasses.replace(dataset, **listed)) for dataset in datasets]
-    return digest_of(said, [catalogue.mark(dataset.id) for dataset in datasets], seed)
+    return digest_of(said, [catalogue.revision(dataset.id) for dataset in datasets], seed)
 
 
 def save_plan(plan: BucketPlan, folder: Path) -> None:

@@ -271,7 +271,7 @@ class _Preparation:
         with self.family.text_encoders(self.settings.device) as encoders:
             with self.workers.phase():
                 self.text_caches = open_caches(places, lambda note: self.report.chapter("cache", note))
-                marks = [cache.mark() for cache in self.text_caches]
+                marks = [cache.revision() for cache in self.text_caches]
                 inputs = digest_of(self._inputs(), encoders.fingerprint, options.cache_dtype, marks)
                 cached = self.memo.load_value("captions", inputs)  # how many of the data there are, all of them cached
                 wanted = [list(self.catalogue.captions(dataset.id)) if cached is None else [] for dataset in self.datasets]

@@ -85,7 +85,7 @@ def test_a_fresh_machine_finds_everything_in_the_store(tmp_path: Path, store: St
     fill(opened(tmp_path / "one", store))
     assert {entry.key for entry in store.list()} == here(tmp_path / "one") and len(here(tmp_path / "one")) == 4
     fresh = opened(tmp_path / "other", store)
-    assert fresh.notes == ["4 shards in memory taken in."]
+    assert fresh.notes == ["4 shards in memory added to the index."]
     assert here(tmp_path / "other") == set()
     assert all_read(fresh)
     assert store.parts > 0
@@ -164,7 +164,7 @@ def test_what_the_store_lost_goes_there_again_where_there_is_a_copy(tmp_path: Pa
     again = opened(tmp_path, store)
     assert [entry.key for entry in store.list()] == names[1:]
     assert again.get(KEYS[0]) is None and again.get(KEYS[3]) is not None
-    assert any(f"{names[0]} is gone" in note for note in again.notes)
+    assert any(f"{names[0]} is missing or incomplete" in note for note in again.notes)
 
 
 def test_damage_in_the_store_is_told_as_such(tmp_path: Path, store: Store) -> None:
@@ -175,7 +175,7 @@ def test_damage_in_the_store_is_told_as_such(tmp_path: Path, store: Store) -> No
     store.write(name, bytes(data))
     store.write("01234567890123456789-0-1-0.safetensors", b"no shard")
     fresh = opened(tmp_path / "other", store)
-    assert "01234567890123456789-0-1-0.safetensors is left alone because it is cut off" in fresh.notes[0]
+    assert "01234567890123456789-0-1-0.safetensors is not used: it is cut off" in fresh.notes[0]
     store.delete(gone)
     for number in (2, 3):
         with pytest.raises(DamagedRecordError):

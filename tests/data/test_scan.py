@@ -344,7 +344,7 @@ def test_a_scan_killed_at_any_moment_is_finished_by_the_next(tmp_path: Path) -> 
 
 def test_a_catalogue_that_is_damaged_or_of_another_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.sqlite").write_bytes(b"this is not a database" * 100)
-    with pytest.raises(DataError, match=r"c\.sqlite is damaged or no catalogue .*move it away"):
+    with pytest.raises(DataError, match=r"c\.sqlite is damaged or no SQLite database .*move it away"):
         Catalogue(tmp_path / "c.sqlite")
     other = sqlite3.connect(tmp_path / "d.sqlite")
     other.execute("CREATE TABLE precious (x)")
@@ -363,10 +363,12 @@ def test_a_catalogue_that_cannot_be_written_is_the_machines_fault(tmp_path: Path
 def test_a_full_disk_while_scanning_is_a_sentence_and_the_next_scan_goes_on(tmp_path: Path) -> None:
     store = MemoryBackend({f"{index:05}.png": picture() for index in range(3000)})
     with Catalogue(tmp_path / "catalogue.sqlite") as catalogue:
-        catalogue._database.execute("PRAGMA max_page_count = 60")  # what SQLite says then is what a full disk makes it say
-        with pytest.raises(StorageError, match=r"catalogue\.sqlite could not be written: .*full"):
+        with catalogue._database.connection() as connection:
+            connection.execute("PRAGMA max_page_count = 60")  # SQLite then reports what it reports for a full disk
+        with pytest.raises(StorageError, match=r"catalogue\.sqlite could not be read or written: .*full"):
             scan(store, BY_NAME, catalogue)
-        catalogue._database.execute("PRAGMA max_page_count = 1000000")
+        with catalogue._database.connection() as connection:
+            connection.execute("PRAGMA max_page_count = 1000000")
         assert scan(store, BY_NAME, catalogue).used == 3000
 
 

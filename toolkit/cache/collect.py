@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.data.cache.cache import Cache
-from helpers.data.cache.shards import UNSEALED, DamagedShardError, abandoned, read_header
+from helpers.data.cache.shards import UNSEALED, DamagedShardError, read_header, unused_file
 from helpers.errors import DataError
 from toolkit.cache.view import CacheView, is_cache
 
@@ -56,7 +56,7 @@ def surplus(folder: Path, needed: Collection[bytes]) -> list[Surplus]:
 
 def _stray(view: CacheView, path: Path, needed: Collection[bytes]) -> Surplus | None:
     """A shard that the index does not know, unless it is being written or a run would take something of it in."""
-    with abandoned(path) as is_abandoned:
+    with unused_file(path) as is_abandoned:
         if not is_abandoned:
             return None
         size, keys = path.stat().st_size, set[bytes]()
@@ -73,14 +73,14 @@ def remove(folder: Path, needed: Mapping[bytes, str], progress: Callable[[int], 
         return
     cache = Cache(folder)  # takes in whole strays and removes broken ones, as for a run
     try:
-        cache.be_alone()
+        cache.lock_exclusively()
         for found in surplus(folder, needed):
-            cache.retain(found.path.name, needed)
+            cache.keep_only(found.path.name, needed)
             progress(1)
         with CacheView(folder) as view:
             subjects = set(needed.values())
             forgotten = [subject for subject, _ in view.origins() if subject not in subjects]
-        cache.forget_origins(forgotten)
+        cache.remove_origins(forgotten)
     finally:
         cache.close()
 

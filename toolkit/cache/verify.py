@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from helpers.data.cache.index import Shard
-from helpers.data.cache.shards import UNSEALED, DamagedShardError, Placed, abandoned, parse_header, read_header, unpack
+from helpers.data.cache.shards import UNSEALED, DamagedShardError, RecordEntry, parse_header, read_header, unpack, unused_file
 from helpers.data.encode.fill import is_finite
 from helpers.data.sources import CachePlace
 from helpers.errors import DataError
@@ -66,12 +66,12 @@ def _shard(view: CacheView, shard: Shard) -> Iterator[str]:
                 yield f"{path}: record {placed.key.hex()} holds values that are not finite ({_place(placed)})"
 
 
-def _place(placed: Placed) -> str:
+def _place(placed: RecordEntry) -> str:
     return f"bytes {placed.offset:,} to {placed.offset + placed.size - 1:,}"
 
 
 def _stray(path: Path) -> Iterator[str]:
-    with abandoned(path) as is_abandoned:
+    with unused_file(path) as is_abandoned:
         if not is_abandoned:
             return
         if path.name.endswith(UNSEALED):

@@ -12,7 +12,7 @@ from typing import BinaryIO, TypeVar
 
 from helpers.data.cache.cache import SHARD_NAME
 from helpers.data.cache.index import INDEX, Shard
-from helpers.data.cache.shards import Placed
+from helpers.data.cache.shards import RecordEntry
 from helpers.data.sources import CachePlace
 from helpers.errors import DataError, StorageError
 from helpers.storage.backend import SourceBackend
@@ -64,10 +64,10 @@ class CacheView:
             return ""
         return next((name for (name,) in self._index.execute("SELECT name FROM stores")), "")
 
-    def records(self, shard: Shard) -> list[Placed]:
+    def records(self, shard: Shard) -> list[RecordEntry]:
         """What the index says of a shard, in the order of its bytes."""
         rows = self._index.execute("SELECT key, layout, offset, size, crc FROM records WHERE shard = ? ORDER BY offset", (shard.number,))
-        return [Placed(key, self._layouts[layout], offset, size, crc) for key, layout, offset, size, crc in rows]
+        return [RecordEntry(key, self._layouts[layout], offset, size, crc) for key, layout, offset, size, crc in rows]
 
     def place_of(self, shard: Shard) -> str:
         """Where a shard is, for messages."""
@@ -81,7 +81,7 @@ class CacheView:
             return path.open("rb")
         return None if self.store is None else self._stored(self.store, shard, lambda store: io.BytesIO(store.read(shard.name)))
 
-    def payload(self, shard: Shard, placed: Placed) -> bytearray:
+    def payload(self, shard: Shard, placed: RecordEntry) -> bytearray:
         """The bytes of a record; fewer where the shard is cut off or gone."""
 
         def read(stream: BinaryIO) -> bytearray:
@@ -105,7 +105,7 @@ class CacheView:
         except OSError as error:
             raise StorageError(f"{store.name}: {shard.name} could not be read: {error.strerror or error}.") from error
 
-    def find(self, key: bytes) -> tuple[Shard, Placed] | None:
+    def find(self, key: bytes) -> tuple[Shard, RecordEntry] | None:
         """Where a record lies."""
         row = self._index.execute(
             "SELECT number, name, shards.size, layout, offset, records.size, crc FROM records JOIN shards ON shards.number = shard"
@@ -114,7 +114,7 @@ class CacheView:
         ).fetchone()
         if row is None:
             return None
-        return Shard(*row[:3]), Placed(key, self._layouts[row[3]], *row[4:])
+        return Shard(*row[:3]), RecordEntry(key, self._layouts[row[3]], *row[4:])
 
     def origin(self, subject: str) -> dict[str, str] | None:
         """What the latest record of a subject was made of."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
-from helpers.data.cache.shards import Placed
+from helpers.data.cache.shards import RecordEntry
 from helpers.data.encode.fill import REASONS
 from helpers.errors import DataError
 from toolkit.cache.present import Picture
@@ -41,7 +41,7 @@ def explain(picture: Picture) -> tuple[bool, list[str]]:
         return whole, [f"{head} {verdict}", *_facts(picture), *_place(view, *found)]
 
 
-def is_whole(view: CacheView, shard: Shard, placed: Placed) -> bool:
+def is_whole(view: CacheView, shard: Shard, placed: RecordEntry) -> bool:
     """Whether a record reads as it was written."""
     return zlib.crc32(view.payload(shard, placed)) == placed.crc
 
@@ -52,7 +52,7 @@ def _facts(picture: Picture) -> Iterator[str]:
         yield f"  {name:<9} {value} ({NAMES[name]})"
 
 
-def _place(view: CacheView, shard: Shard, placed: Placed) -> Iterator[str]:
+def _place(view: CacheView, shard: Shard, placed: RecordEntry) -> Iterator[str]:
     yield f"  shard     {view.place_of(shard)}, {placed.size:,} bytes from {placed.offset:,}"
     yield f"  holds     {shape_of(placed.layout)}"
 

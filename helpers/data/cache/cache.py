@@ -1,10 +1,14 @@
-"""Tensors under a key, in sealed shards with an index. What the index does not know does not exist.
+"""A cache of tensors by key: records in sealed shards, found through an index.
 
-Several processes of one machine may read and write one cache: each writer fills shards of its own, and a shard enters the index in one
-commit after it is durable. A killed process loses its open shard and nothing else.
+    with Writer(cache) as writer:
+        writer.add(record_key("image", sha256), {"mean": latents})
+    cache.get(record_key("image", sha256))  # {"mean": ...}
 
-The first record of a key stays. Two identical images are encoded beside different neighbours and differ in the last bits, and which
-of them a run trains on must not depend on when it was killed. To replace a record, discard it first.
+Several processes of one machine may read and write one cache. Each writer fills its own shards. A shard is first made durable, then added
+to the index in one transaction. So a killed process loses only its open shard. A record that is not in the index does not exist.
+
+The first record of a key stays; to replace it, discard it first. Two identical images are encoded in different batches, and their latents
+differ in the last bits. Which of the two a run trains on must not depend on when it was killed.
 """
 
 from __future__ import annotations
@@ -31,38 +35,38 @@ from helpers.data.cache.shards import (
     SUFFIX,
     UNSEALED,
     DamagedShardError,
-    Packed,
-    Placed,
-    abandoned,
+    PackedRecord,
+    RecordEntry,
     map_file,
     pack,
     read_header,
     sealed_shard,
     unpack,
+    unused_file,
 )
 from helpers.errors import DataError, StorageError
 
-IN_USE = ".in-use"  # locked by everybody who has the cache open
+IN_USE = ".in-use"  # every process that has the cache open holds a shared lock on it
 SHARD_BYTES = 64 * 2**20
-SEAL_AFTER_SECONDS = 30.0  # unless the writer is told otherwise
+SEAL_AFTER_SECONDS = 30.0  # default of a writer
 SHARD_NAME = re.compile(rf"\d{{20}}-\d+-\d+-\d+{re.escape(SUFFIX)}({re.escape(UNSEALED)})?")
-_MAPPED_SHARDS = 4096  # kept mapped at a time; the kernel allows a process 65,530 mappings
+_MAPPED_SHARDS = 4096  # memory-mapped at the same time; Linux allows a process 65,530 mappings
 
 
 class DamagedRecordError(Exception):
-    """A record that no longer reads as it was written; it can be discarded and made again. The message names its file."""
+    """A record differs from what was written. Discard and encode it again. The message names its file."""
 
 
 def record_key(*parts: str) -> bytes:
-    """A key of 16 bytes that depends on every part and on where one ends and the next begins."""
+    """A key of 16 bytes. It depends on every part and on their boundaries: ("ab", "c") and ("a", "bc") give different keys."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
 
 class Cache:
     """The records in a folder. Safe to use from several threads.
 
-    With `remote`, the shards are in a store and the folder holds the index and copies of some. `notes` tells, in words for the user,
-    what was found amiss and put right when the cache was opened. StorageError, or DataError of a store that lets nobody in.
+    With `remote`, the shards are in a store, and the folder holds the index and copies of some shards. `notes` lists, in words for the
+    user, what was wrong and repaired when the cache was opened. Opening raises StorageError, and DataError if the store denies access.
     """
 
     def __init__(self, folder: Path, remote: RemoteShards | None = None) -> None:
@@ -76,24 +80,26 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{folder}: the cache folder cannot be made: {error.strerror}.") from error
-        self._use = self._hold()
+        self._use = self._lock_shared()
         self._index = CacheIndex(folder)
         if self._index.note:
             self.notes.append(self._index.note)
-        self._index.note_store(remote.store.name if remote is not None else "")
+        self._index.set_store(remote.store.name if remote is not None else "")
         known = self._index.shards()
-        stored = remote.listed() if remote is not None else {}  # after the index: what that knew has been uploaded
-        self._drop_lost_shards(known, stored)
-        self._take_in_strays(stored)
+        stored = (
+            remote.listed() if remote is not None else {}
+        )  # after reading the index: what that names was uploaded
+        self._remove_lost_shards(known, stored)
+        self._add_unindexed_files(stored)
         if remote is not None:
-            self._take_in_stored(remote, stored)
+            self._add_stored_shards(remote, stored)
 
     def find(self, keys: Iterable[bytes]) -> Locations:
-        """Where the records of the keys lie, in their order; field "shard" is 0 where a key has none."""
+        """The locations of the records of some keys, in the order of the keys. Field "shard" is 0 where there is no record."""
         return self._index.find(keys)
 
     def read(self, location: np.void) -> dict[str, Tensor]:
-        """The tensors of a record, as copies. DamagedRecordError when they are not what was written."""
+        """The tensors of a record, as copies. DamagedRecordError if they differ from what was written."""
         shard, layout, offset, size, crc = location.item()
         if self.remote is None:
             payload = bytearray(self._mapped(shard)[offset : offset + size])
@@ -105,22 +111,22 @@ class Cache:
         return unpack(self._index.layout(layout), payload)
 
     def get(self, key: bytes) -> dict[str, Tensor] | None:
-        """The tensors under a key, or None. DamagedRecordError when they are not what was written."""
+        """The tensors of a key, as copies, or None. DamagedRecordError if they differ from what was written."""
         location = self.find([key])[0]
         return self.read(location) if location["shard"] else None
 
     def discard(self, key: bytes) -> None:
-        """Make a key missing, so that it is made again."""
+        """Remove a record from the index, so that it is encoded again."""
         self._index.discard(key)
 
-    def mark(self) -> str:
-        """A word that stays the same as long as every record stays where it is; adding records does not change it."""
-        return self._index.mark()
+    def revision(self) -> str:
+        """A random token, replaced whenever a record is removed or moved. Adding records keeps it."""
+        return self._index.revision()
 
     def changed_fact(self, subject: str, facts: Mapping[str, str]) -> str:
-        """Why the record of a subject is missing: the first fact that differs from when it was last written.
+        """The reason why the record of a subject is missing: the name of the first fact that differs from the last record's.
 
-        "new" where nothing is known of the subject, "lost" where nothing differs.
+        "new" if the subject never had a record, "lost" if no fact differs.
         """
         earlier = self._index.origin(subject)
         if earlier is None:
@@ -128,7 +134,7 @@ class Cache:
         return next((name for name, value in facts.items() if earlier.get(name) != value), "lost")
 
     def give_up(self) -> None:
-        """Say that nobody needs the records any more, and that the folder may go: writers drop what they have not sealed."""
+        """Declare the cache unneeded: its folder may be deleted, and writers discard what they have not sealed."""
         self.given_up = True
 
     def close(self) -> None:
@@ -139,129 +145,129 @@ class Cache:
             if self.remote is not None:
                 self.remote.close()
 
-    # -- cleaning up ----------------------------------------------------------------------------------------------------
+    # -- garbage collection ----------------------------------------------------------------------------------------------------
 
-    def be_alone(self) -> None:
-        """Keep everybody else out until `close`. DataError where another process has the cache open."""
+    def lock_exclusively(self) -> None:
+        """Keep other processes out until `close`. DataError if one has the cache open."""
         try:
             fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{self.folder}: the cache is in use by a run; wait for it or stop it, then clean up.") from None
+            raise DataError(f"{self.folder}: the cache is in use by a run; wait until the run ends or stop it, then clean up.") from None
 
-    def retain(self, name: str, keys: Collection[bytes]) -> None:
-        """Forget the records of a shard but those of some keys, and free the room of the rest. Only after `be_alone`.
+    def keep_only(self, name: str, keys: Collection[bytes]) -> None:
+        """Rewrite a shard with the records of these keys only. Call `lock_exclusively` first.
 
-        What stays is durable in a new shard before the old one goes. Of it, records that no longer read as they were written go too.
+        The new shard is durable before the old one is deleted. Damaged records are removed too.
         """
-        shard = self._index.named(name)
+        shard = self._index.shard_named(name)
         assert shard is not None, name
-        kept = [record for record in self._packed(shard) if record.key in keys and zlib.crc32(record.payload) == record.crc]
+        kept = [record for record in self._records(shard) if record.key in keys and zlib.crc32(record.payload) == record.crc]
         if kept:
             path = self.folder / f"{time.time_ns():020d}-0-{os.getpid()}-0{SUFFIX}"
-            with sealed_shard(path, kept) as placed:
-                self._index.replace(shard, path.name, path.stat().st_size, placed)
+            with sealed_shard(path, kept) as records:
+                self._index.replace_shard(shard, path.name, path.stat().st_size, records)
         else:
-            self._index.forget(shard)
+            self._index.remove_shard(shard)
         self._maps.pop(shard.number, None)
         (self.folder / name).unlink()
 
-    def forget_origins(self, subjects: Collection[str]) -> None:
-        """Forget what the records of some subjects were made of."""
-        self._index.forget_origins(subjects)
+    def remove_origins(self, subjects: Collection[str]) -> None:
+        """Remove what `changed_fact` compares with, for some subjects."""
+        self._index.remove_origins(subjects)
 
-    def _packed(self, shard: Shard) -> Iterator[Packed]:
+    def _records(self, shard: Shard) -> Iterator[PackedRecord]:
         mapped = self._mapped(shard.number)
         for record in self._index.records(shard):
-            yield Packed(record.key, record.layout, bytes(mapped[record.offset : record.offset + record.size]), record.crc)
+            yield PackedRecord(record.key, record.layout, bytes(mapped[record.offset : record.offset + record.size]), record.crc)
 
-    def _hold(self) -> IO[bytes]:
-        """A lock that many may hold at once, for as long as the cache is open. DataError while somebody cleans it up."""
+    def _lock_shared(self) -> IO[bytes]:
+        """A lock that any number of processes hold while the cache is open. DataError while another process cleans it up."""
         try:
             stream = (self.folder / IN_USE).open("ab")
         except OSError as error:
-            raise StorageError(f"{self.folder}: the cache folder cannot be written to: {error.strerror}.") from error
+            raise StorageError(f"{self.folder}: the cache folder is not writable: {error.strerror}.") from error
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             stream.close()
-            raise DataError(f"{self.folder}: the cache is being cleaned up; start again when that is done.") from None
+            raise DataError(f"{self.folder}: the cache is being cleaned up; start again when that has finished.") from None
         return stream
 
     # -- writing: see Writer --------------------------------------------------------------------------------------------
 
-    def commit(self, path: Path, placed: Sequence[Placed], origins: Mapping[str, Mapping[str, str]]) -> None:
-        """Make what a sealed shard of the folder holds visible to all, after it is where it is to stay."""
+    def commit(self, path: Path, records: Sequence[RecordEntry], origins: Mapping[str, Mapping[str, str]]) -> None:
+        """Make the records of a sealed shard visible to all processes; upload the shard before, if the cache has a store."""
         if self.remote is not None:
             self.remote.upload(path)
-        self._index.enter(path.name, path.stat().st_size, placed, origins)
+        self._index.add_shard(path.name, path.stat().st_size, records, origins)
         self.make_room(0)
 
     def make_room(self, size: int) -> None:
-        """Drop copies of stored shards until `size` more bytes are within the limit of the folder."""
+        """Delete copies of stored shards until `size` more bytes fit into the folder's limit."""
         if self.remote is None or self.remote.limit is None:
             return
         stored = {shard.name: shard.number for shard in self._index.shards()}
         for name in self.remote.make_room(size, stored.__contains__):
             self._maps.pop(stored[name], None)
 
-    # -- what is found when it is opened --------------------------------------------------------------------------------
+    # -- opening: compare index, folder and store --------------------------------------------------------------------------------
 
-    def _drop_lost_shards(self, known: Sequence[Shard], stored: Mapping[str, int]) -> None:
+    def _remove_lost_shards(self, known: Sequence[Shard], stored: Mapping[str, int]) -> None:
         for shard in known:
             path = self.folder / shard.name
             is_here = path.is_file() and path.stat().st_size == shard.size
             if stored.get(shard.name) == shard.size or (is_here and self.remote is None):
                 if not is_here:
-                    path.unlink(missing_ok=True)  # a copy that was cut off
+                    path.unlink(missing_ok=True)  # an incomplete copy
                 continue
             if is_here:
-                self.notes.append(f"{path} was lost from the store.")  # and goes there again as a stray
+                self.notes.append(f"{path} was missing from the store, and is uploaded again.")  # by `_add_unindexed_files`
             else:
-                self.notes.append(f"{path} is gone or cut off; what it held will be made again.")
-            self._index.forget(shard)
+                self.notes.append(f"{path} is missing or incomplete; its records will be encoded again.")
+            self._index.remove_shard(shard)
 
-    def _take_in_strays(self, stored: Mapping[str, int]) -> None:
-        """Files without a row, from killed processes or a lost index: whole shards enter the index, the rest is removed.
+    def _add_unindexed_files(self, stored: Mapping[str, int]) -> None:
+        """Files left by killed processes or a lost index: add complete shards to the index, delete incomplete ones.
 
-        Oldest first, as they were written. Files with other names are left alone.
+        In the order in which they were written. Files with other names are not touched.
         """
         for path in sorted(self.folder.iterdir()):
-            if not SHARD_NAME.fullmatch(path.name) or self._index.named(path.name):
+            if not SHARD_NAME.fullmatch(path.name) or self._index.shard_named(path.name):
                 continue
-            with abandoned(path) as is_abandoned:
-                if not is_abandoned or self._index.named(path.name):  # it may have been committed before the lock was free
+            with unused_file(path) as is_unused:
+                if not is_unused or self._index.shard_named(path.name):  # committed while this process waited for the lock
                     continue
                 if path.name.endswith(UNSEALED):
                     path.unlink()
                     continue
                 try:
-                    placed = read_header(path)
+                    records = read_header(path)
                     if stored.get(path.name) == path.stat().st_size:
-                        self._index.enter(path.name, stored[path.name], placed, {})
+                        self._index.add_shard(path.name, stored[path.name], records, {})
                     else:
-                        self.commit(path, placed, {})
-                    self.notes.append(f"{path} was not in the index and has been taken in.")
+                        self.commit(path, records, {})
+                    self.notes.append(f"{path} was not in the index, and was added to it.")
                 except DamagedShardError as error:
                     path.unlink()
-                    self.notes.append(f"{path} was not in the index, and has been removed because {error}.")
+                    self.notes.append(f"{path} was not in the index, and was deleted: {error}.")
 
-    def _take_in_stored(self, remote: RemoteShards, stored: Mapping[str, int]) -> None:
-        """Shards in the store that the index here does not know, from other machines or before it was lost. None is ever removed."""
-        unknown = [(name, size) for name, size in stored.items() if SHARD_NAME.fullmatch(name) and not self._index.named(name)]
-        taken = 0
+    def _add_stored_shards(self, remote: RemoteShards, stored: Mapping[str, int]) -> None:
+        """Add shards that other machines uploaded, or that a lost index knew. Nothing is deleted in the store."""
+        unknown = [(name, size) for name, size in stored.items() if SHARD_NAME.fullmatch(name) and not self._index.shard_named(name)]
+        added = 0
         for name, size, found in remote.headers(unknown):
             if isinstance(found, DamagedShardError):
-                self.notes.append(f"{remote.store.name}: {name} is left alone because {found}.")
+                self.notes.append(f"{remote.store.name}: {name} is not used: {found}.")
             else:
-                self._index.enter(name, size, found, {})
-                taken += 1
-        if taken:
-            self.notes.append(f"{taken:,} {'shard' if taken == 1 else 'shards'} in {remote.store.name} taken in.")
+                self._index.add_shard(name, size, found, {})
+                added += 1
+        if added:
+            self.notes.append(f"{added:,} {'shard' if added == 1 else 'shards'} in {remote.store.name} added to the index.")
 
     # -- reading --------------------------------------------------------------------------------------------------------
 
     def _mapped(self, number: int) -> memoryview:
-        """The bytes of a shard. Once it is mapped the index is not asked again: that would cost as much as reading a small record."""
+        """The bytes of a shard, memory-mapped. A mapped shard needs no query of the index, which takes as long as a small record."""
         mapped = self._maps.get(number)
         if mapped is None:
             shard = self._shard(number)
@@ -277,24 +283,24 @@ class Cache:
         return mapped
 
     def _payload_of_copy(self, remote: RemoteShards, number: int, offset: int, size: int, crc: int) -> bytearray | None:
-        """The bytes of a record from the copy of its shard in the folder; None without a sound one, which is fetched for later."""
+        """The bytes of a record from the local copy of its shard. None without an intact copy, which is then downloaded for later reads."""
         was_mapped = number in self._maps
         try:
             payload = bytearray(self._mapped(number)[offset : offset + size])
         except DamagedRecordError:
             shard = self._shard(number)
-            remote.want(shard.name, shard.size)
+            remote.download_later(shard.name, shard.size)
             return None
         if not was_mapped:
-            remote.touch(self._shard(number).name)
+            remote.mark_used(self._shard(number).name)
         if zlib.crc32(payload) == crc:
             return payload
         self._maps.pop(number, None)
-        remote.drop(self._shard(number).name)
+        remote.delete_copy(self._shard(number).name)
         return None
 
     def _payload_stored(self, remote: RemoteShards, number: int, offset: int, size: int, crc: int) -> bytearray:
-        """The bytes of a record from the store; read twice where they are damaged, which may have happened on the way."""
+        """The bytes of a record from the store. Damaged bytes are read a second time: they may have been damaged in transfer."""
         name, payload = self._shard(number).name, None
         for _ in range(2):
             payload = remote.read(name, offset, size)
@@ -307,32 +313,32 @@ class Cache:
     def _shard(self, number: int) -> Shard:
         shard = self._index.shard(number)
         if shard is None:
-            raise DamagedRecordError(f"{self.folder}: a shard of the cache was removed while it was in use")
+            raise DamagedRecordError(f"{self.folder}: a shard of the cache was deleted while it was in use")
         return shard
 
 
 class Writer:
-    """Adds records to a cache; leaving the `with` block seals what is open, also when the block is left by an error.
+    """Adds records to a cache. Leaving the `with` block seals the open shard, also after an error.
 
-    A shard is sealed when it is full, or when the next record comes `seal_after` seconds after its first.
+    A shard is also sealed when it is full, and when a record is added more than `seal_after` seconds after the shard's first one.
     """
 
     def __init__(self, cache: Cache, rank: int = 0, seal_after: float = SEAL_AFTER_SECONDS) -> None:
         self.cache = cache
         self.rank = rank
         self.seal_after = seal_after
-        self.sealed = 0  # shards so far
+        self.sealed = 0  # shards written so far
         self._begin()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not isinstance(error, StorageError):  # a store that has just failed would fail again
+        if not isinstance(error, StorageError):  # the disk or store has just failed, and would fail again
             self.seal()
 
     def add(self, key: bytes, tensors: Mapping[str, Tensor], subject: str | None = None, facts: Mapping[str, str] | None = None) -> None:
-        """Keep tensors (on the CPU; they are copied) under a key. `subject` and `facts` are for `Cache.changed_fact`."""
+        """Add tensors under a key. They must be on the CPU, and are copied. `subject` and `facts` are for `Cache.changed_fact`."""
         if subject is not None:
             self._origins[subject] = facts or {}
         if key in self._records:
@@ -344,31 +350,31 @@ class Writer:
         self._size += len(record.payload)
 
     def get(self, key: bytes) -> dict[str, Tensor] | None:
-        """A record that is not sealed yet, as copies; None when there is none, or it lies in the cache already. From any thread."""
+        """A record of the open shard, as copies; None if there is none or it is sealed already. From any thread."""
         record = self._records.get(key)
         return None if record is None else unpack(record.layout, bytearray(record.payload))
 
     def seal(self) -> None:
-        """Make durable and visible to all what has been added. StorageError when that cannot be done; earlier shards stay."""
+        """Make the records added so far durable and visible to all processes. StorageError if that fails; earlier shards stay."""
         if not self._records:
             return
         try:
             if not self.cache.given_up:
                 self._seal()
         except StorageError:
-            if not self.cache.given_up:  # else its folder may have gone in the meantime
+            if not self.cache.given_up:  # else its folder may have been deleted meanwhile
                 raise
         self._begin()
 
     def _seal(self) -> None:
         self.cache.make_room(self._size)
         path = self.cache.folder / f"{time.time_ns():020d}-{self.rank}-{os.getpid()}-{self.sealed}{SUFFIX}"
-        with sealed_shard(path, list(self._records.values())) as placed:
-            self.cache.commit(path, placed, self._origins)
+        with sealed_shard(path, list(self._records.values())) as records:
+            self.cache.commit(path, records, self._origins)
         self.sealed += 1
 
     def _begin(self) -> None:
-        self._records: dict[bytes, Packed] = {}
+        self._records: dict[bytes, PackedRecord] = {}
         self._origins: dict[str, Mapping[str, str]] = {}
         self._size = 0
         self._began = time.monotonic()

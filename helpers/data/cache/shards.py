@@ -1,7 +1,7 @@
-"""One file of a cache: an ordinary safetensors file of many records, each a few named tensors under a key, with a checksum.
+"""A shard: a safetensors file that holds many records. A record is a few named tensors under one key, with a checksum.
 
-In the file a tensor is called `<key in hex>/<name>`; `crc32` in the metadata gives the checksum of each record's bytes, which lie
-together. Any tool that opens safetensors can read a shard, and a lost index can be made again from the shards alone.
+A tensor is called `<key in hex>/<name>`, as in `0f3a.../mean`. The bytes of a record are contiguous, and `crc32` in the metadata holds
+their CRC-32. Any program that opens safetensors can read a shard, and the shards are enough to rebuild a lost index.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from helpers.errors import StorageError
 from helpers.storage.atomic import sync_folder
 
 SUFFIX = ".safetensors"
-UNSEALED = ".tmp"  # appended while a shard is being written
+UNSEALED = ".tmp"  # appended to the name while a shard is being written
 FORMAT = "simpletuner-cache-1"
 
-# The names of the safetensors format.
+# dtype names of the safetensors format
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,11 +41,11 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ALIGNMENT = 8  # bytes; readers of safetensors want each tensor at a multiple of its element size
+_ALIGNMENT = 8  # bytes; every tensor must start at a multiple of its element size
 _PADDING = "padding"  # name of the tensor that fills a record up to the alignment
 
 
-class Packed(NamedTuple):
+class PackedRecord(NamedTuple):
     """A record as bytes. `layout` is JSON: [[tensor name, dtype name, shape], ...] in the order of the bytes."""
 
     key: bytes
@@ -55,8 +55,8 @@ class Packed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Where a record lies in its shard."""
+class RecordEntry:
+    """The position of a record in its shard."""
 
     key: bytes
     layout: str
@@ -66,12 +66,12 @@ class Placed:
 
 
 class DamagedShardError(Exception):
-    """A file that is not a whole shard; the message says what is wrong with it."""
+    """A file is not a complete shard. The message is the reason, such as "it is cut off"."""
 
 
-def pack(key: bytes, tensors: Mapping[str, Tensor]) -> Packed:
-    """Tensors on the CPU, of any shape and of the dtypes of safetensors => a record, copied."""
-    # Wide elements first, so that every tensor begins at a multiple of its own element size.
+def pack(key: bytes, tensors: Mapping[str, Tensor]) -> PackedRecord:
+    """Copy tensors into a record. They must be on the CPU, with a dtype of `_DTYPES`; any shape."""
+    # Widest elements first, so that every tensor starts at a multiple of its own element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     parts = [tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for _, tensor in ordered]
     layout = [(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]
@@ -80,11 +80,11 @@ def pack(key: bytes, tensors: Mapping[str, Tensor]) -> Packed:
         parts.append(bytes(_ALIGNMENT - surplus))
         layout.append((_PADDING, "U8", (len(parts[-1]),)))
     payload = parts[0] if len(parts) == 1 else b"".join(parts)
-    return Packed(key, _layout_text(tuple(layout)), payload, zlib.crc32(payload))
+    return PackedRecord(key, _layout_text(tuple(layout)), payload, zlib.crc32(payload))
 
 
 def unpack(layout: str, payload: bytearray) -> dict[str, Tensor]:
-    """The tensors of a record; they share the memory of `payload`."""
+    """The tensors of a record. They share the memory of `payload`."""
     return {
         name: torch.frombuffer(payload, dtype=dtype, count=count, offset=offset).view(shape)
         for name, dtype, shape, count, offset in _layout_parts(layout)
@@ -92,16 +92,16 @@ def unpack(layout: str, payload: bytearray) -> dict[str, Tensor]:
 
 
 @contextmanager
-def sealed_shard(path: Path, records: Sequence[Packed]) -> Iterator[list[Placed]]:
-    """Write a shard durably under its final name, and hold its lock until the caller has committed it to the index.
+def sealed_shard(path: Path, records: Sequence[PackedRecord]) -> Iterator[list[RecordEntry]]:
+    """Write a shard durably under its final name, and yield where its records lie. The file stays locked while the block runs.
 
-    The lock tells other processes that the writer of an uncommitted file is alive. StorageError, and no file under the final
-    name, when it cannot be written.
+    The caller adds the shard to the index in the block. Until then the lock tells other processes that the file's writer is alive.
+    StorageError if it cannot be written; no file with the final name is left then.
     """
-    header, placed = _header(records)
+    header, positions = _header(records)
     aside = path.with_name(path.name + UNSEALED)
     try:
-        with locked(aside) as file:  # closing a file whose bytes could not be written fails once more
+        with locked(aside) as file:  # closing a file that could not be written fails a second time
             file.write(header)
             for record in records:
                 file.write(record.payload)
@@ -109,7 +109,7 @@ def sealed_shard(path: Path, records: Sequence[Packed]) -> Iterator[list[Placed]
             os.fsync(file.fileno())
             os.replace(aside, path)
             sync_folder(path.parent)
-            yield placed
+            yield positions
     except OSError as error:
         raise StorageError(f"{path.parent}: the cache cannot be written: {error.strerror or error}.") from error
     finally:
@@ -117,8 +117,8 @@ def sealed_shard(path: Path, records: Sequence[Packed]) -> Iterator[list[Placed]
 
 
 @contextmanager
-def abandoned(path: Path) -> Iterator[bool]:
-    """Whether a file is nobody's: true, and locked for the duration, unless a living process holds its lock or it is gone."""
+def unused_file(path: Path) -> Iterator[bool]:
+    """Yield True, with the file locked during the block, if no running process holds its lock. False too if the file is gone."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -133,14 +133,14 @@ def abandoned(path: Path) -> Iterator[bool]:
         yield True
 
 
-def read_header(path: Path) -> list[Placed]:
-    """The records of a sealed shard, from its own metadata. DamagedShardError when it is not one."""
+def read_header(path: Path) -> list[RecordEntry]:
+    """The records of a sealed shard, from its own metadata. DamagedShardError if it is not one."""
     with path.open("rb") as file:
         return parse_header(file, path.stat().st_size)
 
 
-def parse_header(file: BinaryIO, size: int) -> list[Placed]:
-    """`read_header` of a stream at the first byte of a shard of `size` bytes; nothing behind the header is read."""
+def parse_header(file: BinaryIO, size: int) -> list[RecordEntry]:
+    """As `read_header`, for a stream at the first byte of a shard of `size` bytes. Reads nothing after the header."""
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= size - 8:
         raise DamagedShardError("it is cut off")
@@ -148,26 +148,26 @@ def parse_header(file: BinaryIO, size: int) -> list[Placed]:
         header = json.loads(file.read(length))
         metadata = header.pop("__metadata__")
         if metadata.get("format") != FORMAT:
-            raise DamagedShardError("it is no cache shard of this version")
+            raise DamagedShardError("it is not a cache shard of this version")
         crcs = json.loads(metadata["crc32"])
         tensors: dict[str, list[tuple[str, str, list[int], int, int]]] = {}
         for name, entry in header.items():
             key, _, tensor = name.partition("/")
             tensors.setdefault(key, []).append((tensor, entry["dtype"], entry["shape"], *entry["data_offsets"]))
-        placed = [_placed(key, parts, 8 + length, int(crcs[key])) for key, parts in tensors.items()]
+        records = [_entry(key, parts, 8 + length, int(crcs[key])) for key, parts in tensors.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedShardError(f"its header is damaged: {error!r}") from error
-    if any(record.offset + record.size > size for record in placed):
+    if any(record.offset + record.size > size for record in records):
         raise DamagedShardError("it is cut off")
-    return placed
+    return records
 
 
 def map_file(path: Path, size: int) -> memoryview:
-    """A shard's bytes, mapped into memory without keeping the file open. DamagedShardError when it is not `size` bytes long."""
+    """The bytes of a shard, memory-mapped. DamagedShardError if the file is missing or not `size` bytes long."""
     try:
         if path.stat().st_size != size:
-            raise DamagedShardError(f"it is not {size} bytes long")
-        # torch closes the file once it is mapped; Python's mmap would use up one open file per shard.
+            raise DamagedShardError(f"it is not {size:,} bytes long")
+        # torch closes the file after mapping it; Python's mmap keeps one file descriptor open per shard.
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
         raise DamagedShardError(f"it cannot be opened: {error}") from error
@@ -175,16 +175,16 @@ def map_file(path: Path, size: int) -> memoryview:
 
 
 def locked(path: Path) -> BinaryIO:
-    """A new file with its lock held. Until the lock is held, a collector may take the file for a dead process's and remove it."""
+    """Create a file and lock it. FileExistsError if it exists."""
     while True:
         file = path.open("xb")
         fcntl.flock(file, fcntl.LOCK_EX)
         if path.exists():
             return file
-        file.close()
+        file.close()  # between the two calls another process took it for a leftover and removed it
 
 
-def _header(records: Sequence[Packed]) -> tuple[bytes, list[Placed]]:
+def _header(records: Sequence[PackedRecord]) -> tuple[bytes, list[RecordEntry]]:
     entries: dict[str, object] = {
         "__metadata__": {"format": FORMAT, "crc32": json.dumps({record.key.hex(): record.crc for record in records})}
     }
@@ -201,18 +201,18 @@ def _header(records: Sequence[Packed]) -> tuple[bytes, list[Placed]]:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     start = 8 + len(text)
-    placed = [
-        Placed(record.key, record.layout, start + offset, len(record.payload), record.crc)
+    positions = [
+        RecordEntry(record.key, record.layout, start + offset, len(record.payload), record.crc)
         for record, offset in zip(records, offsets, strict=True)
     ]
-    return len(text).to_bytes(8, "little") + text, placed
+    return len(text).to_bytes(8, "little") + text, positions
 
 
-def _placed(key: str, parts: list[tuple[str, str, list[int], int, int]], data_start: int, crc: int) -> Placed:
+def _entry(key: str, parts: list[tuple[str, str, list[int], int, int]], data_start: int, crc: int) -> RecordEntry:
     parts.sort(key=lambda part: part[3])
     layout = _layout_text(tuple((name, dtype, tuple(shape)) for name, dtype, shape, _, _ in parts))
     start = parts[0][3]
-    return Placed(bytes.fromhex(key), layout, data_start + start, parts[-1][4] - start, crc)
+    return RecordEntry(bytes.fromhex(key), layout, data_start + start, parts[-1][4] - start, crc)
 
 
 @lru_cache(maxsize=4096)
@@ -222,7 +222,7 @@ def _layout_text(layout: tuple[tuple[str, str, tuple[int, ...]], ...]) -> str:
 
 @lru_cache(maxsize=4096)
 def _layout_entries(layout: str) -> list[tuple[str, str, list[int], int, int]]:
-    """(name, dtype name, shape, elements, offset in the record's bytes) of each tensor, padding included."""
+    """For each tensor, padding included: name, dtype name, shape, number of elements, offset in the record in bytes."""
     entries = []
     offset = 0
     for name, dtype_name, shape in json.loads(layout):

@@ -24,7 +24,7 @@ from typing import Any
 from helpers.data.base.images import ImageError, read_size
 from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption, json_list
-from helpers.data.catalogue.catalogue import Catalogue, new_mark
+from helpers.data.catalogue.catalogue import Catalogue, new_token
 from helpers.data.catalogue.listing import Listing
 from helpers.data.catalogue.table_join import JoinedTable, join_tables
 from helpers.data.catalogue.tables import TableRule
@@ -38,7 +38,7 @@ _SHARE = 64  # most files a thread takes at once, and the longest wait for a sto
 _TIMED = 32  # files of a block that one thread reads, to see how many threads the rest of it needs
 _MOST_THREADS = 32
 _NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
-_VERSION = "c.size || ' ' || c.modified_ns || ' ' || c.etag"  # see `Catalogue.version`
+_VERSION = "c.size || ' ' || c.modified_ns || ' ' || c.etag"  # see `Catalogue.file_version`
 _File = tuple[int, str, str]  # a file to open: id, kind and key
 _Facts = dict[str, Any]  # what it says, by column
 _LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run began, and stays left out to its end"
@@ -344,7 +344,7 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[st
         reasons = database.execute("SELECT left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key", (rules.dataset,))
         kinds = Counter(reason.partition(":")[0] for (reason,) in reasons)
         database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", (rules.dataset, stated, used, json.dumps(kinds)))
-        database.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (rules.dataset, new_mark()))
+        database.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (rules.dataset, new_token()))
 
 
 def _forget_conditions(database: sqlite3.Connection, rules: DatasetRules) -> None:

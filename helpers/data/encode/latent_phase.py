@@ -119,7 +119,7 @@ class LatentPhase:
 
     def _inputs(self, passed: Pass) -> str:
         """Everything that the places of a pass's latents depend on."""
-        caches = [filler.cache.mark() for filler in passed.fillers.values()]
+        caches = [filler.cache.revision() for filler in passed.fillers.values()]
         images = plan_inputs(self.datasets, self.catalogue, self.settings.seed)
         return digest_of(images, self.codec.fingerprint, caches, self.settings.cache_dtype, LOCATION.descr)
 

@@ -59,7 +59,7 @@ def _thumbnail(plan: BucketPlan, row: int, source: SourceBackend, catalogue: Cat
     sample, geometry, upscaled = catalogue.sample(number), plan.geometry(row), bool(plan.columns["upscaled"][row])
     caption = sample.captions[0]
     name = f"thumbnail {place} of {sample.dataset}"
-    inputs = digest_of(sample.key, catalogue.version(number), repr(geometry), PIXELS_VERSION, LONGER_SIDE, _QUALITY)
+    inputs = digest_of(sample.key, catalogue.file_version(number), repr(geometry), PIXELS_VERSION, LONGER_SIDE, _QUALITY)
     jpeg = memo.load_bytes(name, inputs)
     if jpeg is None:
         try:
