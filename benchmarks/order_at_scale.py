@@ -33,7 +33,7 @@ from helpers.data.plan.buckets import ROW
 ROWS = (10**4, 10**6, 10**8)
 SHAPES = 50
 BATCH_SIZE = 4
-SHARES = (Share(0, 2.0), Share(1, 1.0), Share(0, 1.0, fills=True))
+SHARES = (Share(0, 2.0), Share(1, 1.0), Share(0, 1.0, ignore_epochs=True))
 SIZES = (0.7, 0.2, 0.1)  # of the three data sets, of all rows
 
 MOST_MEGABYTES = {10**4: 5.0, 10**6: 80.0, 10**8: 500.0}

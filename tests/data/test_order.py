@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from helpers.data.order.epoch_order import EpochOrder, MicroBatch, OrderStart, Share
-from helpers.data.order.spread import GROUP_SIZE
+from helpers.data.order.interleaving import GROUP_SIZE
 
 REPEATS = (0, 2, 1)
 MIXES: list[tuple[float | None, ...]] = [(None, None, None), (1, 1, 1), (0.7, 0.3, 0.05), (0, 3, 1), (None, 5, 0)]
@@ -230,7 +230,7 @@ def test_a_bucket_has_its_share_of_any_window_of_its_data_set() -> None:
 
 def test_a_data_set_that_fills_keeps_its_share_and_goes_on_where_it_stopped() -> None:
     sizes = [40, 100]
-    order = of_sizes(sizes, [Share(0, 1), Share(0, 0.5, fills=True)], shapes=2)
+    order = of_sizes(sizes, [Share(0, 1), Share(0, 0.5, ignore_epochs=True)], shapes=2)
     assert order.micro_batches_per_epoch == 20 + 10 and order.samples_per_epoch == 40
     filled: list[int] = []
     for number in range(10):  # 10 epochs of 10 micro-batches of two: two whole passes over its 100 samples
@@ -243,7 +243,7 @@ def test_a_data_set_that_fills_keeps_its_share_and_goes_on_where_it_stopped() ->
 
 def test_a_data_set_that_fills_begins_again_within_an_epoch_when_it_is_small() -> None:
     sizes = [60, 4]
-    order = of_sizes(sizes, [Share(0, 1), Share(0, 1, fills=True)], shapes=1)
+    order = of_sizes(sizes, [Share(0, 1), Share(0, 1, ignore_epochs=True)], shapes=1)
     appearances = [(sample, repeat) for b in epoch(order, 0) for sample, repeat in zip(b.samples.tolist(), b.repeats.tolist(), strict=True)]
     seen = Counter(sample for sample, _ in appearances)
     assert order.micro_batches_per_epoch == 60 and {seen[sample] for sample in range(60, 64)} == {15}
@@ -265,9 +265,9 @@ def test_data_sets_that_fill_are_the_same_on_any_number_of_processes_and_after_a
     assert [batch.places for batch in shared] == [batch.places for batch in before]
 
 
-@pytest.mark.parametrize("shares", [[Share(0, 0.0)], [Share(fills=True)], [Share(0, 0.0), Share(0, 1.0, fills=True)]])
+@pytest.mark.parametrize("shares", [[Share(0, 0.0)], [Share(ignore_epochs=True)], [Share(0, 0.0), Share(0, 1.0, ignore_epochs=True)]])
 def test_an_epoch_that_nothing_would_end_is_refused(shares: list[Share]) -> None:
-    with pytest.raises(ValueError, match="counts and has a probability above 0"):
+    with pytest.raises(ValueError, match="dataset without ignore_epochs whose probability is above 0"):
         EpochOrder([0] * len(shares), list(range(len(shares))), shares, 1, seed=0)
 
 
@@ -277,7 +277,7 @@ def test_an_epoch_that_nothing_would_end_is_refused(shares: list[Share]) -> None
 def of_changing_shapes(batch_size: int = 4) -> EpochOrder:
     """Three data sets of thirty samples in all, whose shapes are drawn anew each epoch, so that epochs differ in their micro-batches."""
     datasets = np.repeat([0, 1, 2], [18, 7, 5])
-    shares = [Share(1, 1.0), Share(0, 0.5), Share(0, 0.5, fills=True)]
+    shares = [Share(1, 1.0), Share(0, 0.5), Share(0, 0.5, ignore_epochs=True)]
     return EpochOrder(lambda number: np.random.default_rng(number).integers(0, 2 + 2 * number, 30), datasets, shares, batch_size, seed=1)
 
 

@@ -86,9 +86,7 @@ class Cache:
             self.notes.append(self._index.note)
         self._index.set_store(remote.store.name if remote is not None else "")
         known = self._index.shards()
-        stored = (
-            remote.listed() if remote is not None else {}
-        )  # after reading the index: what that names was uploaded
+        stored = remote.listed() if remote is not None else {}  # after reading the index: what that names was uploaded
         self._remove_lost_shards(known, stored)
         self._add_unindexed_files(stored)
         if remote is not None:
