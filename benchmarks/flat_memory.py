@@ -90,7 +90,7 @@ def settings(folder: Path, model: Path, pictures: Path, preprocess: bool, redraw
 def watched(config: Config, steps: int) -> Watched:
     """Train for some steps, and look at the process after each."""
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
-        family = FAMILIES[config.family_name](config.model, config.data, config.cache)
+        family = FAMILIES[config.family_name](config.model, config.cache)
         settings = data_settings(new_run(config, runtime))
         data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())
         run = Ours(config, runtime, family, data)

@@ -226,7 +226,7 @@ def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str,
 
 def family_of(network: Network, folder: Path) -> Any:
     """The family on a miniature's folder, whose network is said to be of its real size; its weights are never read."""
-    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.config.options import CacheOptions, ModelOptions
     from helpers.families import FAMILIES
     from helpers.families.tiny import MINIATURES
 
@@ -235,7 +235,7 @@ def family_of(network: Network, folder: Path) -> Any:
     file = model / network.role / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **network.config}), encoding="utf-8")
     options = dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model))
-    return FAMILIES[network.family](options, DataOptions(), dataclasses.replace(CacheOptions(), cache_dir=folder / "cache"))
+    return FAMILIES[network.family](options, dataclasses.replace(CacheOptions(), cache_dir=folder / "cache"))
 
 
 def random_network(network: Network) -> Any:

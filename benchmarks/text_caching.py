@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(place)
         model = write_sdxl(folder / "model", sizes=SIZES)
         config = run_settings(folder / "run", model, write_photographs(folder / "pictures", 1), 64)
-        family = FAMILIES[config.family_name](config.model, config.data, config.cache)
+        family = FAMILIES[config.family_name](config.model, config.cache)
         bare = Bare(model)
         with family.text_encoders(torch.device("cpu")) as encoders:
 

@@ -186,7 +186,7 @@ def loops(folder: Path, model: Path, pictures: Path, resolution: int, method: st
     changed = {"model_type": method, "train_batch_size": BATCH, "cache_dir": folder / "cache"}
     config = run_settings(folder / method, model, pictures, resolution, **changed)
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
-        family = FAMILIES[config.family_name](config.model, config.data, config.cache)
+        family = FAMILIES[config.family_name](config.model, config.cache)
         settings = data_settings(new_run(config, runtime))
         data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())
         bare, ours = Bare(model, config), Ours(config, runtime, family, data)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from helpers.config.options import AdapterOptions, CacheOptions, DataOptions, ModelOptions, ObjectiveOptions
+    from helpers.config.options import AdapterOptions, CacheOptions, ModelOptions, ObjectiveOptions
     from helpers.data.base.draws import StepDraws
     from helpers.data.batches import Batch
     from helpers.data.report.survey import Survey
@@ -325,7 +325,7 @@ class FamilyClass(Protocol):
     @property
     def facts(self) -> FamilyFacts: ...
 
-    def __call__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> ModelFamily:
+    def __call__(self, options: ModelOptions, cache: CacheOptions) -> ModelFamily:
         """Open a base model. Raises ModelError where it cannot be used, ConfigError for options it cannot follow."""
         ...
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from helpers.config.declare import Option, by_name
+from helpers.config.declare import Option, by_name, show
 from helpers.config.facts import Facts, FamilyFacts
 from helpers.config.options import SECTIONS
 
@@ -40,7 +40,18 @@ class Axes:
         own = {section.__name__ for section in self.family_sections}
         for item in [item for item in options.values() if item.section in own and item.alias_of is None]:
             options[item.name] = dataclasses.replace(item, some_families=True)
+        options |= {name: self._with_family_defaults(item) for name, item in options.items()}
         return options | {item.name: item for item in (self._model_family(options), self._model_type(options))}
+
+    def _with_family_defaults(self, item: Option) -> Option:
+        """The option with the defaults that families replace its own by, in the words of OPTIONS.md and --help."""
+        names_of: dict[str, list[str]] = {}
+        for family in self.families.values():
+            if (value := family.defaults.get(item.name, item.default)) != item.default:
+                names_of.setdefault(show(value), []).append(family.name)
+        usual = item.default_text or show(item.default)
+        words = [usual, *(f"{value} for {', '.join(names)}" for value, names in names_of.items())]
+        return dataclasses.replace(item, default_text="; ".join(words)) if names_of else item
 
     def _model_family(self, options: Mapping[str, Option]) -> Option:
         selectable = [family for family in self.families.values() if family.selectable]

@@ -121,7 +121,7 @@ class DatasetConfig(Entry):
         'Shapes to draw from, as width / height: 1.5, or {"aspect": 1.5, "weight": 2}; weights are relative.',
         each=aspect_bucket,
     )
-    flip: bool = option(False, "Mirror each sample left to right with probability 0.5; the cut and the sizes SDXL is told follow.")
+    flip: bool = option(False, "Mirror each sample left to right with probability 0.5; the crop coordinates that the network gets follow.")
     caption_strategy: str = option(
         None,
         "Where captions come from.",

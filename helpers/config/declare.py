@@ -52,7 +52,7 @@ class Declared:
     some_families: bool = False  # only families that name it in their facts read it; options of a family's own section need not say so
     not_yet: bool = False
     unavailable_choices: tuple[str, ...] = ()  # choices that are named but not available yet
-    alias_of: tuple[str, str] | None = None  # (option, value) that this switch sets
+    alias_of: tuple[str, Any] | None = None  # (option, value) that this switch sets
     choice_aliases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # choice -> the options it sets, this one included
     does_nothing: str = ""  # why an accepted option has no effect
     default_text: str = ""  # the default in words, where it depends on other settings
@@ -102,7 +102,7 @@ class Option(Declared):
         historic = (self.env,) if isinstance(self.env, str) else self.env or ()
         return tuple(dict.fromkeys((*historic, self.name.upper())))
 
-    def meaning(self, value: Any) -> Mapping[str, str]:
+    def meaning(self, value: Any) -> Mapping[str, Any]:
         """The options that this value sets, by name, where it is an alias; otherwise an empty mapping."""
         if self.alias_of:
             return dict([self.alias_of]) if value else {}

@@ -108,7 +108,7 @@ def take_switches(options: Options, chosen: Chosen) -> list[str]:
 def _imply(chosen: Chosen, target: str, value: Any, by: Setting, problems: list[str]) -> None:
     """Set `target` because of another setting, unless a stronger source says something else; as strong a one is a contradiction."""
     there = chosen[target]
-    if there.value == value:
+    if there.value == value and there.rank >= by.rank:
         return
     if there.rank == by.rank:
         problems.append(f"{by.origin} means {target}={value}, but {there.origin} says {there.value}; remove one.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
 
 TOKENS = 77  # that T5 reads of a caption: the pipelines of diffusers leave no choice
@@ -80,7 +80,7 @@ class DeepFloyd:
     loads_lora = True
     lora_targets = (*unet_lora.ATTENTION, "add_k_proj", "add_v_proj")  # the last two read the text
 
-    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+    def __init__(self, options: ModelOptions, cache: CacheOptions) -> None:
         from helpers.families.text.t5_source import T5Source
 
         self.base = BaseModel.open(self.facts, self.parts, options, cache)
@@ -215,8 +215,8 @@ class StageTwo(DeepFloyd):
     stage = "ii"
     refines = True
 
-    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
-        super().__init__(options, data, cache)
+    def __init__(self, options: ModelOptions, cache: CacheOptions) -> None:
+        super().__init__(options, cache)
         self.identity = self.base.hash_of("unet", "image_noising_scheduler")
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -6,9 +6,11 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.config.declare import option
 from helpers.config.facts import FamilyFacts, Settings
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
 
 BERT = ("text_encoder", "tokenizer")
@@ -34,6 +36,13 @@ TOKENIZERS_OF_OLD = {"MT5Tokenizer": "T5Tokenizer"}  # a class that transformers
 def _judge(settings: Settings) -> Iterable[str]:
     if settings["aspect_bucket_alignment"] == 8:
         yield "--aspect_bucket_alignment=8 gives sides that Hunyuan-DiT's patches of 16 pixels do not divide; leave it at 64."
+
+
+@dataclass(frozen=True)
+class HunyuanOptions:
+    """Hunyuan-DiT: its switch."""
+
+    hunyuan_dit: bool = option(False, "Same as --model_family=hunyuan_dit.", alias_of=("model_family", "hunyuan_dit"))
 
 
 class HunyuanDiT:
@@ -51,6 +60,7 @@ class HunyuanDiT:
         wrapper="./train_sdxl.sh",
         setting="HUNYUAN_DIT='true'",
         pipelines=("HunyuanDiTPipeline",),
+        section=HunyuanOptions,
         options=frozenset({"sdxl_original_size", "pretrained_t5_model_name_or_path"}),
         judge=_judge,
     )
@@ -59,7 +69,7 @@ class HunyuanDiT:
     loads_lora = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
-    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+    def __init__(self, options: ModelOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
         from helpers.families.text.t5_source import T5Source
 
@@ -71,7 +81,7 @@ class HunyuanDiT:
         self.latents = dataclasses.replace(self.vae.latents, patch=self.network["patch_size"])
         self.scheduler_config = self.base.config("scheduler")
         self.told_sizes: bool = self.network.get("use_style_cond_and_image_meta_size", True)
-        self.original_size = data.sdxl_original_size
+        self.original_size = options.section(sdxl_inputs.SDXLOptions).sdxl_original_size
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
         return self.vae.codec(device)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from helpers.config.declare import option
 from helpers.config.facts import FamilyFacts, Settings
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
 
 NETWORK = "PixArtTransformer2DModel"
@@ -35,6 +37,14 @@ def _judge(settings: Settings) -> Iterable[str]:
         yield "--aspect_bucket_alignment=8 gives sides that PixArt's patches of 16 pixels do not divide; leave it at 64."
     if settings["validation_guidance_rescale"]:
         yield "--validation_guidance_rescale is not known to PixArt's pipeline; leave it at 0."
+
+
+@dataclass(frozen=True)
+class PixArtOptions:
+    """PixArt: its switches."""
+
+    pixart_sigma: bool = option(False, "Same as --model_family=pixart_sigma.", alias_of=("model_family", "pixart_sigma"))
+    pixart_alpha: bool = option(False, "Same as --model_family=pixart_alpha.", alias_of=("model_family", "pixart_alpha"))
 
 
 class PixArt:
@@ -53,7 +63,7 @@ class PixArt:
     loads_lora = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
-    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+    def __init__(self, options: ModelOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
         from helpers.families.text.t5_source import T5Source
 
@@ -176,6 +186,7 @@ class PixArtAlpha(PixArt):
         wrapper="./train_sdxl.sh",
         setting="PIXART_ALPHA='true'",
         pipelines=("PixArtAlphaPipeline",),
+        section=PixArtOptions,
         options=OPTIONS,
         judge=_judge,
     )
@@ -194,6 +205,7 @@ class PixArtSigma(PixArt):
         wrapper="./train_sdxl.sh",
         setting="PIXART_SIGMA='true'",
         pipelines=("PixArtSigmaPipeline",),
+        section=PixArtOptions,
         options=OPTIONS,
         judge=_judge,
     )

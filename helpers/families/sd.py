@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
     from helpers.families.text.clip import TrainedClip
 
@@ -61,7 +61,7 @@ class StableDiffusion:
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
-    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+    def __init__(self, options: ModelOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
 
         self.base = BaseModel.open(self.facts, ("unet", "vae", "text_encoder", "tokenizer", "scheduler"), options, cache)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.config.declare import option
 from helpers.config.facts import FamilyFacts, Settings
 from helpers.config.options import OPTIONS
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
     from helpers.families.text.t5_source import T5Source
 
@@ -72,6 +74,23 @@ def _judge_diffusion(settings: Settings) -> Iterable[str]:
         yield "--validation_using_datasets: the pipeline that begins with a picture knows flow matching alone, not diffusion; remove it."
 
 
+@dataclass(frozen=True)
+class SD3Options:
+    """Stable Diffusion 3: what only this family has."""
+
+    sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", alias_of=("model_family", "sd3"))
+    sd3_uses_diffusion: bool = option(
+        False,
+        "Train by diffusion with v-prediction, not by flow matching: a long training. See documentation/OBJECTIVES.md.",
+    )
+    sd3_caption_dropout: str = option(
+        "apart",
+        "Drop a caption for each of the three text encoders independently, with the cube root of --caption_dropout_probability (two"
+        " encoders without T5: the square root), as in the training of the base models; or for all of them together.",
+        choices=("apart", "together"),
+    )
+
+
 class StableDiffusion3:
     """Two CLIP encoders and T5, which may be left out; a transformer on latents of 16 channels at an eighth of the pixels.
 
@@ -84,7 +103,8 @@ class StableDiffusion3:
         defaults={"aspect_bucket_alignment": 64},
         wrapper="./train_sd3.sh",
         pipelines=("StableDiffusion3Pipeline",),
-        options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path", "sd3_uses_diffusion", "sd3_caption_dropout"}),
+        section=SD3Options,
+        options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path"}),
         objective="flow",
         switched={"sd3_uses_diffusion": "diffusion"},
         img2img=True,
@@ -97,7 +117,7 @@ class StableDiffusion3:
     loads_lora = True
     lora_targets = transformer_lora.JOINT_ATTENTION
 
-    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+    def __init__(self, options: ModelOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
 
         self.base = BaseModel.open(self.facts, ("transformer", "vae", *CLIP_FOLDERS, "scheduler"), options, cache)
@@ -105,11 +125,11 @@ class StableDiffusion3:
         self.transformer = self.base.config("transformer")
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])
-        self.scheduler_config = _schedule(self.base, options.sd3_uses_diffusion)
+        self.scheduler_config = _schedule(self.base, options.section(SD3Options).sd3_uses_diffusion)
         self.t5_length = options.tokenizer_max_length or T5_LENGTH
         self.clips = {f"text_encoder{suffix}": self.base.config(f"text_encoder{suffix}") for suffix in CLIPS}
         self.t5 = self._t5(options)
-        self.encoders_apart = self._encoders() if data.sd3_caption_dropout == "apart" else ()
+        self.encoders_apart = self._encoders() if options.section(SD3Options).sd3_caption_dropout == "apart" else ()
         self.controlnet_start = self._controlnet_start(options)
 
     @property

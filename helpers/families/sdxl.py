@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
     from helpers.families.text.clip import TrainedClip
 
@@ -38,7 +38,8 @@ class SDXL:
         wrapper="./train_sdxl.sh",
         pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
         accepts=sdxl_inputs.has_first_encoder,
-        options=UNET_OPTIONS | {"sdxl_original_size", "long_captions"},
+        section=sdxl_inputs.SDXLOptions,
+        options=UNET_OPTIONS | {"long_captions"},
         img2img=True,
         controlnet=True,
         trains_text_encoders=frozenset({"lora"}),
@@ -49,14 +50,14 @@ class SDXL:
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
-    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+    def __init__(self, options: ModelOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
 
         self.base = BaseModel.open(self.facts, ("unet", "vae", *TEXT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
-        self.original_size = data.sdxl_original_size
+        self.original_size = options.section(sdxl_inputs.SDXLOptions).sdxl_original_size
         self.chunked = options.long_captions == "chunk"
         self.controlnet_start = controlnet_start(self.base, options)
 

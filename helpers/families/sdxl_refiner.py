@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.config.declare import option
 from helpers.config.facts import FamilyFacts
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
@@ -20,11 +22,23 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+    from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
 
 TEXT = ("text_encoder_2", "tokenizer_2")
 ENCODERS = ("_2",)  # suffixes of their folders
+
+
+@dataclass(frozen=True)
+class RefinerOptions:
+    """SDXL refiner: its score, and the timesteps it is trained on."""
+
+    data_aesthetic_score: float = option(
+        7.0, "Aesthetic score of the training images that the refiner gets; validation asks for 6.", at_least=0, at_most=10
+    )
+    sdxl_refiner_uses_full_range: bool = option(
+        False, "Train the refiner on the whole schedule; same as --no-refiner_training.", alias_of=("refiner_training", False)
+    )
 
 
 class SDXLRefiner:
@@ -42,7 +56,8 @@ class SDXLRefiner:
         pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
         accepts=lambda index: not sdxl_inputs.has_first_encoder(index),
         selectable=False,
-        options=UNET_OPTIONS | {"sdxl_original_size", "data_aesthetic_score", "sdxl_refiner_uses_full_range", "long_captions"},
+        section=RefinerOptions,
+        options=UNET_OPTIONS | {"sdxl_original_size", "long_captions"},
         img2img=True,
     )
     refines = True
@@ -50,16 +65,16 @@ class SDXLRefiner:
     loads_lora = True
     lora_targets = unet_lora.ATTENTION
 
-    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+    def __init__(self, options: ModelOptions, cache: CacheOptions) -> None:
         from helpers.families.loading.vae import Vae
 
         self.base = BaseModel.open(self.facts, ("unet", "vae", *TEXT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, "unet", options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
-        self.original_size = data.sdxl_original_size
+        self.original_size = options.section(sdxl_inputs.SDXLOptions).sdxl_original_size
         self.chunked = options.long_captions == "chunk"
-        self.aesthetic_score = options.data_aesthetic_score
+        self.aesthetic_score = options.section(RefinerOptions).data_aesthetic_score
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
         return self.vae.codec(device)

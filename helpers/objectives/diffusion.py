@@ -55,8 +55,6 @@ def _judge(settings: Settings) -> Iterable[str]:
 
 def _judge_experts(settings: Settings) -> Iterable[str]:
     if settings["refiner_training"]:
-        if settings["sdxl_refiner_uses_full_range"]:
-            yield "--refiner_training and --sdxl_refiner_uses_full_range exclude each other; remove one."
         if settings["refiner_training_invert_schedule"] and settings["refiner_training_strength"] == 1:
             yield "--refiner_training_invert_schedule leaves nothing of a --refiner_training_strength of 1; lower it."
     else:

@@ -36,7 +36,6 @@ REFUSED: Mapping[str, str] = {
     "refiner_training": "it names steps of a diffusion schedule; --logit_mean and --logit_std say where flow matching trains",
     "refiner_training_strength": "it goes with --refiner_training",
     "refiner_training_invert_schedule": "it goes with --refiner_training",
-    "sdxl_refiner_uses_full_range": "it is for SDXL's refiner",
 }
 
 

@@ -42,7 +42,7 @@ def trained_timesteps(options: ObjectiveOptions, total: int) -> range:
 
     Both experts of one strength share the schedule without overlap or gap. Raises ConfigError when nothing is left to train.
     """
-    if not options.refiner_training or options.sdxl_refiner_uses_full_range:
+    if not options.refiner_training:
         return range(total)
     border = round(options.refiner_training_strength * total)
     timesteps = range(border, total) if options.refiner_training_invert_schedule else range(border)

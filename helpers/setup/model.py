@@ -49,7 +49,7 @@ def resolve_base_model(config: Config, runtime: Runtime, report: Reporters) -> C
 
 def choose_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]:
     """Family, method and objective of the run. ConfigError or ModelError if one of them does not support the settings."""
-    family = FAMILIES[config.family_name](config.model, config.data, config.cache)
+    family = FAMILIES[config.family_name](config.model, config.cache)
     method = METHODS[config.method_name](config.adapter, family)
     if config.text_encoder.train_text_encoder and config.model.model_type == "full":
         assert can_train_text_encoders(family), "the settings refuse --train_text_encoder for other families"

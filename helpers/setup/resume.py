@@ -7,6 +7,7 @@ import json
 import secrets
 from typing import TYPE_CHECKING, Any
 
+from helpers.config.declare import options_of
 from helpers.setup.run import Run, StartPoint
 from helpers.training.checkpoints import Checkpointer
 from helpers.training.state import TrainState, resume_accumulation
@@ -57,6 +58,7 @@ def identity(run: Run) -> dict[str, Any]:
     if config.model.controlnet:
         adapter = {"controlnet_model_name_or_path": config.model.controlnet_model_name_or_path}
     loss = dataclasses.asdict(config.objective)
+    own = {item.name for chosen in config.model.family_sections for item in options_of(type(chosen)) if not item.alias_of}
     sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
     values = {
         "model": run.family.identity,
@@ -65,9 +67,7 @@ def identity(run: Run) -> dict[str, Any]:
         "seed": config.run.seed,
         "train_batch_size": config.data.train_batch_size,
         "caption_dropout_probability": config.data.caption_dropout_probability,
-        "sd3_caption_dropout": config.data.sd3_caption_dropout,
-        "sdxl_original_size": config.data.sdxl_original_size,
-        "data_aesthetic_score": config.model.data_aesthetic_score,
+        **{name: value for name, value in config.values().items() if name in own},
         "tokenizer_max_length": config.model.tokenizer_max_length,
         "long_captions": config.model.long_captions,
         "latent_sampling": config.cache.latent_sampling,

@@ -111,7 +111,7 @@ def test_captions_are_cached_about_as_fast_as_they_are_encoded(tmp_path: Path) -
     captions = [caption(index) for index in range(64)]
     model = write_sdxl(tmp_path / "model", sizes=SdxlSizes(text_width=128, text_2_width=128, text_layers=4))
     config = run_settings(tmp_path, model, write_photographs(tmp_path / "pictures", 1, (64, 64)), 64)
-    family = FAMILIES[config.family_name](config.model, config.data, config.cache)
+    family = FAMILIES[config.family_name](config.model, config.cache)
     bare = text_caching.Bare(model)
     with family.text_encoders(torch.device("cpu")) as encoders:
         encoders.encode(captions[:1])  # loads them

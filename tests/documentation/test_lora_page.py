@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.choices import known_axes
-from helpers.config.options import OPTIONS, AdapterOptions, CacheOptions, DataOptions, ModelOptions
+from helpers.config.options import OPTIONS, AdapterOptions, CacheOptions, ModelOptions
 from helpers.config.read import read_config
 from helpers.families.sdxl import SDXL
 from helpers.families.tiny import write_sdxl
@@ -63,7 +63,7 @@ def test_every_start_that_can_be_chosen_is_described() -> None:
 def test_the_sample_opens_what_was_trained(tmp_path: Path) -> None:
     model = write_sdxl(tmp_path / "model")
     options = dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model))
-    family = SDXL(options, DataOptions(), dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
+    family = SDXL(options, dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
     method = Lycoris(dataclasses.replace(AdapterOptions(), lora_algorithm="lokr", lora_rank=2), family)
     trainable = method.attach(family.load(torch.float32))
     method.export(trainable, tmp_path, {}, None)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.config.options import CacheOptions, DataOptions, ModelOptions, ObjectiveOptions
+from helpers.choices import known_axes
+from helpers.config.options import CacheOptions, ModelOptions, ObjectiveOptions
 from helpers.data.base.draws import StepDraws
 from helpers.data.base.sample import Geometry, Size
 from helpers.data.batches import Batch
@@ -38,7 +39,9 @@ class Tried:
 
     def objective(self, **options: Any) -> Objective:
         """What the family's networks are asked."""
-        chosen = dataclasses.replace(ObjectiveOptions(), **options)
+        known = {field.name for field in dataclasses.fields(ObjectiveOptions)}
+        defaults = {name: value for name, value in self.family.facts.defaults.items() if name in known}
+        chosen = dataclasses.replace(ObjectiveOptions(), **{**defaults, **options})
         return OBJECTIVES[self.family.facts.objective](chosen, self.family.scheduler_config)
 
     def batch(self, captions: Sequence[str] = CAPTIONS, step: int = 3) -> Batch:
@@ -72,14 +75,15 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def open_family(name: str, model: Path, cache: Path, **options: Any) -> ModelFamily:
-    """The family of a registry's name on a model folder; `options` are of the model, the data and the caches."""
-    sections = [ModelOptions(), DataOptions(), CacheOptions()]
-    values = {"pretrained_model_name_or_path": str(model), "cache_dir": cache, **options}
-    changed = [
-        dataclasses.replace(section, **{field.name: values[field.name] for field in dataclasses.fields(section) if field.name in values})
-        for section in sections
-    ]
-    return FAMILIES[name](*changed)
+    """The family of a registry's name on a model folder, with its defaults; `options` are of the model, the caches and families."""
+    values = {**FAMILIES[name].facts.defaults, "pretrained_model_name_or_path": str(model), "cache_dir": cache, **options}
+
+    def changed(section: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(section) if field.name in values]
+        return dataclasses.replace(section, **{name: values[name] for name in names})
+
+    own = tuple(changed(section()) for section in known_axes().family_sections)
+    return FAMILIES[name](dataclasses.replace(changed(ModelOptions()), family_sections=own), changed(CacheOptions()))
 
 
 def family_name(miniature: str) -> str:

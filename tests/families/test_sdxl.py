@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
-from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+from helpers.config.options import CacheOptions, ModelOptions
 from helpers.data.base.draws import StepDraws
 from helpers.data.base.images import cut
 from helpers.data.base.sample import Geometry, Size
@@ -20,6 +20,7 @@ from helpers.data.batches import Batch
 from helpers.data.plan.buckets import geometry
 from helpers.data.plan.targets import ResolutionRule
 from helpers.errors import ModelError
+from helpers.families.networks.sdxl_inputs import SDXLOptions
 from helpers.families.sdxl import SDXL
 from helpers.families.tiny import write_sdxl
 
@@ -33,9 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(model: Path, cache: Path, **options: Any) -> SDXL:
-    data = dataclasses.replace(DataOptions(), sdxl_original_size=options.pop("original", "file"))
+    own = (SDXLOptions(options.pop("original", "file")),)
     caching = dataclasses.replace(CacheOptions(), cache_dir=cache, **options)
-    return SDXL(dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model)), data, caching)
+    return SDXL(dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model), family_sections=own), caching)
 
 
 def test_captions_are_encoded_as_the_pipeline_encodes_them(model: Path, tmp_path: Path) -> None:

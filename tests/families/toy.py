@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.config.facts import FamilyFacts
-from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+from helpers.config.options import CacheOptions, ModelOptions
 from helpers.data.batches import Batch
 from helpers.data.ports import CaptionLengths, ImageCodec, LatentSpec, TextEncoders, TextTensors
 from helpers.protocols import Parts
@@ -54,7 +54,7 @@ class Toy:
     lora_targets = ("conv1",)
     scheduler_config: Mapping[str, Any] = {"num_train_timesteps": 50, "beta_schedule": "linear", "prediction_type": "epsilon"}
 
-    def __init__(self, options: ModelOptions, data: DataOptions, cache: CacheOptions) -> None:
+    def __init__(self, options: ModelOptions, cache: CacheOptions) -> None:
         pass
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+from helpers.config.options import CacheOptions, ModelOptions
 from helpers.families.sdxl import SDXL
 from helpers.families.tiny import write_sdxl
 
@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def family(model: Path, tmp_path: Path) -> SDXL:
     options = dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model))
-    return SDXL(options, DataOptions(), dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
+    return SDXL(options, dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
 
 
 def ask(family: SDXL, denoiser: Any) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
-from helpers.config.options import CacheOptions, DataOptions, ModelOptions
+from helpers.config.options import CacheOptions, ModelOptions
 from helpers.errors import ConfigError
 from helpers.families.sdxl import SDXL
 from helpers.methods.lora_start import nearest_to_unrounded
@@ -42,7 +42,7 @@ class Rounded(SDXL):
 @pytest.fixture
 def rounded(model: Path, tmp_path: Path) -> Rounded:
     options = dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model))
-    return Rounded(options, DataOptions(), dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
+    return Rounded(options, dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
 
 
 def change(trainable: Trainable, layer: str, factor: float) -> torch.Tensor:

@@ -262,9 +262,8 @@ def test_an_expert_sees_its_own_timesteps_only_and_all_of_them(samples: int, inv
     assert high - 4 <= max(seen) <= high
 
 
-def test_the_whole_schedule_is_trained_by_default_and_by_a_refiner_that_is_asked_to() -> None:
+def test_the_whole_schedule_is_trained_by_default() -> None:
     assert diffusion().distribution.interval == range(1000)
-    assert diffusion(refiner_training=True, sdxl_refiner_uses_full_range=True).distribution.interval == range(1000)
 
 
 def test_a_part_without_timesteps_is_refused() -> None:
@@ -278,8 +277,6 @@ def test_settings_of_a_part_that_is_not_trained_are_refused() -> None:
     assert judged(refiner_training=True, refiner_training_strength=0.3, refiner_training_invert_schedule=True) == []
     assert judged(refiner_training_strength=0.3) == ["--refiner_training_strength needs --refiner_training."]
     assert judged(refiner_training_invert_schedule=True) == ["--refiner_training_invert_schedule needs --refiner_training."]
-    [problem] = judged(refiner_training=True, sdxl_refiner_uses_full_range=True)
-    assert "exclude each other" in problem
 
 
 # -- timesteps that are drawn more often -------------------------------------------------------------------------------------

@@ -205,7 +205,6 @@ def test_mode_scales_whose_function_turns_back_are_refused(scale: float, refused
         {"training_scheduler_timestep_spacing": "leading"},
         {"inference_scheduler_timestep_spacing": "leading"},
         {"refiner_training": True},
-        {"sdxl_refiner_uses_full_range": True},
         {"validation_noise_scheduler": "ddim"},
     ],
     ids=lambda setting: next(iter(setting)),

@@ -177,7 +177,7 @@ def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[
     ConfigError, ModelError or DataError where the run could not start. `progress` is told of files that had to be opened, and of how many.
     """
     config = read_saved_config(output_dir, known_axes())
-    family = FAMILIES[config.family_name](config.model, config.data, config.cache)
+    family = FAMILIES[config.family_name](config.model, config.cache)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     with family.image_codec(device) as codec, family.text_encoders(device) as encoders:

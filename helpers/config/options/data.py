@@ -23,9 +23,7 @@ class DataOptions:
     resolution_type: str = option(
         "area", "Unit of all sizes: megapixels (area), or length of the shorter side (pixel).", choices=("area", "pixel")
     )
-    aspect_bucket_alignment: int | None = option(
-        None, "Sides are multiples of this: 64 or 8.", default_text="64; 8 below 0.25 megapixels and for DeepFloyd"
-    )
+    aspect_bucket_alignment: int | None = option(None, "Sides are multiples of this: 64 or 8.", default_text="64; 8 below 0.25 megapixels")
     aspect_bucket_rounding: int | None = option(
         None,
         "Decimals of the aspects in OUTPUT_DIR/aspect_resolution_map-RESOLUTION.json, a file of your own sizes.",
@@ -53,21 +51,8 @@ class DataOptions:
     caption_dropout_probability: float = option(
         0.1, "Share of the samples trained without their caption, which guidance needs.", at_least=0, at_most=1
     )
-    sd3_caption_dropout: str = option(
-        "apart",
-        "How Stable Diffusion 3 drops captions: each of three text encoders by itself, at the cube root of --caption_dropout_probability,"
-        " as its base models were made, or all of them together. Without T5 it is the square root for two.",
-        choices=("apart", "together"),
-        some_families=True,
-    )
     parquet_caption_column: str = option("description", "Column of captions, in tables of any kind whose entry names none.")
     parquet_filename_column: str = option("id", "Column of file names, in tables of any kind whose entry names none.")
-    sdxl_original_size: str = option(
-        "file",
-        "The original size SDXL is told: the file's after EXIF rotation, or the resized image's (intermediary).",
-        choices=("file", "intermediary"),
-        some_families=True,
-    )
     preserve_data_backend_cache: bool = option(
         False, "Take data sets that were listed before to be as they were, and list none again: new and changed files are not noticed."
     )

@@ -16,8 +16,8 @@ class ModelOptions:
     """Model: which network is trained, and where it comes from."""
 
     model_family: str = option(
-        "sdxl",
-        "The model family. The wrappers set it; an SDXL refiner is recognized from its files.",  # Axes adds the families
+        "",
+        "Family of the base model. The wrappers set it; families with the same wrapper and settings are recognized from the base model.",
         env="SIMPLETUNER_FAMILY",
     )
     pretrained_model_name_or_path: str = option(
@@ -28,8 +28,8 @@ class ModelOptions:
     )
     single_file_config: str | None = option(
         None,
-        "For a base model in one .safetensors file: a model folder or hub name of the same kind, whose settings and tokenizers it shares. "
-        "From a folder, text encoders that a file of Stable Diffusion 3 lacks are taken too.",
+        "For a base model in one .safetensors file: a model folder or hub name of the same kind, whose configs and tokenizers are used. "
+        "If it is a folder, text encoders that the file lacks are taken from it too.",
         default_text="the model on the hub that diffusers takes the file for",
     )
     model_type: str = option(
@@ -40,24 +40,14 @@ class ModelOptions:
     revision: str | None = option(None, "Revision of the base model on the hub.")
     variant: str | None = option(None, "Variant of the weight files, for example fp16.")
     pretrained_vae_model_name_or_path: str | None = option(
-        None, "Another VAE, for example madebyollin/sdxl-vae-fp16-fix.", default_text="the base model's own"
+        None, "Another VAE, for example one made for fp16.", default_text="the base model's own"
     )
     pretrained_t5_model_name_or_path: str | None = option(
         None,
-        "Another T5 encoder with its tokenizer, for a family that reads T5: a folder or hub name of a pipeline or of a T5 alone."
-        " Stable Diffusion 3 without T5 gains one.",
+        "Another T5 encoder with its tokenizer: a folder or hub name of a pipeline or of a T5 alone. A base model without T5 gets it too.",
         default_text="the base model's own",
         some_families=True,
     )
-    sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", alias_of=("model_family", "sd3"))
-    sd3_uses_diffusion: bool = option(
-        False,
-        "Train Stable Diffusion 3 by diffusion with v-prediction, not by flow matching: a long training. See documentation/OBJECTIVES.md.",
-        some_families=True,
-    )
-    pixart_sigma: bool = option(False, "Same as --model_family=pixart_sigma.", alias_of=("model_family", "pixart_sigma"))
-    pixart_alpha: bool = option(False, "Same as --model_family=pixart_alpha.", alias_of=("model_family", "pixart_alpha"))
-    hunyuan_dit: bool = option(False, "Same as --model_family=hunyuan_dit.", alias_of=("model_family", "hunyuan_dit"))
     controlnet: bool = option(
         False,
         "Train a ControlNet: a copy of the network's encoder that follows a second picture, beside the network, which stays as it is."
@@ -74,7 +64,7 @@ class ModelOptions:
         None,
         "Tokens that T5 reads of a caption.",
         at_least=1,
-        default_text="what the family's diffusers pipeline uses: 256 (sd3), 300 (pixart_sigma), 120 (pixart_alpha)",
+        default_text="what the family's diffusers pipeline uses",
         some_families=True,
     )
     long_captions: str = option(
@@ -83,14 +73,6 @@ class ModelOptions:
         choices=("truncate", "chunk"),
         some_families=True,
     )
-    data_aesthetic_score: float = option(
-        7.0,
-        "How beautiful the SDXL refiner is told that the pictures are; it asks for 6 when it samples.",
-        at_least=0,
-        at_most=10,
-        some_families=True,
-    )
-    enable_watermark: bool = option(False, "Keep SDXL's invisible watermark in the exported pipeline.", not_yet=True)
     needs_weights: bool = True  # not an option: a look at the data is content with settings and tokenizers
     family_sections: tuple[Any, ...] = ()  # not an option: the sections that families declare, with their values
 
@@ -149,8 +131,8 @@ class TextEncoderOptions:
 
     train_text_encoder: bool = option(
         False,
-        "Train the text encoders too: all or some layers of Stable Diffusion 1 and 2 (full), adapters of theirs and SDXL's (lora)."
-        " No caption is cached then.",
+        "Train the CLIP text encoders too: all or some layers (full), or adapters (lora). No caption is cached then."
+        " documentation/TEXT_ENCODER.md lists the families.",
     )
     text_encoder_lr: float | None = option(
         None,

@@ -72,7 +72,7 @@ class ObjectiveOptions:
     )
     refiner_training: bool = option(
         False,
-        "Train on the low-noise end of the schedule only: a refiner, or one of two experts. An SDXL refiner is trained so by itself.",
+        "Train on the low-noise end of the schedule only: a refiner, or one of two experts.",
     )
     refiner_training_strength: float = option(
         0.2, "Size of that end: 0.2 is timesteps 0 to 199 of 1000. With --refiner_training.", above=0, at_most=1
@@ -80,7 +80,6 @@ class ObjectiveOptions:
     refiner_training_invert_schedule: bool = option(
         False, "Train on all but that end: the expert for the rest of the schedule. With --refiner_training."
     )
-    sdxl_refiner_uses_full_range: bool = option(False, "Train an SDXL refiner on the whole schedule.", some_families=True)
     weighting_scheme: str = option(
         "logit_normal",
         "Flow matching: which timesteps are drawn more often (Esser et al., 2024). sigma_sqrt weighs the error of the picture by 1/sigma^2,"
@@ -103,6 +102,6 @@ class ObjectiveOptions:
         "Flow matching: timesteps t become a t / (1 + (a - 1) t), towards noise above 1. The exported scheduler has it too.",
         above=0,
         at_most=100,
-        default_text="what the base model's scheduler says, 3 for Stable Diffusion 3",
+        default_text="what the base model's scheduler says",
         objective="flow",
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from helpers.config.declare import option
 from helpers.data.base.sample import Geometry
 from helpers.families.networks import condition
 from helpers.families.text import clip_states
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
 
     from helpers.data.batches import Batch
     from helpers.data.ports import TextTensors
+
+
+@dataclass(frozen=True)
+class SDXLOptions:
+    """SDXL: what the network gets besides text."""
+
+    sdxl_original_size: str = option(
+        "file",
+        "The original size that the network gets: the file's after EXIF rotation, or the resized image's (intermediary).",
+        choices=("file", "intermediary"),
+    )
+    enable_watermark: bool = option(False, "Keep SDXL's invisible watermark in the exported pipeline.", not_yet=True)
 
 
 def has_first_encoder(index: Mapping[str, Any]) -> bool:

@@ -49,7 +49,7 @@ def losses(lab: Lab, flags: Flags) -> object:
 def base_weights(lab: Lab, flags: Flags) -> object:
     """Of the U-Net that a run would start from."""
     config = lab.config(flags)
-    denoiser = SDXL(config.model, config.data, config.cache).load(torch.float32).denoiser
+    denoiser = SDXL(config.model, config.cache).load(torch.float32).denoiser
     return hashlib.sha256(b"".join(weights.detach().numpy().tobytes() for weights in denoiser.parameters())).hexdigest()
 
 
