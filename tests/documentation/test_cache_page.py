@@ -9,9 +9,9 @@ from tests.documentation.pages import Page
 
 COMMANDS = [line for block in Page.named("documentation/CACHE.md").blocks("bash") for line in block.text.splitlines()]
 SAYS = {
-    "verify": "all well",
+    "verify": "no problems",
     "stats": "records   3, ",
-    "why": "is current: the next start uses it as it is",
+    "why": "is current: the next start uses this entry",
     "export": "coffee.png: ",
     "gc": "0 records, 0.00 MB",
 }

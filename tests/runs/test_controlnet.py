@@ -60,7 +60,7 @@ def test_stopped_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_by
     picture = next(steered.pictures.glob("*.png"))
     assert cache(["why", str(picture), f"--output_dir={undisturbed.folder}"]) == 0
     assert cache(["gc", f"--output_dir={undisturbed.folder}"]) == 0
-    assert "is current: the next start uses it as it is" in (told := capsys.readouterr().out) and "\n0 records, 0.00 MB not needed" in told
+    assert "is current: the next start uses this entry" in (told := capsys.readouterr().out) and "\n0 records, 0.00 MB not needed" in told
     steered.wrapper = "train_sdxl.sh"
     halves = {**USUAL, "gradient_accumulation_steps": 1}
     pair = steered.finish("stopped", environ={"TRAINING_NUM_PROCESSES": "2"}, **{**halves, "max_train_steps": 2})

@@ -108,7 +108,7 @@ def look_into_the_caches(output: Path, capsys: pytest.CaptureFixture[str]) -> No
     for copy in (output / "cache" / "s3").rglob("*.safetensors"):
         copy.unlink()
     code, said = tool("verify")
-    assert code == 0 and said.count("all well") == 2, said
+    assert code == 0 and said.count("no problems") == 2, said
     code, said = tool("why", "pictures/a_red_circle_00.png")
     assert code == 0 and "is current" in said and "shard     s3://" in said
     assert tool("export", "pictures/a_red_circle_00.png", str(output / "exported.png"))[0] == 0

@@ -1,4 +1,4 @@
-"""The cache program tells what is wrong, why an entry is as it is, and removes what nobody needs and nothing else."""
+"""The cache program finds every problem, explains entries, and deletes what no run needs and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTINGS = {"max_train_steps": 1, "checkpointing_steps": 100, "validation_prompt
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """A run of one step over six pictures, of which two are the same."""
+    """A run of one step on six images, two of them identical."""
     folder = tmp_path_factory.mktemp("original")
     pictures = draw_pictures(folder / "pictures", 5)
     shutil.copy(pictures / "a_red_circle_00.png", pictures / "a_copy.png")
@@ -49,7 +49,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 @dataclass
 class Run:
-    """A copy of that run with its pictures, to be damaged."""
+    """A copy of that run with its images, which tests may damage."""
 
     folder: Path
     capture: pytest.CaptureFixture[str]
@@ -68,11 +68,11 @@ class Run:
 
     @property
     def shard(self) -> Path:
-        """The one that holds most."""
+        """The largest shard."""
         return max(self.latents.glob("*.safetensors"), key=lambda path: path.stat().st_size)
 
     def tool(self, *words: str) -> tuple[int, str]:
-        """Exit code, and all that was said."""
+        """The exit code, and everything that was printed."""
         self.capture.readouterr()
         code = main([words[0], f"--output_dir={self.output}", *words[1:]])
         said = self.capture.readouterr()
@@ -87,7 +87,7 @@ class Run:
         (self.output / "config.json").write_text(json.dumps(content))
 
     def flip_a_byte(self, name: str) -> None:
-        """Of the latents of a picture."""
+        """Change one byte of an image's latents."""
         code, said = self.tool("why", name)
         assert code == 0, said
         shard, place = said.partition("  shard     ")[2].splitlines()[0].split(", ", 1)
@@ -107,7 +107,7 @@ def run(original: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file but those that SQLite keeps beside a database while it is open."""
+    """Every file, except those that SQLite keeps next to an open database."""
     paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(("-wal", "-shm"))]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -125,7 +125,7 @@ def test_it_explains_itself_in_less_than_a_second() -> None:
 def test_a_sound_cache_verifies_and_is_not_touched(run: Run) -> None:
     before = content(run.output / "cache")
     code, said = run.tool("verify")
-    assert code == 0 and said.count("all well") == 2
+    assert code == 0 and said.count("no problems") == 2
     assert "5 records in" in said  # the copy shares a record
     assert content(run.output / "cache") == before
 
@@ -152,10 +152,10 @@ def test_the_folder_of_a_cache_in_a_bucket_holds_copies_and_what_has_none_is_not
 
     assert main(["verify", f"--cache_dir={tmp_path / 'cache'}"]) == 0
     said = capsys.readouterr().out
-    assert "4 records in 4 shards" in said and "all well" in said
-    assert "not read, since no copy is here: 1 of the 4 shards in memory; with the --output_dir of a run that uses them they are" in said
+    assert "4 records in 4 shards" in said and "no problems" in said
+    assert "not read, because there is no local copy: 1 of the 4 shards in memory; with --output_dir of a run that" in said
     assert main(["stats", f"--cache_dir={folder}"]) == 0
-    assert re.search(r"shards +4, 0\.00 MB in memory; copies of 3, 0\.00 MB, here", capsys.readouterr().out)
+    assert re.search(r"shards +4, 0\.00 MB in memory; local copies of 3, 0\.00 MB", capsys.readouterr().out)
 
     second.write_bytes(second.read_bytes()[:-1])  # a copy that is here is verified
     assert main(["verify", f"--cache_dir={folder}"]) == 1
@@ -207,12 +207,12 @@ def flip(run: Run) -> None:
     [
         (flip, "has changed since it was written"),
         (cut_off, "bytes instead of"),
-        (remove, "is missing, with"),
+        (remove, "is missing; it held"),
         (break_header, "its header is damaged"),
-        (lie_in_the_index, "is not where the index says"),
-        (lose_the_index, "the next run makes it again from the shards"),
-        (forget_a_shard, "is not in the index; the next run takes its"),
-        (leave_unfinished, "was never finished; the next run removes it"),
+        (lie_in_the_index, "is not at the position in the index"),
+        (lose_the_index, "the next run rebuilds it from the shards"),
+        (forget_a_shard, "is not in the index; the next run adds its"),
+        (leave_unfinished, "was never finished; the next run deletes it"),
     ],
 )
 def test_damage_is_listed_by_file_and_nothing_is_repaired_in_passing(run: Run, damage: Callable[[Run], None], words: str) -> None:
@@ -220,7 +220,7 @@ def test_damage_is_listed_by_file_and_nothing_is_repaired_in_passing(run: Run, d
     before = content(run.latents)
     code, said = run.tool("verify")
     assert code == 1 and words in said and str(run.latents) in said
-    assert "text" in said and said.count("all well") == 1  # the other cache is sound
+    assert "text" in said and said.count("no problems") == 1  # the other cache is sound
     assert content(run.latents) == before
 
 
@@ -228,7 +228,7 @@ def test_a_flipped_byte_has_that_entry_alone_made_again(run: Run, original: Trai
     """In the middle of a run, which reads each record as it needs it; afterwards the cache is sound."""
     run.flip_a_byte("pictures/a_red_circle_03.png")
     code, said = run.tool("why", "pictures/a_red_circle_03.png")
-    assert code == 1 and "is damaged: the next start makes it again" in said
+    assert code == 1 and "is damaged: the next start encodes it again" in said
     others = [f"pictures/a_red_circle_{number:02}.png" for number in (0, 1, 2, 4)]
     places = {name: run.tool("why", name)[1] for name in others}
     again = Trainer(original.model, run.pictures, run.folder, settings=original.settings).finish(seed=1, max_train_steps=4)
@@ -245,7 +245,7 @@ def test_a_picture_is_named_by_path_by_key_or_by_data_set_and_key(run: Run) -> N
     answers = [run.tool("why", name) for name in (str(run.pictures / "a_copy.png"), "a_copy.png", "pictures/a_copy.png")]
     assert answers[0] == answers[1] == answers[2]
     code, said = answers[0]
-    assert code == 0 and "is current: the next start uses it as it is" in said
+    assert code == 0 and "is current: the next start uses this entry" in said
     for words in ("  image     ", "  encoder   ", "  geometry  64x64 0,0 64x64", "  precision auto", "  shard     ", "mean 4x"):
         assert words in said
 
@@ -253,9 +253,9 @@ def test_a_picture_is_named_by_path_by_key_or_by_data_set_and_key(run: Run) -> N
 def test_what_changed_is_named(run: Run) -> None:
     run.change_settings(cache_dtype="fp32")
     code, said = run.tool("why", "a_copy.png")
-    assert code == 1 and "under other facts (other cache precision)" in said and "earlier   precision auto" in said
+    assert code == 1 and "with other settings or files (other cache precision)" in said and "earlier   precision auto" in said
     run.change_settings(cache_dtype="auto", resolution=72)
-    assert "under other facts (other size or cut)" in run.tool("why", "a_copy.png")[1]
+    assert "with other settings or files (other size or cut)" in run.tool("why", "a_copy.png")[1]
     run.change_settings(resolution=64)
     assert run.tool("why", "a_copy.png")[0] == 0
 
@@ -264,14 +264,14 @@ def test_a_picture_that_was_replaced_is_told_without_touching_the_runs_catalogue
     Image.new("RGB", (64, 64), "teal").save(run.pictures / "a_red_circle_04.png")
     catalogue = (run.output / "cache" / "catalogue.sqlite").read_bytes()
     code, said = run.tool("why", "a_red_circle_04.png")
-    assert code == 1 and "under other facts (changed image" in said
+    assert code == 1 and "with other settings or files (changed image" in said
     assert (run.output / "cache" / "catalogue.sqlite").read_bytes() == catalogue
 
 
 def test_a_file_that_is_left_out_says_why(run: Run) -> None:
     (run.pictures / "notes.md").write_text("x")
     code, said = run.tool("why", "notes.md")
-    assert code == 1 and "notes.md of data set pictures is left out: not an image" in said
+    assert code == 1 and "notes.md of dataset pictures is left out: not an image" in said
 
 
 def test_a_new_picture_was_never_encoded(run: Run) -> None:
@@ -283,7 +283,7 @@ def test_a_new_picture_was_never_encoded(run: Run) -> None:
 @pytest.mark.parametrize("words", [("why", "nothing.png"), ("export", "nothing.png", "out.png")])
 def test_a_file_of_no_data_set_is_refused(run: Run, words: tuple[str, ...]) -> None:
     code, said = run.tool(*words)
-    assert code == 2 and "nothing.png is no file of the run's data sets (pictures)" in said
+    assert code == 2 and "nothing.png is not a file of the run's datasets (pictures)" in said
 
 
 @pytest.mark.parametrize("command", ["verify", "stats", "gc"])
@@ -302,7 +302,7 @@ def test_latents_of_a_set_that_is_cut_anew_each_epoch_are_those_of_the_present_e
     epoch, folder = min((int(path.name.rpartition("-")[2]), path) for path in run.latents.iterdir())  # the next one may be there
     assert epoch >= 1
     code, said = run.tool("why", "a_red_circle_03.png")
-    assert code == 0 and f"data set pictures, as epoch {epoch} cuts it, is current" in said and str(folder) in said
+    assert code == 0 and f"dataset pictures, with its crop of epoch {epoch}, is current" in said and str(folder) in said
     assert run.tool("export", "a_red_circle_03.png", str(tmp_path / "out.png"))[0] == 0
     before = content(run.latents)
     for words in (("gc",), ("gc", "--delete")):  # these go with the run's epochs
@@ -329,11 +329,11 @@ def test_records_of_pictures_that_are_gone_go_and_the_rest_reads_the_same(run: R
         (run.latents / foreign).write_text("mine")
     before = content(run.latents)
     code, said = run.tool("gc")
-    assert code == 0 and re.search(r"^4 records, .* not needed; --delete removes them$", said, re.MULTILINE)  # and two captions
+    assert code == 0 and re.search(r"^4 records, .* not needed; --delete deletes them$", said, re.MULTILINE)  # and two captions
     assert content(run.latents) == before  # without --delete nothing changes
     pictures, bytes_before = content(run.pictures), on_disk(run.latents)
     code, said = run.tool("gc", "--delete")
-    assert code == 0 and said.rstrip().endswith("MB removed")
+    assert code == 0 and said.rstrip().endswith("MB deleted")
     assert on_disk(run.latents) < bytes_before and content(run.pictures) == pictures
     assert (run.latents / "holiday.safetensors").read_text() == (run.latents / "notes.txt").read_text() == "mine"
     assert run.tool("verify")[0] == 0 and "3 records in" in run.tool("verify")[1]
@@ -389,7 +389,7 @@ def test_nothing_goes_where_not_one_needed_record_is_there(run: Run) -> None:
     run.change_settings(resolution=72)
     before = content(run.output / "cache")
     code, said = run.tool("gc", "--delete")
-    assert code == 2 and "not one of the 5 records that the runs need" in said
+    assert code == 2 and "the runs need 5 records, and none of them is among" in said
     assert content(run.output / "cache") == before
 
 
@@ -425,7 +425,7 @@ def test_a_shared_cache_keeps_what_the_other_named_run_needs(run: Run) -> None:
 def test_stats_count_records_shapes_and_encoders(run: Run) -> None:
     code, said = run.tool("stats")
     assert code == 0
-    for words in ("records   5, ", "shape     mean 4x", "prompt_embeds 77x", "precision auto: the latest record of 6 pictures"):
+    for words in ("records   5, ", "shape     mean 4x", "prompt_embeds 77x", "precision auto: the latest record of 6 images"):
         assert words in said
 
 

@@ -1,4 +1,4 @@
-"""Class images from the demo's model, made and gone on with as a user does."""
+"""Class images of the demo model, generated and continued as a user does."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_each_picture_has_its_size_and_its_prompt_beside_it(tmp_path: Path) -> None:
+def test_each_image_has_its_size_and_a_caption_file_with_its_prompt(tmp_path: Path) -> None:
     assert make(tmp_path, "--size", "64x48") == EXIT_FINISHED
     pictures = sorted(tmp_path.glob("*.png"))
     assert [Image.open(path).size for path in pictures] == [(64, 48)] * 2
@@ -54,21 +54,21 @@ def test_no_pipeline_rounds_the_size(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("pixart_alpha", "sides are multiples of 16, and not 72x72"), ("sdxl_refiner", "makes pictures from pictures")],
+    [("pixart_alpha", "sides must be multiples of 16 for this model, not 72x72"), ("sdxl_refiner", "needs an input image")],
 )
-def test_what_a_model_cannot_make_is_refused(family: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_model_cannot_generate_is_refused(family: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert make(tmp_path / "out", "--size", "72", *miniature(family, tmp_path)) == EXIT_REFUSED
     assert reason in capsys.readouterr().err
 
 
-def test_what_is_there_stays_and_what_is_missing_is_made_as_it_would_have_been(tmp_path: Path) -> None:
+def test_existing_files_stay_and_missing_images_are_generated_as_they_would_have_been(tmp_path: Path) -> None:
     make(tmp_path / "whole", number=4)
     whole = content(tmp_path / "whole")
     make(tmp_path / "stopped", number=2)
     half = content(tmp_path / "stopped")
     first, second = sorted((tmp_path / "stopped").glob("*.png"))
     first.write_bytes(b"mine")
-    second.with_suffix(".txt").unlink()  # as where the program was killed between the two
+    second.with_suffix(".txt").unlink()  # as if the program was killed between the two
     kept = second.read_bytes()
     assert make(tmp_path / "stopped", number=4) == EXIT_FINISHED
     after = content(tmp_path / "stopped")
@@ -78,10 +78,10 @@ def test_what_is_there_stays_and_what_is_missing_is_made_as_it_would_have_been(t
     assert len(made) == 2
     for name in made:
         one, other = (np.asarray(Image.open(tmp_path / folder / name), np.int16) for folder in ("whole", "stopped"))
-        assert abs(one - other).max() <= 2  # batches may have been cut otherwise
+        assert abs(one - other).max() <= 2  # the batches differ
 
 
-def test_other_settings_make_other_files_beside_the_first(tmp_path: Path) -> None:
+def test_other_settings_make_other_files(tmp_path: Path) -> None:
     make(tmp_path, number=1)
     before = content(tmp_path)
     make(tmp_path, "--seed", "7", number=1)
@@ -93,10 +93,10 @@ def test_a_finished_series_loads_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     make(tmp_path)
     monkeypatch.setattr(class_images, "load_pipeline", None)
     assert make(tmp_path) == EXIT_FINISHED
-    assert "2 of 2 pictures" in capsys.readouterr().err
+    assert "2 of 2 images" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert make(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "empty")) == EXIT_REFUSED
     assert "has no model_index.json" in capsys.readouterr().err
@@ -105,9 +105,9 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--size", "100"), "'100' is not a size such as 1024 or 1216x832"),
+        (("--size", "100"), "'100' is not a size in multiples of 8, such as 1024 or 1216x832"),
         (("--number", "0"), "'0' is not a whole number above 0"),
-        (("--prompt", " "), "is empty; say what the pictures show"),
+        (("--prompt", " "), "is empty; describe the images"),
     ],
 )
 def test_a_mistake_is_named(flags: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,8 +124,8 @@ def test_help_is_answered_at_once() -> None:
     assert time.perf_counter() - began < 2
 
 
-def test_a_model_without_t5_makes_them_with_the_one_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is a part of the settings: another T5 begins another series. What cannot read it is refused."""
+def test_a_model_without_t5_uses_the_one_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """T5 is part of the settings, so another T5 gives another series. A model that cannot use it is refused."""
     shutil.rmtree(write_pixart_sigma(tmp_path / "model") / "text_encoder")
     write_pixart_sigma(tmp_path / "one", seed=1)
     write_pixart_sigma(tmp_path / "two", seed=2)
@@ -142,11 +142,11 @@ def test_a_model_without_t5_makes_them_with_the_one_that_is_named(tmp_path: Path
     assert "a StableDiffusionXLPipeline has no T5; remove it" in capsys.readouterr().err
     assert with_t5("wide") == EXIT_REFUSED
     assert f"are 64 wide, and {tmp_path / 'model'} reads 32: name a T5 of the size" in capsys.readouterr().err
-    T5EncoderModel(t5_config(8, 48)).save_pretrained(tmp_path / "wide" / "text_encoder_3")  # the network has 48 for something else
+    T5EncoderModel(t5_config(8, 48)).save_pretrained(tmp_path / "wide" / "text_encoder_3")  # 48 is another width in the network
     assert with_t5("wide") == EXIT_REFUSED
     assert f"are 48 wide, and {tmp_path / 'model'} reads 32" in capsys.readouterr().err
 
 
-def test_stable_diffusion_3_without_t5_makes_them_without_it(tmp_path: Path) -> None:
+def test_stable_diffusion_3_works_without_t5(tmp_path: Path) -> None:
     model = write_sd35(tmp_path / "model")
     assert make(tmp_path / "out", "--pretrained_model_name_or_path", str(model), number=1) == EXIT_FINISHED

@@ -1,4 +1,4 @@
-"""Sampling with two experts: which network is asked when, and which runs make a pair."""
+"""Sampling with two experts: which network is used at which timestep, and which runs make a pair."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ PROMPT = "a red circle on a blue background"
 
 
 class Named(nn.Module):
-    """Answers with its name."""
+    """Returns its name."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
         self.config = {"name": name}
 
-    def forward(self, sample: Any, timestep: Any, told: str = "") -> str:
-        return self.name + told
+    def forward(self, sample: Any, timestep: Any, extra: str = "") -> str:
+        return self.name + extra
 
 
 @pytest.mark.parametrize("timestep", [200, 200.5, 999, torch.tensor(200), torch.tensor([999, 999])])
-def test_the_first_answers_from_the_border_on(timestep: Any) -> None:
+def test_the_first_expert_is_used_from_the_border_up(timestep: Any) -> None:
     assert TwoExperts(Named("early"), Named("late"), 200)(None, timestep) == "early"
 
 
 @pytest.mark.parametrize("timestep", [0, 199, 199.9, torch.tensor(199), torch.tensor([0, 0])])
-def test_the_second_answers_below_it(timestep: Any) -> None:
+def test_the_second_expert_is_used_below_the_border(timestep: Any) -> None:
     assert TwoExperts(Named("early"), Named("late"), 200)(None, timestep) == "late"
 
 
-def test_the_timestep_is_found_by_its_name_too_and_all_else_is_passed_on_and_told_by_the_first() -> None:
+def test_a_named_timestep_works_too_and_other_attributes_are_the_first_experts() -> None:
     both = TwoExperts(Named("early"), Named("late"), 200)
-    assert both(sample=None, told="!", timestep=3) == "late!"
+    assert both(sample=None, extra="!", timestep=3) == "late!"
     assert both.config == {"name": "early"}
     with pytest.raises(AttributeError, match="nothing"):
         _ = both.nothing
@@ -64,8 +64,8 @@ def other_unet() -> UNet2DConditionModel:
     return unet
 
 
-def test_both_sample_as_the_two_pipelines_of_sdxl_do_one_after_the_other() -> None:
-    """The expected side: diffusers' own hand-over at 80 % of the schedule."""
+def test_both_sample_like_the_two_pipelines_of_sdxl_in_sequence() -> None:
+    """Expected: diffusers' own switch from base to refiner at 80 % of the schedule."""
     usual: dict[str, Any] = {"num_inference_steps": 10, "output_type": "latent"}
     first = StableDiffusionXLPipeline.from_pretrained(MODEL, torch_dtype=torch.float32, add_watermarker=False)
     second = StableDiffusionXLImg2ImgPipeline(**{**first.components, "unet": other_unet()}, add_watermarker=False)
@@ -85,7 +85,7 @@ def settings(*flags: str) -> Config:
 
 @pytest.fixture
 def expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A finished run with these flags, in a folder of this name."""
+    """Makes a folder of this name with a finished run with these flags."""
     monkeypatch.chdir(tmp_path)
     Path("images").mkdir()
     Path("data.json").write_text(json.dumps([{"id": "mine", "instance_data_dir": "images"}]))
@@ -112,27 +112,27 @@ def test_the_order_of_the_folders_does_not_matter(expert: Any) -> None:
     [
         ((), (), "both trained on the end of the schedule"),
         ((INVERTED,), (INVERTED,), "both trained on the beginning"),
-        ((INVERTED,), ("--refiner_training_strength=0.3",), "has both experts or none"),
-        ((INVERTED,), ("--model_family=sd2x",), "of the family sdxl and .* of sd2x"),
+        ((INVERTED,), ("--refiner_training_strength=0.3",), "have two experts or none"),
+        ((INVERTED,), ("--model_family=sd2x",), "belongs to the model family sdxl and .* to sd2x"),
         ((INVERTED, PIXART, "--pretrained_t5_model_name_or_path=a/t5"), (PIXART,), "the T5 of a/t5 and .* with that of its base model"),
     ],
 )
-def test_two_that_make_no_schedule_are_refused_with_the_reason(
+def test_experts_that_do_not_make_one_schedule_are_refused_with_the_reason(
     one: tuple[str, ...], other: tuple[str, ...], reason: str, expert: Any
 ) -> None:
     with pytest.raises(UserError, match=reason):
         experts.in_order(Expert.open(expert("one", *one)), Expert.open(expert("other", *other)))
 
 
-def test_what_is_no_finished_expert_is_refused(expert: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_a_finished_expert_is_refused(expert: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = expert("first", INVERTED)
     whole = expert("whole")
     write_json(whole / "config.json", settings().to_json())
     unfinished = expert("unfinished")
     (unfinished / "pipeline").rmdir()
     (tmp_path / "empty").mkdir()
-    told = {"whole": "it is no expert", "unfinished": "let the run come to its end", "empty": "holds no config.json"}
-    for name, reason in told.items():
+    reasons = {"whole": "it is not an expert", "unfinished": "let the run finish", "empty": "holds no config.json"}
+    for name, reason in reasons.items():
         command = [str(first), str(tmp_path / name), "--prompt", "a cat", "--output_dir", "out"]
         assert experts.main(command) == EXIT_REFUSED
         assert reason in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Look into the caches of a run: verify them, ask why, clean up, count, and see what a latent looks like."""
+"""Inspect the caches of a run: verify, explain, clean up, count, and decode latents to images."""

@@ -1,4 +1,4 @@
-"""What no run needs any more, and how it goes: whole shards are removed, shards of which something is needed are written anew."""
+"""Garbage collection: shards that no run needs are deleted, and shards that are partly needed are rewritten."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from toolkit.cache.view import CacheView, is_cache
 
 @dataclass(frozen=True)
 class Surplus:
-    """A file of a cache that holds more than is needed."""
+    """A shard with records that are not needed."""
 
     path: Path
-    records: int  # that are not needed
-    bytes: int  # that would be free
-    kept: int  # records that are needed, and stay
+    records: int  # records that are not needed
+    bytes: int  # that deleting them frees
+    kept: int  # records that are needed
 
     def __str__(self) -> str:
         what = f"{self.records:,} of {self.records + self.kept:,} records" if self.kept else f"all {self.records:,} records"
@@ -28,10 +28,10 @@ class Surplus:
 
 
 def surplus(folder: Path, needed: Collection[bytes]) -> list[Surplus]:
-    """The shards of a cache that hold records whose key is not needed, and those that the index does not know.
+    """The shards of a cache with records whose key is not needed, and the shards that are not in the index.
 
-    DataError where the index cannot be read; and where there are records, and not one of them is needed: then it is more likely that the
-    runs, the model or the device are not those that the cache was made with.
+    DataError if the index cannot be read. DataError also if there are records and none of them is needed: then the cache was probably
+    made with other runs, another model or another device.
     """
     if not is_cache(folder):
         return []
@@ -47,31 +47,31 @@ def surplus(folder: Path, needed: Collection[bytes]) -> list[Surplus]:
                 found.append(Surplus(folder / shard.name, len(unneeded), free, len(records) - len(unneeded)))
         if total and not present:
             raise DataError(
-                f"{folder}: not one of the {len(needed):,} records that the runs need is among the {total:,} that are there; nothing is"
-                " removed, since the cache seems to be another run's, or made for another model, size or device."
+                f"{folder}: the runs need {len(needed):,} records, and none of them is among the {total:,} records here; nothing is"
+                " removed, because the cache seems to belong to another run, or was made for another model, size or device."
             )
         found += [stray for path in view.strays() if (stray := _stray(view, path, needed)) is not None]
     return found
 
 
 def _stray(view: CacheView, path: Path, needed: Collection[bytes]) -> Surplus | None:
-    """A shard that the index does not know, unless it is being written or a run would take something of it in."""
+    """A shard that is not in the index, unless it is being written or a run would add records of it to the index."""
     with unused_file(path) as is_abandoned:
         if not is_abandoned:
             return None
         size, keys = path.stat().st_size, set[bytes]()
         if not path.name.endswith(UNSEALED):
-            with contextlib.suppress(DamagedShardError):  # such a one is of no use to anybody
+            with contextlib.suppress(DamagedShardError):  # a damaged shard is of no use
                 keys = {placed.key for placed in read_header(path)}
         wanted = {key for key in keys if key in needed and view.find(key) is None}
     return None if wanted else Surplus(path, len(keys), size, 0)
 
 
 def remove(folder: Path, needed: Mapping[bytes, str], progress: Callable[[int], None]) -> None:
-    """Remove what `surplus` lists. DataError while a run has the cache open; `progress` is told of every shard that is done."""
-    if not is_cache(folder):  # and opening it would make it one
+    """Delete what `surplus` lists. `progress(1)` is called after every shard. DataError while a run has the cache open."""
+    if not is_cache(folder):  # opening it would create a cache
         return
-    cache = Cache(folder)  # takes in whole strays and removes broken ones, as for a run
+    cache = Cache(folder)  # adds intact shards to the index and deletes broken ones, as for a run
     try:
         cache.lock_exclusively()
         for found in surplus(folder, needed):
@@ -86,7 +86,7 @@ def remove(folder: Path, needed: Mapping[bytes, str], progress: Callable[[int], 
 
 
 def together(needs: Iterator[Mapping[Path, Mapping[bytes, str]]]) -> dict[Path, dict[bytes, str]]:
-    """What several runs need of each folder."""
+    """The records of each folder that at least one of several runs needs."""
     joined: dict[Path, dict[bytes, str]] = {}
     for need in needs:
         for folder, keys in need.items():

@@ -1,14 +1,15 @@
-"""Look into the caches of a run.
+"""Inspect the caches of a run.
 
-    ./simpletuner cache verify --output_dir=OUTPUT_DIR         every checksum, every shard, the index against the shards
-    ./simpletuner cache why FILE --output_dir=OUTPUT_DIR       the entry of a picture, and whether the next start uses it
-    ./simpletuner cache gc --output_dir=OUTPUT_DIR [--delete]  what the run does not need any more; without --delete only a list
-    ./simpletuner cache stats --output_dir=OUTPUT_DIR          records, bytes, shapes, encoders
+    ./simpletuner cache verify --output_dir=OUTPUT_DIR         check every byte, every shard, and the index
+    ./simpletuner cache why FILE --output_dir=OUTPUT_DIR       explain an image's cache entry, and whether the next start uses it
+    ./simpletuner cache gc --output_dir=OUTPUT_DIR [--delete]  list or delete what the run no longer needs
+    ./simpletuner cache stats --output_dir=OUTPUT_DIR          count records, bytes, tensor shapes, encoders
     ./simpletuner cache export FILE OUT.png --output_dir=OUTPUT_DIR
+                                                               decode an image's cached latents
 
-FILE is a picture's path, or DATASET/FILE as dataset_report.json names it. verify and stats take --cache_dir=FOLDER as well. Start
-it in the folder that the run was started in, if its paths are relative. Nothing but `gc --delete` changes anything, and that only
-shards of the cache. Exit codes: 0 all well, 1 something is wrong or not current, 2 it cannot be told.
+FILE is an image's path, or DATASET/FILE as in dataset_report.json. verify and stats also take --cache_dir=FOLDER. If the run used
+relative paths, start this in the folder where the run was started. Only `gc --delete` changes anything: it deletes shards of the cache.
+Exit codes: 0 no problem, 1 a problem was found or an entry is not current, 2 refused.
 """
 
 from __future__ import annotations
@@ -50,21 +51,21 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     for name, run, help in (
-        ("verify", _verify, "Read every byte of the caches and compare it with what was written."),
-        ("stats", _stats, "Count records, bytes, shapes and encoders."),
+        ("verify", _verify, "Read every byte of the caches and compare it with its checksum."),
+        ("stats", _stats, "Count records, bytes, tensor shapes and encoders."),
     ):
         place = command(name, run, help).add_mutually_exclusive_group(required=True)
-        place.add_argument("--output_dir", type=Path, help="OUTPUT_DIR of a run: its config.json tells where the caches are")
-        place.add_argument("--cache_dir", type=Path, help="a folder with caches in it, or a cache")
-    why = command("why", _why, "Tell what the cache holds of a picture, and whether the next start of the run uses it.")
-    export = command("export", _export, "Decode the cached latents of a picture with the model's VAE.")
+        place.add_argument("--output_dir", type=Path, help="OUTPUT_DIR of a run; its config.json says where the caches are")
+        place.add_argument("--cache_dir", type=Path, help="a cache, or a folder with caches in it")
+    why = command("why", _why, "Explain an image's cache entry, and say whether the next start of the run uses it.")
+    export = command("export", _export, "Decode the cached latents of an image with the model's VAE.")
     for each in (why, export):
-        each.add_argument("file", metavar="FILE", help="path of a picture, or DATASET/FILE")
+        each.add_argument("file", metavar="FILE", help="path of an image, or DATASET/FILE")
         each.add_argument("--output_dir", type=Path, required=True, help="OUTPUT_DIR of the run")
-    export.add_argument("out", metavar="OUT.png", type=Path, help="where the picture is written to")
-    gc = command("gc", _gc, "List the records that the next starts of some runs do not need, and the shards that nobody knows.")
-    gc.add_argument("--output_dir", type=Path, required=True, action="append", help="OUTPUT_DIR; once for each run that shares a cache")
-    gc.add_argument("--delete", action="store_true", help="remove them; name every run that shares a cache, or it loses its records")
+    export.add_argument("out", metavar="OUT.png", type=Path, help="the image file to write")
+    gc = command("gc", _gc, "List the records that the next start of these runs would not use, and the shards that are not in the index.")
+    gc.add_argument("--output_dir", type=Path, required=True, action="append", help="OUTPUT_DIR; repeat it for each run that shares the cache")
+    gc.add_argument("--delete", action="store_true", help="delete them; name every run that shares the cache, or it loses its records")
     return parser
 
 
@@ -81,16 +82,16 @@ def _verify(chosen: argparse.Namespace) -> int:
                 known = view.shards()
                 shards, records, size = len(known), sum(len(view.records(shard)) for shard in known), sum(shard.size for shard in known)
                 if view.store is None and (elsewhere := len(view.elsewhere())):
-                    unread = f"not read, since no copy is here: {elsewhere:,} of the {shards:,} shards in {view.stored_in}"
+                    unread = f"not read, because there is no local copy: {elsewhere:,} of the {shards:,} shards in {view.stored_in}"
         except UserError:
-            pass  # `verify` says it
+            pass  # `verify` reports it
         with _bar(f"verify {folder.name}", size) as advance:
             problems = list(verify(place, advance))
         print(
-            f"{folder}: {records:,} records in {shards:,} shards, {size / 1e6:,.2f} MB: {_count(len(problems)) if problems else 'all well'}"
+            f"{folder}: {records:,} records in {shards:,} shards, {size / 1e6:,.2f} MB: {_count(len(problems)) if problems else 'no problems'}"
         )
         if unread:
-            print(f"  {unread}; with the --output_dir of a run that uses them they are")
+            print(f"  {unread}; with --output_dir of a run that uses the bucket, they are read too")
         for problem in problems:
             print(f"  {problem}")
         wrong += len(problems)
@@ -106,11 +107,11 @@ def _stats(chosen: argparse.Namespace) -> int:
 
 
 def _why(chosen: argparse.Namespace) -> int:
-    from toolkit.cache.present import present
+    from toolkit.cache.current_run import open_run
     from toolkit.cache.why import explain
 
-    with _late_bar("scan") as told, present(chosen.output_dir, told) as run:
-        answers = [explain(picture) for picture in run.pictures(chosen.file)]
+    with _late_bar("scan") as progress, open_run(chosen.output_dir, progress) as run:
+        answers = [explain(image) for image in run.images(chosen.file)]
     for _, lines in answers:
         print("\n".join(lines))
     return WELL if all(current for current, _ in answers) else WRONG
@@ -118,26 +119,26 @@ def _why(chosen: argparse.Namespace) -> int:
 
 def _export(chosen: argparse.Namespace) -> int:
     from toolkit.cache.export import export
-    from toolkit.cache.present import present
+    from toolkit.cache.current_run import open_run
 
-    with _late_bar("scan") as told, present(chosen.output_dir, told) as run:
-        picture, *others = run.pictures(chosen.file)
+    with _late_bar("scan") as progress, open_run(chosen.output_dir, progress) as run:
+        image, *others = run.images(chosen.file)
         if others:
-            names = ", ".join(f"{each.sample.dataset}/{each.sample.key}" for each in (picture, *others))
-            raise UserError(f"{chosen.file} is in several data sets: name it as one of {names}.")
-        width, height = export(run, picture, chosen.out)
+            names = ", ".join(f"{each.sample.dataset}/{each.sample.key}" for each in (image, *others))
+            raise UserError(f"{chosen.file} is in several datasets: name it as one of {names}.")
+        width, height = export(run, image, chosen.out)
     print(f"{chosen.out}: {width}x{height}")
     return WELL
 
 
 def _gc(chosen: argparse.Namespace) -> int:
     from toolkit.cache.collect import remove, surplus, together
-    from toolkit.cache.present import present
+    from toolkit.cache.current_run import open_run
 
     def needs() -> Iterator[dict[Path, dict[bytes, str]]]:
         for output_dir in chosen.output_dir:
-            with _late_bar(f"scan for {output_dir}") as told, present(output_dir, told) as run:
-                run.require_caches_here()
+            with _late_bar(f"scan for {output_dir}") as progress, open_run(output_dir, progress) as run:
+                run.require_local_caches()
                 yield run.needed()
 
     needed = together(needs())
@@ -150,12 +151,12 @@ def _gc(chosen: argparse.Namespace) -> int:
         with _bar("clean up", sum(map(len, found.values()))) as advance:
             for folder in needed:
                 remove(folder, needed[folder], advance)
-    print(f"{records:,} records, {freed / 1e6:,.2f} MB {'removed' if chosen.delete else 'not needed; --delete removes them'}")
+    print(f"{records:,} records, {freed / 1e6:,.2f} MB {'deleted' if chosen.delete else 'not needed; --delete deletes them'}")
     return WELL
 
 
 def _places(chosen: argparse.Namespace) -> list[CachePlace]:
-    """The caches that exist, each once. DataError where there is none."""
+    """The existing caches, each once. DataError if there is none."""
     from helpers.choices import known_axes
     from helpers.config.saved import read_saved_config
     from helpers.data.sources import CachePlace, extra_texts_place, latents_place, texts_place
@@ -164,7 +165,7 @@ def _places(chosen: argparse.Namespace) -> list[CachePlace]:
     if chosen.cache_dir is not None:
         if found := [CachePlace(folder) for folder in caches_below(chosen.cache_dir)]:
             return found
-        raise DataError(f"{chosen.cache_dir} holds no cache; name the --cache_dir of a run, or a folder of latents or text embeddings.")
+        raise DataError(f"{chosen.cache_dir} contains no cache; name the --cache_dir of a run, or a folder of latents or text embeddings.")
     config = read_saved_config(chosen.output_dir, known_axes())
     places = [place(dataset, config.cache.cache_dir) for dataset in config.datasets for place in (latents_place, texts_place)]
     extras = extra_texts_place(config.datasets, config.cache.cache_dir_text, config.cache.cache_dir)
@@ -172,7 +173,7 @@ def _places(chosen: argparse.Namespace) -> list[CachePlace]:
     below = {cache: replace(place, folder=cache) for place in unique.values() for cache in caches_below(place.folder)}
     if found := list((below | {folder: place for folder, place in unique.items() if folder in below}).values()):
         return found
-    raise DataError(f"The run of {chosen.output_dir} has no cache: none was filled yet, or it was removed.")
+    raise DataError(f"The run of {chosen.output_dir} has no cache yet, or it was deleted.")
 
 
 def _count(problems: int) -> str:
@@ -189,18 +190,18 @@ def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _late_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that tells (done, total), shown when it is first told of."""
+    """A callback (done, total) with a progress bar that appears at the first call."""
     from helpers.reporting.console import Console
 
     with ExitStack() as shown:
         advance: Callable[[int], None] | None = None
         before = 0
 
-        def told(done: int, total: int) -> None:
+        def update(done: int, total: int) -> None:
             nonlocal advance, before
             if advance is None:
                 advance = shown.enter_context(Console().progress(title, total, "files"))
             advance(done - before)
             before = done
 
-        yield told
+        yield update

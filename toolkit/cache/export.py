@@ -1,4 +1,4 @@
-"""A cached latent as a picture again."""
+"""Decode cached latents to an image."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from PIL import Image
 from helpers.data.cache.shards import unpack
 from helpers.errors import DataError
 from helpers.storage.atomic import write_file
-from toolkit.cache.present import Picture, Present
+from toolkit.cache.current_run import CurrentRun, ImageEntry
 from toolkit.cache.view import view_of
 from toolkit.cache.why import explain
 
 
-def export(run: Present, picture: Picture, target: Path) -> tuple[int, int]:
-    """Decode the current latents of a picture with the run's VAE into a PNG; its width and height. DataError where there are none."""
+def export(run: CurrentRun, entry: ImageEntry, target: Path) -> tuple[int, int]:
+    """Decode an image's current latents with the run's VAE into a PNG, and return its width and height. DataError if it has none."""
     import torch
 
-    current, lines = explain(picture)
+    current, lines = explain(entry)
     if not current:
         raise DataError(lines[0].rstrip(".") + ".")
-    with view_of(picture.cache) as view:
-        found = view.find(picture.key)
-        assert found is not None  # `explain` has just read it
+    with view_of(entry.cache) as view:
+        found = view.find(entry.key)
+        assert found is not None  # `explain` has just found it
         shard, placed = found
         mean = unpack(placed.layout, view.payload(shard, placed))["mean"].float()
     device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What is in a cache, in numbers."""
+"""The content of a cache in numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from toolkit.cache.view import CacheView
 
 
 def describe(folder: Path) -> Iterator[str]:
-    """Lines for people: records and bytes, shards, shapes, encoders and precisions. DataError where there is no index."""
+    """Lines to print: records and bytes, shards, tensor shapes, encoders and precisions. DataError if there is no index."""
     with CacheView(folder) as view:
         shards = view.shards()
         records, payload = Counter[str](), Counter[str]()
@@ -24,14 +24,14 @@ def describe(folder: Path) -> Iterator[str]:
         elsewhere, stored_in = view.elsewhere(), view.stored_in
     whole = sum(shard.size for shard in shards)
     here = whole - sum(shard.size for shard in elsewhere)
-    place = f"in {stored_in}; copies of {len(shards) - len(elsewhere):,}, {here / 1e6:,.2f} MB, here" if stored_in else "on disk"
+    place = f"in {stored_in}; local copies of {len(shards) - len(elsewhere):,}, {here / 1e6:,.2f} MB" if stored_in else "on disk"
     yield f"{folder}"
     yield f"  records   {records.total():,}, {payload.total() / 1e6:,.2f} MB"
-    yield f"  shards    {len(shards):,}, {whole / 1e6:,.2f} MB {place}; {len(strays):,} that the index does not know"
+    yield f"  shards    {len(shards):,}, {whole / 1e6:,.2f} MB {place}; {len(strays):,} not in the index"
     for layout, count in records.most_common():
         yield f"  shape     {shape_of(layout)}: {count:,} records, {payload[layout] / 1e6:,.2f} MB"
     for (encoder, precision), count in encoders.most_common():
-        yield f"  encoder   {encoder}, precision {precision}: the latest record of {count:,} pictures or captions"
+        yield f"  encoder   {encoder}, precision {precision}: the latest record of {count:,} images or captions"
 
 
 def shape_of(layout: str) -> str:

@@ -1,4 +1,4 @@
-"""Every byte of a cache against what was written."""
+"""Verify every byte of a cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from toolkit.cache.view import CacheView, view_of
 
 
 def verify(place: CachePlace, progress: Callable[[int], None]) -> Iterator[str]:
-    """One sentence for everything that is wrong with a cache. `progress` is told bytes of shards that are done.
+    """One sentence for every problem of a cache. `progress` gets the bytes of each finished shard.
 
-    The index is compared with the files, each shard's size and header with the index, each record's checksum with its bytes; and no
-    record holds a value that is not finite. Shards of a bucket that have no copy here are read from there, or passed over where the place
-    does not say how. A shard that a living process writes at this moment is none of them.
+    It compares the index with the files, each shard's size and header with the index, and each record's bytes with its checksum; and it
+    checks that all values are finite. Shards in a bucket without a local copy are read from the bucket, or skipped if the place has no
+    connection to it. A shard that a running process is writing is skipped.
     """
     try:
         view = view_of(place)
@@ -28,9 +28,9 @@ def verify(place: CachePlace, progress: Callable[[int], None]) -> Iterator[str]:
         yield str(error)
         return
     with view:
-        passed_over = set(view.elsewhere()) if view.store is None else ()
+        skipped = set(view.elsewhere()) if view.store is None else ()
         for shard in view.shards():
-            if shard not in passed_over:
+            if shard not in skipped:
                 yield from _shard(view, shard)
             progress(shard.size)
         for path in view.strays():
@@ -42,7 +42,7 @@ def _shard(view: CacheView, shard: Shard) -> Iterator[str]:
     records = view.records(shard)
     stream = view.whole(shard)
     if stream is None:
-        yield f"{path} is missing, with {len(records):,} records"
+        yield f"{path} is missing; it held {len(records):,} records"
         return
     with stream:
         if (size := stream.seek(0, os.SEEK_END)) != shard.size:
@@ -56,14 +56,14 @@ def _shard(view: CacheView, shard: Shard) -> Iterator[str]:
             written = {}
         for placed in records:
             if written and written.get(placed.key) != placed:
-                yield f"{path}: record {placed.key.hex()} is not where the index says"
+                yield f"{path}: record {placed.key.hex()} is not at the position in the index"
                 continue
             stream.seek(placed.offset)
             payload = bytearray(stream.read(placed.size))
             if zlib.crc32(payload) != placed.crc:
                 yield f"{path}: record {placed.key.hex()} has changed since it was written ({_place(placed)})"
             elif not is_finite(unpack(placed.layout, payload)):
-                yield f"{path}: record {placed.key.hex()} holds values that are not finite ({_place(placed)})"
+                yield f"{path}: record {placed.key.hex()} contains values that are not finite ({_place(placed)})"
 
 
 def _place(placed: RecordEntry) -> str:
@@ -75,11 +75,11 @@ def _stray(path: Path) -> Iterator[str]:
         if not is_abandoned:
             return
         if path.name.endswith(UNSEALED):
-            yield f"{path} was never finished; the next run removes it"
+            yield f"{path} was never finished; the next run deletes it"
             return
         try:
             records = len(read_header(path))
         except DamagedShardError as error:
-            yield f"{path} is not in the index, and {error}; the next run removes it"
+            yield f"{path} is not in the index, and {error}; the next run deletes it"
         else:
-            yield f"{path} is not in the index; the next run takes its {records:,} records in"
+            yield f"{path} is not in the index; the next run adds its {records:,} records"

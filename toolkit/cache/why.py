@@ -1,4 +1,4 @@
-"""Why the latents of a picture are in the cache as they are, or why they have to be made."""
+"""Explain an image's cache entry: what it was made from, or why it must be encoded again."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ from collections.abc import Iterator
 from helpers.data.cache.shards import RecordEntry
 from helpers.data.encode.fill import REASONS
 from helpers.errors import DataError
-from toolkit.cache.present import Picture
+from toolkit.cache.current_run import ImageEntry
 from toolkit.cache.stats import shape_of
 from toolkit.cache.view import CacheView, Shard, view_of
 
 NAMES = {
-    "image": "SHA-256 of the file, and of its condition where it has one",
-    "encoder": "codec: weights and their precision",
-    "geometry": "resized; top, left of the cut; shape; version of our pixels",
-    "precision": "of the cache",
-    "condition": "what becomes of the condition; version of our pixels",
+    "image": "SHA-256 of the file, and of its conditioning image if it has one",
+    "encoder": "VAE: weights and their precision",
+    "geometry": "resized size; top, left of the crop; training size; version of the image processing",
+    "precision": "precision of the cache",
+    "condition": "how the conditioning image is processed; version of the image processing",
 }
 
 
-def explain(picture: Picture) -> tuple[bool, list[str]]:
-    """Whether the latents that the next start needs are there and whole, and the lines that say so."""
-    head = f"{picture.sample.key} of data set {picture.sample.dataset}"
-    if picture.epoch is not None:
-        head += f", as epoch {picture.epoch} cuts it,"
-    if picture.left_out:
-        return False, [f"{head} is left out: {picture.left_out}"]
+def explain(entry: ImageEntry) -> tuple[bool, list[str]]:
+    """Whether the cache has the latents that the next start needs, undamaged, and the lines that explain it."""
+    head = f"{entry.sample.key} of dataset {entry.sample.dataset}"
+    if entry.epoch is not None:
+        head += f", with its crop of epoch {entry.epoch},"
+    if entry.left_out:
+        return False, [f"{head} is left out: {entry.left_out}"]
     try:
-        view = view_of(picture.cache)
+        view = view_of(entry.cache)
     except DataError as error:
-        return False, [f"{head}: {error}", *_facts(picture)]
+        return False, [f"{head}: {error}", *_facts(entry)]
     with view:
-        found, earlier = view.find(picture.key), view.origin(picture.subject)
+        found, earlier = view.find(entry.key), view.origin(entry.subject)
         if found is None:
-            return False, [f"{head} is not in the cache: {_reason(picture, earlier)}", *_facts(picture), *_changed(picture, earlier)]
+            return False, [f"{head} is not in the cache: {_reason(entry, earlier)}", *_facts(entry), *_changed(entry, earlier)]
         whole = is_whole(view, *found)
-        verdict = "is current: the next start uses it as it is" if whole else "is damaged: the next start makes it again"
-        return whole, [f"{head} {verdict}", *_facts(picture), *_place(view, *found)]
+        verdict = "is current: the next start uses this entry" if whole else "is damaged: the next start encodes it again"
+        return whole, [f"{head} {verdict}", *_facts(entry), *_place(view, *found)]
 
 
 def is_whole(view: CacheView, shard: Shard, placed: RecordEntry) -> bool:
-    """Whether a record reads as it was written."""
+    """Whether a record's bytes match its checksum."""
     return zlib.crc32(view.payload(shard, placed)) == placed.crc
 
 
-def _facts(picture: Picture) -> Iterator[str]:
-    yield f"  key       {picture.key.hex()}"
-    for name, value in picture.facts.items():
+def _facts(entry: ImageEntry) -> Iterator[str]:
+    yield f"  key       {entry.key.hex()}"
+    for name, value in entry.facts.items():
         yield f"  {name:<9} {value} ({NAMES[name]})"
 
 
@@ -57,16 +57,16 @@ def _place(view: CacheView, shard: Shard, placed: RecordEntry) -> Iterator[str]:
     yield f"  holds     {shape_of(placed.layout)}"
 
 
-def _reason(picture: Picture, earlier: dict[str, str] | None) -> str:
+def _reason(entry: ImageEntry, earlier: dict[str, str] | None) -> str:
     if earlier is None:
         return "it was never encoded"
-    changed = [name for name, value in picture.facts.items() if earlier.get(name) != value]
+    changed = [name for name, value in entry.facts.items() if earlier.get(name) != value]
     if not changed:
-        return f"{REASONS['lost']}, or removed from it"
-    return "it was encoded under other facts (" + ", ".join(REASONS[name] for name in changed) + ")"
+        return f"{REASONS['lost']}, or deleted from it"
+    return "it was encoded with other settings or files (" + ", ".join(REASONS[name] for name in changed) + ")"
 
 
-def _changed(picture: Picture, earlier: dict[str, str] | None) -> Iterator[str]:
-    for name, value in picture.facts.items():
+def _changed(entry: ImageEntry, earlier: dict[str, str] | None) -> Iterator[str]:
+    for name, value in entry.facts.items():
         if earlier is not None and earlier.get(name) != value:
             yield f"  earlier   {name} {earlier.get(name)}"

@@ -1,4 +1,4 @@
-"""Two networks that answer as one, each in its part of the noise schedule (Balaji et al., 2022, "eDiff-I")."""
+"""Two networks that act as one, each on its part of the noise schedule (Balaji et al., 2022, "eDiff-I")."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 
 class TwoExperts(nn.Module):
-    """`late` answers where little noise is left, at timesteps below `border`; `early` answers before.
+    """Uses `late` at timesteps below `border`, where little noise is left, and `early` at all others.
 
-    It stands in a pipeline of diffusers where its network does: `pipeline.unet = TwoExperts(pipeline.unet, late, 200)`. What a pipeline
-    asks of its network beside answers, such as its config, is `early`'s to tell.
+    It replaces the network of a diffusers pipeline: `pipeline.unet = TwoExperts(pipeline.unet, late, 200)`. All other attributes of the
+    network, such as its config, are those of `early`.
     """
 
     def __init__(self, early: nn.Module, late: nn.Module, border: float) -> None:
@@ -21,7 +21,7 @@ class TwoExperts(nn.Module):
         self.early = early
         self.late = late
         self.border = border
-        self._bind = inspect.signature(early.forward).bind  # some pipelines give the timestep by its place, others by its name
+        self._bind = inspect.signature(early.forward).bind  # some pipelines pass the timestep by position, others by name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         timestep = torch.as_tensor(self._bind(*args, **kwargs).arguments["timestep"])

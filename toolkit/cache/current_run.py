@@ -1,4 +1,4 @@
-"""What a run would find in its caches if it started now: its data scanned anew, under the settings of its config.json."""
+"""A run as it would start now, with the settings in its config.json: scans the data again and says which cache records it needs."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ CATALOGUE = "catalogue.sqlite"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of a data set as it is now, and what its latents have to be made of."""
+class ImageEntry:
+    """An image of a dataset as it is now, and what its latents must be made from."""
 
     sample: Sample
-    left_out: str  # why it is not trained on; "" when it is
+    left_out: str  # the reason why it is left out; "" if it is used
     cache: CachePlace
-    facts: dict[str, str]  # empty when it is left out
-    epoch: int | None = None  # whose cut this is, where each epoch has cuts of its own
+    facts: dict[str, str]  # empty if it is left out
+    epoch: int | None = None  # the epoch of this crop, for datasets with new crops in each epoch
 
     @property
     def key(self) -> bytes:
@@ -57,7 +57,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Present:
+class CurrentRun:
     """A run as it would start now."""
 
     config: Config
@@ -67,18 +67,18 @@ class Present:
     image_fingerprint: str
     text_fingerprint: str
 
-    def require_caches_here(self) -> None:
-        """DataError where a cache is in a bucket, which other machines may be using and from which nothing is ever deleted."""
+    def require_local_caches(self) -> None:
+        """DataError if a cache is in a bucket: other machines may use it, and nothing is ever deleted from a bucket."""
         for dataset in self.config.datasets:
             for place in (latents_place(dataset, self.config.cache.cache_dir), texts_place(dataset, self.config.cache.cache_dir)):
                 if place.bucket is not None:
-                    raise DataError(f"data set {dataset.id!r} has a cache in a bucket, and nothing is ever deleted from a bucket.")
+                    raise DataError(f"dataset {dataset.id!r} has a cache in a bucket, and nothing is ever deleted from a bucket.")
 
     def needed(self) -> dict[Path, dict[bytes, str]]:
-        """By cache folder: the keys of all records that the run reads, each with the subject that its facts are kept under.
+        """The keys of all records that the run reads, by cache folder. Each key has the subject under which its facts are stored.
 
-        A picture whose bytes the catalogue does not know, since it is new there, is read: its latents may be there for another's sake.
-        Latents of single epochs are not counted: they come and go with the epochs.
+        An image that is new in the catalogue is read to compute its hash, because an identical image may already have latents. Latents of
+        single epochs are not included: the run deletes them itself.
         """
         config = self.config
         needed: dict[Path, dict[bytes, str]] = {}
@@ -105,17 +105,17 @@ class Present:
             facts = latents_facts(known or self._content(image), cut, self.image_fingerprint, precision, conditions)
             yield latents_key(facts), f"{dataset.id}/{key}"
 
-    def pictures(self, name: str) -> list[Picture]:
-        """What a path, a key of a data set or `id/key` names, in every data set that has it. DataError where none has."""
+    def images(self, name: str) -> list[ImageEntry]:
+        """The images named by a path, a key or `DATASET/KEY`, from every dataset that has it. DataError if none has."""
         found = [
-            self._picture(index, *row, key)
+            self._image(index, *row, key)
             for index, dataset in enumerate(self.config.datasets)
             for key in dict.fromkeys(self._keys(dataset.id, dataset.instance_data_dir, name))
             if (row := self._row(dataset.id, key)) is not None
         ]
         if not found:
             sets = ", ".join(dataset.id for dataset in self.config.datasets)
-            raise DataError(f"{name} is no file of the run's data sets ({sets}); name a picture by its path, or as DATASET/FILE.")
+            raise DataError(f"{name} is not a file of the run's datasets ({sets}); name an image by its path, or as DATASET/FILE.")
         return found
 
     @staticmethod
@@ -127,20 +127,20 @@ class Present:
             yield Path(name).absolute().relative_to(root.absolute()).as_posix()
 
     def _row(self, dataset: str, key: str) -> tuple[int, str | None] | None:
-        """The catalogue's row of a file, and why it cannot or may not be trained on."""
+        """A file's row in the catalogue, and the reason why it is left out (None if it is used). None if there is no such file."""
         with self.catalogue.transaction() as database:
             query = "SELECT id, kind, coalesce(left_out, undecodable) FROM files WHERE dataset = ? AND key = ?"
             found = database.execute(query, (dataset, key)).fetchone()
         if found is None:
             return None
         row, kind, reason = found
-        return row, reason if kind == "image" or reason else "it is the caption of a picture, not a picture"
+        return row, reason if kind == "image" or reason else "it is the caption of an image, not an image"
 
-    def _picture(self, index: int, row: int, reason: str | None, key: str) -> Picture:
+    def _image(self, index: int, row: int, reason: str | None, key: str) -> ImageEntry:
         dataset = self.config.datasets[index]
         sample, cache = self.catalogue.sample(row), latents_place(dataset, self.config.cache.cache_dir)
         if reason:
-            return Picture(sample, reason, cache, {})
+            return ImageEntry(sample, reason, cache, {})
         epoch, cut_by = None, self.plan
         if dataset.vae_cache_clear_each_epoch:
             epoch, cache = self._present_pass(cache)
@@ -148,10 +148,10 @@ class Present:
         planned = ((cut_by.columns["dataset"] == index) & (cut_by.columns["row"] == row)).nonzero()[0]
         precision, conditions = self.config.cache.cache_dtype, self._conditions(dataset)
         facts = latents_facts(self._content(row), cuts(cut_by, planned)[0], self.image_fingerprint, precision, conditions)
-        return Picture(sample, "", cache, facts, epoch)
+        return ImageEntry(sample, "", cache, facts, epoch)
 
     def _present_pass(self, cache: CachePlace) -> tuple[int, CachePlace]:
-        """The epoch that the run is in or ended with, and where its latents are. The next one may be there too, in part."""
+        """The epoch in which the run is or ended, and the folder of its latents. Latents of the next epoch may exist too."""
         prefix = pass_prefix(self.config.run.output_dir, self.config.run.seed)
         epoch = min((int(found.name.removeprefix(prefix)) for found in cache.folder.glob(f"{prefix}*")), default=0)
         return epoch, CachePlace(cache.folder / f"{prefix}{epoch}")
@@ -163,7 +163,7 @@ class Present:
         return Conditions(open_source(of), of.resize_filter, reads_conditions(self.family) and self.family.condition_as_latents)
 
     def _content(self, image: int) -> str:
-        """What `Catalogue.content` says of an image whose files have been read, from the files as they are now."""
+        """The value of `Catalogue.content` for an image, computed from its files as they are now."""
         sources = {of.id: of for of in (*self.config.datasets, *self.config.conditioning)}
         paired = self.catalogue.condition(image)
         samples = [self.catalogue.sample(image), *([paired] if paired is not None else [])]
@@ -171,10 +171,10 @@ class Present:
 
 
 @contextmanager
-def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[Present]:
-    """The run of an OUTPUT_DIR as it would start now. Its own catalogue is read and left as it is: the scan goes into a copy.
+def open_run(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[CurrentRun]:
+    """The run of an OUTPUT_DIR as it would start now. The scan uses a copy of the run's catalogue, which is not changed.
 
-    ConfigError, ModelError or DataError where the run could not start. `progress` is told of files that had to be opened, and of how many.
+    ConfigError, ModelError or DataError if the run could not start. `progress` gets the number of opened files, and of files to open.
     """
     config = read_saved_config(output_dir, known_axes())
     family = FAMILIES[config.family_name](config.model, config.cache)
@@ -192,12 +192,12 @@ def present(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator[
             for dataset in config.datasets:
                 scan(open_source(dataset), rules_of(dataset, config.run.seed), catalogue, options, undecodable=())
             planned = plan([columns_of(dataset, catalogue, config.run.seed) for dataset in config.datasets])
-            yield Present(config, family, catalogue, planned, image_fingerprint, text_fingerprint)
+            yield CurrentRun(config, family, catalogue, planned, image_fingerprint, text_fingerprint)
 
 
 def _copy(source: Path, target: Path) -> None:
     if not source.is_file():
-        raise DataError(f"{source} is missing: the run has not looked at its data yet, or its cache was removed.")
+        raise DataError(f"{source} is missing: the run has not scanned its data yet, or its cache was deleted.")
     try:
         original, copy = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=60), sqlite3.connect(target)
         try:

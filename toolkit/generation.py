@@ -1,4 +1,4 @@
-"""What programs that make pictures have in common: their arguments and exit codes, a pipeline of diffusers, noise, and its sampling."""
+"""Shared by the programs that generate images: arguments, exit codes, loading a diffusers pipeline, noise, sampling."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Model:
-    """What a pipeline is made of, each by a folder or its name on the hub."""
+    """The parts of a pipeline, each as a folder or a hub name."""
 
     name: str
     revision: str | None = None
     variant: str | None = None
-    t5: str | None = None  # in place of its own
-    vae: str | None = None  # likewise
+    t5: str | None = None  # replaces the model's own T5
+    vae: str | None = None  # replaces the model's own VAE
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What pictures show, and how they are made."""
+class ImageSettings:
+    """The settings of the images to generate."""
 
     prompt: str
     negative_prompt: str
@@ -42,16 +42,16 @@ class Wanted:
     guidance: float
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Wanted:
-        """What `--prompt` and the arguments of `add_sampling` say."""
+    def of(cls, arguments: argparse.Namespace) -> ImageSettings:
+        """From `--prompt` and the arguments of `add_sampling`."""
         width, height = arguments.size
         return cls(arguments.prompt, arguments.negative_prompt, width, height, arguments.steps, arguments.guidance)
 
 
 def load_pipeline(model: Model, dtype: str, device: str, **parts: Any) -> Any:
-    """The model's own pipeline of diffusers on a device, with these `parts` in place of its own.
+    """The model's diffusers pipeline on a device, with `parts` instead of its own.
 
-    Raises ModelError where there is none, or none that has a T5.
+    Raises ModelError if it cannot be loaded, or if a T5 is given and the pipeline has none.
     """
     import diffusers
     import transformers
@@ -61,16 +61,16 @@ def load_pipeline(model: Model, dtype: str, device: str, **parts: Any) -> Any:
     from helpers.families.loading.locate import T5_CLASSES
 
     folder = locate(model.name, model.revision, model.variant, T5_CLASSES if model.t5 else ())
-    device, kind = _settled(device, dtype)
+    device, kind = _resolve(device, dtype)
     own = model.variant if model.variant and any(folder.rglob(f"*.{model.variant}*.safetensors")) else None
-    diffusers.utils.logging.disable_progress_bar()  # their bars for files of a second would run through ours
+    diffusers.utils.logging.disable_progress_bar()  # their short progress bars would disturb ours
     transformers.utils.logging.disable_progress_bar()
     if model.t5:
         parts = {**_t5_parts(folder, model.t5, model.variant, kind, parts), **parts}
     if model.vae and "vae" not in parts:
         found = locate_component("--pretrained_vae_model_name_or_path", model.vae, "vae")
         parts["vae"] = load_component(diffusers.AutoencoderKL, found, "", kind, model.variant)
-    absent = dict.fromkeys(name for name, value in model_index(folder).items() if value == [None, None])  # diffusers insists on hearing it
+    absent = dict.fromkeys(name for name, value in model_index(folder).items() if value == [None, None])  # diffusers wants absent parts passed explicitly
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, torch_dtype=kind, variant=own, use_safetensors=True, local_files_only=True, **{**absent, **parts}
@@ -79,13 +79,13 @@ def load_pipeline(model: Model, dtype: str, device: str, **parts: Any) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder} cannot be loaded on {device}: {str(error).strip().splitlines()[0]}") from error
     if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None  # it answers with black pictures, which would be learnt
+        pipeline.safety_checker = None  # it replaces images with black ones, which would be trained on
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _settled(device: str, dtype: str) -> tuple[str, torch.dtype]:
-    """The device and the precision that `auto` means on this machine."""
+def _resolve(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """Device and precision, with `auto` replaced by the best choice for this machine."""
     import torch
 
     if device == "auto":
@@ -96,9 +96,9 @@ def _settled(device: str, dtype: str) -> tuple[str, torch.dtype]:
 
 
 def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, others: Container[str]) -> dict[str, Any]:
-    """The T5 of this name and its tokenizer, as the parts of a model's pipeline; none if they are among `others`.
+    """The T5 with this name and its tokenizer, as parts of the model's pipeline; {} if `others` already has a T5.
 
-    Raises ModelError where the pipeline has no T5, or one of another width.
+    Raises ModelError if the pipeline has no T5, or one of another width.
     """
     import diffusers
     from transformers import T5EncoderModel, T5TokenizerFast
@@ -125,7 +125,7 @@ def _t5_parts(folder: Path, name: str, variant: str | None, dtype: torch.dtype, 
 
 
 def noise(purpose: str, seed: int, number: int) -> torch.Generator:
-    """Of one picture, drawn on the CPU: then it starts from the same noise on every device and in every batch."""
+    """The noise generator of one image, on the CPU: so the noise is the same on every device and in every batch."""
     import torch
 
     from helpers.data.base.draws import seed_of
@@ -133,49 +133,49 @@ def noise(purpose: str, seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(purpose, seed, number))
 
 
-def sample(pipeline: Any, wanted: Wanted, generators: Sequence[torch.Generator]) -> list[Image]:
-    """A picture of this very size from each generator. UserError where the model makes none of this size.
+def sample(pipeline: Any, settings: ImageSettings, generators: Sequence[torch.Generator]) -> list[Image]:
+    """One image of exactly this size for each generator. UserError if the model cannot generate this size.
 
-    An empty negative prompt is left to the pipeline, which may have zeros for it, as SDXL does, and not an encoded "".
+    An empty negative prompt is not passed to the pipeline, because some pipelines use zeros for it, as SDXL's does, and not an encoded "".
     """
     taken = inspect.signature(pipeline.__call__).parameters
     if "image" in taken:
         raise UserError(
-            "This model makes pictures from pictures; name one that makes them from a prompt alone, such as the base of a refiner."
+            "This model needs an input image (img2img); name one that only needs a prompt, such as the base model of a refiner."
         )
     grid = 8 * _patch(pipeline)
-    if wanted.width % grid or wanted.height % grid:
-        raise UserError(f"--size: this model makes pictures whose sides are multiples of {grid}, and not {wanted.width}x{wanted.height}.")
-    exactly = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}  # or the size is rounded to another
+    if settings.width % grid or settings.height % grid:
+        raise UserError(f"--size: the sides must be multiples of {grid} for this model, not {settings.width}x{settings.height}.")
+    exactly = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}  # otherwise the pipeline rounds the size
     number = len(generators)
     return pipeline(
-        prompt=[wanted.prompt] * number,
-        width=wanted.width,
-        height=wanted.height,
-        num_inference_steps=wanted.steps,
-        guidance_scale=wanted.guidance,
+        prompt=[settings.prompt] * number,
+        width=settings.width,
+        height=settings.height,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
         generator=list(generators),
-        **({"negative_prompt": [wanted.negative_prompt] * number} if wanted.negative_prompt else {}),
+        **({"negative_prompt": [settings.negative_prompt] * number} if settings.negative_prompt else {}),
         **exactly,
     ).images
 
 
 def _patch(pipeline: Any) -> int:
-    """The edge in latent pixels of what is one token to the network, which has to divide the latents' edges."""
+    """The side of a transformer's patch in latent pixels (1 for a U-Net). The sides of the latents must be multiples of it."""
     network = getattr(pipeline, "transformer", None)
     return 1 if network is None else int(network.config.patch_size)
 
 
 def make_folder(folder: Path) -> None:
-    """The folder of --output_dir. UserError where it cannot be made."""
+    """Create the folder of --output_dir. UserError if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_dir: {folder} cannot be made or is no folder ({error.strerror}).") from error
+        raise UserError(f"--output_dir: {folder} cannot be created or is not a folder ({error.strerror}).") from error
 
 
 def exit_code(work: Callable[[], None], when_stopped: str = "") -> int:
-    """Do the work of a program and say how it ended by its exit code, and on stderr why, where it did not finish."""
+    """Do a program's work and return its exit code. If it does not finish, print the reason to stderr."""
     try:
         work()
     except (UserError, StorageError) as error:
@@ -189,22 +189,22 @@ def exit_code(work: Callable[[], None], when_stopped: str = "") -> int:
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, number: int, what: str) -> None:
-    """The arguments that say how pictures are made: `number` of them by default, which are `what`."""
+    """Add the arguments of image generation. `number` is the default of --number, and `what` its help text."""
     parser.add_argument("--number", type=_positive, default=number, help=f"{what} ({number})")
     parser.add_argument("--size", type=_size, default=(1024, 1024), help="pixels, as 1024 or 1216x832 (1024)")
-    parser.add_argument("--seed", type=int, default=42, help="another seed gives other pictures (42)")
-    parser.add_argument("--steps", type=_positive, default=30, help="of the sampler, for each picture (30)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="scale of classifier-free guidance (5)")
-    parser.add_argument("--negative_prompt", default="", help="what no picture is to show")
-    parser.add_argument("--batch", type=_positive, default=4, help="pictures made together; more take more memory (4)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the model (auto: bf16 on a GPU that has it)")
+    parser.add_argument("--seed", type=int, default=42, help="another seed gives other images (42)")
+    parser.add_argument("--steps", type=_positive, default=30, help="sampling steps for each image (30)")
+    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance scale (5)")
+    parser.add_argument("--negative_prompt", default="", help="what the images should not show")
+    parser.add_argument("--batch", type=_positive, default=4, help="batch size; more needs more VRAM (4)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the model (auto: bf16 on a GPU that supports it)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
 
 
-def words(text: str) -> str:
-    """A prompt, as an argument."""
+def prompt(text: str) -> str:
+    """The type of --prompt."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; say what the pictures show")
+        raise argparse.ArgumentTypeError("is empty; describe the images")
     return text.strip()
 
 
@@ -218,5 +218,5 @@ def _size(text: str) -> tuple[int, int]:
     """Width and height in pixels."""
     edges = text.lower().split("x")
     if len(edges) > 2 or not all(edge.isdecimal() and int(edge) > 0 and int(edge) % 8 == 0 for edge in edges):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024 or 1216x832, in multiples of 8")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in multiples of 8, such as 1024 or 1216x832")
     return int(edges[0]), int(edges[-1])
