@@ -70,7 +70,9 @@ def load_pipeline(model: Model, dtype: str, device: str, **parts: Any) -> Any:
     if model.vae and "vae" not in parts:
         found = locate_component("--pretrained_vae_model_name_or_path", model.vae, "vae")
         parts["vae"] = load_component(diffusers.AutoencoderKL, found, "", kind, model.variant)
-    absent = dict.fromkeys(name for name, value in model_index(folder).items() if value == [None, None])  # diffusers wants absent parts passed explicitly
+    absent = dict.fromkeys(
+        name for name, value in model_index(folder).items() if value == [None, None]
+    )  # diffusers wants absent parts passed explicitly
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, torch_dtype=kind, variant=own, use_safetensors=True, local_files_only=True, **{**absent, **parts}

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--output_dir", type=Path, required=True, help="OUTPUT_DIR of the run")
     export.add_argument("out", metavar="OUT.png", type=Path, help="the image file to write")
     gc = command("gc", _gc, "List the records that the next start of these runs would not use, and the shards that are not in the index.")
-    gc.add_argument("--output_dir", type=Path, required=True, action="append", help="OUTPUT_DIR; repeat it for each run that shares the cache")
+    gc.add_argument("--output_dir", type=Path, required=True, action="append", help="OUTPUT_DIR; repeat for each run that shares the cache")
     gc.add_argument("--delete", action="store_true", help="delete them; name every run that shares the cache, or it loses its records")
     return parser
 
@@ -87,9 +87,7 @@ def _verify(chosen: argparse.Namespace) -> int:
             pass  # `verify` reports it
         with _bar(f"verify {folder.name}", size) as advance:
             problems = list(verify(place, advance))
-        print(
-            f"{folder}: {records:,} records in {shards:,} shards, {size / 1e6:,.2f} MB: {_count(len(problems)) if problems else 'no problems'}"
-        )
+        print(f"{folder}: {records:,} records in {shards:,} shards, {size / 1e6:,.2f} MB: {_count(len(problems))}")
         if unread:
             print(f"  {unread}; with --output_dir of a run that uses the bucket, they are read too")
         for problem in problems:
@@ -118,8 +116,8 @@ def _why(chosen: argparse.Namespace) -> int:
 
 
 def _export(chosen: argparse.Namespace) -> int:
-    from toolkit.cache.export import export
     from toolkit.cache.current_run import open_run
+    from toolkit.cache.export import export
 
     with _late_bar("scan") as progress, open_run(chosen.output_dir, progress) as run:
         image, *others = run.images(chosen.file)
@@ -177,7 +175,7 @@ def _places(chosen: argparse.Namespace) -> list[CachePlace]:
 
 
 def _count(problems: int) -> str:
-    return f"{problems:,} problem{'s' if problems != 1 else ''}"
+    return f"{problems:,} problem{'s' if problems != 1 else ''}" if problems else "no problems"
 
 
 @contextmanager

@@ -117,9 +117,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompt", required=True, type=prompt, help="the prompt of every image, which is also its caption")
     made.add_argument("--output_dir", required=True, type=Path, metavar="FOLDER", help="folder for the images")
     add_sampling(made, number=200, what="total number of images")
-    made.add_argument(
-        "--pretrained_t5_model_name_or_path", metavar="MODEL", help="the T5 text encoder, if not the base model's own"
-    )
+    made.add_argument("--pretrained_t5_model_name_or_path", metavar="MODEL", help="the T5 text encoder, if not the base model's own")
     made.add_argument("--revision", help="revision of a model on the hub")
     made.add_argument("--variant", help="variant of the weights, such as fp16")
     return made
