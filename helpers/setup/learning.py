@@ -12,7 +12,7 @@ from helpers.protocols import can_train_text_encoders
 from helpers.training.ema import Average
 from helpers.training.engine import Engine
 from helpers.training.learner import Learner
-from helpers.training.live_text import stop_of
+from helpers.training.live_text import text_stop
 from helpers.training.memory import apply_memory_options, choose_attention
 from helpers.training.schedules import Schedule
 
@@ -82,7 +82,7 @@ def _weights_dtype(run: Run) -> torch.dtype:
 def _schedule(run: Run, total: int) -> Schedule:
     """The learning-rate schedule. Says so if a new length changes its curve."""
     schedule, checkpoint = Schedule.create(run.config.schedule, total), run.start.checkpoint
-    if checkpoint and schedule.bends_with_length and total != (planned := checkpoint.content["total_steps"]):
+    if checkpoint and schedule.depends_on_length and total != (planned := checkpoint.content["total_steps"]):
         curve = f"--lr_scheduler={schedule.name} was planned over {planned:,} steps and now covers {total:,}"
         run.report.chapter("", f"the learning rate changes: {curve}")
     return schedule
@@ -93,7 +93,7 @@ def _text_encoder_stop(run: Run, total: int) -> int:
     config, checkpoint = run.config, run.start.checkpoint
     if not config.text_encoder.train_text_encoder:
         return 0
-    stop = stop_of(config.text_encoder.text_encoder_limit, total, checkpoint.content["text_encoder_stop"] if checkpoint else None)
+    stop = text_stop(config.text_encoder.text_encoder_limit, total, checkpoint.content["text_encoder_stop"] if checkpoint else None)
     chosen = config.optimizer
     peak = highest_rate(chosen.optimizer, chosen.optimizer_args, chosen.adafactor_relative_step, _text_encoder_rate(config))
     run.report.chapter("text", f"the text encoders are trained up to step {min(stop, total):,}, at {peak}")

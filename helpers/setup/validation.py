@@ -10,7 +10,7 @@ from helpers.config.rules import VALIDATION_FOLDER
 from helpers.families.networks.samplers import sampler
 from helpers.setup.model import sampler_class
 from helpers.training import validation
-from helpers.training.validation import Prompt, Start, Subjects, Validator
+from helpers.training.validation import DatasetImage, Prompt, ValidationInputs, Validator
 
 if TYPE_CHECKING:
     from helpers.config.config import Config
@@ -56,31 +56,32 @@ def make_validator(run: Run, data: TrainingData, live: LiveText | None) -> Valid
         config.validation,
         run.family,
         run.runtime,
-        _subjects(run, data, live),
+        _inputs(run, data, live),
         lambda: sampler(kind, run.objective.scheduler_config, spacing),
         config.run.output_dir / VALIDATION_FOLDER,
-        run.state.seed,
     )
 
 
-def _subjects(run: Run, data: TrainingData, live: LiveText | None) -> Subjects:
-    """Prompts, sizes and starting images of the validation images."""
+def _inputs(run: Run, data: TrainingData, live: LiveText | None) -> ValidationInputs:
+    """Prompts, sizes, seed and dataset images that validation generates from."""
     config, family = run.config, run.family
-    spoken = prompts(config, family)
-    starts = _dataset_images(config, data) if uses_images(config, family) else {}
+    own_prompts = prompts(config, family)
+    images = _dataset_images(config, data) if uses_images(config, family) else {}
     if config.model.controlnet:
-        starts, spoken = validation.after_the_first(starts, spoken), []
+        images, own_prompts = validation.with_prompts_on_first(images, own_prompts), []
 
     def text(caption: str | None) -> TextTensors:
         if live:
             return live.of(caption or None)
         return data.text(caption) if caption else data.unconditional
 
-    sizes = validation.parse_sizes(config.validation.validation_resolution, data.most_common_shape, family.latents.alignment)
-    return Subjects([*spoken, *starts], sizes, text, starts, config.objective.refiner_training_strength)
+    options = config.validation
+    seed = options.validation_seed if options.validation_seed is not None else run.state.seed
+    sizes = validation.parse_sizes(options.validation_resolution, data.most_common_shape, family.latents.alignment)
+    return ValidationInputs([*own_prompts, *images], sizes, text, seed, images, config.objective.refiner_training_strength)
 
 
-def _dataset_images(config: Config, data: TrainingData) -> dict[Prompt, Start]:
+def _dataset_images(config: Config, data: TrainingData) -> dict[Prompt, DatasetImage]:
     """The first trained images of each dataset that validation may use."""
     options = config.validation
     used = [dataset.id for dataset in config.datasets if not dataset.disable_validation and options.eval_dataset_id in (None, dataset.id)]
@@ -88,4 +89,4 @@ def _dataset_images(config: Config, data: TrainingData) -> dict[Prompt, Start]:
     counts = {dataset: min(options.num_eval_images, samples[dataset]) for dataset in used if dataset in samples}
     searched = max(1, min(SEARCHED_STEPS, int(data.steps_per_epoch)))
     with contextlib.closing(data.steps(0, searched, keep_captions=True)) as steps:
-        return validation.first_pictures(steps, counts)
+        return validation.first_images(steps, counts)

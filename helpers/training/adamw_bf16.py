@@ -1,10 +1,11 @@
 """AdamW for bfloat16 weights: arithmetic in float32, results rounded stochastically.
 
-A bfloat16 number has 8 bits of mantissa, so an update below 1/512 of a weight is lost when rounded to nearest: 1 - 1000 x 0.001
-stays 1. Rounded up with the probability of what would be cut off, it arrives on average (Zamirai et al., 2020). The moments are
-bfloat16 too, rounded the same way, so a parameter takes 8 bytes with its gradient instead of 16.
-No library is used because those that offer it round the second moment to nearest, where a decay of 0.999 does not move it, or
-compile their step, which costs the bit-exactness of a resumed run.
+A bfloat16 number has 8 bits of mantissa, so round-to-nearest loses any update below 1/512 of a weight: 1 - 1000 x 0.001 stays 1.
+Stochastic rounding rounds up with a probability equal to the part that is cut off, so updates are right on average (Zamirai et al.,
+2020). The moments are bfloat16 too and rounded the same way: 8 bytes per parameter including the gradient, instead of 16.
+
+Why no library: those we tried round the second moment to nearest, where a decay of 0.999 has no effect, or compile their step,
+which breaks bit-exact resume.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# Weights are updated by so many at a time: one kernel for all of them, and about 40 bytes each of float32 in between. A CPU is
-# faster while they fit into its cache. A larger tensor goes alone.
+# Number of weights updated by one kernel; each needs about 40 bytes of float32 meanwhile. A CPU is faster while they fit into its
+# cache. A larger tensor is updated on its own.
 CHUNK = {"cpu": 1 << 16}
 CHUNK_ELSEWHERE = 1 << 22
 
@@ -25,7 +26,7 @@ CHUNK_ELSEWHERE = 1 << 22
 class AdamWBF16(Optimizer):
     """Loshchilov and Hutter (2019), algorithm 2, with bias correction and decoupled weight decay.
 
-    Draws rounding bits from torch's global generator of the device: seed it before a step for a reproducible one.
+    Rounding bits come from torch's global generator of the device: seed it before each step to get reproducible results.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class AdamWBF16(Optimizer):
                     self._update(chunk, step, group)
 
     def _counted(self, group: dict[str, Any]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Parameters with a gradient, together where step, device and precision are the same; their steps count on."""
+        """Parameters with a gradient, grouped by step, device and precision; increments their step counters."""
         alike: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -61,15 +62,15 @@ class AdamWBF16(Optimizer):
         yield from ((step, parameters) for (step, _, _), parameters in alike.items())
 
     def _update(self, parameters: Sequence[Tensor], step: int, group: dict[str, Any]) -> None:
-        """All of them laid end to end, so that every operation is one kernel."""
+        """Update these parameters, concatenated, so that every operation is one kernel."""
         beta1, beta2 = group["betas"]
         means = [self.state[parameter]["exp_avg"] for parameter in parameters]
         squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
-        gradient = _end_to_end([parameter.grad for parameter in parameters if parameter.grad is not None])
-        mean = _end_to_end(means).lerp_(gradient, 1 - beta1)
-        square = _end_to_end(squares).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        gradient = _concatenated([parameter.grad for parameter in parameters if parameter.grad is not None])
+        mean = _concatenated(means).lerp_(gradient, 1 - beta1)
+        square = _concatenated(squares).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         deviation = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        weights = _end_to_end(parameters).mul_(1 - group["lr"] * group["weight_decay"])
+        weights = _concatenated(parameters).mul_(1 - group["lr"] * group["weight_decay"])
         weights.addcdiv_(mean, deviation, value=-group["lr"] / (1 - beta1**step))
         results = [weights, mean, square]
         if parameters[0].dtype == torch.bfloat16:
@@ -92,23 +93,23 @@ def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield chunk
 
 
-def _end_to_end(tensors: Sequence[Tensor]) -> Tensor:
-    """A float32 copy of tensors as one vector."""
+def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """A float32 copy of the tensors as one vector."""
     vector = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.float32, device=tensors[0].device)
     torch._foreach_copy_(_cut(vector, tensors), list(tensors))
     return vector
 
 
 def _cut(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """A vector as views in the shapes of tensors that were laid end to end."""
+    """The inverse of `_concatenated`: views into the vector in the shapes of `like`."""
     pieces = vector.split([tensor.numel() for tensor in like])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 
 def _noises(lengths: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Rounding bits for weights, means and squares of tensors of these lengths, laid end to end.
+    """Rounding bits for weights, means and squares of concatenated tensors of these lengths.
 
-    Each tensor's are drawn one after the other, so that on a CPU they do not depend on the chunk they are in.
+    Drawn tensor by tensor, so that on a CPU they do not depend on how tensors are grouped into chunks.
     """
     drawn = torch.randint(0, 1 << 16, (3 * sum(lengths),), dtype=torch.int32, device=device)
     pieces = drawn.split([length for length in lengths for _ in range(3)])
@@ -116,10 +117,10 @@ def _noises(lengths: Sequence[int], device: torch.device) -> list[Tensor]:
 
 
 def rounded_stochastically(exact: Tensor, noise: Tensor) -> Tensor:
-    """float32 `exact` as float32 that a bfloat16 can hold, up or down with the odds of the part that is cut off.
+    """Round float32 `exact` to values that bfloat16 can hold, up or down at random, so that the mean is exact. => float32
 
-    A bfloat16 is the upper half of a float32, so a random number below 2^16 (`noise`, int32) added to the bits carries into the
-    upper half with just those odds. The odd non-finite value stays what it is.
+    A bfloat16 is the upper half of a float32. Adding a random number below 2^16 (`noise`, int32) to the bits carries into the upper
+    half with a probability equal to the part that is cut off. Non-finite values stay as they are.
     """
     bits = (noise + exact.view(torch.int32)).bitwise_and_(-65536)
     return torch.where(exact.isfinite(), bits.view(torch.float32), exact)

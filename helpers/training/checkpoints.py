@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: written aside, verified, renamed; older ones go only when a newer one is safe.
+"""Checkpoints: written to a temporary folder, renamed, verified; older ones are removed only once the new one reads back.
 
-A checkpoint holds the weights that move (in the files others load), the optimiser's tensors, the average, and
-`training_state.json`; `manifest.json` lists every file with size and SHA-256. There is no pickle in it and nothing random:
+A checkpoint holds the trained weights (in the files that other tools load), the EMA, the optimizer's tensors and
+`training_state.json`; `manifest.json` lists every file with its size and SHA-256. It contains no pickle and no random state:
 order and noise are computed from the step.
 """
 
@@ -32,7 +32,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every byte is as it was written."""
+    """A checkpoint on disk that has been verified against its manifest."""
 
     folder: Path
     content: Mapping[str, Any]  # of training_state.json
@@ -46,17 +46,17 @@ class Checkpoint:
         return int(self.content["state"]["step"])
 
     def require_same_run(self, identity: Mapping[str, Any]) -> None:
-        """Raises CheckpointError naming every setting that is no longer what it was."""
-        require_same(self.content["identity"], identity, self.name, "Set it back, or choose another --output_dir for a new run.")
+        """Raises CheckpointError that names every setting which differs from the run that saved this."""
+        require_same(self.content["identity"], identity, self.name, "Set them back, or choose another --output_dir for a new run.")
 
     def changed_data(self, data: Mapping[str, str], accepted: bool) -> list[str]:
-        """The parts of the data's fingerprint that are no longer what they were. Raises CheckpointError naming them unless `accepted`."""
+        """The parts of the data's fingerprint that have changed. Raises CheckpointError that names them, unless `accepted`."""
         before = self.content["data"]
         changed = [name for name in {**before, **data} if before.get(name) != data.get(name)]
         if changed and not accepted:
             raise CheckpointError(
-                f"{self.name} was trained on other data than is there now: {', '.join(changed)} changed. "
-                "Restore the data, go on with what is there now by --accept_changed_data, or choose another --output_dir."
+                f"the data has changed since {self.name}: {', '.join(changed)}. "
+                "Restore it, continue on the present data with --accept_changed_data, or choose another --output_dir."
             )
         return changed
 
@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 class Savable(Protocol):
-    """What a checkpoint holds besides the position of the run."""
+    """What a checkpoint stores besides the position of the run."""
 
     def write_weights(self, folder: Path) -> None: ...
 
@@ -86,17 +86,17 @@ class Checkpointer:
     def due(self, step: int) -> bool:
         return step % self.options.checkpointing_steps == 0
 
-    def find(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The checkpoint to resume from, or None for a new run. Damaged ones are named to `say` and passed over.
+    def find(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The checkpoint to resume from, or None for a new run. Skips damaged ones and passes a line about each to `warn`.
 
-        Raises CheckpointError when one is asked for by name and is missing or damaged, or when all there are are damaged.
+        Raises CheckpointError if the checkpoint that the user named is missing or damaged, or if all checkpoints are damaged.
         """
         asked = self.options.resume_from_checkpoint
         if asked is None:
             if there := self._folders():
                 raise CheckpointError(
-                    f"--resume_from_checkpoint=none: {self.output_dir} holds {there[0].name} of an earlier run, and two runs in one folder "
-                    "could not be told apart. Choose another --output_dir, or go on with that run."
+                    f"--resume_from_checkpoint=none: {self.output_dir} already holds {there[0].name} of an earlier run. "
+                    "Choose another --output_dir, or resume that run."
                 )
             return None
         if asked != "latest":
@@ -106,7 +106,7 @@ class Checkpointer:
             problems = verify_manifest(folder)
             if not problems:
                 return self._open(folder)
-            say(f"{folder.name} is damaged and is passed over: {problems[0]}")
+            warn(f"{folder.name} is damaged and is skipped: {problems[0]}")
         if candidates:
             raise CheckpointError(
                 f"No checkpoint in {self.output_dir} is intact: restore one, or choose another --output_dir for a new run."
@@ -114,9 +114,9 @@ class Checkpointer:
         return None
 
     def save(self, step: int, learner: Savable, position: Mapping[str, Any]) -> Path:
-        """Write `checkpoint-<step>`, verify it on disk, and only then remove what the limit allows. Raises StorageError.
+        """Write `checkpoint-<step>`, verify it on disk, then remove those over the limit. Raises StorageError.
 
-        `position` is everything beside the learner that a resumed run needs, as JSON values.
+        `position` is everything else that a resumed run needs, as JSON values.
         """
         final = self.output_dir / f"checkpoint-{step}"
         with atomic_folder(final) as folder:
@@ -126,14 +126,14 @@ class Checkpointer:
             write_json(folder / STATE_FILE, {**position, "numbers": numbers})
             write_manifest(folder)
         if problems := verify_manifest(final):
-            raise StorageError(f"{final} was written and does not read back: {problems[0]}")
+            raise StorageError(f"{final} was written but does not read back: {problems[0]}")
         self._prune()
         return final
 
     def set_newer_aside(self, step: int) -> list[Path]:
-        """Where the run goes on from a checkpoint asked for by name, rename those beyond `step`: `latest` shall not mean the way left.
+        """If the user named a checkpoint to resume from, rename those after `step`, so that `latest` does not pick them next time.
 
-        They stay whole, as `left-checkpoint-<N>`, and are neither counted nor pruned. => their new paths. StorageError when it fails.
+        They are kept as `left-checkpoint-<N>`, and are neither counted nor pruned. => their new paths. StorageError if renaming fails.
         """
         if self.options.resume_from_checkpoint in (None, "latest"):
             return []
@@ -149,14 +149,14 @@ class Checkpointer:
         return moved
 
     def tidy(self) -> None:
-        """Remove what killed runs left half-written. For the holder of the lock on OUTPUT_DIR."""
+        """Remove files that killed runs left half-written. Call it only while holding the lock on OUTPUT_DIR."""
         remove_leftovers(self.output_dir)
 
     def _named(self, name: str) -> Checkpoint:
         folder = self.output_dir / name
         if not folder.is_dir():
             there = ", ".join(path.name for path in self._folders()) or "none"
-            raise CheckpointError(f"--resume_from_checkpoint={name}: there is no such folder in {self.output_dir} (there: {there}).")
+            raise CheckpointError(f"--resume_from_checkpoint={name}: {self.output_dir} has no such checkpoint (it has: {there}).")
         if problems := verify_manifest(folder):
             raise CheckpointError(f"--resume_from_checkpoint={name} is damaged: {problems[0]}.")
         return self._open(folder)
@@ -165,17 +165,17 @@ class Checkpointer:
         return Checkpoint(folder, json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
     def _folders(self) -> list[Path]:
-        """Folders that are named like checkpoints, the newest step first. Other names are nobody's business."""
-        found = [(int(match[1]), path) for path in self.output_dir.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-        return [path for _, path in sorted(found, reverse=True)]
+        """Folders named like checkpoints, newest step first. Other folders are ignored."""
+        folders = [(int(match[1]), path) for path in self.output_dir.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+        return [path for _, path in sorted(folders, reverse=True)]
 
     def _prune(self) -> None:
-        """Keep the newest `checkpoints_total_limit` complete checkpoints, and those of --keep_every; never a damaged one's bytes."""
+        """Keep the newest `checkpoints_total_limit` complete checkpoints and those of --keep_every. Never touches an incomplete one."""
         if self.options.checkpoints_total_limit is None:
             return
         complete = [folder for folder in self._folders() if (folder / MANIFEST).is_file()]
         for folder in complete[self.options.checkpoints_total_limit :]:
             step = int(folder.name.removeprefix("checkpoint-"))
             if not (self.options.keep_every and step % self.options.keep_every == 0):
-                (folder / MANIFEST).unlink()  # the marker first: a folder half removed is no checkpoint
+                (folder / MANIFEST).unlink()  # first: without it a half-removed folder does not count as a checkpoint
                 shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights that move, always in float32: in bfloat16 it would never move."""
+"""Exponential moving average of the trained weights, always in float32: in bfloat16 its small updates would be rounded away."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def warmed_decay(decay: float, update: int) -> float:
-    """Decay of update n (from 1): min(decay, (1 + n) / (10 + n)), so that the random start is forgotten soon."""
+    """Decay of update n, from 1: min(decay, (1 + n) / (10 + n)), so that the initial weights are soon forgotten."""
     return min(decay, (1 + update) / (10 + update))
 
 
 class Average:
-    """A float32 shadow of the parameters, updated every `interval` optimiser steps with the decay of all of them."""
+    """A float32 copy of the parameters, updated every `interval` optimizer steps with the decay of all those steps."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], options: EmaOptions) -> None:
         self.parameters = parameters
@@ -32,13 +32,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, optimizer_step: int) -> None:
-        """After optimiser step n, from 1: shadow <- d shadow + (1 - d) weights, d = decay(n)^interval."""
+        """After optimizer step n, from 1: shadow <- d shadow + (1 - d) weights, with d = decay(n)^interval."""
         if optimizer_step % self.interval:
             return
         decay = warmed_decay(self.decay, optimizer_step) ** self.interval
         shadows = list(self.shadow.values())
         weights = [self.parameters[name].detach().to(shadow.device, torch.float32) for name, shadow in self.shadow.items()]
-        torch._foreach_lerp_(shadows, weights, 1 - decay)  # one kernel for all, where the device has one
+        torch._foreach_lerp_(shadows, weights, 1 - decay)  # one kernel for all tensors, if the device has one
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -47,7 +47,7 @@ class Average:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The network runs on the average inside; the live weights are put back, bit for bit, afterwards."""
+        """Inside, the network uses the average. Afterwards the live weights are restored bit for bit."""
         live = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         try:
             self._put(self.shadow)

@@ -1,4 +1,4 @@
-"""Gradients that add up in float32 although the weights have fewer bits."""
+"""Gradient accumulation in float32 for weights of lower precision."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class Float32Gradients:
-    """The sum of a step's gradients, of which each micro-batch's is rounded once, and not the sum again and again.
+    """Sums a step's gradients in float32, so that only each micro-batch's gradient is rounded, not the running sum.
 
-    bfloat16 has 8 bits for a number: of a sum of many micro-batches, most of what the later ones add is lost.
+    bfloat16 has 8 bits of mantissa: a sum over many micro-batches would lose most of what the later ones add.
     """
 
     def __init__(self, parameters: Collection[nn.Parameter]) -> None:
@@ -19,7 +19,7 @@ class Float32Gradients:
         self.sums: dict[nn.Parameter, Tensor] = {}
 
     def take(self) -> None:
-        """Add the gradients that a micro-batch left, and leave none."""
+        """Add the gradients of a micro-batch to the sums, and clear them."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 continue
@@ -30,7 +30,7 @@ class Float32Gradients:
             parameter.grad = None
 
     def give(self, processes: int) -> None:
-        """Leave the mean over all processes as the gradients, rounded to the weights' precision. To be called by all of them."""
+        """Set the gradients to the mean over all processes, rounded to the weights' precision. Every process must call it."""
         for parameter, total in self.sums.items():
             if processes > 1:
                 torch.distributed.all_reduce(total)

@@ -1,4 +1,4 @@
-"""What is being trained, whole: the weights that move, their optimiser, their average; how it is kept and put back."""
+"""The trained weights with their optimizer and average: saved, restored, and exported as one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EMA_LABEL = "_ema"
 
 @dataclass(frozen=True)
 class Learner:
-    """One object for everything that a checkpoint holds beside the run's position."""
+    """Everything that a checkpoint holds, except the position of the run."""
 
     method: TrainingMethod
     trainable: Trainable
@@ -30,29 +30,29 @@ class Learner:
     average: Average | None
 
     def write_weights(self, folder: Path) -> None:
-        """The live weights, or the average that the optimiser means, and the EMA beside them, in the files that other tools load."""
+        """Write the weights (of a schedule-free optimizer: its average) and the EMA, in the files that other tools load."""
         with self.engine.averaged():
             self.method.save(self.trainable, folder)
         if self.average is not None:
             self.method.save(self.trainable, folder, self.average.shadow, EMA_LABEL)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors, and all the rest as JSON values."""
+        """The optimizer's tensors by name, and everything else as JSON values."""
         return self.engine.state()
 
-    def restore(self, found: Checkpoint) -> None:
-        """Put weights, optimiser and average back exactly as they were saved."""
-        self.trainable.put(self.method.read(self.trainable, found.folder))
-        self.engine.restore(found.optimizer_tensors(), found.content["numbers"])
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore weights, optimizer and average exactly as they were saved."""
+        self.trainable.put(self.method.read(self.trainable, checkpoint.folder))
+        self.engine.restore(checkpoint.optimizer_tensors(), checkpoint.content["numbers"])
         if self.average is not None:
-            self.average.restore(self.method.read(self.trainable, found.folder, EMA_LABEL))
+            self.average.restore(self.method.read(self.trainable, checkpoint.folder, EMA_LABEL))
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the network runs on the average, where there is one: the EMA's or the optimiser's."""
+        """Inside, the network uses the average if there is one: the EMA, or that of a schedule-free optimizer."""
         return self.average.swapped_in() if self.average is not None else self.engine.averaged()
 
     def export(self, folder: Path, schedule: Mapping[str, Any]) -> list[Path]:
-        """Write what the user came for: the average where there is one, with the live weights beside it."""
+        """Write the final files: the average if there is one, and the live weights beside it. => their paths"""
         shadow: Mapping[str, Tensor] | None = self.average.shadow if self.average is not None else None
         with self.engine.averaged():
             return self.method.export(self.trainable, folder, schedule, shadow)

@@ -1,4 +1,4 @@
-"""Captions in a run that trains the text encoders: encoded anew in every step, since what was encoded before is out of date."""
+"""Captions in a run that trains the text encoders: encoded in every step, since cached embeddings would be out of date."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from helpers.protocols import ModelFamily, TextTrainingFamily, Trainable, can_tr
 from helpers.training.engine import Engine
 
 
-def stop_of(limit: int, total: int, settled: int | None) -> int:
-    """The step that the text encoders stop before, counted from 0: `limit` percent of all steps, rounded up; from 100 on, never.
+def text_stop(limit: int, total: int, saved: int | None) -> int:
+    """The first step, counted from 0, that no longer trains the text encoders: `limit` percent of all steps, rounded up.
 
-    `settled` is what a checkpoint says: a run that is made longer does not set encoders in motion again that have stopped.
+    From 100 percent on they are trained to the end. `saved` is the checkpoint's: extending a run does not train stopped encoders again.
     """
     if limit >= 100:
         return total
-    return math.ceil(total * limit / 100) if settled is None else settled
+    return math.ceil(total * limit / 100) if saved is None else saved
 
 
 def live_text(family: ModelFamily, trainable: Trainable, engine: Engine) -> LiveText | None:
-    """None where no text encoder is trained."""
+    """None if no text encoder is trained."""
     if not trainable.text_encoders:
         return None
     assert can_train_text_encoders(family), "only such a family has text encoders that are trained"
@@ -33,7 +33,7 @@ def live_text(family: ModelFamily, trainable: Trainable, engine: Engine) -> Live
 
 
 class LiveText:
-    """What captions become by the text encoders as they are now. Before step `engine.text_stop` gradients reach the encoders."""
+    """Encodes captions with the text encoders as they are now. Before step `engine.text_stop`, gradients flow into the encoders."""
 
     def __init__(self, family: TextTrainingFamily, trainable: Trainable, engine: Engine) -> None:
         self.family = family
@@ -41,17 +41,17 @@ class LiveText:
         self.engine = engine
 
     def encode(self, batch: Batch, step: int) -> Batch:
-        """The batch of a step, counted from 0, with its text."""
-        moving = step < self.engine.text_stop
+        """The batch with its text embeddings added. Steps count from 0."""
+        trained = step < self.engine.text_stop
         for encoder in self.trainable.text_encoders.values():
-            encoder.train(moving)
-        encoders = self.engine.text_encoders if moving else self.trainable.text_encoders
+            encoder.train(trained)
+        encoders = self.engine.text_encoders if trained else self.trainable.text_encoders
         captions = [None if dropped else caption for caption, dropped in zip(batch.captions, batch.dropped, strict=True)]
-        with contextlib.nullcontext() if moving else torch.no_grad():
+        with contextlib.nullcontext() if trained else torch.no_grad():
             return dataclasses.replace(batch, text=self.family.embed(encoders, captions, self.engine.runtime.device))
 
     def of(self, caption: str | None) -> TextTensors:
-        """One caption's tensors, without a batch dimension, None being the unconditional; for pictures."""
+        """One caption's tensors without a batch dimension, for validation images. None is the unconditional."""
         with torch.no_grad():
-            told = self.family.embed(self.trainable.text_encoders, [caption], self.engine.runtime.device)
-        return {name: tensor[0].float() for name, tensor in told.items()}
+            tensors = self.family.embed(self.trainable.text_encoders, [caption], self.engine.runtime.device)
+        return {name: tensor[0].float() for name, tensor in tensors.items()}

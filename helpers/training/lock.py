@@ -13,9 +13,9 @@ LOCK_FILE = ".lock"
 
 
 def lock_folder(folder: Path, option: str) -> IO[str]:
-    """Hold a folder until the process ends, however it ends. Raises UserError naming the option and the process that holds it.
+    """Lock a folder until this process ends, however it ends. Raises UserError that names the option and the process holding the lock.
 
-    The lock is the kernel's, on an open file: a killed run leaves the file but not the lock.
+    It is a kernel lock on an open file: a killed run leaves the file behind, but not the lock.
     """
     stream = (folder / LOCK_FILE).open("a+", encoding="utf-8")
     try:

@@ -1,7 +1,7 @@
-"""The state of any torch optimiser as tensors by name and JSON values, without pickle, and back.
+"""Saves and restores the state of any torch optimizer as tensors by name and JSON values, without pickle.
 
-A state belongs to a parameter, to the group of parameters (a step counter, an estimated step size) or to nothing (a few libraries
-count there). Of a group only what steps have changed is state; the rest are settings, and those of the present run count.
+State belongs to a parameter, to the parameter group (a step counter, an estimated step size) or to a plain key (counters of a few
+libraries). Of a group, only entries that steps have changed are state. The others are settings, which a resumed run sets itself.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ SET_BEFORE_EACH_STEP = ("params", "lr")
 
 
 def varying_entries(optimizer: Optimizer) -> dict[str, Any]:
-    """The entries of its parameter group as they are now, to tell later which of them steps have changed."""
+    """A copy of the parameter group's entries, to find out later which of them steps have changed."""
     [group] = optimizer.param_groups
     return {entry: _copied(value) for entry, value in group.items() if entry not in SET_BEFORE_EACH_STEP}
 
 
 def collect_state(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], as_made: Mapping[str, Any]
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], initial: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors named `<parameter>/<entry>`, and everything else as JSON values. `as_made`: its `varying_entries` when it was new.
+    """Tensors named `<parameter>/<entry>`, and everything else as JSON values. `initial`: `varying_entries` of the new optimizer.
 
-    Raises TypeError for a state that is no tensor, number, text, or list, tuple or dict of them.
+    Raises TypeError for state other than tensors, numbers, strings, and lists, tuples or dicts of them.
     """
     writing = _Writing()
     by_parameter: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             written = writing.value(value, f"{name}/{entry}")
-            if written != {"tensor": f"{name}/{entry}"}:  # the usual case is told by the tensor's name
+            if written != {"tensor": f"{name}/{entry}"}:  # the usual case: the tensor's name says it all
                 by_parameter.setdefault(name, {})[entry] = written
     [group] = optimizer.param_groups
     changed = {
         entry: writing.value(value, f"/group/{entry}")
         for entry, value in group.items()
-        if entry not in SET_BEFORE_EACH_STEP and not (entry in as_made and _same(value, as_made[entry]))
+        if entry not in SET_BEFORE_EACH_STEP and not (entry in initial and _same(value, initial[entry]))
     }
     owners = {id(parameter) for parameter in parameters.values()}
     others = {str(key): writing.value(value, f"/other/{key}") for key, value in optimizer.state.items() if id(key) not in owners}
     return writing.tensors, {"parameters": by_parameter, "group": changed, "other": others}
 
 
-def put_state(
+def restore_state(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
-    """Put back what `collect_state` gave, in its own precision and on the devices that this optimiser uses."""
+    """Restore the result of `collect_state`, in its own precision and on the devices that this optimizer uses."""
     reading = _Reading(tensors)
     first = next(iter(parameters.values()))
     for name, entries in values["parameters"].items():
@@ -59,16 +59,16 @@ def put_state(
     for entry, written in values["group"].items():
         optimizer.param_groups[0][entry] = reading.value(written, first.device)
     for key, written in values["other"].items():
-        optimizer.state[key] = reading.value(written, first.device)  # a few libraries keep counters by name
+        optimizer.state[key] = reading.value(written, first.device)  # counters of a few libraries
     for full_name, tensor in tensors.items():
         name, entry = full_name.rsplit("/", 1)
-        if name in parameters:  # others are part of a value that is back already
+        if name in parameters:  # the others are parts of values restored above
             placed = reading.read[full_name] if full_name in reading.read else _placed(optimizer, parameters[name], entry, tensor)
             optimizer.state[parameters[name]][entry] = placed
 
 
 def _placed(optimizer: Any, parameter: nn.Parameter, entry: str, value: Tensor) -> Tensor:
-    """A parameter's entry where the optimiser wants it: counters of torch's own on the CPU, paged moments in paged memory."""
+    """A parameter's entry on the device that the optimizer expects: torch's step counters on the CPU, paged moments in paged memory."""
     if entry == "step" and value.ndim == 0 and not optimizer.param_groups[0].get("fused"):
         return value.cpu()
     if entry in ("state1", "state2") and getattr(optimizer, "is_paged", False):
@@ -78,7 +78,7 @@ def _placed(optimizer: Any, parameter: nn.Parameter, entry: str, value: Tensor) 
 
 
 class _Writing:
-    """Turns values into JSON, with a name where a tensor is; a tensor that is there twice is written once."""
+    """Turns values into JSON with names in place of tensors. A tensor that occurs twice is written once."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -86,7 +86,7 @@ class _Writing:
 
     def value(self, value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
-            strides = {} if value.is_contiguous() else {"strides": list(value.stride())}  # they decide how products are rounded
+            strides = {} if value.is_contiguous() else {"strides": list(value.stride())}  # the layout affects how products are rounded
             return {"tensor": self._tensor(value.detach(), name), **strides}
         if value is None or isinstance(value, bool | int | float | str):
             return value
@@ -94,19 +94,19 @@ class _Writing:
             return {type(value).__name__: [self.value(item, f"{name}/{index}") for index, item in enumerate(value)]}
         if isinstance(value, dict) and all(isinstance(key, str | int | float) for key in value):
             return {"dict": [[key, self.value(item, f"{name}/{key}")] for key, item in value.items()]}
-        raise TypeError(f"its state holds a {type(value).__name__} ({name}), which a checkpoint cannot hold")
+        raise TypeError(f"its state holds a {type(value).__name__} ({name}), which a checkpoint cannot store")
 
     def _tensor(self, tensor: Tensor, name: str) -> str:
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         known = self._names.setdefault(place, name) if tensor.numel() else name
         if known == name:
-            part_of_another = tensor.untyped_storage().nbytes() != tensor.nbytes  # a safetensors file holds no views
-            self.tensors[name] = tensor.clone() if part_of_another else tensor
+            is_view = tensor.untyped_storage().nbytes() != tensor.nbytes  # safetensors refuses views
+            self.tensors[name] = tensor.clone() if is_view else tensor
         return known
 
 
 class _Reading:
-    """The way back; a tensor that was there twice is the same one twice again."""
+    """The inverse of `_Writing`. A tensor that occurred twice is one shared tensor again."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors

@@ -1,4 +1,4 @@
-"""Optimisers by name, over named parameters, with a state that is plain tensors and numbers."""
+"""Optimizers by name, over named parameters; their state is plain tensors and JSON values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.config.optimizers import AVERAGING, LIBRARIES, PYTORCH_OPTIMIZER, p
 from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
 from helpers.training.adamw_bf16 import AdamWBF16
-from helpers.training.optimizer_state import collect_state, put_state, varying_entries
+from helpers.training.optimizer_state import collect_state, restore_state, varying_entries
 
 if TYPE_CHECKING:
     from helpers.config.options import OptimizerOptions
@@ -31,50 +31,50 @@ BITSANDBYTES = {
     "lion8bit": "Lion8bit",
     "paged_lion8bit": "PagedLion8bit",
 }
-# Arguments that are ours to give.
-GIVEN = ("params", "lr")
+# Arguments that the trainer passes itself.
+OURS = ("params", "lr")
 
 
 class NamedOptimizer:
-    """A torch optimiser over parameters with names: one step at a given learning rate, its whole state, the weights it means.
+    """A torch optimizer over named parameters: takes steps at a given learning rate, and saves and restores its whole state.
 
-    `rate` is the peak of the schedule, for optimisers that compare later rates with the first. Where the options say so, the state and a
-    copy of the weights are in the CPU's memory, and steps are taken there; what is kept in checkpoints is the same.
+    `rate` is the peak of the schedule, which some optimizers compare later rates with. With `optimizer_cpu_offload`, the state and a copy
+    of the weights are in CPU memory, and steps are taken there. Checkpoints are the same either way.
     """
 
     def __init__(self, options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float) -> None:
         self.name = options.optimizer
         self.parameters = parameters
         self.averages = options.optimizer in AVERAGING
-        self.own = copies_on_cpu(parameters) if options.optimizer_cpu_offload else parameters  # the weights that steps are taken with
-        self.torch_optimizer = create_optimizer(options, self.own, rate)
-        # A loss scaler asks an optimiser where the gradients are; one that takes its steps elsewhere cannot tell it.
+        self.stepped = copies_on_cpu(parameters) if options.optimizer_cpu_offload else parameters  # the weights that steps change
+        self.torch_optimizer = create_optimizer(options, self.stepped, rate)
+        # A loss scaler finds the gradients through an optimizer; an offloaded one does not hold those of the network.
         self.over_gradients = torch.optim.SGD(parameters.values(), lr=0.0) if self.offloaded else self.torch_optimizer
         if self.averages:
             self._mode("train")
-        self._as_made = varying_entries(self.torch_optimizer)
+        self._initial = varying_entries(self.torch_optimizer)
 
     def step(self, rate: float) -> None:
-        """Update the weights by their gradients at the schedule's learning rate."""
+        """Update the weights with their gradients at this learning rate of the schedule."""
         for group in self.torch_optimizer.param_groups:
             group["lr"] = rate
         if self.offloaded:
             self._fetch_gradients()
         self.torch_optimizer.step()
-        self._hand_back()
+        self._copy_back()
 
     @property
     def offloaded(self) -> bool:
-        return self.own is not self.parameters
+        return self.stepped is not self.parameters
 
     def zero_grad(self) -> None:
-        for parameter in (*self.parameters.values(), *self.own.values()):
+        for parameter in (*self.parameters.values(), *self.stepped.values()):
             parameter.grad = None
 
     def effective(self, rate: float) -> float:
-        """What the next step makes of a learning rate: times the estimate where the optimiser estimates it.
+        """The learning rate that the next step really uses: times the estimated `d` of Prodigy and D-Adaptation.
 
-        Adafactor's relative step is told as it is before the size of each weight multiplies it.
+        For Adafactor's relative step, it is the value before multiplication with each weight's scale.
         """
         [group] = self.torch_optimizer.param_groups
         if group.get("relative_step"):
@@ -84,69 +84,69 @@ class NamedOptimizer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the weights are the average that a schedule-free optimiser means; afterwards those it trains, bit for bit.
+        """Inside, the weights are the average of a schedule-free optimizer; afterwards the trained weights, bit for bit.
 
-        The optimiser's own way back rounds, so it is not relied on.
+        The optimizer's own way back rounds, so the trained weights are kept and restored here.
         """
         if not self.averages or not self.torch_optimizer.state:
             yield
             return
         trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._mode("eval")
-        self._hand_back()
+        self._copy_back()
         try:
             yield
         finally:
             self._mode("train")
-            self._put(trained)
+            self._set_weights(trained)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the next step depends on beside weights and settings: tensors by name, and JSON values."""
-        tensors, values = collect_state(self.torch_optimizer, self.own, self._as_made)
-        if self.averages:  # a checkpoint's weights are the average
+        """Everything except weights and settings that the next step depends on: tensors by name, and JSON values."""
+        tensors, values = collect_state(self.torch_optimizer, self.stepped, self._initial)
+        if self.averages:  # the weights in a checkpoint are the average
             tensors |= {f"/trained/{name}": parameter.detach() for name, parameter in self.parameters.items()}
         return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Put back exactly what `state` gave: torch's own loader would cast moments to the weights' precision."""
+        """Restore exactly what `state` returned. (torch's own loader would cast moments to the weights' precision.)"""
         trained = {name.removeprefix("/trained/"): tensor for name, tensor in tensors.items() if name.startswith("/trained/")}
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("/trained/")}
-        if self.offloaded:  # the weights of the network have been put back before
-            self._put({name: parameter.detach() for name, parameter in self.parameters.items()})
-        put_state(self.torch_optimizer, self.own, rest, values)
-        self._put(trained)
+        if self.offloaded:  # the network's weights have already been restored
+            self._set_weights({name: parameter.detach() for name, parameter in self.parameters.items()})
+        restore_state(self.torch_optimizer, self.stepped, rest, values)
+        self._set_weights(trained)
 
     def _mode(self, name: str) -> None:
         getattr(self.torch_optimizer, name)()
 
     @torch.no_grad()
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
+    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
         for name, tensor in weights.items():
-            self.own[name].copy_(tensor)
-        self._hand_back()
+            self.stepped[name].copy_(tensor)
+        self._copy_back()
 
     @torch.no_grad()
     def _fetch_gradients(self) -> None:
-        """Copy the network's gradients to where the steps are taken, and wait for them."""
+        """Copy the network's gradients to CPU memory, and wait for them."""
         for name, parameter in self.parameters.items():
-            own = self.own[name]
-            own.grad = None if parameter.grad is None else torch.empty_like(own, pin_memory=own.is_pinned())
-            if parameter.grad is not None and own.grad is not None:
-                own.grad.copy_(parameter.grad, non_blocking=True)
+            target = self.stepped[name]
+            target.grad = None if parameter.grad is None else torch.empty_like(target, pin_memory=target.is_pinned())
+            if parameter.grad is not None and target.grad is not None:
+                target.grad.copy_(parameter.grad, non_blocking=True)
         device = next(iter(self.parameters.values())).device
         if device.type != "cpu":
             torch.get_device_module(device).synchronize(device)
 
     @torch.no_grad()
-    def _hand_back(self) -> None:
-        """Copy the weights that a step was taken with to the network, where they are not the same ones."""
+    def _copy_back(self) -> None:
+        """Copy offloaded weights back to the network."""
         if self.offloaded:
             for name, parameter in self.parameters.items():
-                parameter.copy_(self.own[name], non_blocking=True)
+                parameter.copy_(self.stepped[name], non_blocking=True)
 
 
 def copies_on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The same weights in the CPU's memory; pages that cannot be swapped where a GPU reads them, which makes copies fast."""
+    """Copies of the weights in CPU memory, pinned if the weights are on a CUDA device, which makes transfers fast."""
     copies = {}
     for name, parameter in parameters.items():
         values = parameter.detach().to("cpu", copy=True)
@@ -155,7 +155,7 @@ def copies_on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parame
 
 
 def check_optimizer(options: OptimizerOptions, rate: float, device: torch.device) -> None:
-    """Take a step with a few weights, so that what the optimiser refuses is known before hours of caching. Raises ConfigError."""
+    """Take a trial step with a few weights, so that an error shows before hours of caching. Raises ConfigError."""
     shapes = {"matrix": (8, 4), "kernel": (4, 4, 3, 3), "bias": (8,)}
     parameters = {name: nn.Parameter(torch.full(shape, 0.5, device=device)) for name, shape in shapes.items()}
     for parameter in parameters.values():
@@ -164,42 +164,42 @@ def check_optimizer(options: OptimizerOptions, rate: float, device: torch.device
     try:
         optimizer.step(rate)
         optimizer.state()
-    except Exception as error:  # the library's own, of any kind
+    except Exception as error:  # libraries raise all kinds
         raise ConfigError(f"--optimizer={options.optimizer} cannot train here{_with(options)}: {error}") from error
 
 
 def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float) -> Optimizer:
-    """The optimiser that the options name ("auto" has been settled). Its learning rate is set anew before each step.
+    """The optimizer that the options name ("auto" is already resolved). Its learning rate is set before each step.
 
-    Raises ConfigError for arguments that it does not have or does not take.
+    Raises ConfigError for arguments that it does not have or refuses.
     """
     name, weights = options.optimizer, list(parameters.values())
     make = _class_of(name)
     known = [argument for argument, kind in inspect.signature(make).parameters.items() if _can_be_given(argument, kind)]
     arguments = _chosen_arguments(options, make)
     if name == "adamw":
-        # One kernel over all weights, without a temporary copy of them; on the CPU the loop that is bit-equal on any build.
+        # CUDA: one kernel over all weights, without a temporary copy. CPU: the loop, which gives equal bits on any build of torch.
         on_cuda = all(weight.device.type == "cuda" for weight in weights)
         arguments |= {"fused": True} if on_cuda else {"foreach": False}
-    told = parse_optimizer_args(options.optimizer_args)
-    for argument in told:
+    extra = parse_optimizer_args(options.optimizer_args)
+    for argument in extra:
         if argument not in known:
             raise ConfigError(
                 f"--optimizer_args: {name} has no argument {argument}{did_you_mean(argument, known)}; it has {', '.join(known)}."
             )
-    if name == "adafactor" and (arguments | told).get("relative_step"):
-        given: dict[str, Any] = {"lr": None}
+    if name == "adafactor" and (arguments | extra).get("relative_step"):
+        rates: dict[str, Any] = {"lr": None}
     else:
-        given = {"lr": rate}
+        rates = {"lr": rate}
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # prodigyopt prints how it decays
-            return make(weights, **given, **(arguments | told))
-    except Exception as error:  # the library's own, of any kind
-        raise ConfigError(f"--optimizer={name} refuses its settings{_with(options)}: {error}") from error
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # prodigyopt prints a line
+            return make(weights, **rates, **(arguments | extra))
+    except Exception as error:  # libraries raise all kinds
+        raise ConfigError(f"--optimizer={name} rejects its settings{_with(options)}: {error}") from error
 
 
 def _can_be_given(argument: str, kind: inspect.Parameter) -> bool:
-    return argument not in GIVEN and kind.kind is not inspect.Parameter.VAR_KEYWORD
+    return argument not in OURS and kind.kind is not inspect.Parameter.VAR_KEYWORD
 
 
 def _with(options: OptimizerOptions) -> str:
@@ -207,7 +207,7 @@ def _with(options: OptimizerOptions) -> str:
 
 
 def _class_of(name: str) -> Callable[..., Optimizer]:
-    """Raises ConfigError naming the package where it cannot be imported."""
+    """Raises ConfigError that names the package, if it cannot be imported."""
     if name == "adamw":
         return torch.optim.AdamW
     if name == "adamw_bf16":
@@ -228,15 +228,15 @@ def _class_of(name: str) -> Callable[..., Optimizer]:
         return module.load_optimizer("dadaptadam" if name == "dadaptation" else name)
     except (ImportError, AttributeError, NotImplementedError) as error:
         raise ConfigError(
-            f"--optimizer={name} needs the library {package}, which cannot give it here ({error}): "
-            f"{install(package)}, or choose adamw or adamw_bf16."
+            f"--optimizer={name} needs the library {package}, which cannot be used here ({error}): "
+            f"{install(package)}, or use adamw or adamw_bf16."
         ) from error
 
 
 def _chosen_arguments(options: OptimizerOptions, make: Callable[..., Optimizer]) -> dict[str, Any]:
-    """The arguments that the options stand for. Options that are None are left to the optimiser.
+    """The optimizer's arguments from the options. Options that are None keep the optimizer's own defaults.
 
-    Raises ConfigError for an option that means something the optimiser does not have.
+    Raises ConfigError for an option that the optimizer does not have.
     """
     name = options.optimizer
     if name == "prodigy":
@@ -269,19 +269,19 @@ def _adam_arguments(options: OptimizerOptions, make: Callable[..., Optimizer]) -
         if value is None:
             continue
         if argument not in known or isinstance(known[argument].default, tuple):
-            raise ConfigError(f"--{flag} {value:g}: {options.optimizer} has no such number; leave it out.")
+            raise ConfigError(f"--{flag} {value:g}: {options.optimizer} has no such setting; remove it.")
         arguments[argument] = value
     betas = (options.adam_beta1, options.adam_beta2)
     if betas == (None, None):
         return arguments
     usual = known["betas"].default if "betas" in known else None
     if not isinstance(usual, tuple) or len(usual) != 2:
-        why = f"has {len(usual)} betas; give them by --optimizer_args 'betas=...'" if usual else "has no betas; leave it out"
-        raise ConfigError(f"--adam_beta{1 if betas[0] is not None else 2}: {options.optimizer} {why}.")
+        reason = f"has {len(usual)} betas; set them with --optimizer_args 'betas=...'" if usual else "has no betas; remove it"
+        raise ConfigError(f"--adam_beta{1 if betas[0] is not None else 2}: {options.optimizer} {reason}.")
     arguments["betas"] = tuple(mine if mine is not None else its for mine, its in zip(betas, usual, strict=True))
     return arguments
 
 
 def names() -> tuple[str, ...]:
-    """Every optimiser that can be trained with, by name."""
+    """The names of all optimizers."""
     return ("adamw", "adamw_bf16", "adafactor", *dict.fromkeys((*LIBRARIES, *PYTORCH_OPTIMIZER)))

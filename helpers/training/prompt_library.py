@@ -1,4 +1,4 @@
-"""The prompts of `--validation_prompt_library`: what base models find easy and what they find hard, each under a short name."""
+"""The prompts of `--validation_prompt_library`, easy and hard ones for base models, each under a short name."""
 
 from __future__ import annotations
 

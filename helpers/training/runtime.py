@@ -1,4 +1,4 @@
-"""Processes, device and precision of a run, and what all of its processes must agree on."""
+"""Processes, device and precision of a run, and the operations that involve all of its processes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from helpers.training.stopping import StopRequest
 if TYPE_CHECKING:
     from helpers.config.options import RunOptions
 
-# A collective may have to wait for a process that validates or saves for long; hung processes are the launcher's to end.
+# A collective may have to wait while another process validates or saves. The launcher ends hung processes.
 PATIENCE = timedelta(days=7)
 
 
 @dataclass
 class Runtime:
-    """Where this process stands, and the few things it asks the others."""
+    """This process: its device, precision and rank, and the few operations it shares with the others."""
 
     accelerator: Accelerator
     stop: StopRequest
-    mixed_precision: str  # "no", "bf16" or "fp16", after what the device allows
-    notes: list[str]  # what was adjusted to the machine, to be told aloud
+    mixed_precision: str  # "no", "bf16" or "fp16", as the device allows
+    notes: list[str]  # adjustments to this machine, to show to the user
     locks: list[IO[str]]  # held by the main process
 
     @property
@@ -48,7 +48,7 @@ class Runtime:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in."""
+        """The precision that the network computes in."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision, torch.float32)
 
     @property
@@ -64,9 +64,9 @@ class Runtime:
         return self.accelerator.is_main_process
 
     def seed(self, name: str, *address: int) -> None:
-        """Set torch's global generators for what libraries draw from them next, by address instead of by history."""
+        """Seed torch's global generators, which libraries draw from, with a number that depends on the address only, not on history."""
         number = seed_of(name, *address)
-        # Not torch.manual_seed: for every kind of device that is not in use it formats a stack trace, a millisecond a call.
+        # Not torch.manual_seed: it formats a stack trace for every unused kind of device, which takes a millisecond per call.
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(number)
@@ -75,7 +75,7 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number added up over all processes, in float64."""
+        """The sum of each number over all processes, in float64."""
         total = torch.tensor(numbers, dtype=torch.float64, device="cpu" if self.device.type != "mps" else None)
         if self.world_size == 1:
             return total.tolist()
@@ -84,7 +84,7 @@ class Runtime:
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of ranks, on all of them. Plain data only."""
+        """The values of all processes in rank order, on every process. Plain data only."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -92,11 +92,11 @@ class Runtime:
         return values
 
     def meet(self) -> Meeting | Alone:
-        """A meeting of all processes, which may take hours. To be asked for by all of them."""
+        """Exchange of short texts between all processes during work that may take hours. Every process must call it."""
         if self.world_size == 1:
             return Alone(self.stop)
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        port = 0  # the system chooses
+        port = 0  # the system picks one
         if self.is_main:
             store = torch.distributed.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=ANSWER_WITHIN)
             port = store.port
@@ -106,7 +106,7 @@ class Runtime:
         return Meeting(self.rank, self.world_size, store, self.stop)
 
     def clear_cache(self) -> None:
-        """Give the accelerator's cached memory back to it."""
+        """Return PyTorch's cached memory to the device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         elif self.device.type == "mps":
@@ -116,29 +116,29 @@ class Runtime:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        # All processes finish or are interrupted together, and then leave together: a process group taken down while others
-        # still use it aborts them. After any other error the others may never come; the launcher ends them.
+        # If all processes finish or are interrupted, they exit together: closing the process group while others still use it aborts
+        # them. After any other error the others may never get here; the launcher ends them.
         if kind is None or issubclass(kind, Interrupted):
             self.wait_for_everyone()
             self.accelerator.end_training()
 
 
 def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Collection[str], stop: StopRequest) -> Runtime:
-    """Join the other processes, settle the precision for the device, and lock the folders that are this run's alone.
+    """Join the other processes, resolve the precision for the device, and lock the run's folders.
 
-    `folders` are named by their options; `chosen` are the options the user set, as opposed to defaults. Raises UserError when a
-    folder is in use or cannot be written to, or when the precision is impossible here.
+    `folders` are named by their options; `chosen` are the options that the user set. Raises UserError if a folder is in use or not
+    writable, or if the device does not support the precision.
     """
     configure_logging()
-    # Unless it is told that this is a CPU, accelerate makes each process of a CPU group believe that it is alone.
+    # Without `cpu=True`, accelerate treats each process of a CPU group as a run of one process.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     wanted = int(os.environ.get(PROCESSES_VARIABLE) or os.environ.get("WORLD_SIZE") or state.num_processes)
     if state.num_processes != wanted:
-        # Two runs that each believe they are alone would write over each other.
-        raise RuntimeError(f"{wanted} processes were asked for, but the launcher made a group of {state.num_processes}.")
+        # Otherwise each process would train alone and overwrite the others' files.
+        raise RuntimeError(f"{wanted} processes were requested, but the launcher started a group of {state.num_processes}.")
     announce_rank(os.environ)
-    mixed_precision, note = settle_precision(options.mixed_precision, "mixed_precision" in chosen, state.device)
+    mixed_precision, note = resolve_precision(options.mixed_precision, "mixed_precision" in chosen, state.device)
     accelerator = Accelerator(mixed_precision=mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     runtime = Runtime(accelerator, stop, mixed_precision, [note] if note else [], [])
@@ -149,7 +149,7 @@ def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Coll
 
 
 def _take_locks(runtime: Runtime, folders: Mapping[str, Path]) -> str | None:
-    """The main process locks for all; the refusal goes to everybody, so that no process waits for one that has left."""
+    """Lock the folders on the main process. => why that failed, which all processes get, so that none waits for one that has exited"""
     if not runtime.is_main:
         return None
     for option, folder in folders.items():
@@ -159,35 +159,35 @@ def _take_locks(runtime: Runtime, folders: Mapping[str, Path]) -> str | None:
         except UserError as error:
             return str(error)
         except OSError as error:
-            return f"{option}={folder} cannot be written to: {error.strerror}."
+            return f"{option}={folder} is not writable: {error.strerror}."
     return None
 
 
-def settle_precision(asked: str, chosen: bool, device: torch.device) -> tuple[str, str | None]:
-    """The precision to train in on this device, and what to tell the user about it. Raises ConfigError for fp16 on a CPU."""
+def resolve_precision(asked: str, chosen: bool, device: torch.device) -> tuple[str, str | None]:
+    """The precision to train in on this device, and a note for the user if it changed. Raises ConfigError for fp16 on a CPU."""
     if device.type != "cpu" or asked == "no":
         return asked, None
     if asked == "fp16":
-        raise ConfigError("--mixed_precision=fp16 is not possible on a CPU: use no, or bf16.")
+        raise ConfigError("--mixed_precision=fp16 does not work on a CPU: use no or bf16.")
     if chosen:
         return asked, None
-    return "no", "mixed_precision settles to no: this machine trains on its CPU, where float32 is the fast precision"
+    return "no", "mixed_precision is no: this machine trains on its CPU, where float32 is faster than bf16"
 
 
 def configure_logging() -> None:
-    """Log levels from SIMPLETUNER_LOG_LEVEL; libraries speak from warnings up, less two notes that concern nobody here."""
+    """Set our log level from SIMPLETUNER_LOG_LEVEL. Libraries log warnings, except two that do not concern users."""
     level = os.environ.get("SIMPLETUNER_LOG_LEVEL", "INFO").upper()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("helpers").setLevel(level)
-    # transformers says on every import that it does image work without torchvision, and so do we.
+    # transformers warns on every import that torchvision is missing. We do not use it.
     logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
-    # bitsandbytes looks for a product by 4-bit weights that is made for some CPUs; here weights are made full before they multiply.
+    # bitsandbytes looks for a 4-bit matrix product for CPUs. We dequantize the weights before multiplying.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
 
 
 @contextmanager
 def undisturbed(*modules: torch.nn.Module) -> Iterator[None]:
-    """Whatever happens inside, training goes on bit for bit as if it had not: modes and random states are put back."""
+    """Restores train/eval modes and random states, so that what happens inside has no effect on training."""
     modes = [(module, module.training) for parent in modules for module in parent.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:

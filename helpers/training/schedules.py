@@ -1,6 +1,6 @@
-"""Learning-rate schedules as pure functions of the optimiser step: nothing to save, the same on any number of processes.
+"""Learning-rate schedules as pure functions of the optimizer step: no state, the same on any number of processes.
 
-t = optimiser step from 0, N = steps of the run, w = warm-up steps, L = learning rate, E = its floor (`lr_end`).
+t = optimizer step from 0, N = steps of the run, w = warm-up steps, L = learning rate, E = its floor (`lr_end`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WITHOUT_WARMUP = ("constant", "sine")
 
 @dataclass(frozen=True)
 class Schedule:
-    """`schedule(t)` is the learning rate of optimiser step t, counted from 0."""
+    """`schedule(t)` is the learning rate of optimizer step t, counted from 0."""
 
     name: str
     rate: float
@@ -46,12 +46,12 @@ class Schedule:
         return _SHAPES[self.name](self, step)
 
     @property
-    def bends_with_length(self) -> bool:
-        """Whether another number of steps changes the rates of steps already taken."""
+    def depends_on_length(self) -> bool:
+        """Whether a run of another length has other learning rates at the same steps."""
         return self.name in ("linear", "cosine", "cosine_with_restarts", "polynomial")
 
     def progress(self, step: int) -> float:
-        """p in [0, 1]: how far step t is between the end of the warm-up and the end of the run."""
+        """p in [0, 1]: the position of step t between the end of the warm-up (0) and the end of the run (1)."""
         length = max(1, self.total_steps - self.warmup_steps)
         return min(1.0, (step - self.warmup_steps) / length)
 
@@ -78,7 +78,7 @@ def _polynomial(schedule: Schedule, step: int) -> float:
 
 
 def _sine(schedule: Schedule, step: int) -> float:
-    """A wave from the floor, at its peak every 2w steps from step w on. The settings refuse w = 0."""
+    """A sine wave from the floor, with peaks at steps w, 3w, 5w ... The settings refuse w = 0."""
     return schedule.floor + (schedule.rate - schedule.floor) * (1 - math.cos(math.pi * step / schedule.warmup_steps)) / 2
 
 

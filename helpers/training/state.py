@@ -1,4 +1,4 @@
-"""The few numbers of a run that change, and the settings that may not change between two lives of it."""
+"""The position of a run: the few numbers that steps change. And what may not change on resume."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainState:
-    """Everything about the position of a run that cannot be computed from its settings."""
+    """The position of a run, as far as it cannot be computed from the settings."""
 
     seed: int
     step: int = 0  # steps done
-    updates: int = 0  # of them, those that moved the weights: the clock of learning rate and average
+    updates: int = 0  # steps that changed the weights; learning rate and EMA count these
     skipped_in_a_row: int = 0
-    order: OrderStart = FROM_THE_BEGINNING  # where the present data took over
-    trackers: dict[str, str] = field(default_factory=dict)  # run ids, so that a resumed run goes on in the same curve
+    order: OrderStart = FROM_THE_BEGINNING  # the step from which the present data is used
+    trackers: dict[str, str] = field(default_factory=dict)  # run ids, so that a resumed run continues the same curves
 
-    def advance(self, moved: bool, most_skipped: int, samples: Sequence[Sample], empty: bool = False) -> None:
-        """One step done; `empty` where none of its samples could be had.
+    def advance(self, updated: bool, most_skipped: int, samples: Sequence[Sample], empty: bool = False) -> None:
+        """Count one step; `empty` if none of its samples could be read.
 
-        Raises TrainingError naming the samples after too many steps in a row without a finite gradient.
+        Raises TrainingError that names the samples after too many steps in a row without a finite gradient.
         """
         self.step += 1
-        if moved:
+        if updated:
             self.updates += 1
             self.skipped_in_a_row = 0
-        if moved or empty:
+        if updated or empty:
             return
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > most_skipped:
             keys = ", ".join(f"{sample.dataset}/{sample.key}" for sample in samples)
             raise TrainingError(
                 f"Loss or gradient was not finite for {self.skipped_in_a_row} steps in a row, the last at step {self.step} with {keys}. "
-                "The newest checkpoint is from before; a lower learning rate or --mixed_precision=bf16 may help."
+                "Resume from the newest checkpoint, which is from before; a lower learning rate or --mixed_precision=bf16 may help."
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -52,17 +52,18 @@ class TrainState:
 
 
 def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], checkpoint: str, remedy: str) -> None:
-    """Refuse to go on with other settings than the checkpoint was made with, naming each difference."""
+    """CheckpointError that names every setting which differs from the checkpoint's."""
     names = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     if names:
         differences = "; ".join(f"{name} was {stored.get(name)!r} and is now {current.get(name)!r}" for name in names)
-        raise CheckpointError(f"{checkpoint} belongs to a run with other settings: {differences}. {remedy}")
+        raise CheckpointError(f"{checkpoint} was saved with other settings: {differences}. {remedy}")
 
 
 def resume_accumulation(stored: Mapping[str, int] | None, accumulation: int, world_size: int, checkpoint: str) -> tuple[int, str | None]:
-    """Micro-batches of each process in a step, so that a resumed run keeps its global batch, and what to say if that changed.
+    """Micro-batches per process and step that keep the global batch of a resumed run, and a note for the user if that changed.
 
-    `stored` holds "gradient_accumulation_steps" and "processes" of the run so far, or is None for a new run.
+    `stored` holds "gradient_accumulation_steps" and "processes" of the checkpoint, or is None for a new run. CheckpointError if the
+    global batch cannot be kept.
     """
     if stored is None:
         return accumulation, None
@@ -71,16 +72,16 @@ def resume_accumulation(stored: Mapping[str, int] | None, accumulation: int, wor
         return accumulation, None
     if accumulation != stored["gradient_accumulation_steps"]:
         raise CheckpointError(
-            f"{checkpoint} was trained with {per_step} micro-batches a step, and --gradient_accumulation_steps={accumulation} on "
-            f"{world_size} process(es) makes {accumulation * world_size}: the batch of a run cannot change. "
+            f"{checkpoint} was trained with {per_step} micro-batches per step, but --gradient_accumulation_steps={accumulation} on "
+            f"{world_size} process(es) gives {accumulation * world_size}: the batch of a run cannot change. "
             "Choose another --output_dir for a new run."
         )
     if per_step % world_size:
         raise CheckpointError(
-            f"{checkpoint} was trained with {per_step} micro-batches a step, which {world_size} processes cannot share evenly: "
+            f"{checkpoint} was trained with {per_step} micro-batches per step, which {world_size} processes cannot share evenly: "
             f"resume on a number of processes that divides {per_step}."
         )
     return per_step // world_size, (
-        f"gradient_accumulation_steps becomes {per_step // world_size}: this run began on {stored['processes']} process(es) "
-        f"and goes on on {world_size}, with the same {per_step} micro-batches a step"
+        f"gradient_accumulation_steps becomes {per_step // world_size}: this run started on {stored['processes']} process(es) "
+        f"and resumes on {world_size}, with the same {per_step} micro-batches per step"
     )

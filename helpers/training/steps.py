@@ -1,4 +1,4 @@
-"""What is written down about a step: its line of metrics.jsonl and its lines of samples.jsonl."""
+"""What is recorded about a step: its row in metrics.jsonl and its rows in samples.jsonl."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.training.state import TrainState
 
 
 def timed(steps: Iterator[list[Batch]]) -> Iterator[tuple[list[Batch], float, float]]:
-    """Each step's batches, with the seconds waited for them and the moment the waiting began (time.perf_counter)."""
+    """Each step's batches, the seconds waited for them, and when the waiting started (time.perf_counter)."""
     while True:
         began = time.perf_counter()
         batches = next(steps, None)
@@ -26,7 +26,7 @@ def timed(steps: Iterator[list[Batch]]) -> Iterator[tuple[list[Batch], float, fl
 
 
 def step_result(state: TrainState, update: Update, batches: Sequence[Batch], began: float, waited: float) -> StepResult:
-    """The step that `state` has just advanced to. A skipped step has no finite numbers to tell; it says 0 and `skipped`."""
+    """The result of the step that `state` has just counted. A skipped step without finite numbers has 0 and `skipped`."""
     return StepResult(
         step=state.step,
         epoch=batches[0].epoch,
@@ -42,9 +42,9 @@ def step_result(state: TrainState, update: Update, batches: Sequence[Batch], beg
 
 
 def sample_rows(step: int, batch: Batch, corrupted: Corrupted, losses: Tensor) -> list[dict[str, Any]]:
-    """One row for each sample of a micro-batch, none for a stand-in.
+    """One row per sample of a micro-batch; none for a placeholder batch.
 
-    `loss` includes the sample's weights, as it is optimised, and is None if not finite.
+    `loss` includes the sample's weights, as it is optimized, and is None if not finite.
     """
     weighted = (losses.detach().float().cpu() * batch.loss_weight).tolist()
     timesteps = corrupted.timesteps.cpu().tolist()
@@ -68,5 +68,5 @@ def sample_rows(step: int, batch: Batch, corrupted: Corrupted, losses: Tensor) -
 
 
 def in_order(rows_by_rank: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of all processes, by their place in the global step."""
+    """The rows of all processes, sorted by their place in the global step."""
     return sorted((row for rows in rows_by_rank for row in rows), key=lambda row: row["place"])

@@ -1,4 +1,4 @@
-"""Signals: the first asks the run to finish its step, save and leave; a second one leaves at once. Time that is up asks too."""
+"""Stopping on request. The first signal finishes the step, saves and exits; the second exits at once. A time limit acts like the first."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
-    """`asked` becomes true with the first signal, or when the time is up. Whoever does long work looks at it now and then."""
+    """`asked` becomes true with the first signal, or when the time limit is reached. Long work checks it regularly."""
 
     def __init__(self) -> None:
         self.asked = False
-        self.by = ""  # the first signal; none when it was the time
+        self.by = ""  # the name of the first signal; empty for the time limit
 
     def listen(self) -> StopRequest:
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` leaves SIGHUP: such a run outlives its terminal
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP, so that a run outlives its terminal
                 signal.signal(number, self._handle)
         return self
 
     def after(self, seconds: float) -> StopRequest:
-        """Ask when so many seconds have passed."""
+        """Request a stop after this time."""
         timer = threading.Timer(seconds, self._time_is_up, [seconds])
         timer.daemon = True
         timer.start()
@@ -35,11 +35,11 @@ class StopRequest:
     def _time_is_up(self, seconds: float) -> None:
         if not self.asked:
             self.asked = True
-            os.write(2, f"\n--max_train_seconds={seconds:g} are over: finishing this step, then saving.\n".encode())
+            os.write(2, f"\n--max_train_seconds={seconds:g} reached: finishing this step, then saving.\n".encode())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.by:
-            os._exit(EXIT_LEFT_AT_ONCE)  # no clean-up may delay a user who asks twice; half-written files lie aside anyway
+            os._exit(EXIT_LEFT_AT_ONCE)  # no clean-up may delay this; half-written files have temporary names
         self.asked = True
         self.by = signal.Signals(number).name
-        os.write(2, f"\n{self.by}: finishing this step, then saving. Once more to leave at once without saving.\n".encode())
+        os.write(2, f"\n{self.by}: finishing this step, then saving. Send it again to exit at once without saving.\n".encode())

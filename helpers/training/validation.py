@@ -1,4 +1,4 @@
-"""Pictures made before, during and after training, always from the same prompts and noise."""
+"""Validation images, generated before, during and after training, always from the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ UNCONDITIONAL = "unconditional"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with the short name its files carry; None asks for the picture of no prompt at all."""
+    """A prompt, and the short name in its files. A text of None means the unconditional image."""
 
     name: str
     text: str | None
 
 
 @dataclass(frozen=True)
-class Start:
-    """A picture of the data that a picture begins with, or whose condition it follows, where it has one.
+class DatasetImage:
+    """An image of a dataset that validation starts from (img2img) or, if it has one, whose condition validation follows.
 
-    `text` is what its caption became; None where the prompt's own words count.
+    `text` are the embeddings of its caption; None if those of the prompt are used.
     """
 
     latents: torch.Tensor  # (C, h, w)
@@ -53,22 +53,23 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Subjects:
-    """What the pictures of a run are of, the same at every step."""
+class ValidationInputs:
+    """What the validation images of a run are generated from, the same at every step."""
 
     prompts: Sequence[Prompt]
-    sizes: Sequence[Size]  # of pictures that begin with noise alone
-    text: Callable[[str | None], TextTensors]  # what the network is told of a prompt, None being the unconditional
-    starts: Mapping[Prompt, Start] = field(default_factory=dict)
-    strength: float = 1.0  # how much of the schedule pictures go back to that begin with pictures
+    sizes: Sequence[Size]  # of images that start from noise
+    text: Callable[[str | None], TextTensors]  # embeddings of a prompt; None is the unconditional
+    seed: int  # of the noise of the first image of each prompt
+    images: Mapping[Prompt, DatasetImage] = field(default_factory=dict)  # for the prompts that have one
+    strength: float = 1.0  # of img2img: the share of the noise schedule that the image goes through, in (0, 1]
 
 
-def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) -> dict[Prompt, Start]:
-    """The first samples of some steps, as prompts with the pictures to begin with: so many of each data set, by its id.
+def first_images(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) -> dict[Prompt, DatasetImage]:
+    """The first `counts[dataset id]` different images of each dataset in these steps, with their captions as prompts.
 
-    Fewer where the steps have no more. Each step is this process's batches; no further one is asked for than is needed.
+    Fewer if the steps have no more. Each step is a list of this process's batches; no more steps are read than needed.
     """
-    found: dict[Prompt, Start] = {}
+    images: dict[Prompt, DatasetImage] = {}
     seen: dict[str, set[str]] = {dataset: set() for dataset in counts}
     batches = itertools.chain.from_iterable(steps)
     while any(len(seen[dataset]) < count for dataset, count in counts.items()) and (batch := next(batches, None)):
@@ -76,22 +77,21 @@ def first_pictures(steps: Iterable[Sequence[Batch]], counts: Mapping[str, int]) 
             keys = seen.get(sample.dataset, set())
             if not batch.stands_in and len(keys) < counts.get(sample.dataset, 0) and sample.key not in keys:
                 keys.add(sample.key)
-                text = (
-                    without_padding({name: tensor[index] for name, tensor in batch.text.items()}) or None
-                )  # of trained encoders there is none to keep
+                # A batch has no text if the text encoders are trained: then it is encoded when it is needed.
+                text = without_padding({name: tensor[index] for name, tensor in batch.text.items()}) or None
                 condition = None if batch.condition is None else batch.condition[index]
-                found[Prompt(f"picture_{len(found) + 1}", batch.captions[index])] = Start(batch.latents[index], text, condition)
-    return found
+                images[Prompt(f"picture_{len(images) + 1}", batch.captions[index])] = DatasetImage(batch.latents[index], text, condition)
+    return images
 
 
-def after_the_first(starts: Mapping[Prompt, Start], prompts: Sequence[Prompt]) -> dict[Prompt, Start]:
-    """The same, and before them the user's prompts, each with the condition of the first of these pictures; none where there is none."""
-    first = [dataclasses.replace(start, text=None) for start in starts.values()][:1]
-    return {**{prompt: start for prompt in prompts for start in first}, **starts}
+def with_prompts_on_first(images: Mapping[Prompt, DatasetImage], prompts: Sequence[Prompt]) -> dict[Prompt, DatasetImage]:
+    """The images, preceded by the user's prompts, each with the condition of the first image. No prompts if there is no image."""
+    first = [dataclasses.replace(image, text=None) for image in images.values()][:1]
+    return {**{prompt: image for prompt in prompts for image in first}, **images}
 
 
 def read_prompts(options: ValidationOptions) -> list[Prompt]:
-    """The prompts in the order of their pictures: unconditional, the built-in library, the user's, `--validation_prompt`."""
+    """The prompts in the order of their images: unconditional, built-in library, user library, `--validation_prompt`."""
     named: dict[str, str] = dict(PROMPTS) if options.validation_prompt_library else {}
     if options.user_prompt_library is not None:
         named.update(_library(options.user_prompt_library))
@@ -101,10 +101,10 @@ def read_prompts(options: ValidationOptions) -> list[Prompt]:
     return blank + [Prompt(name, text) for name, text in named.items()]
 
 
-def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, from_pictures: bool = False) -> list[str]:
-    """What the pictures of some prompts need of the text encoders, and those that are made under captions of the data."""
-    spoken = [prompt.text for prompt in prompts if prompt.text]
-    return [*spoken, options.validation_negative_prompt] if spoken or from_pictures else []
+def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, uses_images: bool = False) -> list[str]:
+    """The captions that validation needs encoded. `uses_images`: it also generates from dataset images, with their captions."""
+    texts = [prompt.text for prompt in prompts if prompt.text]
+    return [*texts, options.validation_negative_prompt] if texts or uses_images else []
 
 
 def _library(path: Path) -> dict[str, str]:
@@ -113,7 +113,7 @@ def _library(path: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--user_prompt_library: {path} cannot be read: {error}.") from error
     if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
-        raise ConfigError(f"--user_prompt_library: {path} must hold an object of names and prompts.")
+        raise ConfigError(f"--user_prompt_library: {path} must be a JSON object that maps short names to prompts.")
     odd = [name for name in content if not name or set(name) & set('/\\:*?"<>|') or name.startswith(".")]
     if odd:
         raise ConfigError(f"--user_prompt_library: {path}: {odd[0]!r} cannot be part of a file name.")
@@ -121,9 +121,9 @@ def _library(path: Path) -> dict[str, str]:
 
 
 def parse_sizes(text: str | None, trained: Size, alignment: int) -> list[Size]:
-    """`--validation_resolution`: a comma list of WxH or an edge in pixels, or megapixels when there is a decimal point.
+    """The sizes of `--validation_resolution`: comma-separated WxH, edge lengths in pixels, or megapixels with a decimal point.
 
-    Rounded to the network's alignment; without a setting the size that is trained.
+    Rounded to a multiple of `alignment` pixels. Without a setting: `trained`.
     """
     if not text:
         return [trained]
@@ -144,11 +144,11 @@ def _size(text: str, alignment: int) -> Size:
 
 
 class Validator:
-    """Makes the pictures of one step: every prompt at every size, `num_validation_images` times.
+    """Generates the validation images of a step: every prompt at every size, `num_validation_images` times.
 
-    A picture begins with noise, or with a picture of the data where its prompt has a start, for families that can. Where that start has
-    a condition, the picture begins with noise and follows the condition, which the file shows to the left of it. `new_sampler` makes
-    diffusers' scheduler for one picture. Training is bit-identical whether pictures were made or not.
+    An image starts from noise, or from the prompt's dataset image (img2img). If that has a condition, the image starts from noise and
+    follows the condition, which the file shows on the left. `new_sampler` creates diffusers' scheduler for one image. Training is
+    bit-identical with and without validation.
     """
 
     def __init__(
@@ -156,58 +156,56 @@ class Validator:
         options: ValidationOptions,
         family: ModelFamily,
         runtime: Runtime,
-        subjects: Subjects,
+        inputs: ValidationInputs,
         new_sampler: Callable[[], Any],
         folder: Path,
-        seed: int,
     ) -> None:
         self.options = options
         self.family = family
         self.runtime = runtime
-        self.subjects = subjects
+        self.inputs = inputs
         self.new_sampler = new_sampler
         self.folder = folder
-        self.seed = options.validation_seed if options.validation_seed is not None else seed
         self._compiled: Any = None
 
     def due(self, step: int) -> bool:
         return bool(self.options.validation_steps) and step % self.options.validation_steps == 0
 
     def missing(self, step: int) -> bool:
-        """Whether a picture of this step is not there yet; a run that was stopped meanwhile makes it when it goes on."""
-        return any(not self._path(step, prompt, size, index).is_file() for prompt, size, index in self._wanted())
+        """Whether an image of this step does not exist yet. A run that was stopped during validation generates it when it resumes."""
+        return any(not self._path(step, prompt, size, index).is_file() for prompt, size, index in self._planned())
 
     def run(self, trainable: Trainable, step: int) -> list[ValidationImage]:
-        """Write the pictures of a step and return them. An asked-for stop ends it after the picture at hand."""
+        """Generate and write the images of a step. A request to stop ends it after the current image. => the images written"""
         self.folder.mkdir(parents=True, exist_ok=True)
         images = []
         with undisturbed(*trainable.modules.values()), torch.no_grad(), self.family.image_codec(self.runtime.device) as codec:
-            for prompt, size, index in self._wanted():
+            for prompt, size, index in self._planned():
                 if self.runtime.stop.asked:
                     break
                 path = self._path(step, prompt, size, index)
-                picture = codec.decode(self._latents(trainable, prompt, size, index))
-                _write_picture(torch.cat([*self._shown_condition(prompt, codec), picture], dim=-1), path)
+                image = codec.decode(self._latents(trainable, prompt, size, index))
+                _write_png(torch.cat([*self._shown_condition(prompt, codec), image], dim=-1), path)
                 images.append(ValidationImage(self._name(prompt, size, index), path))
         return images
 
-    def _wanted(self) -> Iterator[tuple[Prompt, Size, int]]:
-        for prompt in self.subjects.prompts:
+    def _planned(self) -> Iterator[tuple[Prompt, Size, int]]:
+        for prompt in self.inputs.prompts:
             yield from itertools.product([prompt], self._sizes(prompt), range(self.options.num_validation_images))
 
     def _sizes(self, prompt: Prompt) -> Sequence[Size]:
-        start = self.subjects.starts.get(prompt)
-        if start is None:
-            return self.subjects.sizes
-        height, width = (side * self.family.latents.downsampling for side in start.latents.shape[1:])
+        image = self.inputs.images.get(prompt)
+        if image is None:
+            return self.inputs.sizes
+        height, width = (side * self.family.latents.downsampling for side in image.latents.shape[1:])
         return [Size(width, height)]
 
     def _latents(self, trainable: Trainable, prompt: Prompt, size: Size, index: int) -> torch.Tensor:
         options = self.options
-        pipeline = self._pipeline(trainable, self.subjects.starts.get(prompt))
-        arguments = self._told(trainable, prompt, size)
-        seed = secrets.randbits(32) if options.validation_randomize else self.seed + index
-        with self.runtime.accelerator.autocast():  # a network alone does so by itself, one with a ControlNet is asked in two parts
+        pipeline = self._pipeline(trainable, self.inputs.images.get(prompt))
+        arguments = self._arguments(trainable, prompt, size)
+        seed = secrets.randbits(32) if options.validation_randomize else self.inputs.seed + index
+        with self.runtime.accelerator.autocast():  # accelerate does this in `forward`, which a ControlNet bypasses
             return pipeline(
                 **{name: self._on_device(value) for name, value in arguments.items()},
                 guidance_scale=options.validation_guidance,
@@ -216,8 +214,8 @@ class Validator:
                 output_type="latent",
             ).images
 
-    def _pipeline(self, trainable: Trainable, start: Start | None) -> Any:
-        make = self.family.pipeline if start is None or start.condition is not None else self._img2img().img2img_pipeline
+    def _pipeline(self, trainable: Trainable, image: DatasetImage | None) -> Any:
+        make = self.family.pipeline if image is None or image.condition is not None else self._img2img().img2img_pipeline
         pipeline = make(self._network(trainable), self.new_sampler())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -226,33 +224,33 @@ class Validator:
         assert can_img2img(self.family), "the settings refuse validation images that start from images for other families"
         return self.family
 
-    def _told(self, trainable: Trainable, prompt: Prompt, size: Size) -> dict[str, Any]:
-        """The pipeline's arguments for one picture: its words, and what it begins with or follows."""
-        start, steps = self.subjects.starts.get(prompt), self.options.validation_num_inference_steps
-        negative = self.subjects.text(self.options.validation_negative_prompt if prompt.text else None)
-        text = start.text if start and start.text is not None else self.subjects.text(prompt.text)
+    def _arguments(self, trainable: Trainable, prompt: Prompt, size: Size) -> dict[str, Any]:
+        """The pipeline's arguments for one image: text embeddings, size, and the dataset image or condition."""
+        image, steps = self.inputs.images.get(prompt), self.options.validation_num_inference_steps
+        negative = self.inputs.text(self.options.validation_negative_prompt if prompt.text else None)
+        text = image.text if image and image.text is not None else self.inputs.text(prompt.text)
         arguments = self.family.prompt_arguments(text, negative)
-        if start and start.condition is None:
-            return arguments | self._img2img().img2img_arguments(start.latents.unsqueeze(0), steps, self.subjects.strength)
+        if image and image.condition is None:
+            return arguments | self._img2img().img2img_arguments(image.latents.unsqueeze(0), steps, self.inputs.strength)
         arguments |= {"width": size.width, "height": size.height, "num_inference_steps": steps}
-        if start and start.condition is not None:
-            condition = start.condition.unsqueeze(0).to(self.runtime.device)
+        if image and image.condition is not None:
+            condition = image.condition.unsqueeze(0).to(self.runtime.device)
             arguments[trainable.denoiser.argument] = trainable.denoiser.prepared(condition)
         return arguments
 
     def _shown_condition(self, prompt: Prompt, codec: ImageCodec) -> list[torch.Tensor]:
-        """The condition that a picture follows as pixels (1, 3, H, W) in [-1, 1], if it does."""
-        start = self.subjects.starts.get(prompt)
-        if start is None or start.condition is None:
+        """The condition that an image follows, if any, as pixels (1, 3, H, W) in [-1, 1]."""
+        image = self.inputs.images.get(prompt)
+        if image is None or image.condition is None:
             return []
-        condition = start.condition.unsqueeze(0).cpu()
-        return [condition * 2 - 1 if condition.shape[-2:] != start.latents.shape[-2:] else codec.decode(condition)]
+        condition = image.condition.unsqueeze(0).cpu()
+        return [condition * 2 - 1 if condition.shape[-2:] != image.latents.shape[-2:] else codec.decode(condition)]
 
     def _on_device(self, value: object) -> object:
         return value.to(self.runtime.device, torch.float32) if isinstance(value, torch.Tensor) else value
 
     def _network(self, trainable: Trainable) -> Any:
-        """The network as pictures are made with it: compiled once, where that is asked for; it follows the weights."""
+        """The network, compiled once if the user wants that. A compiled network uses the current weights."""
         if not self.options.validation_torch_compile:
             return trainable.denoiser
         if self._compiled is None:
@@ -267,8 +265,8 @@ class Validator:
         return f"{prompt.name}_{size}{number}"
 
 
-def _write_picture(pixels: torch.Tensor, path: Path) -> None:
-    """pixels (1, 3, H, W) in [-1, 1] => a PNG, whole or not at all."""
+def _write_png(pixels: torch.Tensor, path: Path) -> None:
+    """pixels (1, 3, H, W) in [-1, 1] => a PNG file, written atomically."""
     array = ((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     encoded = io.BytesIO()
     Image.fromarray(array).save(encoded, "PNG")

@@ -21,7 +21,7 @@ from helpers.data.plan.targets import ResolutionRule
 from helpers.errors import UserError
 from helpers.storage.local import LocalSource
 from helpers.training.lock import lock_folder
-from helpers.training.runtime import settle_precision
+from helpers.training.runtime import resolve_precision
 from helpers.training.state import TrainState, require_same
 from tests.documentation.pages import ROOT, Page
 
@@ -71,7 +71,7 @@ def said(tmp_path: Path) -> str:
         pictures_without_captions(tmp_path),
         refusal(lambda: lock_folder(tmp_path, "--output_dir")),
         refusal(lambda: require_same({"lora_rank": 16}, {"lora_rank": 8}, "checkpoint-150", "")),
-        settle_precision("bf16", False, torch.device("cpu"))[1] or "",
+        resolve_precision("bf16", False, torch.device("cpu"))[1] or "",
         refusal(lambda: TrainState(seed=1).advance(False, 0, []), Exception),
         wrapper,
     ]

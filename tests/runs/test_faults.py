@@ -168,7 +168,7 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_named_and_the_next_older_
         told: list[str] = []
         found = checkpoints.find(told.append)
         assert found is not None and found.step == 2
-        assert len(told) == 1 and told[0].startswith("checkpoint-4 is damaged and is passed over:")
+        assert len(told) == 1 and told[0].startswith("checkpoint-4 is damaged and is skipped:")
         assert path.name in told[0]
         flip_byte(path, path.stat().st_size // 2)
     whole = checkpoints.find(lambda text: pytest.fail(text))
@@ -183,8 +183,8 @@ def test_damaged_checkpoints_are_passed_over_and_the_run_still_ends_in_the_same_
     flip_byte(output / "checkpoint-6" / "pytorch_lora_weights.safetensors", -100)
     (output / "checkpoint-4" / "optimizer.safetensors").unlink()
     again = trainer.finish()
-    assert "checkpoint-6 is damaged and is passed over:" in unwrapped(again.said)
-    assert "checkpoint-4 is damaged and is passed over:" in unwrapped(again.said)
+    assert "checkpoint-6 is damaged and is skipped:" in unwrapped(again.said)
+    assert "checkpoint-4 is damaged and is skipped:" in unwrapped(again.said)
     assert "resuming from checkpoint-2" in unwrapped(again.said)
     assert again.rows("samples.jsonl") == finished.rows("samples.jsonl")
     assert again.losses == finished.losses
@@ -220,7 +220,7 @@ def test_flipped_bytes_in_cached_latents_and_text_are_made_again_and_change_noth
 def test_a_checkpoint_of_another_model_is_refused_before_anything_is_encoded(resumable: Trainer) -> None:
     resumable.model = write_sdxl(resumable.folder / "other", seed=1)
     said = refusal(resumable.run())
-    assert "checkpoint-2 belongs to a run with other settings: model was '" in said
+    assert "checkpoint-2 was saved with other settings: model was '" in said
     assert "encoded" not in said
 
 
@@ -253,7 +253,7 @@ def remove_image(trainer: Trainer) -> None:
 def test_changed_data_is_refused_and_named(change: Callable[[Trainer], None], named: str, resumable: Trainer) -> None:
     change(resumable)
     said = refusal(resumable.run())
-    assert f"checkpoint-2 was trained on other data than is there now: {named} changed." in said
+    assert f"the data has changed since checkpoint-2: {named}." in said
     assert "--accept_changed_data" in said
 
 

@@ -55,5 +55,5 @@ def test_an_output_folder_that_cannot_be_written_to_is_refused(trainer: Trainer)
     output.mkdir()
     output.chmod(0o555)
     said = refusal(run_obeying_modes(trainer))
-    assert f"--output_dir={output} cannot be written to" in said
+    assert f"--output_dir={output} is not writable" in said
     assert list(output.iterdir()) == []

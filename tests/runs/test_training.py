@@ -99,10 +99,10 @@ def test_latents_can_be_drawn_anew_each_time(trainer: Trainer, finished: Ended) 
 def test_fp16_on_a_cpu_is_refused(trainer: Trainer) -> None:
     ended = trainer.run(mixed_precision="fp16")
     assert ended.code == 2
-    assert "fp16 is not possible on a CPU" in ended.said
+    assert "fp16 does not work on a CPU" in ended.said
 
 
-def test_a_longer_run_says_that_its_learning_rate_bends(trainer: Trainer) -> None:
+def test_a_longer_run_says_that_its_learning_rate_changes(trainer: Trainer) -> None:
     trainer.finish(max_train_steps=2, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
     longer = trainer.finish(max_train_steps=4, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
     assert "the learning rate changes: --lr_scheduler=cosine was planned over 2 steps and now covers 4" in longer.said

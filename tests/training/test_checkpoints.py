@@ -59,7 +59,7 @@ def test_no_checkpoint_is_a_new_run_and_a_new_run_needs_a_folder_of_its_own(tmp_
     for asked in ("latest", None):
         assert found_by(checkpointer(tmp_path, resume_from_checkpoint=asked))[0] is None
     save(checkpointer(tmp_path), 5)
-    with pytest.raises(CheckpointError, match="holds checkpoint-5 of an earlier run"):
+    with pytest.raises(CheckpointError, match="already holds checkpoint-5 of an earlier run"):
         found_by(checkpointer(tmp_path, resume_from_checkpoint=None))
 
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_asked_for_by_name_must_be_there_and_whole(tmp_path: Path) 
     found, _ = found_by(checkpointer(tmp_path, resume_from_checkpoint="checkpoint-5"))
     assert found is not None
     assert found.step == 5
-    with pytest.raises(CheckpointError, match=r"checkpoint-7: there is no such folder .* checkpoint-10, checkpoint-5"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-7: .* has no such checkpoint \(it has: checkpoint-10, checkpoint-5\)"):
         found_by(checkpointer(tmp_path, resume_from_checkpoint="checkpoint-7"))
 
 

@@ -19,7 +19,7 @@ def switches() -> tuple[bool, ...]:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "said"), [("efficient", "choose auto, or another"), ("cudnn", "no such kernel for float32 on this cpu")]
+    ("kernel", "said"), [("efficient", "use auto or another kernel"), ("cudnn", "no such kernel for float32 on this cpu")]
 )
 def test_a_kernel_that_the_device_does_not_have_is_refused(kernel: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"--attention={kernel}: .*{said}"):
@@ -72,5 +72,5 @@ def test_what_the_compiler_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch, "compile", fails)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
-    with pytest.raises(ConfigError, match="does not work here \\(Triton is not here\\); leave it out"):
+    with pytest.raises(ConfigError, match="does not work here \\(Triton is not here\\); remove this option"):
         check_compiling("--validation_torch_compile", CPU)

@@ -122,7 +122,7 @@ IN_PLACE = tuple(name for name in NAMED if not name.startswith("paged_"))
 def test_steps_taken_with_copies_are_the_same_steps(name: str) -> None:
     rate = usual_rate(name)
     plain, offloaded = Training(options(name), rate), Training(options(name, optimizer_cpu_offload=True), rate)
-    own = offloaded.optimizer.own
+    own = offloaded.optimizer.stepped
     assert all(own[name] is not parameter for name, parameter in offloaded.model.named_parameters())
     assert set(map(id, own.values())) >= {
         id(weights) for group in offloaded.optimizer.torch_optimizer.param_groups for weights in group["params"]
@@ -193,7 +193,7 @@ def test_the_learning_rate_told_is_the_estimate_times_the_factor(name: str) -> N
     assert training.optimizer.effective(0.5) != 0.5e-6  # it has moved from its first guess
 
 
-def test_prodigy_moves_by_the_learning_rate_told() -> None:
+def test_prodigy_uses_the_given_learning_rate() -> None:
     """Its first step is Adam's: d x lr x sign(gradient) with bias correction."""
     weights = nn.Parameter(torch.zeros(3))
     optimizer = NamedOptimizer(options("prodigy", prodigy_weight_decay=0.0, prodigy_epsilon=1e-30), {"w": weights}, 1.0)
@@ -235,11 +235,11 @@ def test_options_and_arguments_reach_the_optimiser() -> None:
     ("chosen", "said"),
     [
         (options("lion", optimizer_args="weight_decy=1"), r"lion has no argument weight_decy \(did you mean weight_decay\?\)"),
-        (options("lion", adam_epsilon=1e-6), "adam_epsilon 1e-06: lion has no such number"),
-        (options("adafactor", adam_epsilon=1e-6), "adafactor has no such number"),  # it has a pair
+        (options("lion", adam_epsilon=1e-6), "adam_epsilon 1e-06: lion has no such setting"),
+        (options("adafactor", adam_epsilon=1e-6), "adafactor has no such setting"),  # it has a pair
         (options("adafactor", adam_beta1=0.5), "--adam_beta1: adafactor has no betas"),
-        (options("adan", adam_beta1=0.5), "--adam_beta1: adan has 3 betas; give them by --optimizer_args"),
-        (options("adamw", optimizer_args="betas=0.9"), "--optimizer=adamw refuses its settings with --optimizer_args='betas=0.9'"),
+        (options("adan", adam_beta1=0.5), "--adam_beta1: adan has 3 betas; set them with --optimizer_args"),
+        (options("adamw", optimizer_args="betas=0.9"), "--optimizer=adamw rejects its settings with --optimizer_args='betas=0.9'"),
     ],
 )
 def test_what_an_optimiser_does_not_have_or_take_is_refused_at_the_start(chosen: OptimizerOptions, said: str) -> None:

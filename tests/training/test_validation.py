@@ -16,7 +16,7 @@ from helpers.data.base.sample import Geometry, Sample, Size
 from helpers.data.batches import Batch
 from helpers.errors import ConfigError
 from helpers.training.prompt_library import PROMPTS
-from helpers.training.validation import Prompt, first_pictures, parse_sizes, read_prompts
+from helpers.training.validation import Prompt, first_images, parse_sizes, read_prompts
 
 TRAINED = Size(1216, 832)
 
@@ -93,7 +93,7 @@ def batch(*keys: str) -> Batch:
 
 
 def test_pictures_to_begin_with_are_the_first_of_the_data_each_once() -> None:
-    found = first_pictures([[batch("1", "2"), batch("2")], [batch("3", "1", "4")]], {"pictures": 3})
+    found = first_images([[batch("1", "2"), batch("2")], [batch("3", "1", "4")]], {"pictures": 3})
     assert [(prompt.name, prompt.text) for prompt in found] == [
         ("picture_1", "caption 1"),
         ("picture_2", "caption 2"),
@@ -112,7 +112,7 @@ def of_sets(*datasets: str) -> Batch:
 
 
 def test_each_data_set_begins_as_many_pictures_as_it_is_asked_for_and_the_others_none() -> None:
-    found = first_pictures([[of_sets("a", "b", "c", "a", "a", "b")]], {"a": 2, "b": 1})
+    found = first_images([[of_sets("a", "b", "c", "a", "a", "b")]], {"a": 2, "b": 1})
     assert [prompt.text for prompt in found] == ["caption 0", "caption 1", "caption 3"]
 
 
@@ -124,6 +124,6 @@ def test_no_more_steps_are_made_than_the_pictures_need_and_what_stands_in_for_a_
             made.append(number)
             yield [dataclasses.replace(batch(str(number)), stands_in=number == 0)]
 
-    assert [prompt.text for prompt in first_pictures(steps(), {"pictures": 2})] == ["caption 1", "caption 2"]
+    assert [prompt.text for prompt in first_images(steps(), {"pictures": 2})] == ["caption 1", "caption 2"]
     assert made == [0, 1, 2]
-    assert first_pictures(steps(), {}) == {} and made == [0, 1, 2]
+    assert first_images(steps(), {}) == {} and made == [0, 1, 2]
