@@ -1,10 +1,9 @@
-"""Which checkpoint is gone on from, and which may go."""
+"""Which checkpoint a run resumes from, and which are removed."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,19 +19,25 @@ def checkpointer(folder: Path, **options: object) -> Checkpointer:
     return Checkpointer(dataclasses.replace(CheckpointOptions(), **options), folder)
 
 
-def learner(value: float = 1.0) -> Any:
-    """The smallest thing that writes weights and has an optimiser's state."""
+@dataclasses.dataclass
+class OneWeight:
+    """The smallest learner that a checkpoint can store."""
 
-    def write_weights(folder: Path) -> None:
-        save_file({"w": torch.tensor([value])}, folder / "weights.safetensors")
+    value: float = 1.0
+    disk_full: bool = False
 
-    engine = SimpleNamespace(state=lambda: ({"w/exp_avg": torch.tensor([value])}, {"optimizer": {}, "scaler": None}))
-    return SimpleNamespace(write_weights=write_weights, engine=engine)
+    def write_weights(self, folder: Path) -> None:
+        if self.disk_full:
+            raise OSError(28, "No space left on device")
+        save_file({"w": torch.tensor([self.value])}, folder / "weights.safetensors")
+
+    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {"w/exp_avg": torch.tensor([self.value])}, {"optimizer": {}, "scaler": None}
 
 
 def save(target: Checkpointer, *steps: int) -> None:
     for step in steps:
-        target.save(step, learner(step), {"state": {"step": step}, "identity": {}, "data": {}})
+        target.save(step, OneWeight(step), {"state": {"step": step}, "identity": {}, "data": {}})
 
 
 def there(folder: Path) -> list[str]:
@@ -44,15 +49,15 @@ def found_by(target: Checkpointer) -> tuple[Checkpoint | None, list[str]]:
     return target.find(said.append), said
 
 
-def test_the_newest_is_gone_on_from_and_other_names_are_nobodys_business(tmp_path: Path) -> None:
+def test_a_run_resumes_from_the_newest_and_other_folders_are_ignored(tmp_path: Path) -> None:
     target = checkpointer(tmp_path)
     save(target, 5, 40, 100)
     for name in ("checkpoint-final", "backup-checkpoint-3000", "checkpoint-200.old", "checkpoint-"):
         (tmp_path / name).mkdir()
-    found, said = found_by(target)
-    assert found is not None
-    assert (found.step, said) == (100, [])
-    assert found.optimizer_tensors()["w/exp_avg"].item() == 100.0
+    checkpoint, said = found_by(target)
+    assert checkpoint is not None
+    assert (checkpoint.step, said) == (100, [])
+    assert checkpoint.optimizer_tensors()["w/exp_avg"].item() == 100.0
 
 
 def test_no_checkpoint_is_a_new_run_and_a_new_run_needs_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -71,9 +76,9 @@ def test_a_flipped_byte_in_any_file_is_named_and_the_next_older_is_used(name: st
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    found, said = found_by(target)
-    assert found is not None
-    assert found.step == 5
+    checkpoint, said = found_by(target)
+    assert checkpoint is not None
+    assert checkpoint.step == 5
     assert len(said) == 1
     assert "checkpoint-10 is damaged" in said[0]
     assert path.read_bytes() == content  # never deleted, never repaired
@@ -83,13 +88,13 @@ def test_missing_and_foreign_files_are_damage_too(tmp_path: Path) -> None:
     target = checkpointer(tmp_path)
     save(target, 5, 10)
     (tmp_path / "checkpoint-10" / "optimizer.safetensors").unlink()
-    found, said = found_by(target)
-    assert found is not None
-    assert found.step == 5
+    checkpoint, said = found_by(target)
+    assert checkpoint is not None
+    assert checkpoint.step == 5
     assert "optimizer.safetensors is missing" in said[0]
 
 
-def test_when_all_are_damaged_it_does_not_quietly_start_anew(tmp_path: Path) -> None:
+def test_if_all_are_damaged_no_new_run_starts_in_silence(tmp_path: Path) -> None:
     target = checkpointer(tmp_path)
     save(target, 5)
     (tmp_path / "checkpoint-5" / "manifest.json").unlink()
@@ -97,16 +102,16 @@ def test_when_all_are_damaged_it_does_not_quietly_start_anew(tmp_path: Path) -> 
         found_by(target)
 
 
-def test_a_checkpoint_asked_for_by_name_must_be_there_and_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_named_by_the_user_must_exist_and_be_intact(tmp_path: Path) -> None:
     save(checkpointer(tmp_path), 5, 10)
-    found, _ = found_by(checkpointer(tmp_path, resume_from_checkpoint="checkpoint-5"))
-    assert found is not None
-    assert found.step == 5
+    checkpoint, _ = found_by(checkpointer(tmp_path, resume_from_checkpoint="checkpoint-5"))
+    assert checkpoint is not None
+    assert checkpoint.step == 5
     with pytest.raises(CheckpointError, match=r"checkpoint-7: .* has no such checkpoint \(it has: checkpoint-10, checkpoint-5\)"):
         found_by(checkpointer(tmp_path, resume_from_checkpoint="checkpoint-7"))
 
 
-def test_where_a_named_one_is_gone_on_from_later_ones_are_set_aside_whole(tmp_path: Path) -> None:
+def test_later_ones_are_set_aside_when_resuming_from_a_named_one(tmp_path: Path) -> None:
     target = checkpointer(tmp_path, resume_from_checkpoint="checkpoint-2")
     for again in ("", "-2"):
         save(target, 2, 4)
@@ -115,25 +120,23 @@ def test_where_a_named_one_is_gone_on_from_later_ones_are_set_aside_whole(tmp_pa
         assert aside.name == f"left-checkpoint-4{again}"
         assert (aside / "weights.safetensors").read_bytes() == bytes_before
     assert there(tmp_path) == ["checkpoint-2", "left-checkpoint-4", "left-checkpoint-4-2"]
-    found, _ = found_by(checkpointer(tmp_path))
-    assert found is not None and found.step == 2
+    checkpoint, _ = found_by(checkpointer(tmp_path))
+    assert checkpoint is not None and checkpoint.step == 2
 
 
-def test_later_ones_stay_where_the_newest_is_gone_on_from(tmp_path: Path) -> None:
+def test_later_ones_stay_when_resuming_from_the_newest(tmp_path: Path) -> None:
     target = checkpointer(tmp_path)
     save(target, 2, 4)
     assert target.set_newer_aside(2) == []
     assert there(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_old_ones_go_only_when_a_newer_one_is_whole(tmp_path: Path) -> None:
+def test_old_ones_are_removed_only_after_a_newer_one_is_complete(tmp_path: Path) -> None:
     target = checkpointer(tmp_path, checkpoints_total_limit=2)
     save(target, 5, 10, 15)
     assert there(tmp_path) == ["checkpoint-10", "checkpoint-15"]
-    broken = learner()
-    broken.write_weights = lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     with pytest.raises(Exception, match="No space left"):
-        target.save(20, broken, {"state": {"step": 20}})
+        target.save(20, OneWeight(disk_full=True), {"state": {"step": 20}})
     assert there(tmp_path) == ["checkpoint-10", "checkpoint-15"]
 
 
@@ -142,7 +145,7 @@ def test_a_limit_of_one_keeps_the_one_just_written(tmp_path: Path) -> None:
     assert there(tmp_path) == ["checkpoint-10"]
 
 
-def test_every_so_many_steps_one_is_kept_for_good(tmp_path: Path) -> None:
+def test_keep_every_keeps_one_for_good(tmp_path: Path) -> None:
     save(checkpointer(tmp_path, checkpoints_total_limit=1, keep_every=10), 5, 10, 15, 20, 25)
     assert there(tmp_path) == ["checkpoint-10", "checkpoint-20", "checkpoint-25"]
 
@@ -156,15 +159,16 @@ def test_damaged_folders_do_not_count_and_are_not_removed(tmp_path: Path) -> Non
 
 
 def test_differences_are_named_all_at_once(tmp_path: Path) -> None:
-    found = Checkpoint(tmp_path / "checkpoint-5", {"identity": {"seed": 1, "lora_rank": 16}, "data": {"plan": "a"}, "state": {"step": 5}})
+    content = {"identity": {"seed": 1, "lora_rank": 16}, "data": {"plan": "a"}, "state": {"step": 5}}
+    checkpoint = Checkpoint(tmp_path / "checkpoint-5", content)
     with pytest.raises(CheckpointError, match="seed was 1 and is now 2; lora_rank was 16 and is now 8"):
-        found.require_same_run({"seed": 2, "lora_rank": 8})
-    found.require_same_run({"seed": 1, "lora_rank": 16})
+        checkpoint.require_same_run({"seed": 2, "lora_rank": 8})
+    checkpoint.require_same_run({"seed": 1, "lora_rank": 16})
 
 
 def test_changed_data_is_named_and_must_be_accepted(tmp_path: Path) -> None:
-    found = Checkpoint(tmp_path / "checkpoint-5", {"identity": {}, "data": {"plan": "a", "captions": "c"}, "state": {"step": 5}})
-    with pytest.raises(CheckpointError, match=r"plan changed.*--accept_changed_data"):
-        found.changed_data({"plan": "b", "captions": "c"}, accepted=False)
-    assert found.changed_data({"plan": "b", "captions": "c"}, accepted=True) == ["plan"]
-    assert found.changed_data({"plan": "a", "captions": "c"}, accepted=False) == []
+    checkpoint = Checkpoint(tmp_path / "checkpoint-5", {"identity": {}, "data": {"plan": "a", "captions": "c"}, "state": {"step": 5}})
+    with pytest.raises(CheckpointError, match=r"has changed since checkpoint-5: plan.*--accept_changed_data"):
+        checkpoint.changed_data({"plan": "b", "captions": "c"}, accepted=False)
+    assert checkpoint.changed_data({"plan": "b", "captions": "c"}, accepted=True) == ["plan"]
+    assert checkpoint.changed_data({"plan": "a", "captions": "c"}, accepted=False) == []

@@ -24,7 +24,7 @@ def test_time_that_is_up_asks_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert not stop.asked
     wait_until_asked(stop)
     assert stop.asked and stop.by == ""
-    assert "--max_train_seconds=0.05 are over" in capfd.readouterr().err
+    assert "--max_train_seconds=0.05 reached" in capfd.readouterr().err
 
 
 def test_a_run_that_stops_by_itself_may_be_asked_once_more_before_it_leaves_at_once() -> None:
