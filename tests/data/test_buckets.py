@@ -192,7 +192,7 @@ def test_a_plan_of_nothing_is_empty() -> None:
 
 
 def test_random_cuts_without_draws_are_a_bug() -> None:
-    with pytest.raises(ValueError, match="'a' crops at random but was given no draws"):
+    with pytest.raises(ValueError, match="'a' crops at random, but the numbers for it are missing"):
         plan([columns("a", [Size(640, 480)], ResolutionRule(crop=True))])
 
 

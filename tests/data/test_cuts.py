@@ -104,7 +104,7 @@ def test_a_face_stays_in_its_cut(size: Size, x: float, y: float, flip: bool) -> 
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        (FACE, "'a' crops around faces but was given no draws"),
+        (FACE, "'a' crops around faces, but the numbers for it are missing"),
         (ResolutionRule(crop=True, crop_style="center", crop_aspect="random", aspect_buckets=(AspectBucket(1),)), "'a' draws its aspects"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What every other room of `data` uses: records, random draws, decoding, threads. Imports no other room."""
+"""What the other folders of `data` are built on: records, random draws, image decoding, threads. It imports none of them."""

@@ -1,6 +1,8 @@
-"""Addressed randomness: a number is drawn for a name and an address, never from a stream that remembers.
+"""Addressed randomness: a random number is a function of a name and an address, never of what was drawn before.
 
-Whatever is drawn for (seed, step, place) is the same on one process or eight, in a run that was stopped ten times or never.
+    uniform("flip", seed, "photos", "cat.jpg")  # the same number in every run with this seed
+
+So a draw for (seed, step, place) is the same with one process or eight, in a run that was resumed ten times or never.
 """
 
 from __future__ import annotations
@@ -15,26 +17,27 @@ Address = int | str
 
 
 def seed_of(name: str, *address: Address) -> int:
-    """A 63-bit seed that depends on every part of the address and on nothing else."""
+    """A 63-bit seed, a hash of the name and every part of the address."""
     digest = hashlib.blake2b(repr((name, *address)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(name: str, *address: Address) -> torch.Generator:
-    """A fresh CPU generator for one address. Drawing on the CPU gives the same numbers whatever the device."""
+    """A new CPU generator for one address. The CPU gives the same numbers whatever device trains."""
     return torch.Generator().manual_seed(seed_of(name, *address))
 
 
 def uniform(name: str, *address: Address) -> float:
-    """One number in [0, 1) for an address; needs no generator, so it is cheap enough for every sample of a plan."""
+    """One number in [0, 1) for an address. It needs no generator, so it is cheap enough for every sample of a plan."""
     return (seed_of(name, *address) >> 10) / 2.0**53
 
 
 @dataclass(frozen=True)
 class StepDraws:
-    """The randomness of some samples of one global step, addressed by their place in it.
+    """The random numbers of B samples of one global step.
 
-    `places` are positions from 0 within the global step, `step_samples` its size over all processes and rounds.
+    `places` are their positions in the step, counted from 0 over all processes and accumulation rounds. The step has `step_samples`
+    samples.
     """
 
     seed: int
@@ -43,21 +46,22 @@ class StepDraws:
     step_samples: int
 
     def normal(self, name: str, *shape: int) -> Tensor:
-        """(B, *shape) standard normal numbers, float32, on the CPU."""
+        """Standard normal noise of shape (B, *shape), float32, on the CPU."""
         return torch.stack([torch.randn(shape, generator=self._at(name, place)) for place in self.places])
 
     def uniform(self, name: str) -> Tensor:
-        """(B,) independent uniform numbers in [0, 1), float64."""
+        """Independent uniform numbers in [0, 1), of shape (B,), float64."""
         return torch.tensor([uniform(name, self.seed, self.step, place) for place in self.places], dtype=torch.float64)
 
     def step_uniform(self, name: str) -> float:
-        """One number in [0, 1) for the whole global step, the same on every process."""
+        """One uniform number in [0, 1) for the whole step, the same on every process."""
         return uniform(name, self.seed, self.step)
 
     def strata(self, name: str) -> Tensor:
-        """(B,) numbers in [0, 1), float64: one from each of `step_samples` equal strata of the global step, in random order.
+        """Stratified uniform numbers in [0, 1), of shape (B,), float64.
 
-        The strata are dealt to the places anew each step, so a place is not always the noisiest.
+        [0, 1) is divided into `step_samples` equal intervals, and each sample of the step gets a number from its own interval. Which
+        interval a place gets is drawn anew in every step.
         """
         order = torch.randperm(self.step_samples, generator=generator(f"{name}/order", self.seed, self.step))
         offsets = self.uniform(name)

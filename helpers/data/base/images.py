@@ -1,7 +1,10 @@
-"""From the bytes of an image file to training pixels: size, decoding with the right colours, resizing and cutting.
+"""From the bytes of an image file to training pixels: size, decoding to sRGB, resizing, cropping.
 
-Files are strangers' bytes: only the formats named here are opened, by content and not by name, and nothing beyond `MAX_PIXELS`
-is ever decoded.
+    size = read_size(stream)  # Size(4000, 3000), from the header alone
+    pixels = cut(decode(data, geometry.resized), geometry)  # float32 (3, H, W) in [-1, 1]
+
+Image files are not trusted. Only the formats listed here are opened, recognized by content and not by name, and no image with more than
+`MAX_PIXELS` is decoded.
 """
 
 from __future__ import annotations
@@ -18,15 +21,15 @@ from torch import Tensor
 
 from helpers.data.base.sample import Geometry, Size
 
-# File name endings, in any case, that count as images. What a file really is, its first bytes tell.
+# Extensions of image files, in any letter case. The format is recognized by the first bytes.
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
 PIXELS_VERSION = 1  # part of the key of cached latents: raise it when `decode` or `cut` give other pixels
-MAX_PIXELS = 128_000_000  # 384 MB as RGB; above the largest cameras' 102 megapixels, below what a forged header may ask for
+MAX_PIXELS = 128_000_000  # 384 MB as RGB: more than the 102 megapixels of the largest cameras, less than a forged header may claim
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
 _READABLE = "JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF"
 _WHITE = (255, 255, 255)
-_DRAFT_FACTORS = (8, 4, 2)  # how much libjpeg can shrink while decoding
+_DRAFT_FACTORS = (8, 4, 2)  # by which libjpeg can downscale while it decodes
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,18 +40,18 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow only warns between its own limit and twice that; `_open` refuses by ours before a pixel is decoded.
+# Pillow warns above its own limit. `_open` applies ours before any pixel is decoded.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(Exception):
-    """These bytes cannot become a training image; the message says why, in words for the user."""
+    """These bytes cannot become a training image. The message is the reason as "kind: detail", in words for the user."""
 
 
 def read_size(stream: BinaryIO) -> Size:
-    """Width and height as shown, that is after EXIF rotation, from the header alone.
+    """Width and height after EXIF rotation, from the header alone.
 
-    ImageError for what is no image or has more than `MAX_PIXELS`. That a header is sound does not mean that the pixels are.
+    ImageError if it is not an image, or has more than `MAX_PIXELS`. The pixels may be damaged even if the header is not.
     """
     size = _plain_webp_size(stream.read(30))
     stream.seek(0)
@@ -59,18 +62,18 @@ def read_size(stream: BinaryIO) -> Size:
 
 
 def require_size(data: bytes, expected: Size) -> None:
-    """ImageError unless an image file has the size as shown that it was planned with: the file, or a table of sizes, may have changed."""
+    """ImageError unless the image has the expected size, after EXIF rotation. The file may have changed, or a table may be wrong."""
     size = read_size(io.BytesIO(data))
     if size != expected:
         raise _wrong_size(size, expected)
 
 
 def decode(data: bytes, resized: Size | None = None) -> Image.Image:
-    """The first frame of an image file as upright sRGB, mode RGB; transparency shows white.
+    """The first frame of an image file as RGB in sRGB, after EXIF rotation. Transparent areas become white.
 
-    `resized` tells what size the image will be resized to. A JPEG at least four times as large may then be decoded at a half, a
-    quarter or an eighth of its size, never at less than twice the size asked for: two to three times faster, and after resizing
-    photographs differ from the undrafted ones by less than 1/255 on average. ImageError when the file is damaged.
+    `resized` is the size that the image will be resized to. A JPEG at least four times as large may then be decoded at 1/2, 1/4 or 1/8
+    of its size, never below twice the size asked for. This is two to three times faster, and the resized photos differ by less than 1/255
+    on average. ImageError if the file is damaged.
     """
     image = _open(io.BytesIO(data))
     orientation = _orientation(image)
@@ -87,16 +90,16 @@ def decode(data: bytes, resized: Size | None = None) -> Image.Image:
 
 
 def cut(image: Image.Image, geometry: Geometry) -> Tensor:
-    """An image as `decode` gave it => float32 (3, H, W) in [-1, 1] of the geometry's target size.
+    """Resize, mirror and crop what `decode` returned: float32 (3, H, W) in [-1, 1], of the geometry's training size.
 
-    Lanczos with antialiasing, in sRGB values as all of the field's trainers do, then the flip, then the cut. ImageError when the
-    image is not of the size that the geometry was planned for.
+    Lanczos with antialiasing, on sRGB values, as trainers of this field do. ImageError if the image does not have the size that the
+    geometry was planned for.
     """
     return pixels_of(cut_out(image, geometry.original, geometry))
 
 
 def cut_out(image: Image.Image, original: Size, geometry: Geometry, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """The cut as a picture. `original` is the size that the image should have; of a condition it is another one than the geometry's."""
+    """As `cut`, but an image. `original` is the size the image must have; a conditioning image may have another one than its image."""
     if not _is_size_of(image.size, original):
         raise _wrong_size(Size(*image.size), original)
     if image.size != geometry.resized:
@@ -108,19 +111,19 @@ def cut_out(image: Image.Image, original: Size, geometry: Geometry, resampling: 
 
 
 def pixels_of(image: Image.Image) -> Tensor:
-    """An RGB picture => float32 (3, H, W) in [-1, 1]."""
+    """An RGB image as float32 (3, H, W) in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (H, W, 3)
     return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def _open(stream: BinaryIO) -> Image.Image:
-    """The image with its header read. Errors of the disk pass as OSError; errors of the content become ImageError."""
+    """The image, with only its header read. OSError for a disk error, ImageError for bad content."""
     try:
         image = Image.open(stream, formats=_FORMATS)
     except Image.DecompressionBombError:
         raise ImageError(f"too large: more than {MAX_PIXELS / 1e6:g} megapixels") from None
     except Image.UnidentifiedImageError as error:
-        raise ImageError(_what_instead(stream)) from error
+        raise ImageError(_not_an_image(stream)) from error
     except MemoryError:
         raise
     except Exception as error:
@@ -135,14 +138,14 @@ def _open(stream: BinaryIO) -> Image.Image:
 
 
 def _plain_webp_size(start: bytes) -> Size | None:
-    """The size of a WebP file without EXIF and XMP, from its first 30 bytes; None for any other file.
+    """The size of a WebP file without EXIF and XMP, from its first 30 bytes. None for any other file.
 
-    Pillow's reader takes in the whole file and makes room for its pixels, which is thirty times slower.
+    Pillow reads the whole file and allocates its pixels, which is thirty times slower.
     """
     if len(start) < 30 or start[:4] != b"RIFF" or start[8:12] != b"WEBP":
         return None
     chunk = start[12:16]
-    if chunk == b"VP8 " and start[23:26] == b"\x9d\x01\x2a":  # lossy: start code, then 14 bits each and 2 of scaling
+    if chunk == b"VP8 " and start[23:26] == b"\x9d\x01\x2a":  # lossy: start code, then 14 bits each and 2 bits of scaling
         return Size(int.from_bytes(start[26:28], "little") & 0x3FFF, int.from_bytes(start[28:30], "little") & 0x3FFF)
     if chunk == b"VP8L" and start[20] == 0x2F:  # lossless: 14 bits each, minus one
         bits = int.from_bytes(start[21:25], "little")
@@ -152,8 +155,8 @@ def _plain_webp_size(start: bytes) -> Size | None:
     return None
 
 
-def _what_instead(stream: BinaryIO) -> str:
-    """What a file is that is no image."""
+def _not_an_image(stream: BinaryIO) -> str:
+    """The reason for a file that Pillow does not recognize."""
     stream.seek(0)
     start = stream.read(512)
     if not start:
@@ -172,24 +175,24 @@ def _reason(error: Exception) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, from what the header holds. TIFF files are turned by Pillow itself, size and pixels."""
+    """The EXIF orientation, 1 to 8, from the header. Pillow itself rotates TIFF files, size and pixels."""
     if image.format == "TIFF":
         return 1
     try:
-        # Not PngImageFile.getexif, which decodes the whole picture in search of a chunk behind it.
+        # Not PngImageFile.getexif, which decodes all pixels to look for EXIF after them.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # EXIF that makes no sense says nothing about orientation; the pixels are what counts
+    except Exception:  # damaged EXIF: take the pixels as they are
         return 1
     return value if value in _TRANSPOSE else 1
 
 
 def _shown(size: tuple[int, int], orientation: int) -> Size:
-    """Stored size <=> shown size."""
+    """The size after EXIF rotation for the stored size, and vice versa."""
     return Size(size[1], size[0]) if orientation >= 5 else Size(*size)
 
 
 def _draft(image: Image.Image, resized: Size) -> None:
-    """Have libjpeg shrink while it decodes, where the result is still twice the size asked for and not a fraction of a pixel is lost."""
+    """Let libjpeg downscale while it decodes, if the result is at least twice `resized` and the size divides evenly."""
     width, height = image.size
     for factor in _DRAFT_FACTORS:
         if width >= 2 * factor * resized.width and height >= 2 * factor * resized.height and width % factor == height % factor == 0:
@@ -198,17 +201,17 @@ def _draft(image: Image.Image, resized: Size) -> None:
 
 
 def _is_size_of(size: tuple[int, int], original: Size) -> bool:
-    """Whether an image has the expected size, in full or drafted."""
+    """Whether a decoded image has the expected size, in full or downscaled by libjpeg."""
     return any((size[0] * factor, size[1] * factor) == original for factor in (1, *_DRAFT_FACTORS))
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """The same picture in one of L, LA, RGB, RGBA, CMYK, LAB: 8 bits a channel, no palette, no colour key."""
+    """The same image in mode L, LA, RGB, RGBA, CMYK or LAB: 8 bits a channel, no palette, no transparent color."""
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ImageError("unsupported: 32-bit pixels, whose white is not defined; save it with 8 or 16 bits a channel")
+        raise ImageError("unsupported: 32-bit pixels, which have no defined white; save it with 8 or 16 bits a channel")
     if image.has_transparency_data:
         return image.convert("LA" if image.mode in ("L", "LA", "La", "1") else "RGBA")
     if image.mode in ("1", "L"):
@@ -217,7 +220,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """What `_plain` gave => RGB in sRGB, with transparency composited on white."""
+    """What `_plain` returned as RGB in sRGB, with transparency composited on white."""
     if image.mode not in ("LA", "RGBA"):
         return _to_srgb(image, profile)
     white = Image.new("RGB", image.size, _WHITE)
@@ -226,7 +229,7 @@ def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """L, RGB, CMYK or LAB => RGB in sRGB, through the embedded profile; a profile that is damaged or of another kind is as none."""
+    """L, RGB, CMYK or LAB as RGB in sRGB, through the embedded ICC profile. A profile that is damaged or does not fit is ignored."""
     if image.mode == "LAB":
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     transform = _transform(profile, image.mode) if profile else None
@@ -239,7 +242,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """How to get from a profile's colours to sRGB; None where there is nothing to do or the profile does not fit the image."""
+    """The transform from an ICC profile to sRGB. None if the profile is sRGB, or does not fit the image."""
     spaces = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -254,4 +257,4 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None  # as browsers do: an image whose profile cannot be read is taken for sRGB
+        return None  # as browsers do: without a readable profile, the image is taken for sRGB

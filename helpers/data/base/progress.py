@@ -1,4 +1,4 @@
-"""Bars for long work, where the reporter shows any."""
+"""Progress bars for long work, if the reporter shows any."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def bar(report: DataReporter, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how many more units are done."""
+    """A progress bar while the block runs. Yields a function to call with the number of units done since the last call."""
     shown = report.progress(title, total, unit)
     if shown is None:
         yield lambda done: None
@@ -23,16 +23,16 @@ def bar(report: DataReporter, title: str, total: int, unit: str) -> Iterator[Cal
 
 @contextmanager
 def late_bar(report: DataReporter, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that tells (done, total); shown when it is first told of, so that a warm start shows none."""
+    """As `bar`, for work that reports (done, total). The bar appears with the first report, so a warm start shows none."""
     with ExitStack() as stack:
         advance: Callable[[int], None] | None = None
         done_before = 0
 
-        def told(done: int, total: int) -> None:
+        def on_progress(done: int, total: int) -> None:
             nonlocal advance, done_before
             if advance is None:
                 advance = stack.enter_context(bar(report, title, total, unit))
             advance(done - done_before)
             done_before = done
 
-        yield told
+        yield on_progress

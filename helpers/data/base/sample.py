@@ -1,4 +1,4 @@
-"""What an image is and how it is cut: the records that everything in `data` passes around."""
+"""Records that all of `data` uses: an image with its captions, its size and crop, and a file that is left out."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image of one data set, with the captions it can be trained under."""
+    """One image of one dataset, with the captions it may be trained with."""
 
-    dataset: str  # id of the data set
-    key: str  # path relative to the data set's root, with "/"
-    size: Size  # as shown, that is after EXIF rotation
-    captions: tuple[str, ...]  # at least one; one that stands twice is drawn twice as often
+    dataset: str  # id of the dataset
+    key: str  # path relative to the dataset's root, with "/"
+    size: Size  # after EXIF rotation
+    captions: tuple[str, ...]  # at least one; a caption that appears twice is drawn twice as often
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How an image becomes training pixels: the whole is resized to `resized`, then `target` is cut at (top, left).
+    """How an image becomes training pixels: resize it to `resized`, mirror it if `flip`, then crop `target` at (top, left).
 
-    `flip` mirrors the resized image left to right before the cut, so `left` counts in the mirrored image.
+    The crop comes after the mirroring, so `left` counts in the mirrored image.
     """
 
     original: Size  # after EXIF rotation, before any resizing
@@ -47,7 +47,7 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A file that is not trained on, and why, in words for the user."""
+    """A file that is not trained on, with the reason as "kind: detail", in words for the user."""
 
     key: str
     reason: str

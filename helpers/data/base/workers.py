@@ -1,4 +1,4 @@
-"""The processes of a run, as far as data needs to know them."""
+"""This process among the processes of a run, as far as `data` needs to know them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those of the run. The default is one process that nobody stops.
+    """This process among those of the run. The default is a single process that is never asked to stop.
 
-    `gather` takes a text of each process and gives every process all of them, in the order of ranks; it waits for all. A process
-    may be hours behind another that had little to encode, so it must not time out sooner.
-    `should_stop` is polled often, also from threads; it says whether the user wants this process to leave.
+    `gather` takes one text from each process, waits for all, and gives every process the list of texts in rank order. It must not time
+    out: one process may encode for hours while another has nothing to do.
+    `should_stop` says whether the user asked the run to stop. It is polled often, also from threads.
     """
 
     rank: int = 0
@@ -40,17 +40,17 @@ class Workers:
 
     @contextmanager
     def phase(self) -> Iterator[None]:
-        """Work after which all wait for all. Where one fails, all fail here, so that none waits for one that has left."""
+        """A block after which all processes wait for each other. If it fails in one, it fails in all: none waits forever."""
         failure: Exception | None = None
         try:
             yield
         except Exception as error:
             failure = error
-        told = json.dumps([type(failure).__name__, str(failure)]) if failure else ""
-        others = self.gather(told)
+        own = json.dumps([type(failure).__name__, str(failure)]) if failure else ""
+        reports = self.gather(own)
         if failure is not None:
             raise failure
-        for rank, text in enumerate(others):
+        for rank, text in enumerate(reports):
             if text:
                 kind, message = json.loads(text)
                 raise _KINDS.get(kind, RuntimeError)(message if kind in _KINDS else f"process {rank} failed: {kind}: {message}")

@@ -1,1 +1,1 @@
-"""How every image is cut: target sizes, cuts, and the plan of all of them. Pure arithmetic."""
+"""The size and crop of every image: training sizes, crops, and the plan that holds both. Pure arithmetic on arrays."""

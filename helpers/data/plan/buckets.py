@@ -1,7 +1,9 @@
-"""How every image becomes training pixels: sizes in, `Geometry` out. Pure arithmetic; opens no file and draws no number.
+"""The plan: for every image its training size, its resized size and its crop. It opens no file and draws no random number.
 
-`targets` says which size an image is trained at, `cuts` how it is resized and where the target is cut out; the plan holds both for
-all images.
+    planned = plan([DatasetColumns("photos", ResolutionRule(1.0), rows, width, height)])
+    planned.geometry(0)  # Geometry(original=1920x1080, resized=1365x768, top=0, left=10, target=1344x768, flip=False)
+
+`targets` computes the training size, `cuts` the resized size and the crop.
 """
 
 from __future__ import annotations
@@ -20,29 +22,28 @@ from helpers.data.plan.targets import Fractions, Integers, ResolutionRule, targe
 
 ROW = np.dtype(
     [
-        ("row", np.int64),  # the image's row in the catalogue
-        ("width", np.int32),  # of the image as shown
+        ("row", np.int64),  # the image's row id in the catalogue
+        ("width", np.int32),  # of the image, after EXIF rotation
         ("height", np.int32),
         ("resized_width", np.int32),
         ("resized_height", np.int32),
-        ("top", np.int32),  # of the cut, in resized pixels
+        ("top", np.int32),  # of the crop, in pixels of the resized image
         ("left", np.int32),
         ("dataset", np.int16),  # index in `BucketPlan.datasets`
         ("shape", np.int16),  # index in `BucketPlan.shapes`
         ("flip", np.bool_),
-        ("upscaled", np.bool_),  # resized to more pixels than the file has
+        ("upscaled", np.bool_),  # resized to more pixels than the image has
     ]
 )
 
 
 @dataclass(frozen=True)
 class DatasetColumns:
-    """The usable images of one data set, in key order, as arrays of equal length N.
+    """The images in use of one dataset, in key order, as arrays (N,).
 
-    `crop_u` and `crop_v` in [0, 1) place a random cut from left to right and from top to bottom; needed only where
-    `rule.style` is random. `aspect_u` in [0, 1) draws the shape where `rule.draws_aspect`. `face_x` and `face_y` in [0, 1] are the
-    middle of the face in the picture as shown, before any mirroring, and NaN where there is none; needed only where `rule.style` is
-    face. `flip` marks the images to mirror; None mirrors none.
+    `crop_u` and `crop_v` in [0, 1) place a random crop horizontally and vertically; needed only if `rule.style` is random. `aspect_u` in
+    [0, 1) chooses the aspect if `rule.draws_aspect`. `face_x` and `face_y` in [0, 1] are the center of the face before any mirroring, NaN
+    without a face; needed only if `rule.style` is face. `flip` marks the images to mirror; None mirrors none.
     """
 
     dataset: str
@@ -60,10 +61,10 @@ class DatasetColumns:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """The cut of every sample, ordered by (data set, key). Sample i of the plan is `columns[i]`, of dtype `ROW`."""
+    """Size and crop of every sample, in the order of (dataset, key). Sample i is `columns[i]`, of dtype `ROW`."""
 
     datasets: tuple[str, ...]
-    shapes: tuple[Size, ...]  # every target size in use, sorted
+    shapes: tuple[Size, ...]  # every training size in use, sorted
     columns: NDArray[Any]
 
     def __len__(self) -> int:
@@ -81,10 +82,10 @@ class BucketPlan:
         )
 
     def fingerprint(self) -> str:
-        """64 hex digits that change with any cut, the number of samples or their order.
+        """64 hex digits. They change with any size or crop, the number of samples, and their order.
 
-        Catalogue rows do not count: they number the same images differently in a catalogue that was built anew. What the images
-        are is told by their content hashes.
+        Catalogue row ids are left out: a rebuilt catalogue numbers the same images differently. The images themselves are compared by
+        their content hashes.
         """
         digest = hashlib.sha256(repr((self.datasets, self.shapes)).encode())
         for name in ROW.names or ():
@@ -103,7 +104,7 @@ def geometry(
     aspect_u: float = 0.5,
     face: tuple[float, float] | None = None,
 ) -> Geometry:
-    """The cut of one image; the numbers are those of `DatasetColumns`."""
+    """Size and crop of one image; the arguments are those of `DatasetColumns`."""
     face_x, face_y = face or (np.nan, np.nan)
     image = DatasetColumns(
         dataset="",
@@ -122,7 +123,7 @@ def geometry(
 
 
 def plan(datasets: Sequence[DatasetColumns]) -> BucketPlan:
-    """The cuts of all images of all data sets. None is dropped; a shape may hold a single sample."""
+    """Plan all images of all datasets. None is dropped, even if it is the only one of its shape."""
     parts = [_part(index, dataset) for index, dataset in enumerate(datasets)]
     targets = np.concatenate([target for _, target in parts]) if parts else np.empty(0, np.int64)
     shapes, shape_index = np.unique(targets, return_inverse=True)
@@ -136,13 +137,13 @@ def plan(datasets: Sequence[DatasetColumns]) -> BucketPlan:
 
 
 def _part(index: int, dataset: DatasetColumns) -> tuple[NDArray[Any], Integers]:
-    """The plan rows of one data set, and each row's target as one number (width * 2^32 + height) that sorts like the size."""
+    """The rows of one dataset, and each row's training size as one number (width * 2^32 + height), which sorts like the size."""
     _require_draws(dataset)
     rule, width, height = dataset.rule, dataset.width.astype(np.int64), dataset.height.astype(np.int64)
     target_width, target_height = targets(width, height, rule, dataset.aspect_u)
     face_x = dataset.face_x
     if face_x is not None and dataset.flip is not None:
-        face_x = np.where(dataset.flip, 1 - face_x, face_x)  # the cut is made in the mirrored picture
+        face_x = np.where(dataset.flip, 1 - face_x, face_x)  # the crop is made in the mirrored image
     places = Places(dataset.crop_u, dataset.crop_v, face_x, dataset.face_y)
     cut = cuts(width, height, target_width, target_height, rule, places)
     columns = np.zeros(len(width), ROW)
@@ -157,12 +158,12 @@ def _part(index: int, dataset: DatasetColumns) -> tuple[NDArray[Any], Integers]:
 
 
 def _require_draws(dataset: DatasetColumns) -> None:
-    """That a rule comes without its numbers is a bug of the caller's."""
+    """ValueError, a bug of the caller, if a rule lacks the random numbers or faces it needs."""
     needed = {
         "crops at random": (dataset.rule.style == "random", dataset.crop_u, dataset.crop_v),
-        "draws its aspects": (dataset.rule.draws_aspect, dataset.aspect_u),
+        "has random aspects": (dataset.rule.draws_aspect, dataset.aspect_u),
         "crops around faces": (dataset.rule.style == "face", dataset.face_x, dataset.face_y),
     }
-    for does, (asked, *given) in needed.items():
-        if asked and any(numbers is None for numbers in given):
-            raise ValueError(f"data set {dataset.dataset!r} {does} but was given no draws")
+    for does, (is_needed, *arrays) in needed.items():
+        if is_needed and any(array is None for array in arrays):
+            raise ValueError(f"dataset {dataset.dataset!r} {does}, but the numbers for it are missing")

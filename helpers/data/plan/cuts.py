@@ -1,7 +1,7 @@
-"""How every image is resized and where its target is cut out: sizes and targets in, integers out. Pure arithmetic.
+"""How every image is resized and cropped to its training size. Pure arithmetic.
 
-An image keeps its aspect. It is resized once, so that it just covers its target, or to the size that the rule shrinks large images
-to, and what sticks out is cut away.
+The aspect is kept. An image is resized once, to the smallest size that covers its training size, or, with `maximum_image_size`, to
+`target_downsample_size`. What is outside the crop is lost.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from helpers.data.plan.targets import Fractions, Integers, ResolutionRule
 
 
 class Places(NamedTuple):
-    """Numbers that place the cuts of N images, each needed only where a rule's style asks for it.
+    """What places the crops of N images; each array is needed only for the crop style that uses it.
 
-    `crop_u` and `crop_v` in [0, 1) place a random cut from left to right and from top to bottom. `face_x` and `face_y` in [0, 1] are
-    the middle of a face, as a share of the picture from its left and its top, or NaN for a picture without one.
+    `crop_u` and `crop_v` in [0, 1) place a random crop horizontally and vertically. `face_x` and `face_y` in [0, 1] are the center of a
+    face as a share of the image's width and height, NaN for an image without a face.
     """
 
     crop_u: Fractions | None = None
@@ -28,7 +28,7 @@ class Places(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """(N,) sizes of whole resized pictures, and the top left corners of the cuts in them."""
+    """Sizes of the resized images, and the top left corners of the crops in them. Arrays (N,)."""
 
     resized_width: Integers
     resized_height: Integers
@@ -37,21 +37,21 @@ class Cuts(NamedTuple):
 
 
 def cuts(width: Integers, height: Integers, target_width: Integers, target_height: Integers, rule: ResolutionRule, places: Places) -> Cuts:
-    """The cuts of targets from images of these sizes, all (N,)."""
+    """The crops of N images with these training sizes."""
     resized_width, resized_height = _covering(width, height, target_width, target_height)
     if rule.crop and rule.maximum_image_size:
         shrunk_width, shrunk_height = _shrunk(width, height, rule)
-        taken = _is_larger(width, height, rule) & (shrunk_width >= target_width) & (shrunk_height >= target_height)
-        resized_width = np.where(taken, shrunk_width, resized_width)
-        resized_height = np.where(taken, shrunk_height, resized_height)
+        downsampled = _is_larger(width, height, rule) & (shrunk_width >= target_width) & (shrunk_height >= target_height)
+        resized_width = np.where(downsampled, shrunk_width, resized_width)
+        resized_height = np.where(downsampled, shrunk_height, resized_height)
     left = _start(resized_width, target_width, rule, places.crop_u, places.face_x)
     top = _start(resized_height, target_height, rule, places.crop_v, places.face_y)
     return Cuts(resized_width, resized_height, top, left)
 
 
 def _covering(width: Integers, height: Integers, target_width: Integers, target_height: Integers) -> tuple[Integers, Integers]:
-    """The smallest sizes of the images' aspects that cover the targets."""
-    # The edge that needs the larger factor becomes the target's, the other follows, rounded: integers, so nothing depends on the machine.
+    """The smallest sizes with the images' aspects that cover the training sizes."""
+    # One edge gets exactly its training size, the other follows. Integer arithmetic, so the result is the same on every machine.
     by_width = target_width * height >= target_height * width
     resized_width = np.where(by_width, target_width, np.maximum(target_width, _divided(width * target_height, height)))
     resized_height = np.where(by_width, np.maximum(target_height, _divided(height * target_width, width)), target_height)
@@ -59,14 +59,14 @@ def _covering(width: Integers, height: Integers, target_width: Integers, target_
 
 
 def _is_larger(width: Integers, height: Integers, rule: ResolutionRule) -> NDArray[np.bool_]:
-    """Which images are above the rule's maximum."""
+    """Which images are above `maximum_image_size`."""
     if rule.resolution_type == "area":
         return width * height > rule.maximum_image_size * 1e6
     return np.minimum(width, height) > rule.maximum_image_size
 
 
 def _shrunk(width: Integers, height: Integers, rule: ResolutionRule) -> tuple[Integers, Integers]:
-    """The images at the size that those above the maximum are shrunk to, each edge to the nearest pixel."""
+    """The sizes of the images at `target_downsample_size`, each edge rounded to a pixel."""
     if rule.resolution_type == "area":
         factor = np.sqrt(rule.target_downsample_size * 1e6 / (width * height))
     else:
@@ -75,7 +75,7 @@ def _shrunk(width: Integers, height: Integers, rule: ResolutionRule) -> tuple[In
 
 
 def _start(resized: Integers, target: Integers, rule: ResolutionRule, u: Fractions | None, face: Fractions | None) -> Integers:
-    """Where along one edge the cut begins."""
+    """The first pixel of the crop along one edge."""
     spare = resized - target
     if rule.style == "corner":
         return spare
@@ -90,10 +90,10 @@ def _start(resized: Integers, target: Integers, rule: ResolutionRule, u: Fractio
 
 
 def _divided(numerator: Integers, denominator: Integers) -> Integers:
-    """The quotient to the nearest integer, a half upwards."""
+    """The quotient rounded to an integer, halves up."""
     return (2 * numerator + denominator) // (2 * denominator)
 
 
 def _fraction(fraction: Fractions, spare: Integers) -> Integers:
-    """One of the spare + 1 positions, all equally likely for a uniform fraction in [0, 1)."""
+    """A position in 0 .. spare; all are equally likely for a uniform fraction in [0, 1)."""
     return np.minimum(np.floor(fraction * (spare + 1)).astype(np.int64), spare)

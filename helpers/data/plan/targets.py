@@ -1,7 +1,9 @@
-"""Which size every image is trained at: sizes and rules in, target sizes out. Pure arithmetic.
+"""The training size of every image (its aspect bucket), from the image's size and the dataset's settings. Pure arithmetic.
 
-The target depends on the image's own size, on the rule of its data set and, where the shape is drawn, on its own number alone; so
-adding or removing other images changes nothing.
+    target_size(Size(1920, 1080), ResolutionRule(resolution=1.0))  # 1344x768: the aspect kept, about one megapixel, multiples of 64
+
+The training size depends on the image and its dataset's settings only, and for random aspects on the image's own random number. Adding or
+removing other images changes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from helpers.config.aspects import DEFAULT_ROUNDING, LARGEST_ASPECT, AspectBucket, BucketSize
 from helpers.data.base.sample import Size
 
-MAX_ASPECT = LARGEST_ASPECT  # beyond this, a picture is a line: covering even the thinnest target would blow it up out of memory
+MAX_ASPECT = LARGEST_ASPECT  # longer side / shorter side; a thinner image would be enlarged beyond memory to cover any training size
 
 Integers = NDArray[np.int64]
 Fractions = NDArray[np.float64]
@@ -26,18 +28,18 @@ CropAspect = Literal["square", "preserve", "random"]
 
 @dataclass(frozen=True)
 class ResolutionRule:
-    """What a data set says of sizes and cuts.
+    """A dataset's settings for size and crop. The names are those of the dataloader JSON, where DATALOADER.md explains them.
 
-    `resolution` is megapixels (1.0 = 10^6 pixels) when `resolution_type` is area, else the shorter edge in pixels; the three sizes
-    below it have the same unit. With `crop` off the cut is central and serves alignment only; with `crop` on it follows `crop_style`
-    (corner is bottom right) and `crop_aspect`, whose random draws from `aspect_buckets`, and images above `maximum_image_size` are
-    shrunk to `target_downsample_size` before the cut. 0 stands for no minimum and no maximum. `bucket_sizes` replace the computed
-    targets whose aspect, rounded to `rounding` decimals, is theirs; only with area.
+    `resolution` is in megapixels (1.0 = 10^6 pixels) if `resolution_type` is area, else it is the shorter edge in pixels. The three
+    `..._size` settings have the same unit; 0 means not set. Without `crop`, the crop is central and only aligns the size. With `crop`, it
+    follows `crop_style` (corner is bottom right) and `crop_aspect`; random aspects are drawn from `aspect_buckets`. Images above
+    `maximum_image_size` are first resized to `target_downsample_size`. `bucket_sizes` replaces the training sizes whose aspect, rounded to
+    `rounding` decimals, equals theirs; only for area.
     """
 
     resolution: float = 1.0
     resolution_type: Literal["area", "pixel"] = "area"
-    alignment: int = 64  # target edges are multiples of this many pixels
+    alignment: int = 64  # both edges of a training size are multiples of this, in pixels
     crop: bool = False
     crop_style: CropStyle = "random"
     crop_aspect: CropAspect = "square"
@@ -50,41 +52,42 @@ class ResolutionRule:
 
     @property
     def style(self) -> CropStyle:
-        """Where the cut is made."""
+        """Where the crop is placed."""
         return self.crop_style if self.crop else "center"
 
     @property
     def square(self) -> bool:
-        """Whether every target is square, whatever the image's aspect."""
+        """Whether every training size is square, whatever the image's aspect."""
         return self.crop and self.crop_aspect == "square"
 
     @property
     def draws_aspect(self) -> bool:
-        """Whether the shape of an image's target is drawn."""
+        """Whether the aspect of the training size is random."""
         return self.crop and self.crop_aspect == "random"
 
 
 def target_size(size: Size, rule: ResolutionRule, aspect_u: float = 0.5) -> Size:
-    """The training size of an image: its aspect at the rule's resolution, each edge to the nearest multiple of the alignment.
+    """The training size of one image: its aspect at the rule's resolution, each edge rounded to a multiple of the alignment.
 
-    `aspect_u` in [0, 1) draws the aspect where the rule does not take the image's own.
+    `aspect_u` in [0, 1) chooses the aspect if it is random.
     """
     width, height = targets(np.array([size.width]), np.array([size.height]), rule, np.array([aspect_u]))
     return Size(int(width[0]), int(height[0]))
 
 
 def targets(width: Integers, height: Integers, rule: ResolutionRule, aspect_u: Fractions | None = None) -> tuple[Integers, Integers]:
-    """(N,) widths and heights of images => those of their targets. `aspect_u` (N,) is needed only where `rule.draws_aspect`."""
+    """Training widths and heights of N images, all arrays (N,). `aspect_u` in [0, 1) is needed only if `rule.draws_aspect`."""
     if rule.draws_aspect:
         assert aspect_u is not None
-        return _drawn(width, height, rule, aspect_u)
+        return _random_aspects(width, height, rule, aspect_u)
     return _of_aspects(np.ones(len(width)) if rule.square else width / height, rule)
 
 
 def too_small(size: Size, rule: ResolutionRule) -> str | None:
-    """Why an image is not to be trained on at all, as "kind: detail", or None.
+    """The reason why an image is too small or too narrow to train on, as "kind: detail", or None.
 
-    Pixels: both edges count. Megapixels: the area counts, and for square cuts also that a square of that area fits inside.
+    A minimum in pixels applies to the shorter edge. A minimum in megapixels applies to the area, and for square crops also to the largest
+    square in the image.
     """
     if max(size) > MAX_ASPECT * min(size):
         return f"too narrow: {size}, one side is more than {MAX_ASPECT} times the other"
@@ -98,41 +101,41 @@ def too_small(size: Size, rule: ResolutionRule) -> str | None:
 
 
 def _of_aspects(aspect: Fractions, rule: ResolutionRule) -> tuple[Integers, Integers]:
-    """The targets of pictures of these aspects."""
+    """The training sizes for these aspects (width / height)."""
     if rule.resolution_type == "area":
         edge = math.sqrt(rule.resolution * 1e6)
         wide, high = edge * np.sqrt(aspect), edge / np.sqrt(aspect)
     else:
         wide, high = rule.resolution * np.maximum(aspect, 1.0), rule.resolution / np.minimum(aspect, 1.0)
-    return _in_place(_aligned(wide, rule.alignment), _aligned(high, rule.alignment), rule)
+    return _replaced(_aligned(wide, rule.alignment), _aligned(high, rule.alignment), rule)
 
 
 def _aligned(edge: Fractions, alignment: int) -> Integers:
-    """The nearest multiple of the alignment, a half upwards, and at least one of them."""
+    """Rounded to a multiple of the alignment, halves up, and at least the alignment."""
     return np.maximum(np.floor(edge / alignment + 0.5).astype(np.int64), 1) * alignment
 
 
-def _in_place(width: Integers, height: Integers, rule: ResolutionRule) -> tuple[Integers, Integers]:
-    """The sizes that the user wants in place of the computed ones. There are few different targets, so they are looked up one by one."""
+def _replaced(width: Integers, height: Integers, rule: ResolutionRule) -> tuple[Integers, Integers]:
+    """Training sizes after `bucket_sizes`. Few of them are distinct, so each distinct one is looked up once."""
     if not rule.bucket_sizes or rule.resolution_type != "area":
         return width, height
     wanted = {size.aspect: (size.width, size.height) for size in rule.bucket_sizes}
-    computed, which = np.unique((width << 32) | height, return_inverse=True)  # as one number each: sorting pairs is slow
+    computed, which = np.unique((width << 32) | height, return_inverse=True)  # packed into one number: sorting pairs is slow
     pairs = [(int(packed) >> 32, int(packed) & 0xFFFFFFFF) for packed in computed]
     used = np.array([wanted.get(round(w / h, rule.rounding), (w, h)) for w, h in pairs], np.int64).reshape(-1, 2)
     return used[which, 0], used[which, 1]
 
 
-def _drawn(width: Integers, height: Integers, rule: ResolutionRule, aspect_u: Fractions) -> tuple[Integers, Integers]:
-    """A bucket for each image, by weight among those whose target it covers without being enlarged; among all where there is none."""
+def _random_aspects(width: Integers, height: Integers, rule: ResolutionRule, aspect_u: Fractions) -> tuple[Integers, Integers]:
+    """For each image one of the `aspect_buckets`, by weight, of those it fills without enlargement; of all if it fills none."""
     wide, high = _of_aspects(np.array([bucket.aspect for bucket in rule.aspect_buckets]), rule)
     fits = [(w <= width) & (h <= height) for w, h in zip(wide, high, strict=True)]
     none_fits = ~np.logical_or.reduce(fits)
     shares = [bucket.weight * (fit | none_fits) for bucket, fit in zip(rule.aspect_buckets, fits, strict=True)]
     total = np.sum(shares, axis=0)
-    drawn = np.minimum(aspect_u * total, np.nextafter(total, 0))  # the product may round up to the total, which is nobody's
-    passed, chosen = np.zeros(len(width)), np.full(len(width), -1)
+    drawn = np.minimum(aspect_u * total, np.nextafter(total, 0))  # the product may round up to the total, which no bucket covers
+    cumulative, chosen = np.zeros(len(width)), np.full(len(width), -1)
     for index, share in enumerate(shares):
-        passed = passed + share
-        chosen[(chosen < 0) & (drawn < passed)] = index
+        cumulative = cumulative + share
+        chosen[(chosen < 0) & (drawn < cumulative)] = index
     return wide[chosen], high[chosen]

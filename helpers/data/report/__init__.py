@@ -1,1 +1,1 @@
-"""What users see of their data: counts, reasons, token lengths, thumbnails."""
+"""What users see of their data: file counts, reasons for files left out, caption lengths, thumbnails."""

@@ -1,4 +1,4 @@
-"""Small pictures of what is trained on: a few images of every data set, resized and cut exactly as for training."""
+"""Thumbnails for the report page: a few images of every dataset, resized and cropped exactly as for training."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _QUALITY = 82  # of its JPEG
 
 
 def chosen(plan: BucketPlan, dataset: int, most: int = PER_DATASET) -> list[int]:
-    """Rows of the plan to show of a data set: of every shape, the commonest first, images spread evenly over its samples.
+    """Rows of the plan to show for a dataset: images of every shape, the most common shape first, spread evenly over its samples.
 
-    Shapes take turns, so that where there are more than `most` the rarest are not shown.
+    Shapes take turns. If there are more than `most` shapes, the rarest are not shown.
     """
     rows = np.flatnonzero(plan.columns["dataset"] == dataset)
     shapes = plan.columns["shape"][rows]
     counts = np.bincount(shapes, minlength=len(plan.shapes))
-    order = [shape for shape in np.argsort(-counts, kind="stable").tolist() if counts[shape]]
-    shares = dict.fromkeys(order, 0)
+    shown = [shape for shape in np.argsort(-counts, kind="stable").tolist() if counts[shape]]
+    shares = dict.fromkeys(shown, 0)
     left = min(most, len(rows))
     while left:
-        for shape in order:
+        for shape in shown:
             if left and shares[shape] < counts[shape]:
                 shares[shape] += 1
                 left -= 1
@@ -71,7 +71,7 @@ def _thumbnail(plan: BucketPlan, row: int, source: SourceBackend, catalogue: Cat
 
 
 def _jpeg(data: bytes, geometry: Geometry) -> bytes:
-    """What is trained of an image file, shrunk to `LONGER_SIDE`; smaller ones stay as they are."""
+    """The training pixels of an image file as a JPEG, downscaled to `LONGER_SIDE` if they are larger."""
     pixels = cut(decode(data, geometry.resized), geometry)
     levels = pixels.add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     image = Image.fromarray(levels)
