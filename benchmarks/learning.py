@@ -35,8 +35,8 @@ from PIL import Image, ImageFilter
 from benchmarks.measure import Figure, table
 from demo import check
 from demo.autoencoder import to_tensor
+from demo.drawings import COLORS, CONCEPT, Scene, draw, random_scene, write_drawings
 from demo.make_base import SIZES
-from demo.pictures import COLOURS, CONCEPT, Scene, draw, random_scene, write_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo" / "model"
@@ -101,7 +101,7 @@ class Bench:
         """Pictures of the shapes that the demo's model knows, to train on."""
         folder = self.folder / "pictures"
         if not folder.exists():
-            write_pictures(folder, count)
+            write_drawings(folder, count)
         return folder
 
     def many_stars(self, count: int) -> Path:
@@ -123,7 +123,7 @@ class Bench:
 def all_stars(each: int) -> list[Scene]:
     """So many of every pair of colours."""
     drawn = random.Random(HELD_OUT_SEED)
-    return [random_scene(drawn, (CONCEPT,), pair) for pair in itertools.permutations(COLOURS, 2) for _ in range(each)]
+    return [random_scene(drawn, (CONCEPT,), pair) for pair in itertools.permutations(COLORS, 2) for _ in range(each)]
 
 
 def held_out_pairs() -> set[tuple[str, str]]:
@@ -328,7 +328,7 @@ def controlnet(bench: Bench) -> Iterator[Figure]:
 
 def text_encoders(bench: Bench) -> Iterator[Figure]:
     """A new word for a shape that is known, by adapters of the text encoders: the network all but stands still."""
-    drawn, pairs = random.Random(3), sorted(set(itertools.permutations(COLOURS, 2)) - held_out_pairs())
+    drawn, pairs = random.Random(3), sorted(set(itertools.permutations(COLORS, 2)) - held_out_pairs())
     scenes = [random_scene(drawn, ("circle",), pairs[number % len(pairs)]) for number in range(400)]
     pictures = bench.written("circles", scenes, shape=WORD)
     still: dict[str, Any] = {"learning_rate": 1e-7, "lr_end": 1e-8, "lr_scheduler": "constant_with_warmup"}
@@ -371,7 +371,7 @@ def overlap(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> float:
 def _of_the_shape(scene: Scene, picture: Image.Image) -> Any:
     """(H, W) booleans."""
     pixels = np.asarray(picture.convert("RGB"), np.float32)
-    near, far = (np.linalg.norm(pixels - np.array(COLOURS[colour]), axis=2) for colour in (scene.foreground, scene.background))
+    near, far = (np.linalg.norm(pixels - np.array(COLORS[colour]), axis=2) for colour in (scene.foreground, scene.background))
     return near < far
 
 

@@ -22,7 +22,7 @@ def adopt(pipeline: Path, model: Path) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pipeline", type=Path, help="what the trainer handed over: OUTPUT_DIR/pipeline")
+    parser.add_argument("pipeline", type=Path, help="the exported pipeline: OUTPUT_DIR/pipeline")
     parser.add_argument("model", type=Path, help="the folder that gets the U-Net")
     arguments = parser.parse_args()
     print(adopt(arguments.pipeline, arguments.model))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffusers import AutoencoderKL
 
-from demo.pictures import COLOURS, SIZE_PX, SUPERSAMPLING, draw, random_scene
+from demo.drawings import COLORS, SIZE_PX, SUPERSAMPLING, draw, random_scene
 
 PHOTOS = Path(__file__).parent / "photos"
 LATENT_NOISE = 0.08  # standard deviation, of latents of about unit variance: makes the decoder forgive a denoiser's errors
@@ -27,7 +27,7 @@ LEARNING_RATE = 2e-3
 def train(vae: AutoencoderKL, *, steps: int, seed: int = 0) -> None:
     """Train in place, then set the scaling factor so that latents have unit variance.
 
-    Most steps see 32 px cut-outs, which show four times as many pictures in the same time; the last fifth sees whole pictures.
+    Most steps see 32 px cut-outs, which show four times as many images in the same time; the last fifth sees whole images.
     """
     vae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     _fix_latent_noise(vae)
@@ -61,7 +61,7 @@ def reconstruction_error(vae: AutoencoderKL, *, count: int = 64, seed: int = 1) 
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB picture => (3, H, W) in [-1, 1]."""
+    """RGB image => (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -107,9 +107,9 @@ def _example(rng: random.Random, photos: list[Image.Image], size_px: int) -> Ten
 
 
 def _doodle(rng: random.Random) -> Image.Image:
-    """One to three random polygons and ellipses in any colours, so that the VAE can draw shapes the base model does not know."""
+    """One to three random polygons and ellipses in any colors, so that the VAE can draw shapes the base model does not know."""
     side = SIZE_PX * SUPERSAMPLING
-    colours = list(COLOURS.values())
+    colours = list(COLORS.values())
 
     def colour() -> tuple[int, ...]:
         return rng.choice(colours) if rng.random() < 0.7 else tuple(rng.randrange(256) for _ in range(3))

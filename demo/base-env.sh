@@ -3,7 +3,7 @@
 #   ENV_FILE=demo/base-env.sh ./train_sdxl.sh      (from the repository's root)
 MODEL_NAME='output/base/start'                # what demo/make_base.py wrote: VAE and text encoders trained, U-Net random
 MODEL_TYPE='full'
-DATALOADER_CONFIG='demo/base-dataloader.json' # 3,000 captioned pictures, drawn by demo/pictures.py
+DATALOADER_CONFIG='demo/base-dataloader.json' # 3,000 captioned pictures, drawn by demo/drawings.py
 OUTPUT_DIR='output/base/run'
 
 # Velocity prediction down to pure noise: with plain epsilon the background's colour, which is in the last of the noise, is not learnt.

@@ -1,10 +1,10 @@
-"""Measure whether a demo model's pictures show what their prompts ask for, beside what chance would give.
+"""Measure whether a demo model's images show what their prompts ask for, compared with chance.
 
-    python demo/check.py demo/model                              foreground colour, background colour and shape
+    python demo/check.py demo/model                              foreground color, background color and shape
     python demo/check.py demo/model --concept --lora FILE        the shape that only the LoRA has taught
-    python demo/check.py demo/model --shuffle-captions           must fail: each picture is judged by another's prompt
+    python demo/check.py demo/model --shuffle-captions           must fail: each image is judged by another's prompt
 
-Pictures are judged by counting pixels and matching drawn templates, not by a network. The exit code is 0 when every measure
+Images are judged by counting pixels and matching drawn templates, not by a network. The exit code is 0 when every measure
 reaches its threshold, else 1.
 """
 
@@ -23,22 +23,22 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demo.pictures import COLOURS, CONCEPT, SHAPES, SIZE_PX, Scene, draw_shape
+from demo.drawings import COLORS, CONCEPT, SHAPES, SIZE_PX, Scene, draw_shape
 
 ALL_SHAPES = (*SHAPES, CONCEPT)
 STEPS = 20
 GUIDANCE = 4.0
-SMALLEST_SHARE = 0.03  # of the picture; anything smaller is not a shape
-LARGEST_FRAME_SHARE = 0.3  # of the picture's frame; where more of it differs from the background, there is no plain background
+SMALLEST_SHARE = 0.03  # of the image; anything smaller is not a shape
+LARGEST_FRAME_SHARE = 0.3  # of the image's frame; where more of it differs from the background, there is no plain background
 ROUNDINGS = (0.0, 0.05, 0.1)  # corners that a network has rounded are still corners
 SMALLEST_OVERLAP = 0.65  # with a template; anything less alike is not one of our shapes
 THRESHOLDS = {"foreground": 0.75, "background": 0.85, "shape": 0.8}
-CHANCE = {"foreground": 1 / len(COLOURS), "background": 1 / len(COLOURS), "shape": 1 / len(SHAPES)}
+CHANCE = {"foreground": 1 / len(COLORS), "background": 1 / len(COLORS), "shape": 1 / len(SHAPES)}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows; None for what cannot be told."""
+    """What an image shows; None for what cannot be recognized."""
 
     foreground: str | None
     background: str
@@ -46,14 +46,14 @@ class Seen:
 
 
 def judge(picture: Image.Image) -> Seen:
-    """Tell the colours and the shape of one shape on a plain background, wherever it stands and however large it is."""
+    """Tell the colors and the shape of one shape on a plain background, wherever it stands and however large it is."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     edge = max(2, min(pixels.shape[:2]) // 20)
     frame = np.ones(pixels.shape[:2], dtype=bool)
     frame[edge:-edge, edge:-edge] = False
     background = np.median(pixels[frame], axis=0)
     distance = np.linalg.norm(pixels - background, axis=2)
-    # The shape's own colour is that of the pixels farthest from the background; half the way there is its edge.
+    # The shape's own color is that of the pixels farthest from the background; half the way there is its edge.
     mask = distance > max(40.0, np.quantile(distance, 0.95) / 2)
     if mask.mean() < SMALLEST_SHARE or mask[frame].mean() > LARGEST_FRAME_SHARE:
         return Seen(None, _nearest_colour(background), None)
@@ -61,16 +61,16 @@ def judge(picture: Image.Image) -> Seen:
 
 
 def prompts(count: int, *, shapes: Sequence[str] = SHAPES, seed: int = 0) -> list[Scene]:
-    """Scenes to ask for: shapes in turn, and two different colours at random."""
+    """Scenes to ask for: shapes in turn, and two different colors at random."""
     rng = random.Random(seed)
-    pairs = [rng.sample(list(COLOURS), 2) for _ in range(count)]
+    pairs = [rng.sample(list(COLORS), 2) for _ in range(count)]
     return [Scene(shapes[number % len(shapes)], foreground, background) for number, (foreground, background) in enumerate(pairs)]
 
 
 def generate(
     model: Path, scenes: Sequence[Scene], *, lora: Path | None = None, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> list[Image.Image]:
-    """One 64 x 64 picture a scene, through diffusers' own SDXL pipeline on the CPU; picture n always starts from the noise of seed n."""
+    """One 64 x 64 image a scene, through diffusers' own SDXL pipeline on the CPU; image n always starts from the noise of seed n."""
     import torch
     from diffusers import StableDiffusionXLPipeline
 
@@ -111,12 +111,12 @@ def score(scenes: Sequence[Scene], seen: Sequence[Seen]) -> dict[str, float]:
 
 
 def shuffled(scenes: Sequence[Scene], seed: int = 0) -> list[Scene]:
-    """The same scenes in another order, so that pictures are judged by prompts they were not made from."""
+    """The same scenes in another order, so that images are judged by prompts they were not made from."""
     return random.Random(seed).sample(list(scenes), len(scenes))
 
 
 def write_sheet(pictures: Sequence[Image.Image], scenes: Sequence[Scene], seen: Sequence[Seen], file: Path, *, columns: int = 12) -> None:
-    """Write all pictures as one PNG; a red frame marks those that do not show what was asked for."""
+    """Write all images as one PNG; a red frame marks those that do not show what was asked for."""
     cell = SIZE_PX + 8
     sheet = Image.new("RGB", (columns * cell, -(-len(pictures) // columns) * cell), "white")
     for number, (picture, scene, sight) in enumerate(zip(pictures, scenes, seen, strict=True)):
@@ -128,7 +128,7 @@ def write_sheet(pictures: Sequence[Image.Image], scenes: Sequence[Scene], seen: 
 
 
 def _nearest_colour(rgb: np.ndarray) -> str:
-    return min(COLOURS, key=lambda name: float(np.linalg.norm(rgb - np.array(COLOURS[name]))))
+    return min(COLORS, key=lambda name: float(np.linalg.norm(rgb - np.array(COLORS[name]))))
 
 
 def _nearest_shape(mask: np.ndarray) -> str | None:
@@ -178,10 +178,10 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a model in diffusers layout")
     parser.add_argument("--lora", type=Path, help="a pytorch_lora_weights.safetensors to load on top")
-    parser.add_argument("--concept", action="store_true", help=f"ask for the shape of the LoRA data set: {CONCEPT}")
-    parser.add_argument("--shuffle-captions", action="store_true", help="judge each picture by another's prompt")
-    parser.add_argument("--sheet", type=Path, help="write all pictures to this PNG")
-    parser.add_argument("--count", type=int, default=48, help="number of pictures")
+    parser.add_argument("--concept", action="store_true", help=f"ask for the shape of the LoRA dataset: {CONCEPT}")
+    parser.add_argument("--shuffle-captions", action="store_true", help="judge each image by another's prompt")
+    parser.add_argument("--sheet", type=Path, help="write all images to this PNG")
+    parser.add_argument("--count", type=int, default=48, help="number of images")
     parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="guidance scale")
     return parser.parse_args()

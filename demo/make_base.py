@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo import autoencoder, text_encoders
-from demo.pictures import VOCABULARY
+from demo.drawings import VOCABULARY
 from helpers.families.tiny import SdxlSizes, build_sdxl, save_sdxl
 
 SIZES = SdxlSizes(
@@ -24,14 +24,14 @@ SIZES = SdxlSizes(
     unet_transformers=(1, 1, 1),
     pooled_width=64,
     vae_channels=(24, 48, 64, 64),
-    vae_groups=1,  # group norm over all channels: with more groups flat colours are reproduced badly
+    vae_groups=1,  # group norm over all channels: with more groups flat colors are reproduced badly
 )
-# Only with zero terminal SNR can a model learn the brightness and colour of a whole picture (Lin et al. 2024).
+# Only with zero terminal SNR can a model learn the brightness and color of a whole image (Lin et al. 2024).
 SCHEDULE = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def vocabulary() -> list[str]:
-    """The words of the demo's captions, drawn pictures and photographs alike; each becomes one token."""
+    """The words of the demo's captions, drawn images and photographs alike; each becomes one token."""
     captions = [file.read_text(encoding="utf-8") for file in sorted(autoencoder.PHOTOS.glob("*.txt"))]
     return list(dict.fromkeys([*VOCABULARY, *re.findall(r"[a-z]+", " ".join(captions).lower())]))
 
@@ -40,7 +40,7 @@ def make_base(folder: Path, *, vae_steps: int, text_steps: int = 300, seed: int 
     """Train and write a complete model in diffusers layout, float16 safetensors."""
     pipeline = build_sdxl(seed=seed, vocabulary=vocabulary(), sizes=SIZES, scheduler=SCHEDULE)
     right = text_encoders.train(pipeline, steps=text_steps, seed=seed)
-    print(f"text encoders: {right:.0%} of all attributes can be read from what they give")
+    print(f"text encoders: {right:.0%} of all attributes can be read from their outputs")
     autoencoder.train(pipeline.vae, steps=vae_steps, seed=seed)
     print(f"vae: mean absolute error {autoencoder.reconstruction_error(pipeline.vae):.4f} of pixels in [-1, 1]")
     save_sdxl(pipeline.to(torch.float16), folder)

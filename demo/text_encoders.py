@@ -1,4 +1,4 @@
-"""Train the demo's text encoders: what they give for a caption must tell apart its two colours and its shape."""
+"""Train the demo's text encoders: what they give for a caption must tell apart its two colors and its shape."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demo.pictures import COLOURS, SHAPES, Scene
+from demo.drawings import COLORS, SHAPES, Scene
 
 LEARNING_RATE = 2e-3
-CLASSES = [len(COLOURS), len(COLOURS), len(SHAPES)]  # foreground, background, shape
+CLASSES = [len(COLORS), len(COLORS), len(SHAPES)]  # foreground, background, shape
 
 
 def train(pipeline: StableDiffusionXLPipeline, *, steps: int = 300, seed: int = 0) -> float:
@@ -26,7 +26,7 @@ def train(pipeline: StableDiffusionXLPipeline, *, steps: int = 300, seed: int = 
     pooled projection of the second.
     """
     torch.manual_seed(seed)
-    scenes = [Scene(shape, *colours) for shape in SHAPES for colours in itertools.permutations(COLOURS, 2)]
+    scenes = [Scene(shape, *colours) for shape in SHAPES for colours in itertools.permutations(COLORS, 2)]
     labels = [torch.tensor(column) for column in zip(*map(_labels, scenes), strict=True)]
     # Without padding: all captions have as many words, and CLIP never looks ahead.
     tokens = [
@@ -52,7 +52,7 @@ def train(pipeline: StableDiffusionXLPipeline, *, steps: int = 300, seed: int = 
 
 
 def _labels(scene: Scene) -> tuple[int, int, int]:
-    colours = list(COLOURS)
+    colours = list(COLORS)
     return colours.index(scene.foreground), colours.index(scene.background), SHAPES.index(scene.shape)
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from benchmarks import learning
-from demo.pictures import COLOURS, CONCEPT, Scene, draw
+from demo.drawings import COLORS, CONCEPT, Scene, draw
 
 
 def captions(folder: Path) -> set[str]:
@@ -38,7 +38,7 @@ def test_the_overlap_is_one_where_the_shape_stands_and_less_beside_it() -> None:
     assert learning.overlap(scenes, [ImageChops.offset(picture, 8, 0) for picture in true]) == pytest.approx(0.6, abs=0.1)
     silhouette = learning.silhouette(scenes[0])
     assert (silhouette.centre, silhouette.radius, silhouette.shape) == ((32, 32), 16, "square")
-    assert {silhouette.foreground, silhouette.background} <= set(COLOURS)
+    assert {silhouette.foreground, silhouette.background} <= set(COLORS)
 
 
 def test_blurring_is_an_error_that_a_refiner_can_put_right() -> None:

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from demo import autoencoder, make_base, text_encoders
-from demo.pictures import CONCEPT, VOCABULARY, Scene, draw, random_scene
+from demo.drawings import CONCEPT, VOCABULARY, Scene, draw, random_scene
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.families.sdxl import SDXL
 from helpers.families.tiny import SdxlSizes, build_sdxl
@@ -48,7 +48,7 @@ def test_sampled_latents_carry_the_noise_that_the_decoder_knows(base: StableDiff
 
 
 def test_latents_of_the_embedded_model_are_of_about_unit_variance_and_decode_to_the_picture(tmp_path: Path) -> None:
-    """Scaled as they should be, and taken back as they were: 31 dB over pictures of the demo, which a wrong scale would not leave."""
+    """Scaled as they should be, and taken back as they were: 31 dB over images of the demo, which a wrong scale would not leave."""
     options = ModelOptions(pretrained_model_name_or_path=str(MODEL))
     family = SDXL(options, dataclasses.replace(CacheOptions(), cache_dir=tmp_path))
     rng = random.Random(0)

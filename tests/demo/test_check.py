@@ -9,11 +9,11 @@ import pytest
 from PIL import Image, ImageFilter
 
 from demo import check
-from demo.pictures import COLOURS, CONCEPT, SHAPES, Scene, draw, random_scene
+from demo.drawings import COLORS, CONCEPT, SHAPES, Scene, draw, random_scene
 
 
 def test_the_judge_tells_every_shape_and_pair_of_colours() -> None:
-    for shape, foreground, background in itertools.product(check.ALL_SHAPES, COLOURS, COLOURS):
+    for shape, foreground, background in itertools.product(check.ALL_SHAPES, COLORS, COLORS):
         if foreground != background:
             scene = Scene(shape, foreground, background)
             assert check.judge(draw(scene)) == check.Seen(foreground, background, shape), scene.caption
@@ -28,7 +28,7 @@ def test_the_judge_forgives_blur_position_and_size(blur_px: float) -> None:
 
 
 def test_an_empty_picture_shows_no_shape() -> None:
-    assert check.judge(Image.new("RGB", (64, 64), COLOURS["green"])) == check.Seen(None, "green", None)
+    assert check.judge(Image.new("RGB", (64, 64), COLORS["green"])) == check.Seen(None, "green", None)
 
 
 def test_noise_shows_no_shape() -> None:

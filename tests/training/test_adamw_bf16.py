@@ -1,4 +1,4 @@
-"""AdamW on bfloat16 weights: right on average, and where float32 is given, torch's own AdamW."""
+"""AdamW on bfloat16 weights: right on average; on float32 weights the same as torch's own AdamW."""
 
 from __future__ import annotations
 

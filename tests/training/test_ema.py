@@ -25,7 +25,7 @@ def test_warm_up_follows_its_formula() -> None:
     assert shadow.decay == 0.9  # what was asked for is not overwritten by what is warming up
 
 
-def test_average_of_bf16_weights_moves_because_it_is_float32() -> None:
+def test_the_average_of_bf16_weights_changes_because_it_is_float32() -> None:
     """From 0 towards 1 with decay 0.9999 for 20,000 steps: 1 - 0.9999^20000 = 0.8647; in bfloat16 it would stop at 0.0313."""
     weights = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     shadow = average(weights, ema_decay=0.9999)

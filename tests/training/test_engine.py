@@ -75,7 +75,7 @@ def test_planned_samples_that_are_not_there_do_not_count() -> None:
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_without_a_single_sample_moves_nothing() -> None:
+def test_a_step_without_samples_changes_nothing() -> None:
     model = network()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     steps = engine(model)
@@ -107,8 +107,8 @@ def step_of(*micro_batches: tuple[list[float], float]) -> float:
     steps = engine(model)
     for number, (values, weight) in enumerate(micro_batches):
         with steps.micro_batch(last=number == len(micro_batches) - 1):
-            moves = losses(steps.denoiser, slice(0, 1)) * 0  # so that there is a gradient
-            steps.backward(moves + torch.tensor(values), torch.full((len(values),), weight), samples)
+            zero = losses(steps.denoiser, slice(0, 1)) * 0  # so that there is a gradient
+            steps.backward(zero + torch.tensor(values), torch.full((len(values),), weight), samples)
     return steps.step(seed=1, step=0, updates=0, global_samples=samples).loss
 
 
@@ -117,7 +117,7 @@ def test_the_loss_of_a_step_is_the_mean_of_its_samples_and_not_of_its_micro_batc
     assert step_of(([1.0] * 4, 1.0), ([5.0], 1.0)) == pytest.approx(1.8, rel=1e-6)
 
 
-def test_pictures_of_a_prior_count_with_their_weight_however_they_are_cut_into_micro_batches() -> None:
+def test_regularization_images_count_by_their_weight_in_any_split_into_micro_batches() -> None:
     """As many of the subject as of its class: twice the loss of the step is L_subject + w L_class."""
     subject, prior, weight = [1.0, 2.0], [4.0, 8.0], 0.25
     expected = 1.5 + weight * 6.0
@@ -125,7 +125,7 @@ def test_pictures_of_a_prior_count_with_their_weight_however_they_are_cut_into_m
     assert 2 * step_of((subject, 1.0), (prior[:1], weight), (prior[1:], weight)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing_and_leaves_nothing_behind() -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing_and_leaves_nothing_behind() -> None:
     model = network()
     steps = engine(model)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -138,7 +138,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_leaves_nothing_behind()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
-def test_the_optimiser_is_put_back_bit_for_bit(optimizer: str) -> None:
+def test_the_optimizer_is_restored_bit_for_bit(optimizer: str) -> None:
     """Two steps in one life, or one step, a save, a restore and one step: the same weights."""
 
     def steps(engine: Engine, start: int, count: int) -> None:
@@ -175,7 +175,7 @@ def test_the_gradients_of_many_micro_batches_add_up_in_float32_where_that_is_ask
     assert found == pytest.approx(1.6 if kept_in == "fp32" else 1.0, rel=1e-2)
 
 
-def test_a_loss_scaler_finds_the_gradients_of_an_optimiser_that_takes_its_steps_elsewhere() -> None:
+def test_a_loss_scaler_finds_the_gradients_of_an_offloaded_optimizer() -> None:
     model = network()
     steps = engine(model, optimizer_cpu_offload=True, max_grad_norm=0.0)
     steps.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # accelerate has one for fp16 on a GPU alone
@@ -209,7 +209,7 @@ def on_processes(count: int) -> list[dict[str, Any]]:
 def test_two_processes_with_uneven_shares_take_the_step_of_one_and_agree_on_what_is_not_finite() -> None:
     """3 samples here and 1 there: a plain mean over processes would be 15 % off. A NaN on one rank is a skipped step on both."""
     [alone], pair = on_processes(1), on_processes(2)
-    assert pair[0]["states"] == pair[1]["states"]  # of every optimiser, to the bit
+    assert pair[0]["states"] == pair[1]["states"]  # of every optimizer, to the bit
     assert pair[0]["sums"] == pair[1]["sums"]
     assert pair[0]["sums"]["grad_norm"] == pytest.approx(alone["sums"]["grad_norm"], rel=1e-2)  # bf16 holds three digits
     assert pair[0]["states"].keys() == alone["states"].keys()

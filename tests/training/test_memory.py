@@ -33,7 +33,7 @@ def test_a_kernel_that_it_has_is_not(kernel: str) -> None:
     assert switches() == (True, True, True, True)
 
 
-def test_the_one_that_can_do_everything_stays_beside_the_one_chosen() -> None:
+def test_the_math_kernel_stays_enabled_as_a_fallback() -> None:
     try:
         choose_attention("flash")
         assert switches() == (True, False, False, True)
@@ -54,10 +54,10 @@ def test_slices_of_attention_do_not_change_the_answer_where_a_layer_has_a_single
         cross_attention_dim=8,
         norm_num_groups=4,
     )
-    told = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.randn(2, 3, 8)
-    whole = network(*told).sample
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.randn(2, 3, 8)
+    whole = network(*inputs).sample
     apply_memory_options(network, RunOptions(unet_attention_slice=True), {"unet_attention_slice"})
-    assert torch.allclose(network(*told).sample, whole, atol=1e-5)
+    assert torch.allclose(network(*inputs).sample, whole, atol=1e-5)
 
 
 def test_without_a_compiler_compiling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

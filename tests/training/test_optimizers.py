@@ -1,4 +1,4 @@
-"""Every optimiser by its name: it learns, and what a checkpoint holds of it is all that the next step needs."""
+"""Every optimizer by its name: it learns, and a checkpoint holds everything that its next step needs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def usual_rate(name: str) -> float:
 
 
 class Training:
-    """A network with convolutions, norms and matrices, some large enough for 8-bit states, and its optimiser."""
+    """A network with convolutions, norms and matrices, some large enough for 8-bit states, and its optimizer."""
 
     def __init__(self, chosen: OptimizerOptions, rate: float) -> None:
         torch.manual_seed(3)
@@ -56,7 +56,7 @@ class Training:
         for step in range(start, end):
             self.model.zero_grad()
             self.loss().backward()
-            torch.manual_seed(step)  # as the engine does, for what optimisers draw
+            torch.manual_seed(step)  # as the engine does, for what optimizers draw
             self.optimizer.step(self.rate)
 
     def weights(self) -> list[torch.Tensor]:
@@ -73,7 +73,7 @@ def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", (*NAMED, *UNUSUAL) if not LONG else (*NAMED, *PYTORCH_OPTIMIZER))
-def test_it_goes_on_from_tensors_and_json_bit_for_bit(name: str) -> None:
+def test_it_resumes_from_tensors_and_json_bit_for_bit(name: str) -> None:
     chosen, rate = options(name), usual_rate(name)
     check_optimizer(chosen, rate, CPU)
     whole = Training(chosen, rate)
@@ -106,7 +106,7 @@ def test_it_lowers_the_loss(name: str) -> None:
     assert any(after(rate) < before * 0.999 for rate in rates)
 
 
-def test_every_optimiser_of_the_library_is_offered_or_refused_with_a_reason() -> None:
+def test_every_optimizer_of_the_library_is_offered_or_refused_with_a_reason() -> None:
     library = pytest.importorskip("pytorch_optimizer")
     ours = {"adamw", "adafactor", "lion", "prodigy"}  # the names that stand among the usual ones
     assert {*PYTORCH_OPTIMIZER, *REFUSED, *ours} == set(library.get_supported_optimizers())
@@ -154,7 +154,7 @@ def test_copies_are_put_back_with_the_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["schedulefree", "schedulefreeadamw", "splus"])
-def test_an_optimiser_that_averages_shows_its_average_and_goes_on_from_what_it_trains(name: str) -> None:
+def test_a_schedule_free_optimizer_shows_its_average_and_resumes_from_its_trained_weights(name: str) -> None:
     assert name in AVERAGING
     training = Training(options(name), 1e-2)
     before = training.weights()
@@ -185,7 +185,7 @@ def test_schedule_free_shows_the_mean_of_its_iterates() -> None:
 
 
 @pytest.mark.parametrize("name", ["prodigy", "dadaptation", "dadaptadan"])
-def test_the_learning_rate_told_is_the_estimate_times_the_factor(name: str) -> None:
+def test_the_reported_learning_rate_is_the_estimate_times_the_factor(name: str) -> None:
     training = Training(options(name), 1.0)
     training.steps(0, 60)
     [group] = training.optimizer.torch_optimizer.param_groups
@@ -198,12 +198,12 @@ def test_prodigy_uses_the_given_learning_rate() -> None:
     weights = nn.Parameter(torch.zeros(3))
     optimizer = NamedOptimizer(options("prodigy", prodigy_weight_decay=0.0, prodigy_epsilon=1e-30), {"w": weights}, 1.0)
     weights.grad = torch.tensor([0.5, -1.0, 2.0])
-    told = optimizer.effective(1.0)
+    reported = optimizer.effective(1.0)
     optimizer.step(1.0)
-    assert torch.allclose(weights, -told * torch.tensor([1.0, -1.0, 1.0]), rtol=1e-4)
+    assert torch.allclose(weights, -reported * torch.tensor([1.0, -1.0, 1.0]), rtol=1e-4)
 
 
-def test_the_relative_step_of_adafactor_is_told_instead_of_a_rate_that_it_does_not_use() -> None:
+def test_adafactors_relative_step_is_reported_instead_of_the_unused_rate() -> None:
     training = Training(options("adafactor", adafactor_relative_step=True), 1e-3)
     other = Training(options("adafactor", adafactor_relative_step=True), 7.0)
     training.steps(0, 3)
@@ -222,7 +222,7 @@ def settings(chosen: OptimizerOptions) -> dict[str, Any]:
     return Training(chosen, usual_rate(chosen.optimizer)).optimizer.torch_optimizer.param_groups[0]
 
 
-def test_options_and_arguments_reach_the_optimiser() -> None:
+def test_options_and_arguments_reach_the_optimizer() -> None:
     assert settings(options("adamw", adam_beta1=0.5, adam_epsilon=1e-4))["betas"] == (0.5, 0.999)
     assert settings(options("adamw", optimizer_args="betas=0.8,0.95 amsgrad=true"))["amsgrad"] is True
     assert settings(options("lion"))["betas"] == (0.9, 0.99)  # its own
@@ -242,7 +242,7 @@ def test_options_and_arguments_reach_the_optimiser() -> None:
         (options("adamw", optimizer_args="betas=0.9"), "--optimizer=adamw rejects its settings with --optimizer_args='betas=0.9'"),
     ],
 )
-def test_what_an_optimiser_does_not_have_or_take_is_refused_at_the_start(chosen: OptimizerOptions, said: str) -> None:
+def test_arguments_that_an_optimizer_does_not_have_are_refused_at_the_start(chosen: OptimizerOptions, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_optimizer(chosen, 1e-3, CPU)
 

@@ -1,4 +1,4 @@
-"""Prompts and sizes of validation pictures."""
+"""Prompts and sizes of validation images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_other_sizes_are_refused(text: str) -> None:
         parse_sizes(text, TRAINED, 8)
 
 
-def test_prompts_come_in_the_order_of_their_pictures(tmp_path: Path) -> None:
+def test_prompts_come_in_the_order_of_their_images(tmp_path: Path) -> None:
     library = tmp_path / "prompts.json"
     library.write_text(json.dumps({"cat": "a cat", "quoted": 'say "$5"'}), encoding="utf-8-sig")
     options = dataclasses.replace(ValidationOptions(), validation_prompt="a dog", user_prompt_library=library)
@@ -92,7 +92,7 @@ def batch(*keys: str) -> Batch:
     )
 
 
-def test_pictures_to_begin_with_are_the_first_of_the_data_each_once() -> None:
+def test_dataset_images_are_the_first_of_the_data_each_once() -> None:
     found = first_images([[batch("1", "2"), batch("2")], [batch("3", "1", "4")]], {"pictures": 3})
     assert [(prompt.name, prompt.text) for prompt in found] == [
         ("picture_1", "caption 1"),
@@ -104,19 +104,19 @@ def test_pictures_to_begin_with_are_the_first_of_the_data_each_once() -> None:
 
 
 def of_sets(*datasets: str) -> Batch:
-    """One picture of each, whose key is its place."""
+    """One image of each, whose key is its place."""
     keys = [str(number) for number in range(len(datasets))]
     plain = batch(*keys)
     samples = tuple(dataclasses.replace(sample, dataset=name) for sample, name in zip(plain.samples, datasets, strict=True))
     return dataclasses.replace(plain, samples=samples)
 
 
-def test_each_data_set_begins_as_many_pictures_as_it_is_asked_for_and_the_others_none() -> None:
+def test_each_dataset_gives_as_many_images_as_asked_and_others_none() -> None:
     found = first_images([[of_sets("a", "b", "c", "a", "a", "b")]], {"a": 2, "b": 1})
     assert [prompt.text for prompt in found] == ["caption 0", "caption 1", "caption 3"]
 
 
-def test_no_more_steps_are_made_than_the_pictures_need_and_what_stands_in_for_a_picture_is_none() -> None:
+def test_no_more_steps_are_read_than_needed_and_placeholders_do_not_count() -> None:
     made = []
 
     def steps() -> Iterator[list[Batch]]:

@@ -1,7 +1,7 @@
 """What one rank of a pair does for test_engine: a step whose samples are shared unevenly, then one whose loss is not finite on one rank.
 
 Prints gradient norm, loss, learning rate and weights of the first step, and whether the second moved anything; then, for every
-optimiser, a hash of the weights and the state that it has after three steps.
+optimizer, a hash of the weights and the state that it has after three steps.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def main() -> None:
         engine.backward(losses, torch.ones(len(losses)), 4)
         update = engine.step(seed=1, step=number, updates=number, global_samples=4)
         weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
-        told = {"taken": update.taken, "loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
-        return {**told, "weights": weights}
+        result = {"taken": update.taken, "loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
+        return {**result, "weights": weights}
 
     first = step(0, 1.0)
     second = step(1, float("nan") if runtime.rank == runtime.world_size - 1 else 1.0)

@@ -1,7 +1,7 @@
-"""Draw the demo's captioned pictures: one coloured shape on a coloured background, such as "a red circle on a blue background".
+"""Draw the demo's captioned images: one colored shape on a colored background, such as "a red circle on a blue background".
 
-python demo/pictures.py --out pictures --count 1000            the shapes that the base model knows
-python demo/pictures.py --out concept --count 40 --concept     the one that it has never seen
+python demo/drawings.py --out images --count 1000            the shapes that the base model knows
+python demo/drawings.py --out concept --count 40 --concept     the one that it has never seen
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUPERSAMPLING = 4  # drawn larger and averaged, for smooth edges
 RADIUS_PX = (16.0, 24.0)
 WANDER_PX = 7.0  # how far from the middle a shape may stand
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "orange": (247, 140, 20),
     "yellow": (252, 222, 70),
@@ -34,12 +34,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle")
 CONCEPT = "star"  # its word is in the tokenizer's vocabulary, but nothing was trained on it
 STAR_WAIST = 0.45  # inner corners' distance from the middle, as a share of the outer ones'
-VOCABULARY = ("a", "an", "on", "background", *COLOURS, *SHAPES, CONCEPT)
+VOCABULARY = ("a", "an", "on", "background", *COLORS, *SHAPES, CONCEPT)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows; positions and sizes in pixels of a 64 x 64 picture."""
+    """What one image shows; positions and sizes in pixels of a 64 x 64 image."""
 
     shape: str
     foreground: str
@@ -54,8 +54,8 @@ class Scene:
 
 
 def random_scene(rng: random.Random, shapes: Sequence[str] = SHAPES, colours: tuple[str, str] | None = None) -> Scene:
-    """A shape of any size somewhere near the middle, in the given colours (foreground, background) or in two random ones."""
-    foreground, background = colours or rng.sample(list(COLOURS), 2)
+    """A shape of any size somewhere near the middle, in the given colors (foreground, background) or in two random ones."""
+    foreground, background = colours or rng.sample(list(COLORS), 2)
     radius = rng.uniform(*RADIUS_PX)
     room = min(SIZE_PX / 2 - radius - 2, WANDER_PX)
     centre = (SIZE_PX / 2 + rng.uniform(-room, room), SIZE_PX / 2 + rng.uniform(-room, room))
@@ -63,10 +63,10 @@ def random_scene(rng: random.Random, shapes: Sequence[str] = SHAPES, colours: tu
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as a 64 x 64 RGB picture with smooth edges."""
-    big = Image.new("RGB", (SIZE_PX * SUPERSAMPLING,) * 2, COLOURS[scene.background])
+    """The scene as a 64 x 64 RGB image with smooth edges."""
+    big = Image.new("RGB", (SIZE_PX * SUPERSAMPLING,) * 2, COLORS[scene.background])
     x, y, radius = (SUPERSAMPLING * number for number in (*scene.centre, scene.radius))
-    draw_shape(ImageDraw.Draw(big), scene.shape, (x - radius, y - radius, x + radius, y + radius), COLOURS[scene.foreground])
+    draw_shape(ImageDraw.Draw(big), scene.shape, (x - radius, y - radius, x + radius, y + radius), COLORS[scene.foreground])
     return big.reduce(SUPERSAMPLING)
 
 
@@ -94,14 +94,14 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     raise ValueError(f"no such shape: {shape}")
 
 
-def write_pictures(folder: Path, count: int, *, seed: int = 0, shapes: Sequence[str] = SHAPES) -> None:
-    """Write `count` PNG pictures, each with its caption in a .txt file beside it; the same seed draws the same pictures.
+def write_drawings(folder: Path, count: int, *, seed: int = 0, shapes: Sequence[str] = SHAPES) -> None:
+    """Write `count` PNG images, each with its caption in a .txt file beside it; the same seed draws the same images.
 
-    Pairs of colours come in turn, in random order, so that a small set has as many different ones as it can.
+    Pairs of colors come in turn, in random order, so that a small set has as many different ones as it can.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    pairs = list(itertools.permutations(COLOURS, 2))
+    pairs = list(itertools.permutations(COLORS, 2))
     rng.shuffle(pairs)
     for number, colours in zip(range(count), itertools.cycle(pairs), strict=False):
         scene = random_scene(rng, shapes, colours)
@@ -117,8 +117,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concept", action="store_true", help=f"draw only the shape that the base model does not know: {CONCEPT}")
     options = parser.parse_args()
-    write_pictures(options.out, options.count, seed=options.seed, shapes=(CONCEPT,) if options.concept else SHAPES)
-    print(f"{options.count:,} pictures with captions in {options.out}")
+    write_drawings(options.out, options.count, seed=options.seed, shapes=(CONCEPT,) if options.concept else SHAPES)
+    print(f"{options.count:,} images with captions in {options.out}")
 
 
 if __name__ == "__main__":

@@ -6,25 +6,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from demo.pictures import COLOURS, CONCEPT, SHAPES, Scene, draw, random_scene, write_pictures
+from demo.drawings import COLORS, CONCEPT, SHAPES, Scene, draw, random_scene, write_drawings
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
-def test_a_picture_shows_its_two_colours_and_smooth_edges() -> None:
+def test_an_image_shows_its_two_colors_and_smooth_edges() -> None:
     pixels = np.asarray(draw(Scene("circle", "red", "blue")))
     assert pixels.shape == (64, 64, 3)
-    assert tuple(pixels[32, 32]) == COLOURS["red"] and tuple(pixels[0, 0]) == COLOURS["blue"]
+    assert tuple(pixels[32, 32]) == COLORS["red"] and tuple(pixels[0, 0]) == COLORS["blue"]
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 4
 
 
-def test_every_shape_fits_into_the_picture() -> None:
+def test_every_shape_fits_into_the_image() -> None:
     rng = random.Random(0)
     for _ in range(50):
         scene = random_scene(rng, [*SHAPES, CONCEPT])
         pixels = np.asarray(draw(scene)).astype(int)
         frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        assert (frame == COLOURS[scene.background]).all()
+        assert (frame == COLORS[scene.background]).all()
 
 
 def test_captions_are_grammatical() -> None:
@@ -32,9 +32,9 @@ def test_captions_are_grammatical() -> None:
     assert Scene("square", "orange", "black").caption == "an orange square on a black background"
 
 
-def test_the_same_seed_draws_the_same_pictures(tmp_path: Path) -> None:
+def test_the_same_seed_draws_the_same_images(tmp_path: Path) -> None:
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        write_pictures(tmp_path / name, 3, seed=seed)
+        write_drawings(tmp_path / name, 3, seed=seed)
     one, again, other = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "again", "other"))
     assert one == again != other
 
@@ -55,10 +55,10 @@ def test_every_photograph_opens_and_has_a_caption() -> None:
 
 def test_the_photographs_are_of_mixed_format_and_shape_and_weigh_little() -> None:
     photos = [file for file in (DEMO / "photos").iterdir() if file.suffix != ".txt"]
-    pictures = [Image.open(file) for file in photos]
-    assert {picture.format for picture in pictures} == {"JPEG", "PNG", "WEBP", "TIFF", "AVIF"}
-    assert {picture.mode for picture in pictures} == {"RGB", "L"}
-    assert any(picture.getexif().get(0x0112, 1) != 1 for picture in pictures)
+    images = [Image.open(file) for file in photos]
+    assert {image.format for image in images} == {"JPEG", "PNG", "WEBP", "TIFF", "AVIF"}
+    assert {image.mode for image in images} == {"RGB", "L"}
+    assert any(image.getexif().get(0x0112, 1) != 1 for image in images)
     assert sum(file.stat().st_size for file in photos) < 1_000_000
 
 
