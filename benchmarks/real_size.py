@@ -142,7 +142,7 @@ def count_weights(names: Sequence[str]) -> int:
     """Print bytes of each network's weights by kind. They are on torch's "meta" device, which knows shapes and holds nothing."""
     import torch
 
-    from helpers.methods.quantised_base import bytes_of, quantise
+    from helpers.methods.quantized_base import bytes_of, quantize
 
     print(f"| network | {' | '.join('bf16' if kind == 'none' else kind for kind in KINDS)} |")
     print(f"|---|{'---:|' * len(KINDS)}")
@@ -153,7 +153,7 @@ def count_weights(names: Sequence[str]) -> int:
             with torch.device("meta"):
                 network = random_network(NETWORKS[name]).denoiser
                 if kind != "none":
-                    quantise(network, kind, torch.device("meta"))
+                    quantize(network, kind, torch.device("meta"))
             sizes.append(f"{bytes_of(network) / GIB:.2f} GiB")
         print(f"| {name} | {' | '.join(sizes)} |", flush=True)
     return 0
@@ -174,7 +174,7 @@ def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str,
 
     from helpers.config.options import AdapterOptions, ObjectiveOptions, OptimizerOptions, RunOptions
     from helpers.methods.lora import Lora
-    from helpers.methods.quantised_base import bytes_of, quantise, size_of
+    from helpers.methods.quantized_base import bytes_of, count_weights, quantize
     from helpers.objectives import OBJECTIVES
     from helpers.training.engine import Engine
     from helpers.training.memory import apply_memory_options
@@ -188,9 +188,9 @@ def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         family = family_of(network, Path(folder))
         parts = random_network(network)
-        size = size_of(parts.denoiser)
+        size = count_weights(parts.denoiser)
         if kind != "none":
-            quantise(parts.denoiser, kind, torch.device("cpu"))
+            quantize(parts.denoiser, kind, torch.device("cpu"))
         weights = bytes_of(parts.denoiser)
         method = Lora(AdapterOptions(), family)
         trainable = method.attach(parts)
@@ -284,7 +284,7 @@ def largest_resident() -> int:
 
 
 def forget_largest_resident() -> None:
-    """Begin anew, after the allocator has given back what is free: it would keep what a network was before it was quantised."""
+    """Begin anew, after the allocator has given back what is free: it would keep what a network was before it was quantized."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 

@@ -28,42 +28,41 @@ if TYPE_CHECKING:
 
 @dataclass
 class Parts:
-    """The modules of a loaded model that a method may train, by role. Not loaded until asked for by the family."""
+    """The loaded modules that a method may train. A role is a module's folder name in a diffusers pipeline: "unet", "text_encoder"."""
 
     denoiser: Any  # nn.Module with diffusers' ModelMixin
-    denoiser_folder: str  # its name in a diffusers folder: "unet" or "transformer"
-    text_encoders: dict[str, Any] = field(default_factory=dict)  # those that are trained too, by their names in a diffusers folder
-    text_weights: frozenset[str] = frozenset()  # of those, the parameters that may move: "text_encoder.encoder.layers.0...."
-    unrounded: Mapping[str, Tensor] = field(default_factory=dict)  # of quantised layers, where a start needs them
-    frozen_dtype: torch.dtype | None = None  # precision of a network that only stands beside what is trained; None: as it was loaded
-    report: Reporter = field(default_factory=lambda: Reporter())  # is shown how far long work on the weights has come
+    denoiser_folder: str  # the denoiser's role: "unet" or "transformer"
+    text_encoders: dict[str, Any] = field(default_factory=dict)  # by role; empty where no text encoder is trained
+    text_weights: frozenset[str] = frozenset()  # parameters of text encoders to train: "text_encoder.encoder.layers.0...."
+    frozen_dtype: torch.dtype | None = None  # for a frozen network beside a trained one (ControlNet); None: as it was loaded
+    report: Reporter = field(default_factory=lambda: Reporter())  # shows the progress of long work on the weights
 
 
 @dataclass
 class Trainable:
-    """What moves, and how to run it."""
+    """The trained weights, and the networks that they are part of."""
 
-    denoiser: Any  # nn.Module with diffusers' ModelMixin as `attach` left it, or `Controlled`
-    parameters: dict[str, nn.Parameter]  # the weights that move, by the name they keep in checkpoints
+    denoiser: Any  # nn.Module with diffusers' ModelMixin, as `attach` left it, or a `ControlledDenoiser`
+    parameters: dict[str, nn.Parameter]  # the trained weights, by their names in checkpoints
     description: str  # "LoRA rank 16, 23.2 M of 2,567.5 M parameters"
-    role: str  # the name of what is trained in a diffusers folder: "unet", "transformer" or "controlnet"
-    fixed: dict[str, Tensor] = field(default_factory=dict)  # stand still, and are kept in checkpoints: what moves is measured from them
-    text_encoders: dict[str, Any] = field(default_factory=dict)  # by role, as `attach` left them; their parameters' names begin with it
+    role: str  # of the denoiser or ControlNet: "unet", "transformer" or "controlnet"
+    fixed: dict[str, Tensor] = field(default_factory=dict)  # constant tensors that checkpoints and files need beside the trained weights
+    text_encoders: dict[str, Any] = field(default_factory=dict)  # trained ones, by role; their parameters' names begin with the role
 
     @property
     def modules(self) -> dict[str, Any]:
-        """Every network in which something moves, by role."""
+        """Every network with trained weights, by role."""
         return {self.role: self.denoiser, **self.text_encoders}
 
-    def of(self, role: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of some weights that are this network's, by its own names for them."""
+    def weights_of(self, role: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The given weights that belong to one network, by the network's own names."""
         if role in self.text_encoders:
             return {name.removeprefix(f"{role}."): tensor for name, tensor in weights.items() if name.startswith(f"{role}.")}
         others = tuple(f"{other}." for other in self.text_encoders)
         return {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the weights that move, and of those that stand still what is given, in place and in their own precision."""
+        """Copy weights into all trained weights, and into the constant ones that are given; in place, in their own dtype."""
         for name, parameter in self.parameters.items():
             parameter.data.copy_(weights[name])
         for name in self.fixed.keys() & weights.keys():
@@ -71,7 +70,18 @@ class Trainable:
 
 
 class ModelFamily(ModelEncoders, Protocol):
-    """A kind of network: how to load it, what it reads, and how it is saved. One file a family; importing that file imports no torch."""
+    """A kind of network: how to load it, what it reads, and how it is saved.
+
+    One file a family; importing it imports no torch. A training step with a family and an objective:
+
+        family = FAMILIES["sdxl"](options.model, options.data, options.cache)
+        denoiser = family.load(torch.bfloat16).denoiser
+        corrupted = objective.corrupt(batch.latents, batch.draws)
+        output = family.predict(denoiser, corrupted.noisy, corrupted.timesteps, family.conditioning(batch, device))
+        loss = objective.loss(output, corrupted).mean()
+
+    tests/families/toy.py is a complete family of one convolution.
+    """
 
     @property
     def facts(self) -> FamilyFacts: ...
@@ -228,11 +238,11 @@ def can_controlnet(family: ModelFamily) -> TypeGuard[ControlNetFamily]:
 
 @dataclass(frozen=True)
 class Corrupted:
-    """Latents as the network is to see them, and the right answer. B samples."""
+    """The network's input and its target. B samples."""
 
     noisy: Tensor  # (B, C, h, w)
     timesteps: Tensor  # (B,) in the network's units
-    target: Tensor  # (B, C, h, w) what it should answer
+    target: Tensor  # (B, C, h, w)
     weight: Tensor  # (B,) loss weight
 
 
@@ -284,38 +294,74 @@ class Objective(Protocol):
 
 
 class TrainingMethod(Protocol):
-    """Which weights move. Created for a family, and refuses there what that family cannot do."""
+    """Which weights are trained, and how they are saved. This one trains the first convolution of a U-Net:
+
+        class FirstLayer:
+            facts = Facts(name="first_layer", title="first layer")
+
+            def __init__(self, options, family):
+                pass
+
+            def default_optimizer(self, mixed_precision):
+                return "adamw"
+
+            def weights_dtype(self, mixed_precision, optimizer):
+                return torch.float32
+
+            def check(self, outline):
+                if not hasattr(outline.denoiser, "conv_in"):
+                    raise ConfigError("--model_type=first_layer needs a U-Net.")
+
+            def attach(self, parts):
+                parts.denoiser.requires_grad_(False).train()
+                layer = parts.denoiser.conv_in.requires_grad_(True)
+                parameters = {f"conv_in.{name}": parameter for name, parameter in layer.named_parameters()}
+                return Trainable(parts.denoiser, parameters, "the first layer", parts.denoiser_folder)
+
+            def save(self, trainable, folder, weights=None, label=""):
+                path = folder / f"first_layer{label}.safetensors"
+                save_tensors(dict(weights or trainable.parameters), path)
+                return [path]
+
+            def read(self, trainable, folder, label=""):
+                return load_file(folder / f"first_layer{label}.safetensors")
+
+            def export(self, trainable, folder, schedule, average):
+                return self.save(trainable, folder, average)
+    """
 
     @property
     def facts(self) -> Facts: ...
 
     def default_optimizer(self, mixed_precision: str) -> str:
-        """What `--optimizer=auto` means for the weights that move."""
+        """The optimizer that `--optimizer=auto` stands for."""
         ...
 
     def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
-        """In what precision the base model is loaded."""
+        """The precision in which the base model is loaded."""
         ...
 
     def check(self, outline: Parts) -> None:
-        """Refuse what does not fit the network, before hours of caching: `outline` has its layers, and no weights. Raises ConfigError."""
+        """Raises ConfigError where the network cannot be trained as asked. Called before hours of caching, with layers without weights."""
         ...
 
-    def attach(self, parts: Parts) -> Trainable: ...
+    def attach(self, parts: Parts) -> Trainable:
+        """Prepare the network for training, in place: freeze what is not trained, add what is. Raises ConfigError as `check` does."""
+        ...
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write the weights that move into `folder` in the formats others load, and say which files or folders that made.
+        """Write the trained weights in the formats that other tools load. => the files or folders written
 
-        `weights` (an average, say) replaces the live ones; `label` is appended to the names, so that both can stand side by side.
+        `weights`, such as an average, replaces the live weights. `label` is appended to the names, so that both fit in one folder.
         """
         ...
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
-        """Exactly the weights that `save` wrote, by parameter name, on the CPU; with them those that stand still, where there are some."""
+        """The weights that `save` wrote, by parameter name, on the CPU and bit for bit; with them the constant tensors (`fixed`)."""
         ...
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
-        """Write what the user came for into OUTPUT_DIR, of the average where there is one, and say what that made."""
+        """Write the result of the run into OUTPUT_DIR, of the average where there is one. => the files or folders written"""
         ...
 
 
@@ -354,7 +400,7 @@ class ObjectiveClass(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What happened in one optimiser step, over all processes."""
+    """What happened in one optimizer step, over all processes."""
 
     step: int  # from 1
     epoch: int  # from 0
@@ -362,45 +408,58 @@ class StepResult:
     learning_rate: float
     grad_norm: float  # before clipping
     seconds: float
-    data_seconds: float  # of them, waiting for data
+    data_seconds: float  # the part of `seconds` that was spent waiting for data
     samples: int
-    skipped: bool = False  # the gradient or the loss was not finite, and the weights stayed as they were
-    text_encoder_lr: float | None = None  # the text encoders' learning rate, 0 where they stand still by now; None where none is trained
+    skipped: bool = False  # loss or gradient were not finite, and the weights were not changed
+    text_encoder_lr: float | None = None  # 0 once the text encoders are no longer trained; None where none is trained
 
 
 @dataclass(frozen=True)
 class ValidationImage:
-    """One picture made during training."""
+    """One image made during training."""
 
-    name: str  # the same at every step: its prompt's, its size, and its number where there are several
+    name: str  # the same at every step: the prompt's name, the size and, where there are several, a number
     path: Path
 
 
 class Reporter:
-    """Watches a run; returns nothing and steers nothing. Every event does nothing unless a reporter cares."""
+    """Base class of those who watch a run. A reporter overrides the events it needs; it returns nothing and changes nothing:
+
+        class PrintLoss(Reporter):
+            def stepped(self, result):
+                print(result.step, result.loss)
+    """
 
     def surveyed(self, survey: Survey) -> None:
-        """The data is known; told again when encoding brought something new to light."""
+        """The datasets are scanned. Called again where encoding found images that cannot be used."""
 
-    def started(self, settings: Mapping[str, Any], total_steps: int) -> None: ...
+    def started(self, settings: Mapping[str, Any], total_steps: int) -> None:
+        """Training starts or resumes."""
 
     def chapter(self, title: str, text: str) -> None:
-        """One line of the run's story: `dataset`, `latents`, `training` ..."""
+        """One line about a part of the run, such as `dataset`, `latents` or `training`."""
 
     def progress(self, title: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]] | None:
-        """A bar for long work; the function it gives is told how many more units are done."""
+        """A progress bar, or None where none is shown. The context gives a function to call with the number of units just done."""
         return None
 
-    def stepped(self, result: StepResult) -> None: ...
+    def stepped(self, result: StepResult) -> None:
+        """One optimizer step is done."""
 
-    def sampled(self, rows: Iterable[Mapping[str, Any]]) -> None: ...
+    def sampled(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The rows of samples.jsonl for one step, one a sample."""
 
-    def validated(self, step: int, images: Sequence[ValidationImage]) -> None: ...
+    def validated(self, step: int, images: Sequence[ValidationImage]) -> None:
+        """Validation images are written."""
 
-    def saved(self, step: int, folder: Path) -> None: ...
+    def saved(self, step: int, folder: Path) -> None:
+        """A checkpoint is written."""
 
-    def finished(self, step: int, outputs: Sequence[Path]) -> None: ...
+    def finished(self, step: int, outputs: Sequence[Path]) -> None:
+        """The run has ended, and these files and folders are its result."""
 
-    def failed(self, reason: str) -> None: ...
+    def failed(self, reason: str) -> None:
+        """The run ends early, for a reason in one sentence."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The process ends: release files and connections."""

@@ -34,7 +34,7 @@ COMMANDS = {
     "cache": Command("toolkit.cache.command:main", "verify, explain, measure and clean the caches of a run"),
     "class-images": Command("toolkit.datasets.class_images:main", "make regularization images of a class with the base model"),
     "experts": Command("toolkit.inference.experts:main", "make images with two experts, each trained on a part of the noise schedule"),
-    "selftest": Command("helpers.objectives.selftest:main", "check the training math of this installation against published numbers"),
+    "selftest": Command("toolkit.selftest:main", "check the training math of this installation against published numbers"),
     "document": Command("toolkit.document:main", "write OPTIONS.md and the schema of the dataloader JSON from the code"),
     "miniature": Command("helpers.families.tiny:main", "write a tiny model of a family with random weights, to try things in seconds"),
 }

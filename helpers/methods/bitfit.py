@@ -1,4 +1,4 @@
-"""BitFit (Ben Zaken et al., 2022): of the denoiser's parameters only those whose name contains "bias" move."""
+"""BitFit (Ben Zaken et al., 2022): only the parameters with "bias" in their names are trained."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from helpers.protocols import Parts, Trainable
 
 def refusals(settings: Settings) -> Iterator[str]:
     if settings["train_text_encoder"]:
-        yield "--train_text_encoder goes without --freeze_unet_strategy=bitfit, which trains biases of the network alone; remove one."
+        yield "--freeze_unet_strategy=bitfit trains only biases of the network, and so not with --train_text_encoder; remove one."
 
 
 class BitFit(FullFineTune):
-    """A full fine-tune in which the biases are all that moves; it is kept and handed over as one."""
+    """Full fine-tuning with everything but the biases frozen. Saved and exported like a full fine-tune."""
 
     facts = Facts(name="bitfit", title="BitFit", judge=refusals)
 
     def default_optimizer(self, mixed_precision: str) -> str:
-        return "adamw"  # on float32 weights: few numbers move, and in bfloat16 most of their updates would be lost
+        return "adamw"  # with float32 weights: the biases need little memory, and bfloat16 would lose most of their updates
 
     def check(self, outline: Parts) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""ControlNet (Zhang et al., 2023): a copy of the network's encoder learns to follow a second picture, and the network stays as it is."""
+"""ControlNet (Zhang et al., 2023): a copy of the network's encoder learns to follow a conditioning image; the network itself is frozen."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "controlnet"
-LEARNING_RATE = 1e-5  # of the paper; the declared default is for networks that have learnt already what they are to do
+LEARNING_RATE = 1e-5  # of the paper; the declared default suits fine-tuning
 
 
 def refusals(settings: Settings) -> Iterator[str]:
-    """What cannot be trained or used together with a ControlNet."""
+    """Settings that cannot be used with a ControlNet."""
     if "lora" in str(settings["model_type"]):
-        yield f"--controlnet trains a network of its own, and --model_type={settings['model_type']} an adapter; leave out one of them."
+        yield f"--controlnet trains a ControlNet, and --model_type={settings['model_type']} an adapter; leave out one of them."
     if settings["freeze_unet_strategy"] == "bitfit":
-        yield "--freeze_unet_strategy=bitfit trains biases of the network, which --controlnet leaves as they are; leave out one of them."
+        yield "--freeze_unet_strategy=bitfit trains the network's biases, and --controlnet freezes the network; leave out one of them."
     if settings["validation_using_datasets"]:
-        yield "--validation_using_datasets begins with pictures, and with --controlnet they follow pictures of the data anyway. Remove it."
+        yield "--validation_using_datasets is not for --controlnet, whose validation uses images of the datasets anyway. Remove it."
     if settings["validation_torch_compile"]:
-        yield "--validation_torch_compile is for one network, and with --controlnet pictures are made with two. Remove it."
+        yield "--validation_torch_compile cannot compile a network together with its ControlNet. Remove it, or --controlnet."
     if settings["validation_guidance_rescale"]:
-        yield "--validation_guidance_rescale is not for --controlnet: the pipelines with a ControlNet cannot rescale. Remove it."
+        yield "--validation_guidance_rescale is not for --controlnet: ControlNet pipelines cannot rescale guidance. Remove it."
 
 
 class ControlNet(FullFineTune):
-    """Trains the ControlNet in the precision of a full fine-tune, beside the network in that of frozen weights.
+    """Trains the ControlNet in the precision of a full fine-tune, with the frozen network in that of frozen weights.
 
-    Both are loaded in the former: the ControlNet begins as a copy, and the network is made smaller after.
+    The network is loaded in the higher precision and converted after the ControlNet has copied its weights.
     """
 
     facts = Facts(name="controlnet", title="ControlNet", defaults={"learning_rate": LEARNING_RATE}, judge=refusals)
@@ -47,7 +47,7 @@ class ControlNet(FullFineTune):
         assert can_controlnet(self.family), "the settings refuse --controlnet for other families"
         both = self.family.controlnet(parts.denoiser)
         both.requires_grad_(False).train()
-        nn.Module.to(both.denoiser, parts.frozen_dtype)  # diffusers' own `to` warns, of nothing
+        nn.Module.to(both.denoiser, parts.frozen_dtype)  # diffusers' own `to` prints a needless warning
         parameters = {
             name: parameter.requires_grad_(True)
             for name, parameter in both.controlnet.named_parameters()
@@ -61,7 +61,7 @@ class ControlNet(FullFineTune):
         return trainable.denoiser.controlnet
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
-        """Write `controlnet/`, of the average if there is one, with the live weights beside it as `controlnet_live/`."""
+        """Write `controlnet/`. With an average it holds the average, and `controlnet_live/` holds the live weights."""
         wanted = {"": average, **({"_live": None} if average is not None else {})}
         for label, weights in wanted.items():
             with scratch_folder(folder, "export") as aside, atomic_folder(folder / f"{FOLDER}{label}") as target:

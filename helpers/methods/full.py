@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the denoiser moves."""
+"""Full fine-tuning: all weights of the denoiser are trained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts
 from helpers.methods.text_encoders import WEIGHTS_FILE as TEXT_WEIGHTS_FILE
-from helpers.methods.text_encoders import let_move, name_in_files
+from helpers.methods.text_encoders import name_in_files, train_only
 from helpers.protocols import Parts, Trainable
 from helpers.storage.atomic import atomic_folder, scratch_folder
 from helpers.storage.tensors import save_tensors
@@ -25,7 +25,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 class FullFineTune:
-    """Trains the whole denoiser, in float32 unless the optimiser is made for bfloat16 weights."""
+    """Trains the whole denoiser, in float32, or in bfloat16 with an optimizer made for that."""
 
     facts = Facts(name="full", title="full fine-tune")
 
@@ -35,37 +35,37 @@ class FullFineTune:
     def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
         import torch
 
-        # Small updates vanish in half-precision weights, unless the optimiser rounds stochastically; without mixed precision
-        # the network is fed float32, which weights in bfloat16 cannot take.
+        # Half-precision weights lose small updates, unless the optimizer rounds stochastically. Without mixed precision the network's
+        # inputs are float32, which bfloat16 weights cannot process.
         return torch.bfloat16 if optimizer == "adamw_bf16" and mixed_precision == "bf16" else torch.float32
 
     def default_optimizer(self, mixed_precision: str) -> str:
         return "adamw_bf16" if mixed_precision == "bf16" else "adamw"
 
     def check(self, outline: Parts) -> None:
-        """Every network has weights that can move."""
+        """Nothing to refuse: every network has weights to train."""
 
     def attach(self, parts: Parts) -> Trainable:
         parts.denoiser.requires_grad_(True).train()
         parameters = dict(parts.denoiser.named_parameters())
         for role, encoder in parts.text_encoders.items():
-            parameters |= let_move(encoder, parts.text_weights, role)
+            parameters |= train_only(encoder, parts.text_weights, role)
         count = sum(parameter.numel() for parameter in parameters.values())
         dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
         description = f"full fine-tune of {count / 1e6:,.1f} M parameters in {dtype}"
         return Trainable(parts.denoiser, parameters, description, parts.denoiser_folder, text_encoders=parts.text_encoders)
 
     def network(self, trainable: Trainable) -> Any:
-        """What is trained, as the module that is saved."""
+        """The module that is trained and saved."""
         return trainable.denoiser
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write `<role><label>/` (unet, transformer) as diffusers does, so that the folder loads by itself; text encoders alike."""
+        """Write a diffusers folder `<role><label>/` (unet, transformer), and one for each trained text encoder."""
         target = folder / f"{trainable.role}{label}"
         target.mkdir(parents=True)
         network = self.network(trainable)
         network.save_config(target)
-        tensors = {**network.state_dict(), **trainable.of(trainable.role, weights or {})}
+        tensors = {**network.state_dict(), **trainable.weights_of(trainable.role, weights or {})}
         save_tensors(tensors, target / WEIGHTS_FILE)
         return [target, *(self._save_text(trainable, role, folder / f"{role}{label}", weights) for role in trainable.text_encoders)]
 
@@ -80,14 +80,14 @@ class FullFineTune:
         from safetensors.torch import load_file
 
         stored = load_file(folder / f"{trainable.role}{label}" / WEIGHTS_FILE)
-        tensors = {name: stored[name] for name in trainable.of(trainable.role, trainable.parameters)}
+        tensors = {name: stored[name] for name in trainable.weights_of(trainable.role, trainable.parameters)}
         for role in trainable.text_encoders:
             stored = load_file(folder / f"{role}{label}" / TEXT_WEIGHTS_FILE)
-            tensors |= {f"{role}.{name}": stored[name_in_files(name)] for name in trainable.of(role, trainable.parameters)}
+            tensors |= {f"{role}.{name}": stored[name_in_files(name)] for name in trainable.weights_of(role, trainable.parameters)}
         return tensors
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
-        """Write `pipeline/`, of the average if there is one, with the live networks beside it as `<unet|transformer>_live/` and so on."""
+        """Write `pipeline/`. With an average it holds the average, and `<role>_live/` folders hold the live weights of each network."""
         written = [folder / "pipeline"]
         with scratch_folder(folder, "export") as aside, atomic_folder(folder / "pipeline") as pipeline:
             denoiser, *encoders = self.save(trainable, aside, average)
@@ -107,15 +107,15 @@ class FullFineTune:
         return written
 
     def _check_all(self, folder: Path, trainable: Trainable, weights: Mapping[str, Tensor] | None) -> None:
-        """Raises RuntimeError unless what lies in `folder` describes these networks and holds their weights to the bit."""
-        check(folder / trainable.role, self.network(trainable), trainable.of(trainable.role, weights or {}))
+        """Raises RuntimeError unless `folder` holds the config and, bit for bit, the weights of every trained network."""
+        check(folder / trainable.role, self.network(trainable), trainable.weights_of(trainable.role, weights or {}))
         for role in trainable.text_encoders:
             _check_text(folder / role, trainable, role, weights)
 
 
 def _text_tensors(trainable: Trainable, role: str, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """A text encoder's tensors, of `weights` where these have them."""
-    return {**trainable.text_encoders[role].state_dict(), **trainable.of(role, weights or {})}
+    """A text encoder's tensors, replaced by those of `weights` where it has them."""
+    return {**trainable.text_encoders[role].state_dict(), **trainable.weights_of(role, weights or {})}
 
 
 def _check_text(folder: Path, trainable: Trainable, role: str, weights: Mapping[str, Tensor] | None) -> None:
@@ -125,11 +125,11 @@ def _check_text(folder: Path, trainable: Trainable, role: str, weights: Mapping[
     found = kind.from_pretrained(folder, local_files_only=True, dtype="auto").state_dict()
     expected = _text_tensors(trainable, role, weights)
     if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name].cpu()) for name in expected):
-        raise RuntimeError(f"{folder} does not read back as the text encoder that was trained.")
+        raise RuntimeError(f"{folder} does not hold the trained text encoder.")
 
 
 def check(folder: Path, network: Any, weights: Mapping[str, Tensor] | None) -> None:
-    """Raises RuntimeError unless the folder describes this network and holds its weights to the bit."""
+    """Raises RuntimeError unless the folder holds the config and, bit for bit, the weights of this network."""
     import torch
     from safetensors import safe_open
 
@@ -143,4 +143,4 @@ def check(folder: Path, network: Any, weights: Mapping[str, Tensor] | None) -> N
             for name in names
         )
     if not same:
-        raise RuntimeError(f"{folder} does not read back as the network that was trained.")
+        raise RuntimeError(f"{folder} does not hold the trained network.")

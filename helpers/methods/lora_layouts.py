@@ -1,6 +1,6 @@
-"""Adapter weights in the layout of kohya's scripts, which ComfyUI and most interfaces read: one name for each trained layer.
+"""LoRA weights in kohya's format, which ComfyUI and most other interfaces read: one name for each trained layer.
 
-Such a file tells no settings: a layer's `alpha` over its rank is the factor that its matrices are scaled by.
+The scale of a layer is its `alpha` tensor divided by the rank; such a file holds no other settings.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Endings of peft's names => kohya's
+# Endings of PEFT's names => kohya's
 KOHYA_ENDINGS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """peft's name of an adapter weight => its module, and which of the module's weights it is."""
+    """PEFT's name of an adapter weight => its module, and the ending: `to_q.lora_A.weight` => `to_q`, `lora_A.weight`."""
     module, _, ending = name.rpartition(".lora_")
     return module, f"lora_{ending}"
 
 
 def to_kohya(tensors: Mapping[str, Tensor], factor: float, kohya_name: Callable[[str], str | None]) -> dict[str, Tensor]:
-    """LoRA or DoRA weights by peft's names => by kohya's, with the `alpha` that makes `factor` of the rank.
+    """LoRA or DoRA weights by PEFT's names => by kohya's, with `alpha` = `factor` x rank. Empty where the family has no kohya names.
 
-    Nothing where the family has no such layout. DoRA's magnitudes become a column for each output, (out, 1) or (out, 1, 1, 1).
+    DoRA's magnitudes (out,) become (out, 1) or, of convolutions, (out, 1, 1, 1).
     """
     import torch
 
@@ -35,7 +35,7 @@ def to_kohya(tensors: Mapping[str, Tensor], factor: float, kohya_name: Callable[
         renamed = kohya_name(module)
         if renamed is None:
             return {}
-        ending = ending.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")  # as text encoders have it
+        ending = ending.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")  # the name in text encoders
         if ending == "lora_A.weight":
             kohya[f"{renamed}.alpha"] = torch.tensor(factor * tensor.shape[0])
         elif ending == "lora_magnitude_vector":
@@ -45,7 +45,7 @@ def to_kohya(tensors: Mapping[str, Tensor], factor: float, kohya_name: Callable[
 
 
 def kohya_metadata(rank: int, alpha: float, algorithm: str) -> dict[str, str]:
-    """What kohya's scripts say of a network in a file's header."""
+    """The header of a kohya file."""
     described = {"format": "pt", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
     if algorithm == "lora":
         return {**described, "ss_network_module": "networks.lora"}

@@ -1,7 +1,8 @@
-"""LoKr and LoHa (Yeh et al., 2024; FedPara: Hyeon-Woo et al., 2022) by the LyCORIS library: other ways to put a layer's change together.
+"""LoKr and LoHa (Yeh et al., 2024; FedPara: Hyeon-Woo et al., 2022) by the LyCORIS library: adapters that compose the change of a weight
+in other ways than LoRA.
 
-LoKr: the Kronecker product of a small matrix and a large one. LoHa: the product by elements of two B A. Both begin at zero. Files are in
-the library's own layout and, where the family has one, in kohya's beside it; they differ in the layers' names only.
+LoKr uses the Kronecker product of a small and a large matrix. LoHa uses the elementwise product of two low-rank products B A. Both start at
+a change of zero. Files are written with the library's own names and, where the family has them, with kohya's; the tensors are the same.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from helpers.config.options import AdapterOptions
     from helpers.protocols import ModelFamily
 
-ADAPTER = "lycoris"  # the name of the adapter in each layer, and the prefix of the layers' names in the library's files
+ADAPTER = "lycoris"  # the adapter's name in each layer, and the prefix of layer names in the library's files
 TITLES = {"lokr": "LoKr", "loha": "LoHa"}
 
 
@@ -44,21 +45,21 @@ def refusals(settings: Settings) -> Iterator[str]:
     title = TITLES.get(kind, kind)
     yield from refused_by_adapters(settings)
     if settings["train_text_encoder"]:
-        yield f"--train_text_encoder needs --lora_algorithm=lora or locon; {settings['lora_algorithm']} trains the network alone."
+        yield f"--train_text_encoder needs --lora_algorithm=lora or locon; {title} cannot train text encoders."
     if settings["use_dora"]:
         yield f"--use_dora is for LoRA and LoCon; leave it out, or use --lora_algorithm=lora instead of {kind}."
     if settings["lora_init_type"] != "default":
-        yield f"--lora_init_type={settings['lora_init_type']} is for LoRA and LoCon; {title} has a start of its own."
+        yield f"--lora_init_type={settings['lora_init_type']} is for LoRA and LoCon; {title} has its own initialization."
     if settings["init_lora"]:
         yield f"--init_lora is for LoRA and LoCon; {title} cannot start from a file."
     if settings["lora_dropout"]:
-        yield f"{title} has no input of its own that could be dropped; set --lora_dropout=0."
+        yield f"--lora_dropout is for LoRA and LoCon, and {title} has none; set --lora_dropout=0."
     if settings["use_rslora"] and kind == "lokr":
-        yield "--use_rslora scales by the rank, which whole matrices of LoKr do not have; leave it out."
+        yield "--use_rslora scales by the rank, and some matrices of LoKr have none; leave it out."
 
 
 class Lycoris:
-    """Trains float32 adapters of the LyCORIS library beside frozen weights."""
+    """Trains float32 LoKr or LoHa adapters beside frozen weights."""
 
     facts = Facts(name="lycoris", title="LyCORIS", defaults={"learning_rate": LEARNING_RATE}, judge=refusals)
 
@@ -79,21 +80,21 @@ class Lycoris:
             self.attach(outline)
 
     def attach(self, parts: Parts) -> Trainable:
-        """Raises ConfigError where a target cannot have such an adapter, or none fits."""
-        from helpers.methods.quantised_base import size_of
+        """Raises ConfigError where a target cannot have such an adapter, or no layer matches the targets."""
+        from helpers.methods.quantized_base import count_weights
 
         denoiser = parts.denoiser.requires_grad_(False).train()
-        total = size_of(denoiser)
+        total = count_weights(denoiser)
         require_each_to_fit(self.options.lora_targets, denoiser)
         targets = list(self.options.lora_targets) or default_targets(self.options.lora_algorithm, self.family, denoiser)
         layers = _layers(denoiser, targets)
         if not layers:
-            raise ConfigError(f"--lora_targets={','.join(targets)} fits no linear layer or convolution of this model; name others.")
+            raise ConfigError(f"--lora_targets={','.join(targets)} matches no linear layer or convolution of this model; name others.")
         _quiet_and_repeatable()
         for name, layer in layers.items():
             adapter = self._adapter(name, layer)
-            adapter.apply_to()  # the layer's forward is the adapter's from here on
-            layer.add_module(ADAPTER, adapter)  # so it moves to a device, and has a name, with the layer
+            adapter.apply_to()  # replaces the layer's forward
+            layer.add_module(ADAPTER, adapter)  # so that it moves with the layer, and its parameters have names
         parameters = {name: parameter for name, parameter in denoiser.named_parameters() if f".{ADAPTER}." in name}
         count = sum(parameter.numel() for parameter in parameters.values())
         title = TITLES[self.options.lora_algorithm]
@@ -101,7 +102,7 @@ class Lycoris:
         return Trainable(denoiser, parameters, description, parts.denoiser_folder)
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write the library's layout, and kohya's beside it where the family has one; both are opened again and compared."""
+        """Write a file with the library's names and, where the family has them, one with kohya's. Both are read back and compared."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._tensors(trainable, weights or trainable.parameters)
         own = {f"{_file_name(module)}.{weight}": tensor for (module, weight), tensor in tensors.items()}
@@ -122,7 +123,7 @@ class Lycoris:
         return {name: stored[f"{_file_name(module)}.{weight}"] for name, (module, weight) in _split(trainable.parameters).items()}
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
-        """Write the files, of the average if there is one, with the live weights beside them as `..._live`."""
+        """Write the files. With an average they hold the average, and `..._live` files hold the live weights."""
         with scratch_folder(folder, "lora") as aside:
             files = self.save(trainable, aside, average)
             if average is not None:
@@ -134,7 +135,7 @@ class Lycoris:
     def _adapter(self, name: str, layer: nn.Module) -> Any:
         options, kind = self.options, self._kind()
         try:
-            # In bypass mode the change is added to the layer's output. Added to the weight it would be rounded away in half precision.
+            # In bypass mode the change is added to the layer's output. Added to a half-precision weight it would be lost to rounding.
             return kind(
                 name,
                 layer,
@@ -154,7 +155,7 @@ class Lycoris:
         return {"lokr": LokrModule, "loha": LohaModule}[self.options.lora_algorithm]
 
     def _tensors(self, trainable: Trainable, weights: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-        """By (module, name of the weight); with each layer's alpha, as the library keeps it: over the rank it is the scale."""
+        """Tensors for files by (module, name of the weight), with each layer's alpha; alpha / rank is the layer's scale."""
         split = _split(trainable.parameters)
         tensors = {place: weights[name].detach().float() for name, place in split.items()}
         for module in dict.fromkeys(module for module, _ in split.values()):
@@ -162,13 +163,13 @@ class Lycoris:
         return tensors
 
     def _described(self) -> dict[str, object]:
-        """The settings under the names that the library's `create_lycoris` has for them."""
+        """The settings as arguments of the library's `create_lycoris`."""
         described: dict[str, object] = {"algo": self.options.lora_algorithm, "linear_dim": self.options.lora_rank}
         described |= {"linear_alpha": self.options.lora_alpha, "multiplier": 1.0}
         return described | ({"factor": self.options.lokr_factor or -1} if self.options.lora_algorithm == "lokr" else {})
 
     def _write(self, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
-        """Raises RuntimeError unless the library finds in the file just the layers that were trained, each tensor to the bit."""
+        """Raises RuntimeError unless the library recognizes the layers in the file, and the tensors are those that were trained."""
         import torch
         from lycoris.modules import get_module
         from safetensors.torch import load_file
@@ -178,13 +179,15 @@ class Lycoris:
         kinds = {get_module(stored, layer)[0] for layer in {name.partition(".")[0] for name in stored}}
         same = stored.keys() == tensors.keys() and all(torch.equal(stored[name], tensors[name].cpu()) for name in tensors)
         if not same or kinds != {self._kind()}:
-            raise RuntimeError(f"{path} does not read back as it was trained.")
+            raise RuntimeError(f"{path} does not hold the trained weights.")
         return path
 
 
 def _quiet_and_repeatable() -> None:
-    """The library says for every width that a matrix is kept whole; and on a GPU it compiles kernels by the shapes that it happens to meet
-    first, so a run that was resumed would differ in its last bits from one that was not. PyTorch's own operations are the same always.
+    """Turn off the library's log lines, one a layer width, and its compiled kernels.
+
+    It compiles kernels for the shapes that it meets first, so that a resumed run would differ in the last bits from an uninterrupted one.
+    PyTorch's own operations do not.
     """
     from lycoris.kernels.dispatch import FUSED, demote
 
@@ -194,7 +197,7 @@ def _quiet_and_repeatable() -> None:
 
 
 def _layers(denoiser: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
-    """The linear layers and convolutions that the targets fit, by name, as peft would choose them."""
+    """The linear layers and convolutions that match the targets, by name; the same choice as PEFT makes."""
     import re
 
     from torch import nn

@@ -1,4 +1,4 @@
-"""A LoRA as a folder that peft opens by itself: for networks whose pipelines in diffusers have no loader for LoRA files."""
+"""A LoRA as a PEFT folder, for networks whose diffusers pipelines cannot load LoRA files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-PREFIX = "base_model.model."  # where peft's own wrapper holds the network
+PREFIX = "base_model.model."  # of the network in PEFT's wrapper
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: str) -> Path:
-    """Write matrices by peft's names, with the config that peft described them by and a model card => the folder.
+    """Write matrices under their PEFT names, PEFT's config and a model card. => the folder
 
-    `base` is the model that they are for: a folder or its name on the hub. Raises RuntimeError unless they read back to the bit.
+    `base` is the base model: a folder or its name on the hub. Raises RuntimeError unless the file holds the same bits.
     """
     import torch
     from safetensors.torch import load_file
@@ -31,12 +31,12 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     write_file(folder / CARD, _card(folder.name, config, base).encode())
     stored = load_file(folder / WEIGHTS)
     if stored.keys() != renamed.keys() or not all(torch.equal(stored[name], renamed[name].cpu()) for name in renamed):
-        raise RuntimeError(f"{folder / WEIGHTS} does not read back as it was trained.")
+        raise RuntimeError(f"{folder / WEIGHTS} does not hold the trained weights.")
     return folder
 
 
 def _card(folder: str, config: Mapping[str, Any], base: str) -> str:
-    """A model card in the hub's form, with the code that loads the folder as it is named."""
+    """A model card for the hub, with the code that loads the folder."""
     is_here = Path(base).expanduser().is_dir()
     source = str(Path(base).expanduser().resolve()) if is_here else base
     facts = ["library_name: peft", "tags: [lora, diffusers, simpletuner]"] + ([] if is_here else [f"base_model: {base}"])
@@ -46,8 +46,8 @@ def _card(folder: str, config: Mapping[str, Any], base: str) -> str:
 
 # A LoRA for {Path(base).name}
 
-Rank {config["r"]}, alpha {config["lora_alpha"]:g}, trained with SimpleTuner. Its pipeline in diffusers has no loader for LoRA files;
-peft puts the layers into the transformer. From the folder that `{folder}` lies in:
+Rank {config["r"]}, alpha {config["lora_alpha"]:g}, trained with SimpleTuner. The diffusers pipeline of this model cannot load LoRA files;
+PEFT adds the layers to the transformer. Run this in the folder that contains `{folder}`:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -57,5 +57,5 @@ pipeline = DiffusionPipeline.from_pretrained({source!r})
 PeftModel.from_pretrained(pipeline.transformer, {folder!r})
 ```
 
-After that the pipeline is called as ever.
+Then call the pipeline as usual.
 """

@@ -1,4 +1,4 @@
-"""Denoising diffusion on a discrete, variance-preserving schedule: the network answers with the noise, the velocity or the picture."""
+"""Denoising diffusion on a discrete, variance-preserving schedule. The network predicts the noise, the velocity or the image."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ SAMPLERS: Mapping[str, str] = {
     "ddpm": "DDPMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-# Samplers of diffusers that cannot sample a network that answers with the picture.
-NOT_OF_PICTURES = frozenset({"euler-a"})
-# A weight above this would leave nothing of the other timesteps: epsilon's debiased weight grows without limit towards pure noise.
+NOT_FOR_SAMPLE = frozenset({"euler-a"})  # samplers whose diffusers class cannot use an image prediction
+# A larger weight would drown out all other timesteps: the debiased weight of epsilon grows without limit towards pure noise.
 LARGEST_WEIGHT = 1000.0
 OFFSET_WITH_ZERO_SNR = (
-    "--offset_noise and zero terminal SNR exclude each other: both let pictures be dark or bright, and a schedule that ends in pure noise "
-    "is sampled from noise without an offset. Remove --offset_noise."
+    "--offset_noise cannot be used with zero terminal SNR, which already allows dark and bright images, and whose sampling starts from "
+    "noise without an offset. Remove --offset_noise."
 )
 
 
@@ -41,14 +40,14 @@ def _judge(settings: Settings) -> Iterable[str]:
     zero_snr = settings["rescale_betas_zero_snr"]
     if zero_snr and settings["prediction_type"] == "epsilon":
         yield (
-            "--rescale_betas_zero_snr needs --prediction_type=v_prediction: at the last timestep there is only noise, "
-            "and a network that answers with the noise has nothing to learn there."
+            "--rescale_betas_zero_snr needs --prediction_type=v_prediction: its last timestep is pure noise, "
+            "where a network that predicts the noise has nothing to learn."
         )
     if zero_snr and settings["offset_noise"]:
         yield OFFSET_WITH_ZERO_SNR
     sampler = settings["validation_noise_scheduler"]
-    if settings["prediction_type"] == "sample" and sampler in NOT_OF_PICTURES:
-        yield f"--validation_noise_scheduler={sampler} cannot sample what --prediction_type=sample trains; use another, such as euler."
+    if settings["prediction_type"] == "sample" and sampler in NOT_FOR_SAMPLE:
+        yield f"--validation_noise_scheduler={sampler} cannot sample with --prediction_type=sample; use another, such as euler."
     yield from _judge_experts(settings)
     yield from _judge_bias(settings)
 
@@ -56,7 +55,7 @@ def _judge(settings: Settings) -> Iterable[str]:
 def _judge_experts(settings: Settings) -> Iterable[str]:
     if settings["refiner_training"]:
         if settings["refiner_training_invert_schedule"] and settings["refiner_training_strength"] == 1:
-            yield "--refiner_training_invert_schedule leaves nothing of a --refiner_training_strength of 1; lower it."
+            yield "--refiner_training_invert_schedule with --refiner_training_strength=1 leaves no timestep to train; lower it."
     else:
         for name in ("refiner_training_strength", "refiner_training_invert_schedule"):
             if settings[name] != OPTIONS[name].default:
@@ -69,19 +68,20 @@ def _judge_bias(settings: Settings) -> Iterable[str]:
     if strategy == "none":
         return
     if settings["timestep_bias_multiplier"] == 1:
-        yield f"--timestep_bias_strategy={strategy} needs a --timestep_bias_multiplier other than 1: 2 is twice as often."
+        yield f"--timestep_bias_strategy={strategy} needs a --timestep_bias_multiplier other than 1; 2 draws them twice as often."
     if strategy in ("earlier", "later") and portion in (0, 1):
-        yield f"--timestep_bias_portion={portion:g} is {'all' if portion else 'nothing'} of the schedule; 0.25 is its quarter."
+        yield f"--timestep_bias_portion={portion:g} is {'all' if portion else 'nothing'} of the schedule; 0.25 is a quarter of it."
     if strategy == "range" and begin >= end:  # type: ignore[operator]  # numbers
-        yield f"--timestep_bias_begin={begin} is not below --timestep_bias_end={end}; exchange them."
+        yield f"--timestep_bias_begin={begin} is not below --timestep_bias_end={end}; swap them."
 
 
 class Diffusion:
-    """The training step of Ho et al. (2020) with the corrections published since.
+    """The training step of Ho et al. (2020), with optional corrections published since.
 
-    `scheduler_config` is the model's own noise schedule (diffusers' names); options that the user set replace its entries.
-    x_t = a_t x_0 + s_t e with a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t), all coefficients in float32 whatever the network's
-    precision: in bfloat16 the first steps of the schedule would add no noise at all.
+    The network sees x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) e: x_0 are the latents, e is the noise, abar_t is the schedule's cumulative
+    product of alphas. Coefficients are float32 at any precision of the network: in bfloat16 the first timesteps would add no noise at all.
+
+    `scheduler_config` is the base model's noise schedule (diffusers' names). Options that the user set replace its entries.
     """
 
     facts = Facts(name="diffusion", title="diffusion", judge=_judge)
@@ -94,12 +94,12 @@ class Diffusion:
         self.prediction_type: str = self.scheduler_config["prediction_type"]
         self.identity = {name: self.scheduler_config[name] for name in ("prediction_type", "rescale_betas_zero_snr")}
         self.alphas_cumprod: Tensor = DDPMScheduler.from_config(dict(self.scheduler_config)).alphas_cumprod.float()
-        self.samplers = {name: kind for name, kind in SAMPLERS.items() if self.prediction_type != "sample" or name not in NOT_OF_PICTURES}
+        self.samplers = {name: kind for name, kind in SAMPLERS.items() if self.prediction_type != "sample" or name not in NOT_FOR_SAMPLE}
         self.distribution = TimestepDistribution(options, len(self.alphas_cumprod))
         self._refuse_weights_without_limit()
 
     def corrupt(self, latents: Tensor, draws: StepDraws) -> Corrupted:
-        """latents (B, C, h, w) float32 => what the network sees and should answer, on the latents' device."""
+        """latents (B, C, h, w), float32 => the network's input and target, on the same device."""
         device = latents.device
         noise = self._noise(latents, draws)
         timesteps = self._timesteps(draws)
@@ -107,7 +107,7 @@ class Diffusion:
         signal, sigma = signal.to(device), sigma.to(device)
         perturbed = noise
         if self.options.input_perturbation:
-            # Ning et al. (2023): only what the network sees is perturbed; the answer stays the clean noise.
+            # Ning et al. (2023): the network's input is perturbed, the target is not.
             perturbed = noise + self.options.input_perturbation * draws.normal("input_perturbation", *latents.shape[1:]).to(device)
         return Corrupted(
             noisy=signal * latents + sigma * perturbed,
@@ -117,7 +117,7 @@ class Diffusion:
         )
 
     def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """(B,) distances over channels and pixels, times the sample's weight, in float32."""
+        """(B,) mean distances over channels and pixels, times each sample's weight, float32."""
         return weighted_loss(prediction, corrupted, self.options)
 
     def _target(self, latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Diffusion:
         return noise.to(latents.device)
 
     def _timesteps(self, draws: StepDraws) -> Tensor:
-        """(B,) integers of the trained ones: one from each of as many equally likely parts as the global step has samples."""
+        """(B,) integers, stratified over all samples of the step (`uniform_numbers`)."""
         return self.distribution.at(uniform_numbers(self.options, draws))
 
     def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,17 +154,17 @@ class Diffusion:
         largest = self._weight(torch.tensor([trained.start, trained.stop - 1])).max().item()
         if weighting != "none" and not largest <= LARGEST_WEIGHT:  # not a number, either
             raise ConfigError(
-                f"--loss_weighting={weighting} with {self.prediction_type} gives one end of this model's schedule the weight "
-                f"{largest:,.0f}, which would leave nothing of the other timesteps; use --loss_weighting=min_snr or soft_min_snr."
+                f"--loss_weighting={weighting} with {self.prediction_type} gives one end of this model's schedule a weight of "
+                f"{largest:,.0f}, which would drown out all other timesteps; use --loss_weighting=min_snr or soft_min_snr."
             )
 
 
 def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's schedule with what the user set put in; refuses what cannot be learnt."""
+    """The model's schedule with the user's options. Raises ConfigError for combinations that cannot be trained."""
     if "beta_schedule" not in model:
         raise ConfigError(
-            f"The model's scheduler, {model.get('_class_name')}, has no noise schedule of betas: the model was made by another method, "
-            "such as EDM or flow matching, and training it as a diffusion model would ruin it. Choose another base model."
+            f"The model's scheduler, {model.get('_class_name')}, has no betas: the model was trained by another method, such as EDM or "
+            "flow matching, and training it as a diffusion model would ruin it. Choose another base model."
         )
     schedule = {key: value for key, value in model.items() if not key.startswith("_")}
     schedule["prediction_type"] = options.prediction_type or schedule.get("prediction_type", "epsilon")
@@ -174,16 +174,17 @@ def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> 
     schedule["timestep_spacing"] = options.training_scheduler_timestep_spacing
     known = OPTIONS["prediction_type"].choices
     if schedule["prediction_type"] not in known:
-        raise ConfigError(f"The model predicts {schedule['prediction_type']!r}, and only {', '.join(known)} can be trained.")
+        predicted = schedule["prediction_type"]
+        raise ConfigError(f"The model predicts {predicted!r}, and only {', '.join(known)} can be trained; choose another base model.")
     if schedule["rescale_betas_zero_snr"] and schedule["prediction_type"] == "epsilon":
         if options.rescale_betas_zero_snr:
             raise ConfigError(
-                "--rescale_betas_zero_snr is not for a model that predicts the noise (epsilon), which has nothing to learn where there is "
-                "only noise: remove it, or have the model learn to predict the velocity with --prediction_type=v_prediction."
+                "--rescale_betas_zero_snr cannot be used with a model that predicts the noise (epsilon), which has nothing to learn where "
+                "there is only noise: remove it, or train the model to predict the velocity with --prediction_type=v_prediction."
             )
         raise ConfigError(
-            "The model's schedule ends in pure noise (rescale_betas_zero_snr), which epsilon prediction cannot learn: "
-            "set --prediction_type=v_prediction."
+            "The model's schedule ends in pure noise (rescale_betas_zero_snr), where a model that predicts the noise (epsilon) has nothing "
+            "to learn: set --prediction_type=v_prediction."
         )
     if schedule["rescale_betas_zero_snr"] and options.offset_noise:
         raise ConfigError(OFFSET_WITH_ZERO_SNR)

@@ -1,4 +1,4 @@
-"""How far the network's answer is from the right one: the part that all objectives share."""
+"""The loss between prediction and target, shared by all objectives."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def weighted_loss(prediction: Tensor, corrupted: Corrupted, options: ObjectiveOptions) -> Tensor:
-    """(B,) mean of --loss over channels and pixels, times the sample's weight; float32 whatever the network's precision."""
+    """(B,) mean of --loss over channels and pixels, times each sample's weight; computed in float32."""
     error = prediction.float() - corrupted.target.float()
     distance = huber(error, options.huber_delta) if options.loss == "huber" else error**2
     return distance.mean(dim=tuple(range(1, distance.ndim))) * corrupted.weight
 
 
 def huber(error: Tensor, delta: float) -> Tensor:
-    """Huber (1964), elementwise: e^2 up to |e| = delta, then delta (2 |e| - delta), which goes on with the same slope.
+    """Huber (1964), elementwise: e^2 up to |e| = delta, then delta (2 |e| - delta), a straight line with the same slope at delta.
 
-    Twice what is often written, so that small errors count as they do in the mean squared error and learning rates carry over.
+    This is twice the usual definition, so that small errors count as in the mean squared error, and the same learning rates fit.
     """
     size = error.abs()
     within = size.clamp(max=delta)

@@ -1,4 +1,4 @@
-"""Which timesteps of a diffusion schedule are trained, and how often; and the uniform numbers that choose them, for every objective."""
+"""Which timesteps of a diffusion schedule are trained, and how often each is drawn. `uniform_numbers` is for all objectives."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 
 
 def uniform_numbers(options: ObjectiveOptions, draws: StepDraws) -> Tensor:
-    """(B,) numbers in [0, 1), float64: one from each of as many equal strata as the global step has samples, or independent ones."""
+    """(B,) numbers in [0, 1), float64: independent, or stratified over all samples of the step (one number in each of N equal parts)."""
     return draws.uniform("timestep") if options.disable_segmented_timestep_sampling else draws.strata("timestep")
 
 
 class TimestepDistribution:
-    """The timesteps of a schedule of `total` that are drawn, and their cumulative distribution.
+    """The probability of each trained timestep of a schedule of `total`.
 
-    Uniform numbers become timesteps by its inverse, which is monotone: strata of the numbers are equally likely, disjoint parts of the
-    distribution, whatever is biased, and every part of the trained interval has its share at every number of samples in a step.
-    Raises ConfigError where nothing is left to train, or to prefer.
+    Uniform numbers become timesteps by the inverse of the cumulative distribution. It is monotone, so stratified numbers give stratified
+    timesteps, with any bias and any number of samples in a step. Raises ConfigError where no timestep is left to train or to prefer.
     """
 
     def __init__(self, options: ObjectiveOptions, total: int) -> None:
@@ -38,9 +37,9 @@ class TimestepDistribution:
 
 
 def trained_timesteps(options: ObjectiveOptions, total: int) -> range:
-    """All timesteps of a schedule of `total`, or those that one of two experts is for.
+    """All timesteps of a schedule of `total`, or with --refiner_training those of one of two experts.
 
-    Both experts of one strength share the schedule without overlap or gap. Raises ConfigError when nothing is left to train.
+    Two experts with the same strength cover the schedule without overlap or gap. Raises ConfigError where no timestep is left.
     """
     if not options.refiner_training:
         return range(total)
@@ -52,7 +51,7 @@ def trained_timesteps(options: ObjectiveOptions, total: int) -> range:
 
 
 def _preferred(options: ObjectiveOptions, interval: range, total: int) -> range:
-    """The timesteps that are drawn --timestep_bias_multiplier times as often as the rest of the interval; none without a bias."""
+    """The timesteps that are drawn --timestep_bias_multiplier times as often as the rest of the interval; empty without a bias."""
     strategy = options.timestep_bias_strategy
     if strategy == "none":
         return range(interval.start, interval.start)
@@ -62,21 +61,21 @@ def _preferred(options: ObjectiveOptions, interval: range, total: int) -> range:
                 f"--timestep_bias_end={options.timestep_bias_end} is beyond the model's schedule of {total} timesteps; lower it."
             )
         part = range(max(options.timestep_bias_begin, interval.start), min(options.timestep_bias_end, interval.stop))
-        said = f"--timestep_bias_begin={options.timestep_bias_begin} and --timestep_bias_end={options.timestep_bias_end}"
+        flags = f"--timestep_bias_begin={options.timestep_bias_begin} and --timestep_bias_end={options.timestep_bias_end}"
     else:
         size = round(options.timestep_bias_portion * len(interval))
         part = interval[:size] if strategy == "earlier" else interval[len(interval) - size :]
-        said = f"--timestep_bias_portion={options.timestep_bias_portion:g}"
-    trained = f"the {len(interval)} timesteps that are trained ({interval.start} to {interval.stop - 1})"
+        flags = f"--timestep_bias_portion={options.timestep_bias_portion:g}"
+    trained = f"the {len(interval)} trained timesteps ({interval.start} to {interval.stop - 1})"
     if not part:
-        raise ConfigError(f"{said} hold none of {trained}; there is nothing to draw more often.")
+        raise ConfigError(f"{flags} selects none of {trained}; choose some of them.")
     if len(part) == len(interval):
-        raise ConfigError(f"{said} hold all of {trained}, so that none would be drawn more often than another; choose fewer.")
+        raise ConfigError(f"{flags} selects all of {trained}, and so prefers none; choose fewer.")
     return part
 
 
 def _cumulative(interval: range, part: range, factor: float) -> Tensor:
-    """(len(interval),) float64: the chance of a timestep, of the interval, up to and with each."""
+    """(len(interval),) float64: the cumulative distribution over the interval's timesteps."""
     import torch
 
     weights = torch.ones(len(interval), dtype=torch.float64)

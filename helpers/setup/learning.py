@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from helpers.config.optimizer_rules import highest_rate
 from helpers.methods.lora import frozen_dtype
-from helpers.methods.quantised_base import bytes_of, quantise
+from helpers.methods.quantized_base import bytes_of, quantize
 from helpers.methods.text_encoders import add_text_encoders
 from helpers.protocols import can_train_text_encoders
 from helpers.training.ema import Average
@@ -62,7 +62,7 @@ def _load_network(run: Run) -> Parts:
     parts.report = run.report
     if (kind := run.config.run.base_quantization) != "none":
         before = bytes_of(parts.denoiser)
-        parts.unrounded = quantise(parts.denoiser, kind, run.runtime.device, keep=run.config.adapter.lora_init_type == "loftq")
+        quantize(parts.denoiser, kind, run.runtime.device)
         after = bytes_of(parts.denoiser)
         run.report.chapter("model", f"weights in {kind}: {after / 2**30:,.2f} GiB instead of {before / 2**30:,.2f}")
     return parts

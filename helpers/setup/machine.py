@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from helpers.methods.quantised_base import check_quantization
+from helpers.methods.quantized_base import check_quantization
 from helpers.storage.atomic import write_json
 from helpers.training.memory import check_attention, check_compiling
 from helpers.training.optimizers import check_optimizer

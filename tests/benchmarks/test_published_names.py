@@ -12,7 +12,7 @@ from benchmarks.real_size import NETWORKS, family_of, random_network
 from helpers.config.options import AdapterOptions
 from helpers.methods.lora import Lora
 from helpers.methods.lora_layouts import to_kohya
-from helpers.methods.quantised_base import size_of
+from helpers.methods.quantized_base import count_weights
 
 SIZES = {"sd2": 865_910_724, "sdxl": 2_567_463_684, "sd3": 2_028_328_000}  # weights of the published networks
 
@@ -23,7 +23,7 @@ def test_names_are_those_of_published_files(name: str, tmp_path: Path) -> None:
     family = family_of(network, tmp_path)
     with torch.device("meta"):
         parts = random_network(network)
-        assert size_of(parts.denoiser) == SIZES[name]
+        assert count_weights(parts.denoiser) == SIZES[name]
         method = Lora(AdapterOptions(), family)
         trainable = method.attach(parts)
     tensors = {f"{parameter.replace('.default', '')}": weights for parameter, weights in trainable.parameters.items()}

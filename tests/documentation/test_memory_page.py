@@ -13,7 +13,7 @@ from torch import nn
 from helpers.choices import known_axes
 from helpers.config.options import OPTIONS
 from helpers.config.read import read_config
-from helpers.methods.quantised_base import KINDS, QuantisedLinear, bytes_of
+from helpers.methods.quantized_base import KINDS, QuantizedLinear, bytes_of
 from tests.documentation.pages import Page
 
 PAGE = Page.named("documentation/MEMORY.md")
@@ -39,7 +39,7 @@ def test_the_table_of_kinds_holds_them_all_with_their_bits_and_errors() -> None:
     plain = nn.Linear(2048, 512, bias=False)
     plain.weight.data.copy_(torch.randn(512, 2048, generator=torch.Generator().manual_seed(0)))
     for kind, (_, _, bits, error) in rows.items():
-        layer = QuantisedLinear(plain, kind, torch.device("cpu"))
+        layer = QuantizedLinear(plain, kind, torch.device("cpu"))
         assert 8 * bytes_of(layer) / plain.weight.numel() == pytest.approx(float(bits), rel=0.01)
         found = float((layer.weight - plain.weight.detach()).norm() / plain.weight.detach().norm())
         assert found == pytest.approx(float(error.strip(" %")) / 100, rel=0.15)

@@ -115,7 +115,7 @@ def test_a_model_of_another_schedule_is_not_trained_as_diffusion(scheduler: Any,
     (model / "scheduler" / "scheduler_config.json").unlink()
     scheduler().save_pretrained(model / "scheduler")
     family = open_family("sdxl", model, tmp_path / "cache")
-    with pytest.raises(ConfigError, match=f"The model's scheduler, {scheduler.__name__}, has no noise schedule of betas"):
+    with pytest.raises(ConfigError, match=f"The model's scheduler, {scheduler.__name__}, has no betas"):
         OBJECTIVES["diffusion"](ObjectiveOptions(), family.scheduler_config)
 
 

@@ -123,7 +123,7 @@ def test_the_layers_that_freeze_are_those_that_the_option_names(
     options = {"freeze_encoder_strategy": strategy, "freeze_encoder_before": before, "freeze_encoder_after": after}
     _, trainable = attached(opened("sd2"), "full", **options)
     found = set()
-    for name in trainable.of("text_encoder", trainable.parameters):
+    for name in trainable.weights_of("text_encoder", trainable.parameters):
         layer = name.removeprefix("text_model.").removeprefix("encoder.layers.")
         found.add(int(layer[0]) if layer[0].isdigit() else -1 if layer.startswith("embeddings") else 3)
     assert found == moving

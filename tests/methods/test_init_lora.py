@@ -47,20 +47,20 @@ def test_a_run_starts_where_a_lora_of_either_layout_ended(layout: str, chosen: d
 def test_layers_that_were_asked_for_must_be_those_of_the_file(family: SDXL, tmp_path: Path) -> None:
     written(family, tmp_path, lora_targets=("to_q", "to_k"))
     start = tmp_path / DIFFUSERS
-    with pytest.raises(ConfigError, match=r"has no .*to_v.lora_A.weight \(\d+ such in all\), which --lora_targets"):
+    with pytest.raises(ConfigError, match=r"lacks .*to_v.lora_A.weight \(\d+ weights in all\), which --lora_targets"):
         attached(family, init_lora=start, lora_targets=("to_q", "to_k", "to_v"))
-    with pytest.raises(ConfigError, match=r"has .*to_k.lora_A.weight \(\d+ such in all\), which is not trained"):
+    with pytest.raises(ConfigError, match=r"has .*to_k.lora_A.weight \(\d+ weights in all\), which is not trained"):
         attached(family, init_lora=start, lora_targets=("to_q",))
     attached(family, init_lora=start, lora_targets=("to_q", "to_k"))
 
 
 def test_a_rank_or_model_that_is_not_the_files_is_named(family: SDXL, tmp_path: Path) -> None:
     written(family, tmp_path, lora_targets=("to_q",))
-    with pytest.raises(ConfigError, match=r"is \(4, 32\), and here it is \(5, 32\); --lora_rank"):
+    with pytest.raises(ConfigError, match=r"has shape \(4, 32\), and here it needs \(5, 32\); use the --lora_rank"):
         attached(family, init_lora=tmp_path / DIFFUSERS, lora_rank=5)
     matrices = {name.replace("mid_block", "middle"): tensor for name, tensor in load_file(tmp_path / DIFFUSERS).items()}
     save_file(matrices, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=r"layers that SDXL has not, such as middle"):
+    with pytest.raises(ConfigError, match=r"layers that SDXL does not have, such as middle"):
         attached(family, init_lora=with_settings(tmp_path / "other.safetensors", tmp_path / DIFFUSERS))
 
 
@@ -76,10 +76,10 @@ def with_settings(path: Path, other: Path) -> Path:
 
 def test_a_file_that_is_no_lora_is_refused_before_anything_is_cached(family: SDXL, tmp_path: Path) -> None:
     save_file({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(2, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=r"is not a LoRA of SDXL that can be read; its weights have names such as lora_unet_double"):
+    with pytest.raises(ConfigError, match=r"cannot be read as a LoRA of SDXL; its weights have names such as lora_unet_double"):
         attached(family, init_lora=tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    with pytest.raises(ConfigError, match=r"--init_lora: .*text.safetensors is not a LoRA of SDXL that can be read"):
+    with pytest.raises(ConfigError, match=r"--init_lora: .*text.safetensors cannot be read as a LoRA of SDXL"):
         attached(family, init_lora=tmp_path / "text.safetensors")
 
 

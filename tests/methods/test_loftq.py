@@ -1,4 +1,4 @@
-"""LoftQ: an adapter that begins with what a quantised base model lost, and whose file is for the base model that lost nothing."""
+"""LoftQ: an adapter that begins with what a quantized base model lost, and whose file is for the base model that lost nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import nn
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.errors import ConfigError
 from helpers.families.sdxl import SDXL
-from helpers.methods.lora_start import nearest_to_unrounded
-from helpers.methods.quantised_base import QuantisedLinear, quantise
+from helpers.methods.loftq import decompose
+from helpers.methods.quantized_base import QuantizedLinear, quantize
 from helpers.protocols import Parts, Reporter, Trainable
 from tests.methods.conftest import QUESTION, ask
 from tests.methods.test_adapters import DIFFUSERS, KOHYA, attached, method_of, moved, trained_on
@@ -29,13 +29,13 @@ TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 class Rounded(SDXL):
-    """The miniature with its blocks in fewer bits, as train.py loads it."""
+    """The miniature with its blocks quantized, as a run loads it."""
 
     kind = "nf4"
 
     def load(self, dtype: torch.dtype | None) -> Parts:
         parts = super().load(dtype)
-        parts.unrounded = quantise(parts.denoiser, self.kind, CPU, keep=True)
+        quantize(parts.denoiser, self.kind, CPU)
         return parts
 
 
@@ -66,7 +66,7 @@ def test_every_layer_begins_nearer_to_its_weights_than_rounding_alone_comes(
     rounded.kind = kind
     plain = rounded.load(torch.float32).denoiser
     full = dict(family.load(torch.float32).denoiser.named_parameters())
-    method, trainable = attached(rounded, **LOFTQ, **scale)
+    method, trainable = attached(family, base=rounded, **LOFTQ, **scale)
     assert len(layers_of(trainable)) > 10
     for layer in layers_of(trainable):
         weight = full[f"{layer}.weight"]
@@ -79,10 +79,10 @@ def test_alternating_comes_nearer_than_one_decomposition_of_what_was_lost(kind: 
     """The latter by an exact SVD: the best that a start beside the weights as they were first rounded could be."""
     torch.manual_seed(0)
     plain = nn.Linear(96, 64, bias=False)
-    layer, weight, usual = QuantisedLinear(plain, kind, CPU), plain.weight.detach(), torch.ones(8, 96)
+    layer, weight, usual = QuantizedLinear(plain, kind, CPU), plain.weight.detach(), torch.ones(8, 96)
     u, s, v = torch.linalg.svd(weight - layer.weight, full_matrices=False)
     once = (weight - layer.weight - (u[:, :8] * s[:8]) @ v[:8]).norm()
-    a, b = nearest_to_unrounded(layer, weight, usual, 2.0)
+    a, b = decompose(layer, weight, usual, 2.0)
     assert (weight - layer.weight - 2 * b @ a).norm() < 0.97 * once
 
 
@@ -98,8 +98,8 @@ def test_it_is_the_alternation_of_the_paper() -> None:
         kept = (left / scales).round() * scales
         u, s, v = numpy.linalg.svd(weight - kept, full_matrices=False)
         low = (u[:, :20] * s[:20]) @ v[:20]  # with 8 more directions than that, the randomised decomposition has them all
-    layer = QuantisedLinear(nn.Linear(24, 32), "int8", CPU)
-    a, b = nearest_to_unrounded(layer, torch.tensor(weight, dtype=torch.float32), torch.ones(20, 24), 0.5)
+    layer = QuantizedLinear(nn.Linear(24, 32), "int8", CPU)
+    a, b = decompose(layer, torch.tensor(weight, dtype=torch.float32), torch.ones(20, 24), 0.5)
     assert numpy.abs(layer.weight.numpy() - kept).max() < 1e-6
     assert numpy.abs(0.5 * (b @ a).numpy() - low).max() < 1e-6
 
@@ -107,26 +107,27 @@ def test_it_is_the_alternation_of_the_paper() -> None:
 @pytest.mark.parametrize("rank", [4, 40], ids=["a small rank", "more than the layer has"])
 def test_directions_that_lost_nothing_begin_as_usual_and_learn(rank: int) -> None:
     """With A and B both 0 they would never move."""
-    layer, usual = QuantisedLinear(nn.Linear(32, 16), "int8", CPU), torch.randn(rank, 32)
+    layer, usual = QuantizedLinear(nn.Linear(32, 16), "int8", CPU), torch.randn(rank, 32)
     exact = torch.randint(-127, 128, (16, 32)).float()
     exact[:, 0] = 127
-    a, b = nearest_to_unrounded(layer, exact, usual, 1.0)
+    a, b = decompose(layer, exact, usual, 1.0)
     assert torch.equal(layer.weight, exact)
     assert torch.equal(a, usual) and not b.any()
-    a, b = nearest_to_unrounded(layer, torch.randn(16, 32), usual, 1.0)
+    a, b = decompose(layer, torch.randn(16, 32), usual, 1.0)
     assert a.shape == (rank, 32) and b.shape == (16, rank) and a.any(1).all()
     assert torch.equal(a[16:], usual[16:]) and not b[:, 16:].any()
 
 
-def test_it_begins_the_same_whatever_was_drawn_before_and_draws_nothing_itself(rounded: Rounded) -> None:
+def test_it_begins_the_same_whatever_was_drawn_before_and_draws_nothing_itself(rounded: Rounded, family: SDXL) -> None:
     """As on every process of a run, and in every life of it: what the weights were rounded to is in no checkpoint."""
     found = []
+    weight = family.load(torch.float32).denoiser.get_submodule(TO_Q).weight.detach()
     for seed in (1, 2):
         parts = rounded.load(torch.float32)
         layer = parts.denoiser.get_submodule(TO_Q)
         torch.manual_seed(seed)
         before = torch.random.get_rng_state()
-        a, b = nearest_to_unrounded(layer, parts.unrounded[TO_Q], torch.ones(4, 32), 1.0)
+        a, b = decompose(layer, weight, torch.ones(4, 32), 1.0)
         assert torch.equal(torch.random.get_rng_state(), before)
         found.append((layer.packed.clone(), layer.scales.clone(), a, b))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -152,15 +153,15 @@ def test_how_far_a_long_start_has_come_is_shown(kind: str, rounded: Rounded, fam
     parts.report = shown
     trainable = method_of(family, **chosen).attach(parts)
     count = len(layers_of(trainable))
-    assert shown.bars == {f"{kind} start, {count} layers": [1] * count}
+    assert shown.bars == {f"{kind} initialization, {count} layers": [1] * count}
 
 
-def test_layers_outside_the_blocks_begin_as_usual_and_one_inside_them_is_needed(rounded: Rounded) -> None:
-    _, trainable = attached(rounded, **LOFTQ, lora_targets=("conv_in", TO_Q))
+def test_layers_outside_the_blocks_begin_as_usual_and_one_inside_them_is_needed(rounded: Rounded, family: SDXL) -> None:
+    _, trainable = attached(family, base=rounded, **LOFTQ, lora_targets=("conv_in", TO_Q))
     ups = {name: weights for name, weights in trainable.parameters.items() if ".lora_B." in name}
     assert {name.partition(".")[0]: bool(weights.any()) for name, weights in ups.items()} == {"conv_in": False, "mid_block": True}
-    with pytest.raises(ConfigError, match="--lora_targets has none of those"):
-        attached(rounded, **LOFTQ, lora_targets=("conv_in", "linear_1"))
+    with pytest.raises(ConfigError, match="--lora_targets names none of those"):
+        attached(family, base=rounded, **LOFTQ, lora_targets=("conv_in", "linear_1"))
 
 
 def test_what_cannot_be_corrected_is_said_of_the_outline_too(family: SDXL) -> None:
@@ -169,7 +170,7 @@ def test_what_cannot_be_corrected_is_said_of_the_outline_too(family: SDXL) -> No
     for targets, refused in ((("conv_in",), True), (("to_q", "conv_in"), False)):
         method.options = dataclasses.replace(method.options, **LOFTQ, lora_targets=targets)
         if refused:
-            with pytest.raises(ConfigError, match="--lora_targets has none of those"):
+            with pytest.raises(ConfigError, match="--lora_targets names none of those"):
                 method.check(family.load(None))
         else:
             method.check(family.load(None))
@@ -188,7 +189,7 @@ def answer(unet: Any) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_its_file_does_beside_the_whole_base_model_what_was_trained_beside_the_rounded_one(
-    kind: str, rounded: Rounded, model: Path, tmp_path: Path
+    kind: str, rounded: Rounded, family: SDXL, model: Path, tmp_path: Path
 ) -> None:
     """Nearer than a start at zero comes, and than the file would come without the second pair; in diffusers, by either layout.
 
@@ -197,7 +198,7 @@ def test_its_file_does_beside_the_whole_base_model_what_was_trained_beside_the_r
     rounded.kind = kind
     distances = {}
     for start in ("default", "loftq"):
-        method, trainable = attached(rounded, lora_init_type=start, lora_algorithm="locon")
+        method, trainable = attached(family, base=rounded, lora_init_type=start, lora_algorithm="locon")
         method.export(moved(trainable, 0.01), tmp_path / start, {}, None)
         for name in (DIFFUSERS, KOHYA):
             pipeline = StableDiffusionXLPipeline.from_pretrained(model)
@@ -213,19 +214,19 @@ def test_its_file_does_beside_the_whole_base_model_what_was_trained_beside_the_r
 
 
 def test_a_fresh_one_hands_over_a_file_that_changes_nothing(rounded: Rounded, family: SDXL, tmp_path: Path) -> None:
-    method, trainable = attached(rounded, **LOFTQ)
+    method, trainable = attached(family, base=rounded, **LOFTQ)
     method.save(trainable, tmp_path)
     _, again = attached(family, init_lora=tmp_path / DIFFUSERS, lora_rank=8, lora_alpha=8 * method.factor)
     assert (ask(family, again.denoiser) - ask(family, family.load(torch.float32).denoiser)).abs().max() < 5e-6
 
 
-def test_it_is_kept_to_the_bit_and_goes_on_as_if_it_had_not_stopped(rounded: Rounded, tmp_path: Path) -> None:
+def test_it_is_kept_to_the_bit_and_goes_on_as_if_it_had_not_stopped(rounded: Rounded, family: SDXL, tmp_path: Path) -> None:
     """In the second life the average too, and what is taken away in files, are those of the first."""
     for name in ("at once", "twice"):
         (tmp_path / name).mkdir()
-    at_once, _ = trained_on(rounded, LOFTQ, tmp_path / "at once", 0, 4)
-    trained_on(rounded, LOFTQ, tmp_path / "twice", 0, 2)
-    twice, _ = trained_on(rounded, LOFTQ, tmp_path / "twice", 2, 4)
+    at_once, _ = trained_on(family, LOFTQ, tmp_path / "at once", 0, 4, base=rounded)
+    trained_on(family, LOFTQ, tmp_path / "twice", 0, 2, base=rounded)
+    twice, _ = trained_on(family, LOFTQ, tmp_path / "twice", 2, 4, base=rounded)
     assert at_once.fixed and all(torch.equal(weights, twice.fixed[name]) for name, weights in at_once.fixed.items())
     assert torch.equal(ask(rounded, at_once.denoiser), ask(rounded, twice.denoiser))
     for path in (tmp_path / "at once").iterdir():

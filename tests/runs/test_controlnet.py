@@ -76,8 +76,8 @@ def test_stopped_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_by
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"model_type": "lora", "lora_dropout": 0.1}, "--controlnet trains a network of its own, and --model_type=lora an adapter"),
-        ({"use_bitfit": True}, "--freeze_unet_strategy=bitfit trains biases of the network, which --controlnet leaves as they are"),
+        ({"model_type": "lora", "lora_dropout": 0.1}, "--controlnet trains a ControlNet, and --model_type=lora an adapter"),
+        ({"use_bitfit": True}, "--freeze_unet_strategy=bitfit trains the network's biases, and --controlnet freezes the network"),
         ({"model_family": "pixart_sigma"}, "--controlnet is not for PixArt"),
         ({"validation_guidance_rescale": 0.5}, "--validation_guidance_rescale is not for --controlnet"),
         ({"controlnet_model_name_or_path": "./nowhere"}, "--controlnet_model_name_or_path: there is no folder ./nowhere"),

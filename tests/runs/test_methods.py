@@ -46,8 +46,8 @@ def test_a_run_in_two_lives_ends_in_the_same_bytes(method: str, trainer: Trainer
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"lora_targets": "to_nothing"}, "--lora_targets: to_nothing is not what the name of any module of this model ends with"),
-        ({"lora_algorithm": "lokr", "lora_dropout": 0, "lora_targets": "norm1"}, "--lora_targets=norm1 fits no linear layer"),
+        ({"lora_targets": "to_nothing"}, "--lora_targets: no module name of this model ends with to_nothing"),
+        ({"lora_algorithm": "lokr", "lora_dropout": 0, "lora_targets": "norm1"}, "--lora_targets=norm1 matches no linear layer"),
         ({"lora_init_type": "pissa", "lora_dropout": 0, "lora_rank": 1024}, "lower --lora_rank"),
     ],
     ids=["no layer fits", "no layer fits LyCORIS", "a rank above the layer's"],

@@ -17,7 +17,7 @@ from helpers.config.options import AdapterOptions
 from helpers.errors import ConfigError
 from helpers.methods.lora import Lora
 from helpers.methods.lycoris import Lycoris
-from helpers.methods.quantised_base import QuantisedLinear, bytes_of, check_quantization, quantise, size_of
+from helpers.methods.quantized_base import QuantizedLinear, bytes_of, check_quantization, count_weights, quantize
 from helpers.protocols import Trainable
 from tests.families.conftest import CPU, Tried, open_family
 
@@ -43,28 +43,28 @@ def adapter(tried: Tried, kind: str | None, **options: Any) -> tuple[Lora, Train
     method = Lora(dataclasses.replace(AdapterOptions(), lora_rank=4, lora_dropout=0.0, **options), tried.family)
     parts = tried.family.load(torch.float32)
     if kind:
-        quantise(parts.denoiser, kind, CPU)
+        quantize(parts.denoiser, kind, CPU)
     torch.manual_seed(8)
     return method, method.attach(parts)
 
 
 def test_the_answer_stays_within_the_tolerance_of_each_kind(tried: Tried) -> None:
     network = tried.family.load(torch.float32).denoiser
-    expected, size = answer(tried, network), size_of(network)
+    expected, size = answer(tried, network), count_weights(network)
     assert size == sum(parameter.numel() for parameter in network.parameters())
     for kind, tolerance in TOLERANCES.items():
         rounded = tried.family.load(torch.float32).denoiser
-        quantise(rounded, kind, CPU)
+        quantize(rounded, kind, CPU)
         found = answer(tried, rounded)
         assert 0 < off(found, expected) < tolerance, kind
-        assert size_of(rounded) == size
+        assert count_weights(rounded) == size
 
 
 def test_linear_layers_of_blocks_are_rounded_and_the_first_and_last_are_not(tried: Tried) -> None:
     network = tried.family.load(torch.float32).denoiser
     before = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    quantise(network, "nf4", CPU)
-    rounded = {name for name, module in network.named_modules() if isinstance(module, QuantisedLinear)}
+    quantize(network, "nf4", CPU)
+    rounded = {name for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
     assert rounded == {name for name in before if "block" in name.split(".")[0]}
     assert rounded < before
 
@@ -110,7 +110,7 @@ def test_an_adapter_of_any_kind_meets_the_rounded_weights_and_nothing_else(
     found = []
     for full in (False, True):
         parts = tried.family.load(torch.float32)
-        quantise(parts.denoiser, kind, CPU)
+        quantize(parts.denoiser, kind, CPU)
         if full:
             in_full(parts.denoiser)
         torch.manual_seed(8)
@@ -128,8 +128,8 @@ def test_an_adapter_of_any_kind_meets_the_rounded_weights_and_nothing_else(
 
 
 def in_full(network: nn.Module) -> None:
-    """Put plain layers that hold the same weights in the places of quantised ones."""
-    for path, layer in [(path, module) for path, module in network.named_modules() if isinstance(module, QuantisedLinear)]:
+    """Put plain layers that hold the same weights in the places of quantized ones."""
+    for path, layer in [(path, module) for path, module in network.named_modules() if isinstance(module, QuantizedLinear)]:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         plain.weight.data.copy_(layer.weight)
         if layer.bias is not None:
@@ -156,7 +156,7 @@ def test_a_file_does_the_same_beside_the_weights_as_they_were(miniature: Callabl
 @pytest.mark.parametrize("kind", TOLERANCES)
 def test_it_weighs_what_its_bits_say(kind: str) -> None:
     layers = nn.ModuleDict({"blocks": nn.Linear(512, 256, bias=False)})
-    quantise(layers, kind, CPU)
+    quantize(layers, kind, CPU)
     rows = 0 if kind == "nf4" else 256 * 4  # a float32 scale for each
     assert bytes_of(layers) == 512 * 256 * BITS[kind] / 8 + rows
 
@@ -176,14 +176,14 @@ def test_weights_of_any_width_in_nf4_are_their_nearest_numbers_times_the_largest
     largest = torch.cat([part.abs().max().expand(len(part)) for part in weights.split(64)])
     nearest = (weights / largest - torch.tensor(NF4)[:, None]).abs().argmin(0)
     expected = torch.tensor(NF4)[nearest] * largest.half().float()  # as scales are kept
-    assert torch.allclose(QuantisedLinear(plain, "nf4", CPU).weight.flatten(), expected, atol=1e-6)
+    assert torch.allclose(QuantizedLinear(plain, "nf4", CPU).weight.flatten(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", TOLERANCES)
 def test_no_full_weights_are_kept_for_the_gradient(kind: str) -> None:
     torch.manual_seed(1)
     plain = nn.Linear(64, 32)
-    layer = QuantisedLinear(plain, kind, CPU)
+    layer = QuantizedLinear(plain, kind, CPU)
     kept = []
     question = torch.randn(3, 64, requires_grad=True)
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -198,7 +198,7 @@ def test_no_full_weights_are_kept_for_the_gradient(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TOLERANCES)
 def test_under_mixed_precision_it_answers_in_that_precision(kind: str) -> None:
-    layer = QuantisedLinear(nn.Linear(64, 64).to(torch.bfloat16), kind, CPU)
+    layer = QuantizedLinear(nn.Linear(64, 64).to(torch.bfloat16), kind, CPU)
     assert layer.weight.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 64)).dtype == torch.bfloat16
@@ -210,7 +210,7 @@ def test_no_weights_become_anything_but_numbers(kind: str, weights: torch.Tensor
     """Also where a row has nothing in it, and where they do not fill a group."""
     plain = nn.Linear(5, 3)
     plain.weight.data.copy_(weights)
-    assert torch.allclose(QuantisedLinear(plain, kind, CPU).weight, weights, rtol=1e-3, atol=1e-8)
+    assert torch.allclose(QuantizedLinear(plain, kind, CPU).weight, weights, rtol=1e-3, atol=1e-8)
 
 
 def test_what_a_device_cannot_do_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from helpers.objectives import selftest
-from helpers.objectives.selftest import Row
+from toolkit import selftest
+from toolkit.selftest import Row
 
 
 def test_every_number_comes_out_and_is_shown() -> None:

@@ -1,14 +1,14 @@
-"""A frozen network in fewer bits: its linear layers, where nearly all weights of a transformer or a U-Net are, are rounded to 8 or 4.
+"""Quantization of the frozen base model: the linear layers of its blocks, which hold nearly all of its weights, in 8 or 4 bits.
 
-| kind | a weight is kept as | bits, with scales |
+| kind | each weight is stored as | bits, with scales |
 |---|---|---|
-| `int8` | a whole number from -127 to 127, times its row's largest weight / 127 | 8 |
-| `fp8` | a float of 4 exponent and 3 mantissa bits, times its row's largest / 448 | 8 |
-| `nf4` | one of 16 numbers that a normal distribution fills evenly, times the largest of its 64 (QLoRA: Dettmers et al., 2023) | 4.25 |
+| `int8` | an integer from -127 to 127, times the row's largest weight / 127 | 8 |
+| `fp8` | a float with 4 exponent and 3 mantissa bits, times the row's largest weight / 448 | 8 |
+| `nf4` | one of 16 quantiles of a normal distribution, times the largest of its 64 weights (QLoRA: Dettmers et al., 2023) | 4.25 |
 
-A layer's weights are made full again each time they are used, once on the way forward and once for the gradient that flows through them
-to what is trained. Numbers of 8 bits are torch's own, nf4 is bitsandbytes'. What is not inside a block (the first and last layers, the
-embeddings of time and text) stays as it is: few weights, and every signal passes through them.
+A layer's full weights are computed again each time they are needed: in the forward pass, and for the gradient in the backward pass. The
+8-bit numbers are torch's; nf4 is from bitsandbytes. Layers outside the blocks (first and last layers, time and text embeddings) are not
+quantized: they have few weights, and every signal passes through them.
 """
 
 from __future__ import annotations
@@ -24,36 +24,29 @@ from torch.nn import functional
 from helpers.errors import ConfigError
 
 LARGEST_INT8, LARGEST_FLOAT8 = 127.0, 448.0  # the latter of torch.float8_e4m3fn
-TOGETHER = 64  # weights that share a scale in nf4
+BLOCK_SIZE = 64  # weights that share a scale in nf4
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How weights are kept. `pack`: (out, in) float32 => bytes, scales; `unpack`: those, the shape, a precision => (out, in)."""
+    """How weights are stored. `pack`: (out, in) float32 => bytes, scales; `unpack`: bytes, scales, shape, dtype => (out, in)."""
 
     pack: Callable[[Tensor], tuple[Tensor, Tensor]]
     unpack: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
 
 
-def quantise(network: nn.Module, kind: str, device: torch.device, keep: bool = False) -> dict[str, Tensor]:
-    """Round the weights of a network's blocks in place. Those layers move to `device` one by one; it never holds them all in full.
-
-    => where `keep` asks for it, their weights as they were, (out, in), by the layers' names; they stay where they are.
-    """
-    unrounded: dict[str, Tensor] = {}
+def quantize(network: nn.Module, kind: str, device: torch.device) -> None:
+    """Quantize the linear layers of a network's blocks in place. They move to `device` one by one, so it never holds all full weights."""
     for path, layer in list(layers_of_blocks(network)):
         parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, QuantisedLinear(layer, kind, device))
-        if keep:
-            unrounded[path] = layer.weight.detach()
-    return unrounded
+        setattr(network.get_submodule(parent), name, QuantizedLinear(layer, kind, device))
 
 
 def check_quantization(kind: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Ask one small layer on this device, so that what it cannot do is known before hours of caching. Raises ConfigError."""
+    """Try one small layer on this device, before hours of caching. Raises ConfigError where the device cannot compute with it."""
     try:
-        question = torch.ones(1, TOGETHER, device=device, dtype=dtype, requires_grad=True)
-        QuantisedLinear(nn.Linear(TOGETHER, TOGETHER, dtype=dtype), kind, device)(question).sum().backward()
+        input = torch.ones(1, BLOCK_SIZE, device=device, dtype=dtype, requires_grad=True)
+        QuantizedLinear(nn.Linear(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype), kind, device)(input).sum().backward()
     except (RuntimeError, TypeError, NotImplementedError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
@@ -61,8 +54,8 @@ def check_quantization(kind: str, device: torch.device, dtype: torch.dtype) -> N
         ) from error
 
 
-def size_of(network: nn.Module) -> int:
-    """How many weights a network has; of a quantised layer its weights, and not the bytes that they are packed into."""
+def count_weights(network: nn.Module) -> int:
+    """How many weights a network has. A quantized layer counts its weights, not the bytes that store them."""
     size = 0
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -73,15 +66,15 @@ def size_of(network: nn.Module) -> int:
 
 
 def bytes_of(network: nn.Module) -> int:
-    """Bytes of a network's weights as they are kept."""
+    """The size of a network's weights in memory."""
     return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
 
 
-class QuantisedLinear(nn.Linear):
-    """A linear layer that stands still, its weights in fewer bits. It has `weight`, in full, for whoever asks."""
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose weights are stored in fewer bits. `weight` computes them in full."""
 
     def __init__(self, layer: nn.Linear, kind: str, device: torch.device) -> None:
-        nn.Module.__init__(self)  # that of Linear would make a weight
+        nn.Module.__init__(self)  # nn.Linear would allocate a weight
         self.in_features, self.out_features, self.kind = layer.in_features, layer.out_features, kind
         self.full_dtype = layer.weight.dtype
         packed, scales = KINDS[kind].pack(layer.weight.detach().to(device, torch.float32))
@@ -89,30 +82,30 @@ class QuantisedLinear(nn.Linear):
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
 
-    def round(self, weight: Tensor) -> None:
-        """Keep these weights instead, (out, in) float32 on the layer's device."""
+    def set_weight(self, weight: Tensor) -> None:
+        """Quantize and store another weight, (out, in) float32 on the layer's device."""
         self.packed.data, self.scales.data = KINDS[self.kind].pack(weight)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # no parameter: nothing may keep it
-        """(out, in), in the precision that the layer had."""
+    def weight(self) -> Tensor:  # type: ignore[override]  # a property, so that nothing keeps the full weights
+        """(out, in), in the dtype of the layer before quantization."""
         return self._full(self.full_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-        answer: Tensor = _Product.apply(input.to(dtype), self)
-        return answer if self.bias is None else answer + self.bias.to(dtype)
+        output: Tensor = _Product.apply(input.to(dtype), self)
+        return output if self.bias is None else output + self.bias.to(dtype)
 
     def _full(self, dtype: torch.dtype) -> Tensor:
         return KINDS[self.kind].unpack(self.packed, self.scales, torch.Size((self.out_features, self.in_features)), dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T. Left to itself, autograd would keep each layer's full weights until its gradient is due, and nothing would be saved."""
+    """x W^T. Plain autograd would keep each layer's full weights until the backward pass, and no memory would be saved."""
 
     @staticmethod
-    def forward(context: Any, input: Tensor, layer: QuantisedLinear) -> Tensor:
+    def forward(context: Any, input: Tensor, layer: QuantizedLinear) -> Tensor:
         context.layer = layer
         return functional.linear(input, layer._full(input.dtype))
 
@@ -122,7 +115,7 @@ class _Product(torch.autograd.Function):
 
 
 def layers_of_blocks(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """What is rounded: every linear layer, with its name, inside a part of the network whose name ends with block or blocks."""
+    """The layers that are quantized, with their names: every linear layer inside a top-level module named ...block or ...blocks."""
     for path, module in network.named_modules():
         if isinstance(module, nn.Linear) and path.split(".")[0].endswith(("block", "blocks")):
             yield path, module
@@ -145,9 +138,9 @@ def _unpack_int8(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: torch
 
 
 def _pack_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the scales most small weights of a network would be lost: below 2^-6 a float8 has fewer and fewer bits."""
+    """The scales keep small weights: below 2^-6 a float8 loses mantissa bits."""
     scales = _row_scales(weight, LARGEST_FLOAT8)
-    return (weight / scales).to(torch.float8_e4m3fn).view(torch.uint8), scales  # as bytes: what processes exchange by knows no float8
+    return (weight / scales).to(torch.float8_e4m3fn).view(torch.uint8), scales  # as bytes, since processes cannot exchange float8
 
 
 def _unpack_float8(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -155,19 +148,19 @@ def _unpack_float8(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: tor
 
 
 def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes and float16 scales, in the order of rows."""
+    """(out, in) => packed bytes and float16 scales, row after row."""
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight, blocksize=TOGETHER, quant_type="nf4", compress_statistics=False)
+    packed, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=False)
     return packed, state.absmax.half()
 
 
 def _unpack_nf4(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """As one long row: on a CPU bitsandbytes (0.50) takes other scales than it packed by where 64 are parts of several rows."""
+    """As one long row: on a CPU bitsandbytes (0.50) uses wrong scales where a block of 64 weights spans two rows."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     row = torch.Size((shape.numel(),))
-    return dequantize_4bit(packed, QuantState(scales.float(), row, None, TOGETHER, "nf4", dtype)).reshape(shape)
+    return dequantize_4bit(packed, QuantState(scales.float(), row, None, BLOCK_SIZE, "nf4", dtype)).reshape(shape)
 
 
 KINDS: Mapping[str, Kind] = {
