@@ -129,12 +129,12 @@ def start(folder: Path, images: int, trust: bool) -> dict[str, float]:
     import torch
 
     from helpers.config.datasets import DatasetConfig
-    from helpers.data import prepare
+    from helpers.data import prepare, scanning
     from helpers.data.base.workers import Workers
     from helpers.reporting.html_report import HtmlReport
 
     source: Any = MadeUpSource(images)
-    prepare.open_source = lambda dataset: source  # this source has no place in a dataloader file
+    scanning.open_source = lambda dataset: source  # this source has no place in a dataloader file
     dataset = DatasetConfig(
         id="made_up",
         instance_data_dir=folder,

@@ -28,7 +28,7 @@ from benchmarks.measure import Figure, compared, conclude, parser, profile
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, ScanResult, scan
-from helpers.data.encode.fill import available_threads
+from helpers.data.encode.common import available_threads
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns, ResolutionRule, plan
 from helpers.data.report.dataset_report import caption_report, dataset_report
 from helpers.data.report.survey import Thumbnail

@@ -13,8 +13,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,20 @@ from torch import Tensor
 
 from benchmarks.material import write_photographs
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser, profile
+from helpers.config.datasets import DatasetConfig
 from helpers.data.base.sample import Geometry
 from helpers.data.cache.cache import Cache
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, scan
-from helpers.data.encode.fill import FillOptions, available_threads
-from helpers.data.encode.latents import LatentEncoder, encode_units
+from helpers.data.encode.codec import SharedCodec
+from helpers.data.encode.common import EncodeOptions, available_threads
+from helpers.data.encode.pipeline import RecordWriter, encode_units
+from helpers.data.encode.store import EVERY_EPOCH, EpochLatents
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns, plan
 from helpers.data.plan.targets import ResolutionRule
+from helpers.data.planned import PlannedData
+from helpers.data.settings import DataSettings
 from helpers.families.loading.vae import VaeCodec
 from helpers.storage.local import LocalSource
 
@@ -70,7 +76,16 @@ class Bench:
         columns = self.catalogue.columns("photographs")
         self.planned: BucketPlan = plan([DatasetColumns("photographs", RULE, columns.rows, columns.width, columns.height)])
         self.vae = make_vae()
-        self.codec = VaeCodec(lambda: self.vae, dict(self.vae.config), "benchmark", torch.device("cpu"), deviations=False)
+        sources = {"photographs": self.source}
+        self.data = PlannedData([DatasetConfig(id="photographs")], sources, [()], self.catalogue, self.planned, seed=0)
+        cpu = torch.device("cpu")
+        self.settings = DataSettings(folder, folder, folder, cpu, seed=0, batch_size=1, vae_batch_size=BATCH)
+        self.codec = SharedCodec(self, cpu)  # type: ignore[arg-type]  # asks for nothing but `image_codec`
+        self.codec.hold()
+
+    @contextmanager
+    def image_codec(self, device: torch.device) -> Iterator[VaeCodec]:
+        yield VaeCodec(lambda: self.vae, dict(self.vae.config), "benchmark", device, deviations=False)
 
     def bare(self) -> float:
         """Images a second of the slower of the two loops, side by side."""
@@ -99,10 +114,10 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             cache = Cache(Path(place))
             began = time.perf_counter()
-            filler = LatentEncoder(self.planned, 0, self.source, self.catalogue, cache, self.codec)
-            options = FillOptions(batch_size=BATCH, threads=self.threads)
-            filled = encode_units([(filler, rows) for rows in filler.batches(BATCH)], self.catalogue, options)
-            rate = filled.encoded / (time.perf_counter() - began)
+            latents = EpochLatents(EVERY_EPOCH, self.data, self.planned, {0: cache}, self.codec, self.settings)
+            options = EncodeOptions(BATCH, threads=self.threads)
+            totals = encode_units(latents.units, self.codec, RecordWriter(self.catalogue, options), options)
+            rate = totals.encoded / (time.perf_counter() - began)
             cache.close()
         return rate
 

@@ -22,8 +22,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from benchmarks.material import caption, run_settings, write_photographs
 from benchmarks.measure import compared, conclude, in_turns, parser, profile
 from helpers.data.cache.cache import Cache
-from helpers.data.encode.fill import FillOptions
-from helpers.data.encode.texts import TextFiller
+from helpers.data.encode.common import EncodeOptions
+from helpers.data.encode.texts import CaptionEncoder
 from helpers.data.ports import TextEncoders
 from helpers.families import FAMILIES
 from helpers.families.tiny import SdxlSizes, write_sdxl
@@ -58,11 +58,11 @@ def cached(folder: Path, encoders: TextEncoders, captions: Sequence[str]) -> flo
     with tempfile.TemporaryDirectory(dir=folder) as place:
         cache = Cache(Path(place))
         began = time.perf_counter()
-        filler, options = TextFiller(cache, encoders), FillOptions(batch_size=BATCH)
-        filled = filler.encode(filler.pending(captions, options), options)
+        encoder, options = CaptionEncoder(cache, encoders), EncodeOptions(batch_size=BATCH)
+        totals = encoder.encode(encoder.pending(captions, options), options)
         seconds = time.perf_counter() - began
         cache.close()
-    assert filled.encoded == len(captions)
+    assert totals.encoded == len(captions)
     return seconds
 
 

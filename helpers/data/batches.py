@@ -15,7 +15,7 @@ from torch import Tensor
 from helpers.data.base.draws import StepDraws, uniform
 from helpers.data.base.padding import stacked
 from helpers.data.base.sample import Geometry, Sample
-from helpers.data.encode import conditions
+from helpers.data.encode.companions import CONDITION, unpacked
 from helpers.data.order.epoch_order import MicroBatch
 
 Item = TypeVar("Item")
@@ -80,7 +80,7 @@ class TrainingRecords(Protocol):
         """Zeros of the shape that the row's latents have."""
         ...
 
-    def text(self, row: int, told: CaptionDraw) -> Mapping[str, Tensor]:
+    def text(self, row: int, draw: CaptionDraw) -> Mapping[str, Tensor]:
         """What the text encoders gave for a caption of the row, without a batch dimension."""
         ...
 
@@ -164,7 +164,7 @@ class BatchMaker:
 
 def _latents(records: Sequence[Mapping[str, Tensor]], draws: StepDraws) -> Tensor:
     """(B, C, h, w) float32: the means, or a draw from the posterior where the codec kept its width."""
-    latents = stacked([{name: record[name] for name in record if name != conditions.NAME} for record in records])
+    latents = stacked([{name: record[name] for name in record if name != CONDITION} for record in records])
     mean = latents["mean"].float()
     if "std" not in latents:
         return mean
@@ -172,9 +172,9 @@ def _latents(records: Sequence[Mapping[str, Tensor]], draws: StepDraws) -> Tenso
 
 
 def _condition(records: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
-    if conditions.NAME not in records[0]:
+    if CONDITION not in records[0]:
         return None
-    return torch.stack([conditions.unpacked(record[conditions.NAME]) for record in records])
+    return torch.stack([unpacked(record[CONDITION]) for record in records])
 
 
 def prefetched(produce: Callable[[], Iterator[Item]], ahead: int) -> Generator[Item, None, None]:

@@ -1,7 +1,7 @@
-"""What of the data must be the same for a run to go on as it would have, as values that checkpoints hold.
+"""What of the data must stay the same for a resumed run to be exact, as values that checkpoints hold.
 
-Where latents are encoded while training runs, some images have not been read when a checkpoint is made. Nothing has been learnt from
-them, and their bytes are unknown: the checkpoint says which they are, and the comparison leaves them aside.
+Where latents are encoded while training runs, a checkpoint may be saved before all images have been read. Nothing has been learned from
+the unread ones and their bytes are unknown, so the checkpoint says which they are and the comparison leaves them out.
 """
 
 from __future__ import annotations
@@ -10,77 +10,61 @@ import base64
 import hashlib
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from helpers.config.datasets import DatasetConfig
-from helpers.data.catalogue.catalogue import Catalogue
-from helpers.data.plan.buckets import BucketPlan
-from helpers.storage.backend import SourceBackend
+from helpers.data.planned import PlannedData
 from helpers.storage.memo import Memo, digest_of
 
-UNREAD = "images_unread"  # of the plan's rows, in the checkpoint
+UNREAD = "images_unread"  # in a fingerprint: which rows of the plan nobody has read
 
 
 class DataFingerprint:
-    """Computed when first asked for, and anew until every image, and every condition, has been read.
+    """Values by name, computed when first asked for, and again until every image and every companion has been read.
 
-    `sources` are those of the data sets and of their conditions, by id.
-    `inputs` is a digest of what the images and captions in use are; under it the result is kept in `memo` for later starts.
+    `settings` are further values, which do not depend on files. `memo` keeps the result for later starts.
     """
 
-    def __init__(
-        self,
-        plan: BucketPlan,
-        datasets: Sequence[DatasetConfig],
-        sources: Mapping[str, SourceBackend],
-        catalogue: Catalogue,
-        fixed: Mapping[str, str],
-        inputs: Callable[[], str] = lambda: "",
-        memo: Memo | None = None,
-    ) -> None:
-        self._plan = plan
-        self._datasets = datasets
-        self._sources = sources
-        self._catalogue = catalogue
-        self._settings = fixed
-        self._inputs = inputs
+    def __init__(self, data: PlannedData, settings: Mapping[str, str], memo: Memo | None = None) -> None:
+        self._data = data
+        self._catalogue = data.catalogue
+        self._settings = settings
         self._memo = memo
         self._complete: dict[str, str] | None = None
 
-    def __call__(self, like: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Values by name. With `like`, an earlier fingerprint, of the same images as that one."""
-        unread = _unpacked(like.get(UNREAD, ""), len(self._plan)) if like is not None else None
-        all_read = not any(self._catalogue.unread(dataset.id) for dataset in self._datasets)
+    def compute(self, like: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The fingerprint. With `like`, an earlier one, that of the images which had been read for that one."""
+        unread = _unpacked(like.get(UNREAD, ""), len(self._data.plan)) if like is not None else None
+        all_read = not any(self._catalogue.unread(dataset.id) for dataset in self._data.datasets)
         if all_read and (unread is None or not unread.any()):
             return dict(self._of_all_images())
-        contents = [content for dataset in self._datasets for content in self._catalogue.contents(dataset.id)]
+        contents = list(self._contents())
         if unread is None:
             unread = np.array([content is None for content in contents])
         else:
             self._read_again(contents, unread)
-        told = self._told(self._images(contents, unread.tolist()))
+        values = self._values(self._images(contents, unread.tolist()))
         if unread.any():
-            told[UNREAD] = _packed(unread)
-        return told
+            values[UNREAD] = _packed(unread)
+        return values
 
     @cached_property
     def _fixed(self) -> dict[str, str]:
         """What does not depend on the images' bytes."""
         captions = hashlib.sha256()
-        for dataset in self._datasets:
+        for dataset in self._data.datasets:
             for caption in self._catalogue.captions_by_image(dataset.id):
                 captions.update(f"{caption}\0".encode())
         return {"captions": captions.hexdigest(), **self._settings}
 
     @cached_property
     def _plan_hash(self) -> str:
-        return self._plan.fingerprint()
+        return self._data.plan.fingerprint()
 
-    def _told(self, images: str) -> dict[str, str]:
+    def _values(self, images: str) -> dict[str, str]:
         return {"plan": self._plan_hash, "images": images, **self._fixed}
 
     def _of_all_images(self) -> dict[str, str]:
@@ -88,32 +72,35 @@ class DataFingerprint:
             if self._memo is None:
                 self._complete = self._computed()
             else:
-                self._complete = self._memo.recall("fingerprint", digest_of(self._inputs(), self._settings), self._computed)
+                self._complete = self._memo.recall("fingerprint", digest_of(self._data.digest(), self._settings), self._computed)
         return self._complete
 
     def _computed(self) -> dict[str, str]:
-        contents = (content for dataset in self._datasets for content in self._catalogue.contents(dataset.id))
-        return self._told(self._images(contents, itertools.repeat(False)))
+        return self._values(self._images(self._contents(), itertools.repeat(False)))
+
+    def _contents(self) -> Iterable[str | None]:
+        """What `Catalogue.contents` returns, for each row of the plan."""
+        return (content for dataset in self._data.datasets for content in self._catalogue.contents(dataset.id))
 
     def _images(self, contents: Iterable[str | None], left_aside: Iterable[bool]) -> str:
         """One digest of all images, in the order of the plan."""
         images = hashlib.sha256()
-        keys = (key for dataset in self._datasets for key in self._catalogue.keys(dataset.id))
+        keys = (key for dataset in self._data.datasets for key in self._catalogue.keys(dataset.id))
         for key, content, aside in zip(keys, contents, left_aside, strict=False):
             images.update(f"{key}\0{'' if aside else content}\0".encode())
         return images.hexdigest()
 
     def _read_again(self, contents: list[str | None], unread: NDArray[np.bool_]) -> None:
-        """Images that had been read and were touched since: what they hold is in their bytes, not in the catalogue."""
+        """Read images that had been read and were touched since: only their bytes tell whether they changed."""
         touched = np.flatnonzero([content is None for content in contents] & ~unread).tolist()
-        images = {row: int(self._plan.columns["row"][row]) for row in touched}
+        images = {row: int(self._data.plan.columns["row"][row]) for row in touched}
         found = {}
         for file in {file for image in images.values() for file in self._catalogue.unread_files(image)}:
             sample = self._catalogue.sample(file)
             try:
-                found[file] = hashlib.sha256(self._sources[sample.dataset].read(sample.key)).hexdigest()
+                found[file] = hashlib.sha256(self._data.sources[sample.dataset].read(sample.key)).hexdigest()
             except OSError:
-                continue  # without content it differs from what it was, which is then said
+                continue  # without content it differs from what it was, and the difference is reported
         self._catalogue.set_content(found.items())
         for row, image in images.items():
             contents[row] = self._catalogue.content(image)
@@ -124,7 +111,7 @@ def _packed(rows: NDArray[np.bool_]) -> str:
 
 
 def _unpacked(text: str, count: int) -> NDArray[np.bool_] | None:
-    """None where it is about another number of rows: the plans differ, and that is said."""
+    """None where it is of another number of rows: then the plans differ, which is reported."""
     if not text:
         return np.zeros(count, dtype=bool)
     bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8))

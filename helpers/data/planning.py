@@ -1,4 +1,4 @@
-"""From configured data sets to the plan that all processes share."""
+"""What configured datasets say of scanning and cutting, and the plan on disk that all processes share."""
 
 from __future__ import annotations
 

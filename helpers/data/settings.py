@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from helpers.data.base.workers import Workers
-from helpers.data.encode.fill import FillOptions, available_threads
+from helpers.data.encode.common import EncodeOptions, available_threads
 from helpers.data.order.epoch_order import FROM_THE_BEGINNING, OrderStart
 
 
@@ -38,13 +38,7 @@ class DataSettings:
     # By data set, the images that were left out as undecodable when the run began; None for a run that begins now.
     undecodable: Mapping[str, Sequence[str]] | None = None
 
-    def fill_options(self, batch_size: int, workers: Workers) -> FillOptions:
-        """How one of these processes fills caches."""
-        return FillOptions(
-            batch_size=batch_size,
-            cache_dtype=self.cache_dtype,
-            threads=max(1, self.threads // workers.world_size),
-            rank=workers.rank,
-            world_size=workers.world_size,
-            should_stop=workers.should_stop,
-        )
+    def encode_options(self, batch_size: int, workers: Workers) -> EncodeOptions:
+        """How one of these processes encodes."""
+        threads = max(1, self.threads // workers.world_size)
+        return EncodeOptions(batch_size, self.cache_dtype, threads, workers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.config.datasets import DatasetConfig, Entry
 from helpers.data.base.images import EXTENSIONS
@@ -15,6 +16,9 @@ from helpers.storage.huggingface import HuggingFaceSource
 from helpers.storage.local import LocalSource
 from helpers.storage.s3_address import S3Address
 from helpers.storage.webdataset import WebDataset
+
+if TYPE_CHECKING:
+    from helpers.data.ports import DataReporter
 
 
 def open_source(dataset: DatasetConfig) -> SourceBackend:
@@ -74,15 +78,15 @@ class CachePlace:
         return S3Source(self.bucket)
 
 
-def open_caches(places: Iterable[CachePlace], say: Callable[[str], None]) -> list[Cache]:
-    """A cache for each place; the same one where places are the same. What was found amiss is told to `say`."""
+def open_caches(places: Iterable[CachePlace], report: DataReporter) -> list[Cache]:
+    """A cache for each place, the same object where places are the same. Reports what was wrong with a cache and has been mended."""
     caches: dict[Path, Cache] = {}
     opened = []
     for place in places:
         if place.folder not in caches:
             caches[place.folder] = place.open()
             for note in caches[place.folder].notes:
-                say(note)
+                report.chapter("cache", note)
         opened.append(caches[place.folder])
     return opened
 
@@ -94,7 +98,7 @@ def latents_place(dataset: DatasetConfig, cache_dir: Path) -> CachePlace:
     return CachePlace(dataset.cache_dir_vae.absolute())
 
 
-def pass_prefix(output_dir: Path, seed: int) -> str:
+def epoch_prefix(output_dir: Path, seed: int) -> str:
     """How the folders are named, before the number, that hold the latents of one epoch of a run.
 
     They lie in the folder of those of every epoch, which other runs may share.

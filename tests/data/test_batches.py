@@ -42,8 +42,8 @@ class Rows:
     def blank_latents(self, row: int, epoch: int) -> dict[str, Tensor]:
         return {"mean": torch.zeros(4, 8, 8)}
 
-    def text(self, row: int, told: CaptionDraw) -> Mapping[str, Tensor]:
-        return {"pooled": torch.full((8,), -1.0 if told.caption is None else row, dtype=torch.bfloat16)}
+    def text(self, row: int, draw: CaptionDraw) -> Mapping[str, Tensor]:
+        return {"pooled": torch.full((8,), -1.0 if draw.caption is None else row, dtype=torch.bfloat16)}
 
 
 def micro(*rows: int, epoch: int = 0, repeat: int = 0, first_place: int = 0, step_samples: int = 8) -> MicroBatch:

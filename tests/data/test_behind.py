@@ -17,8 +17,9 @@ from helpers.config.aspects import AspectBucket
 from helpers.data.base.workers import Workers
 from helpers.data.batches import Batch
 from helpers.data.cache.cache import Cache
-from helpers.data.encode.fill import FillOptions
-from helpers.data.encode.latents import Writers
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.encode.common import EncodeOptions
+from helpers.data.encode.pipeline import RecordWriter
 from helpers.data.training_data import TrainingData
 from helpers.errors import DataError, StorageError
 from helpers.storage.local import LocalSource
@@ -238,7 +239,7 @@ def in_step(ranks: list[TrainingData], steps: int) -> list[list[object]]:
 def test_two_processes_encode_disjoint_shares_and_find_the_others_records(
     place: Place, other: Place, behind: bool, changed: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("helpers.data.encode.background.SHARE_SECONDS", 0.05)
+    monkeypatch.setattr("helpers.data.encode.encoder.SHARE_SECONDS", 0.05)
     break_pixels(place, 7)
     alone = seen(place.prepare(accumulation=2, **changed).steps(0, 16))
     families = [ToyFamily(Slow(0.01)), ToyFamily(Slow(0.01))]
@@ -317,10 +318,10 @@ def test_two_passes_lie_on_disk_for_a_moment_three_and_those_of_other_runs_stay(
 
 def test_a_pass_that_is_over_is_let_go_when_the_next_begins_also_by_an_encoder_that_never_rests(tmp_path: Path) -> None:
     over, next_one = Cache(tmp_path / "over"), Cache(tmp_path / "next")
-    with Writers(FillOptions(batch_size=1)) as writers:
-        unsealed = weakref.ref(writers.of(over))
+    with Catalogue(tmp_path / "catalogue.sqlite") as catalogue, RecordWriter(catalogue, EncodeOptions(batch_size=1)) as records:
+        unsealed = weakref.ref(records.writer(over))
         over.give_up()
-        assert writers.of(next_one) is writers.of(next_one)
+        assert records.writer(next_one) is records.writer(next_one)
         assert unsealed() is None
 
 

@@ -20,13 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from helpers.config.datasets import DatasetConfig
-from helpers.data import prepare
+from helpers.data import scanning
 from helpers.data.base import images
 from helpers.data.base.sample import Size
 from helpers.data.base.workers import Workers
 from helpers.data.batches import Batch
 from helpers.data.catalogue.scan import same_shape
-from helpers.data.encode.conditions import packed, unpacked
+from helpers.data.encode.companions import packed, unpacked
 from helpers.data.ports import ImageCodec, LatentSpec
 from helpers.data.prepare import prepare_data
 from helpers.data.training_data import TrainingData
@@ -344,14 +344,15 @@ def test_conditions_of_a_remote_set_are_read_ahead_also_past_an_image_that_vanis
     expected = by_key(paired.prepare())
     shutil.rmtree(paired.root / "output")
     counts, lock = Counter[str](), Lock()
-    monkeypatch.setattr(prepare, "open_source", lambda entry: SlowSource(entry.instance_data_dir, counts, lock))
-    scanned = prepare._Preparation.scan_and_plan
+    monkeypatch.setattr(scanning, "open_source", lambda entry: SlowSource(entry.instance_data_dir, counts, lock))
+    scan = scanning.Scanner.run
 
-    def then_lose_one(preparation: Any) -> None:
-        scanned(preparation)
+    def then_lose_one(scanner: scanning.Scanner) -> Any:
+        scanned = scan(scanner)
         (paired.images / "deep" / "4.png").unlink()
+        return scanned
 
-    monkeypatch.setattr(prepare._Preparation, "scan_and_plan", then_lose_one)
+    monkeypatch.setattr(scanning.Scanner, "run", then_lose_one)
     found = by_key(paired.prepare())
     assert counts["most"] > 4  # two threads alone would ask for two
     assert found.keys() == expected.keys() - {"deep/4.png"}

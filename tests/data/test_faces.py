@@ -132,7 +132,7 @@ def test_what_was_found_before_a_stop_is_kept(catalogue: Catalogue) -> None:
 
 
 def test_training_pictures_are_cut_around_faces_and_those_without_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helpers.data.prepare.find_faces", functools.partial(find_faces, detector=lambda: brightest))
+    monkeypatch.setattr("helpers.data.scanning.find_faces", functools.partial(find_faces, detector=lambda: brightest))
     (tmp_path / "data").mkdir()
     for name, data in FILES.items():
         (tmp_path / "data" / name).write_bytes(data)

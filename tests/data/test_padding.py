@@ -11,8 +11,9 @@ from torch import Tensor
 
 from helpers.data.base.padding import stacked, without_padding
 from helpers.data.cache.cache import Cache
-from helpers.data.encode.fill import FillOptions
-from helpers.data.encode.texts import TextFiller, text_key
+from helpers.data.encode.common import EncodeOptions
+from helpers.data.encode.keys import text_key
+from helpers.data.encode.texts import CaptionEncoder
 
 
 def record(length: int, read: int = 6) -> dict[str, Tensor]:
@@ -62,10 +63,10 @@ class Encoders:
 
 
 def test_the_cache_holds_only_what_is_seen_of_a_caption(tmp_path: Path) -> None:
-    cache, encoders, options = Cache(tmp_path), Encoders(), FillOptions(batch_size=2, cache_dtype="bf16")
-    filler = TextFiller(cache, encoders)
-    filler.encode([["a red circle", "blue"]], options)
-    filler.keep(None, {name: tensor[0] for name, tensor in encoders.encode(["x y"]).items()}, options)
+    cache, encoders, options = Cache(tmp_path), Encoders(), EncodeOptions(batch_size=2, cache_dtype="bf16")
+    encoder = CaptionEncoder(cache, encoders)
+    encoder.encode([["a red circle", "blue"]], options)
+    encoder.store(None, {name: tensor[0] for name, tensor in encoders.encode(["x y"]).items()}, options)
     for caption, length in (("a red circle", 3), ("blue", 1), (None, 2)):
         found = cache.get(text_key(caption, "words", "bf16"))
         assert found is not None

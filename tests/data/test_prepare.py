@@ -389,6 +389,15 @@ def test_damaged_latents_of_a_picture_that_has_changed_since_stop_the_run_by_nam
         epoch(data)
 
 
+def test_a_changed_picture_of_the_same_size_is_not_taken_for_the_damaged_one(place: Place) -> None:
+    data = place.prepare()
+    damage(place.output, "latents")
+    for index in range(10):
+        picture(place.data / f"picture_{index:02}.png", 1000 + index, (96, 64) if index % 3 else (64, 96))
+    with pytest.raises(DataError, match="toys/picture_.*no longer holds the same image; start again"):
+        epoch(data)
+
+
 def test_latents_do_not_depend_on_when_caching_was_interrupted(place: Place, tmp_path: Path) -> None:
     undisturbed = latents(Place(place.data, tmp_path / "other").prepare())
     for _ in range(2):  # three batches in all

@@ -55,7 +55,7 @@ def test_every_caption_of_a_picture_is_encoded_once_and_drawn_equally_often(pict
 
 
 def test_a_first_start_tells_of_caption_files_that_are_not_read(pictures: Path) -> None:
-    told = "captions: toys: captions are the names of files, and 4 .txt beside them are not read; caption_strategy textfile reads them"
+    told = "captions: toys: captions are file names, and 4 .txt files are not read; caption_strategy textfile reads them"
     (pictures / "0.png").rename(pictures / "4.png")  # then 0.txt stands alone, which the report names
     (pictures / "4.txt").write_text("read by nobody")
     first, second, by_text = Story(), Story(), Story()
@@ -165,5 +165,5 @@ def test_live_text_tells_how_many_captions_are_cut_off_at_every_start_and_measur
 
     assert told() == [": 2 captions are longer than the text encoders read, and are cut off"]
     again = told()
-    monkeypatch.setattr(WordLengths, "of", lambda self, captions: pytest.fail("measured again"))
+    monkeypatch.setattr(WordLengths, "token_counts", lambda self, captions: pytest.fail("measured again"))
     assert told() == again == [": 2 captions are longer than the text encoders read, and are cut off"]

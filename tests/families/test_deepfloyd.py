@@ -23,7 +23,7 @@ from helpers.choices import known_axes
 from helpers.config.options import AdapterOptions, ObjectiveOptions
 from helpers.config.read import read_config
 from helpers.data.base.draws import StepDraws
-from helpers.data.encode.fill import stored
+from helpers.data.encode.common import stored
 from helpers.errors import ConfigError
 from helpers.families.deepfloyd import quarter
 from helpers.methods.full import FullFineTune

@@ -20,13 +20,11 @@ from helpers.config.saved import read_saved_config
 from helpers.data.base.sample import Sample
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import ScanOptions, refresh, scan
-from helpers.data.encode.conditions import Conditions
-from helpers.data.encode.latents import cuts, latents_facts, latents_key, latents_subject
-from helpers.data.encode.texts import text_key, text_subject
+from helpers.data.encode.companions import companions_of
+from helpers.data.encode.keys import cuts, latents_facts, latents_key, latents_subject, text_key, text_subject
 from helpers.data.plan.buckets import BucketPlan, plan
 from helpers.data.planning import columns_of, rules_of, rules_of_conditions
-from helpers.data.ports import reads_conditions
-from helpers.data.sources import CachePlace, extra_texts_place, latents_place, open_source, pass_prefix, texts_place
+from helpers.data.sources import CachePlace, epoch_prefix, extra_texts_place, latents_place, open_source, texts_place
 from helpers.errors import DataError
 from helpers.families import FAMILIES
 from helpers.setup.validation import captions_to_encode
@@ -100,9 +98,9 @@ class CurrentRun:
         rows = (self.plan.columns["dataset"] == index).nonzero()[0]
         images = self.plan.columns["row"][rows].tolist()
         named = zip(images, self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), cuts(self.plan, rows), strict=True)
-        precision, conditions = self.config.cache.cache_dtype, self._conditions(dataset)
+        precision, companions = self.config.cache.cache_dtype, companions_of(dataset, self.family)
         for image, key, known, cut in named:
-            facts = latents_facts(known or self._content(image), cut, self.image_fingerprint, precision, conditions)
+            facts = latents_facts(known or self._content(image), cut, self.image_fingerprint, precision, companions)
             yield latents_key(facts), f"{dataset.id}/{key}"
 
     def images(self, name: str) -> list[ImageEntry]:
@@ -143,24 +141,18 @@ class CurrentRun:
             return ImageEntry(sample, reason, cache, {})
         epoch, cut_by = None, self.plan
         if dataset.vae_cache_clear_each_epoch:
-            epoch, cache = self._present_pass(cache)
+            epoch, cache = self._current_epoch(cache)
             cut_by = plan([columns_of(of, self.catalogue, self.config.run.seed, epoch) for of in self.config.datasets])
         planned = ((cut_by.columns["dataset"] == index) & (cut_by.columns["row"] == row)).nonzero()[0]
-        precision, conditions = self.config.cache.cache_dtype, self._conditions(dataset)
-        facts = latents_facts(self._content(row), cuts(cut_by, planned)[0], self.image_fingerprint, precision, conditions)
+        precision, companions = self.config.cache.cache_dtype, companions_of(dataset, self.family)
+        facts = latents_facts(self._content(row), cuts(cut_by, planned)[0], self.image_fingerprint, precision, companions)
         return ImageEntry(sample, "", cache, facts, epoch)
 
-    def _present_pass(self, cache: CachePlace) -> tuple[int, CachePlace]:
+    def _current_epoch(self, cache: CachePlace) -> tuple[int, CachePlace]:
         """The epoch in which the run is or ended, and the folder of its latents. Latents of the next epoch may exist too."""
-        prefix = pass_prefix(self.config.run.output_dir, self.config.run.seed)
+        prefix = epoch_prefix(self.config.run.output_dir, self.config.run.seed)
         epoch = min((int(found.name.removeprefix(prefix)) for found in cache.folder.glob(f"{prefix}*")), default=0)
         return epoch, CachePlace(cache.folder / f"{prefix}{epoch}")
-
-    def _conditions(self, dataset: DatasetConfig) -> Conditions | None:
-        of = dataset.condition
-        if of is None:
-            return None
-        return Conditions(open_source(of), of.resize_filter, reads_conditions(self.family) and self.family.condition_as_latents)
 
     def _content(self, image: int) -> str:
         """The value of `Catalogue.content` for an image, computed from its files as they are now."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from helpers.data.cache.index import Shard
 from helpers.data.cache.shards import UNSEALED, DamagedShardError, RecordEntry, parse_header, read_header, unpack, unused_file
-from helpers.data.encode.fill import is_finite
+from helpers.data.encode.common import is_finite
 from helpers.data.sources import CachePlace
 from helpers.errors import DataError
 from toolkit.cache.view import CacheView, view_of

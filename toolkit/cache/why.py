@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 
 from helpers.data.cache.shards import RecordEntry
-from helpers.data.encode.fill import REASONS
+from helpers.data.encode.common import REASONS
 from helpers.errors import DataError
 from toolkit.cache.current_run import ImageEntry
 from toolkit.cache.stats import shape_of

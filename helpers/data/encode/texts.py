@@ -1,9 +1,10 @@
-"""Captions to text tensors in a cache: each distinct caption once, however many images share it."""
+"""Captions to text tensors in caches, each distinct caption once, and text tensors to whoever asks for a caption."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
+import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -12,73 +13,76 @@ import numpy as np
 from torch import Tensor
 
 from helpers.data.base.padding import without_padding
-from helpers.data.cache.cache import Cache, Writer, record_key
-from helpers.data.encode.fill import REASONS, WRITES_AHEAD, Filled, FillOptions, background, is_finite, stored
+from helpers.data.base.progress import bar
+from helpers.data.base.workers import Workers
+from helpers.data.cache.cache import Cache, DamagedRecordError, Writer
+from helpers.data.encode.common import REASONS, EncodeOptions, EncodeTotals, background_writes, is_finite, stored, totals_of_all
+from helpers.data.encode.keys import text_key, text_subject
+from helpers.data.planned import PlannedData
+from helpers.data.report.dataset_report import cut_off_line
+from helpers.data.settings import DataSettings
+from helpers.data.sources import extra_texts_place, open_caches, texts_place
 from helpers.errors import DataError, Interrupted
+from helpers.storage.memo import Memo, digest_of
 
 if TYPE_CHECKING:
-    from helpers.data.ports import TextEncoders
+    from helpers.data.ports import DataReporter, ModelEncoders, TextEncoders
+
+EXTRA = -1  # stands for the index of a dataset: captions of no dataset, such as validation prompts, and the unconditional
+
+log = logging.getLogger(__name__)
 
 
-def text_key(caption: str | None, fingerprint: str, cache_dtype: str) -> bytes:
-    """The key of a caption's text tensors; None is the family's unconditional."""
-    kind = "unconditional" if caption is None else "text"
-    return record_key(kind, caption or "", fingerprint, cache_dtype)
-
-
-def text_subject(caption: str | None) -> str:
-    """The name that the facts of a caption's text tensors are kept under."""
-    return "unconditional" if caption is None else f"text {hashlib.sha256(json.dumps(caption).encode()).hexdigest()}"
-
-
-class TextFiller:
-    """Fills a cache with the text tensors of captions; the encoders are used only for captions that are missing."""
+class CaptionEncoder:
+    """Encodes captions into one cache, in batches that do not depend on what is missing. Needs no encoder where nothing is."""
 
     def __init__(self, cache: Cache, encoders: TextEncoders) -> None:
         self.cache = cache
         self.encoders = encoders
 
     def batches(self, captions: Sequence[str], batch_size: int) -> list[Sequence[str]]:
-        """The fixed batches of distinct captions that are in an order of their own, such as sorted."""
+        """The batches of distinct captions, whose order must always be the same, such as sorted."""
         return [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
 
-    def pending(self, captions: Sequence[str], options: FillOptions) -> list[Sequence[str]]:
+    def pending(self, captions: Sequence[str], options: EncodeOptions) -> list[Sequence[str]]:
         """This process's batches in which a caption is missing."""
-        mine = self.batches(captions, options.batch_size)[options.rank :: options.world_size]
+        mine = self.batches(captions, options.batch_size)[options.workers.rank :: options.workers.world_size]
         return [batch for batch in mine if self._missing(batch, options)]
 
-    def encode(self, batches: Sequence[Sequence[str]], options: FillOptions) -> Filled:
-        """Encode what is missing of the given batches.
+    def encode(self, batches: Sequence[Sequence[str]], options: EncodeOptions) -> EncodeTotals:
+        """Encode what is missing of some batches.
 
-        DataError when the encoders' answer is not finite; Interrupted, after sealing what is done, when stopped.
+        Raises DataError when the encoders return values that are not finite, and Interrupted, after sealing what is done, when stopped.
         """
-        filled = Filled()
-        with Writer(self.cache, options.rank) as writer, background(WRITES_AHEAD) as write:
+        totals = EncodeTotals()
+        with Writer(self.cache, options.workers.rank) as writer, background_writes() as write:
             for captions in batches:
                 started = time.monotonic()
                 missing = self._missing(captions, options)
                 encoded = self.encoders.encode(captions)
                 tensors = {name: stored(tensor, options.cache_dtype).cpu() for name, tensor in encoded.items()}
-                filled.encoding_seconds += time.monotonic() - started
+                totals.encoding_seconds += time.monotonic() - started
                 records = [(captions[i], {name: tensor[i] for name, tensor in tensors.items()}) for i in missing]
-                write(self._store, writer, records, options, filled)
+                write(self._store, writer, records, options, totals)
                 options.progress(len(captions))
-                if options.should_stop():
-                    raise Interrupted("stopped while captions were encoded; what has been encoded is kept, start again to go on")
-        return filled
+                if options.workers.should_stop():
+                    raise Interrupted("stopped while captions were encoded; encoded captions are kept, start again to continue")
+        return totals
 
-    def keep(self, caption: str | None, tensors: Mapping[str, Tensor], options: FillOptions) -> None:
-        """Keep text tensors that have been made already, such as the unconditional (None)."""
+    def store(self, caption: str | None, tensors: Mapping[str, Tensor], options: EncodeOptions) -> None:
+        """Store tensors that were encoded elsewhere, such as the unconditional (None)."""
         record = {name: stored(tensor, options.cache_dtype).cpu() for name, tensor in tensors.items()}
-        with Writer(self.cache, options.rank) as writer:
-            self._store(writer, [(caption, record)], options, Filled())
+        with Writer(self.cache, options.workers.rank) as writer:
+            self._store(writer, [(caption, record)], options, EncodeTotals())
 
-    def _missing(self, captions: Sequence[str], options: FillOptions) -> list[int]:
-        """Which of some captions have no record."""
+    def _missing(self, captions: Sequence[str], options: EncodeOptions) -> list[int]:
+        """Positions of the captions that have no record."""
         located = self.cache.find(text_key(caption, self.encoders.fingerprint, options.cache_dtype) for caption in captions)
         return np.flatnonzero(located["shard"] == 0).tolist()
 
-    def _store(self, writer: Writer, records: Sequence[tuple[str | None, dict[str, Tensor]]], options: FillOptions, filled: Filled) -> None:
+    def _store(
+        self, writer: Writer, records: Sequence[tuple[str | None, dict[str, Tensor]]], options: EncodeOptions, totals: EncodeTotals
+    ) -> None:
         facts = {"encoder": self.encoders.fingerprint, "precision": options.cache_dtype}
         for caption, record in records:
             if not is_finite(record):
@@ -86,6 +90,142 @@ class TextFiller:
                     f"The text tensors of {(caption or '')[:80]!r} do not fit the cache's precision; use --cache_dtype=bf16 or fp32."
                 )
             subject = text_subject(caption)
-            filled.why[REASONS[self.cache.changed_fact(subject, facts)]] += 1
-            filled.encoded += 1
+            totals.why[REASONS[self.cache.changed_fact(subject, facts)]] += 1
+            totals.encoded += 1
             writer.add(text_key(caption, self.encoders.fingerprint, options.cache_dtype), without_padding(record), subject, facts)
+
+
+class TextStore:
+    """The text tensors of a run: those of its captions, of the prompts it needs besides, and the unconditional.
+
+    First `encode`; then `read` from any thread. Where the text encoders are trained, nothing is cached and nothing can be read.
+    """
+
+    def __init__(self, data: PlannedData, family: ModelEncoders, settings: DataSettings, workers: Workers, report: DataReporter) -> None:
+        self.is_cached = not settings.live_text
+        self.fingerprint = ""  # of the text encoders, once `encode` was called
+        self.unconditional: dict[str, Tensor] = {}  # what a dropped caption becomes; likewise, and empty where encoders are trained
+        self._data = data
+        self._family = family
+        self._settings = settings
+        self._workers = workers
+        self._report = report
+        self._options = settings.encode_options(settings.text_batch_size, workers)
+        self._extra = sorted({"", *settings.extra_captions})
+        self._caches: list[Cache] = []  # of each dataset, and last of the extra captions
+        self._memo = Memo(settings.cache_dir / "memo")
+        self._repairing = threading.Lock()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether text tensors are read from a network."""
+        return any(cache.remote for cache in self._caches)
+
+    # -- encoding ---------------------------------------------------------------------------------------------------------
+
+    def encode(self) -> None:
+        """Encode every caption that is not cached. Raises DataError, StorageError, and Interrupted when stopped."""
+        if not self.is_cached:
+            self._report_live_text()
+            return
+        datasets, settings, memo = self._data.datasets, self._settings, self._memo
+        places = [texts_place(dataset, settings.cache_dir) for dataset in datasets]
+        places.append(extra_texts_place(datasets, settings.text_cache_dir, settings.cache_dir))
+        with self._family.text_encoders(settings.device) as encoders:
+            with self._workers.phase():
+                self.fingerprint = encoders.fingerprint
+                self._caches = open_caches(places, self._report)
+                marks = [cache.revision() for cache in self._caches]
+                inputs = digest_of(self._data.digest(), encoders.fingerprint, settings.cache_dtype, marks)
+                cached = memo.load_value("captions", inputs)  # number of captions of the datasets, if all are known to be cached
+                wanted = [self._captions(index) if cached is None else [] for index in range(len(datasets))]
+                wanted.append(self._extra)
+                into = [CaptionEncoder(cache, encoders) for cache in self._caches]
+                totals = [self._encode(encoder, captions) for encoder, captions in zip(into, wanted, strict=True)]
+                self._encode_unconditional(encoders)
+            truncated = sum(map(int, self._workers.gather(str(encoders.truncated))))
+        if cached is None:
+            cached = sum(map(len, wanted[:-1]))
+            if self._workers.is_first:
+                memo.save_value("captions", inputs, cached)
+        total = totals_of_all(totals, self._workers)
+        self._report.chapter("text", total.describe(cached + len(self._extra), "the text encoders"))
+        self._report_truncated(truncated)
+        self.unconditional = self.read(None)
+
+    def _encode(self, encoder: CaptionEncoder, captions: Sequence[str]) -> EncodeTotals:
+        pending = encoder.pending(captions, self._options)
+        if not pending:
+            return EncodeTotals()
+        with bar(self._report, "encode captions", sum(map(len, pending)), "captions") as progress:
+            return encoder.encode(pending, dataclasses.replace(self._options, progress=progress))
+
+    def _encode_unconditional(self, encoders: TextEncoders) -> None:
+        cache = self._caches[EXTRA]
+        if self._workers.is_first and not cache.find([self._key(None)])["shard"][0]:
+            CaptionEncoder(cache, encoders).store(None, self._family.unconditional(encoders), self._options)
+
+    def _report_live_text(self) -> None:
+        """Say that captions are encoded in every step, and how many are too long."""
+        with self._family.text_encoders(self._settings.device) as encoders:
+            self.fingerprint = f"trained from {encoders.fingerprint}"
+        entries = sorted({dataset.text_entry.id for dataset in self._data.datasets if dataset.text_entry is not None})
+        unused = f"; text_embeds {', '.join(entries)} is not used" if entries else ""
+        self._report.chapter("text", f"the text encoders are trained: captions are encoded in every step, and none is cached{unused}")
+        lengths = self._family.caption_lengths()
+        limit = lengths.limit
+        if limit is None or not self._workers.is_first:
+            return
+
+        def count() -> int:
+            captions = {caption for index in range(len(self._data.datasets)) for caption in self._captions(index)}
+            return sum(length > limit for length in lengths.token_counts(sorted(captions)))
+
+        self._report_truncated(self._memo.recall("truncated", digest_of(self._data.digest(), lengths.fingerprint), count))
+
+    def _report_truncated(self, count: int) -> None:
+        if count:
+            self._report.chapter("", cut_off_line(count))
+
+    # -- reading ----------------------------------------------------------------------------------------------------------
+
+    def read(self, caption: str | None, dataset: int = EXTRA) -> dict[str, Tensor]:
+        """The text tensors of a caption of a dataset (by its index), or of an extra caption; None is the unconditional.
+
+        A damaged record is encoded again. Raises DataError for a caption that `encode` did not encode.
+        """
+        cache, key = self._caches[dataset], self._key(caption)
+        try:
+            record = cache.get(key)
+            if record is not None:
+                if not is_finite(record):
+                    raise DamagedRecordError(f"{cache.folder}: a record holds values that are not finite")
+                return record
+        except DamagedRecordError as error:
+            log.warning("%s, that of the caption %r; it is encoded again.", error, (caption or "")[:80])
+            cache.discard(key)
+        self._repair(caption, dataset)
+        record = cache.get(key)
+        if record is None:
+            raise DataError(
+                f"The text tensors of the caption {(caption or '')[:80]!r} are not in {cache.folder}; start again to encode them."
+            )
+        return record
+
+    def _repair(self, caption: str | None, dataset: int) -> None:
+        """Encode a caption again in the batch it was encoded in. One thread at a time loads the text encoders."""
+        options = dataclasses.replace(self._options, workers=Workers(self._workers.rank))
+        with self._repairing, self._family.text_encoders(self._settings.device) as encoders:
+            encoder = CaptionEncoder(self._caches[dataset], encoders)
+            if caption is None:
+                encoder.store(None, self._family.unconditional(encoders), options)
+            else:
+                batches = encoder.batches(self._captions(dataset), options.batch_size)
+                encoder.encode([batch for batch in batches if caption in batch], options)
+
+    def _captions(self, dataset: int) -> list[str]:
+        """The distinct captions of a dataset, sorted."""
+        return self._extra if dataset == EXTRA else list(self._data.catalogue.captions(self._data.datasets[dataset].id))
+
+    def _key(self, caption: str | None) -> bytes:
+        return text_key(caption, self.fingerprint, self._settings.cache_dtype)

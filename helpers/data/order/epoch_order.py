@@ -194,7 +194,7 @@ class EpochOrder:
     def _shapes_in(self, epoch: int) -> NDArray[Any]:
         shapes = np.asarray(self._shapes(epoch) if callable(self._shapes) else self._shapes)
         if shapes.shape != self._datasets.shape:
-            raise ValueError(f"an order needs one shape for each of its {len(self._datasets):,} samples, not {len(shapes):,}")
+            raise ValueError(f"an order needs one shape for each of the {len(self._datasets):,} samples, not {len(shapes):,}")
         return shapes
 
 

@@ -1,7 +1,7 @@
-"""What filling a cache with latents and with text tensors have in common.
+"""What encoding images and encoding captions have in common.
 
-A record's bytes depend in their last bits on what was encoded beside it. So the batches of an encoder are cut from the plan and not
-from what happens to be missing: where one member is missing the whole batch is encoded, and the missing member kept.
+The last bits of an encoder's output depend on what else is in the batch. So batches are cut from the plan, not from what is missing:
+where one member is missing, its whole batch is encoded and only the missing member is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WRITES_AHEAD = 4  # batches that may wait for the writer: bounds memory
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-# What `Cache.changed_fact` says, in words for the user.
+# The answers of `Cache.changed_fact`, in words for the user.
 REASONS = {
     "new": "new",
     "lost": "lost from the cache",
@@ -37,39 +37,36 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class FillOptions:
-    """How a cache is filled, and which part of the work is this process's: the i-th batch belongs to process i mod `world_size`."""
+class EncodeOptions:
+    """How this process encodes into caches. Batch i belongs to process i mod `workers.world_size`."""
 
     batch_size: int
-    cache_dtype: str = "auto"  # auto, fp16, bf16, fp32
-    threads: int = 2  # that read, decode and resize
-    rank: int = 0
-    world_size: int = 1
-    seal_after: float = SEAL_AFTER_SECONDS  # seconds after which what has been encoded becomes durable, and visible to other processes
-    should_stop: Callable[[], bool] = lambda: False
-    progress: Callable[[int], None] = lambda done: None  # told how many more are done, of those in the batches given
+    cache_dtype: str = "auto"  # auto, fp16, bf16 or fp32
+    threads: int = 2  # read, decode and resize images
+    workers: Workers = field(default_factory=Workers)
+    seal_after: float = SEAL_AFTER_SECONDS  # seconds until new records become durable, and visible to other processes
+    progress: Callable[[int], None] = lambda done: None  # called with the number of images or captions just done
 
 
 @dataclass
-class Filled:
-    """What filling came to in this process."""
+class EncodeTotals:
+    """How much this process encoded, why, and how long it took."""
 
     encoded: int = 0
-    why: Counter[str] = field(default_factory=Counter)  # of the encoded ones, why they were missing
+    why: Counter[str] = field(default_factory=Counter)  # reasons (`REASONS`) => number of encoded records
     failed: int = 0  # could not be encoded
     encoding_seconds: float = 0.0
-    waiting_seconds: float = 0.0  # for images to be read, decoded and resized
+    waiting_seconds: float = 0.0  # until images were read, decoded and resized
 
     def to_json(self) -> str:
         return json.dumps({**vars(self), "why": list(self.why.items())})
 
     @staticmethod
-    def from_json(text: str) -> Filled:
+    def from_json(text: str) -> EncodeTotals:
         values = json.loads(text)
-        return Filled(**{**values, "why": Counter(dict(values["why"]))})
+        return EncodeTotals(**{**values, "why": Counter(dict(values["why"]))})
 
-    def add(self, other: Filled) -> None:
-        """Take over what another data set, or another process, came to."""
+    def add(self, other: EncodeTotals) -> None:
         self.encoded += other.encoded
         self.why += other.why
         self.failed += other.failed
@@ -87,15 +84,18 @@ class Filled:
         return f"{line}; {self.encoded:,} encoded in {seconds:.0f} s ({self.encoded / seconds:,.1f}/s, limited by {limit}): {reasons}"
 
 
-def gathered(filled: Sequence[Filled], workers: Workers) -> Filled:
-    """What filling came to over all data sets of this process, and then over all processes."""
-    mine, total = Filled(), Filled()
-    for part in filled:
+def totals_of_all(totals: Sequence[EncodeTotals], workers: Workers) -> EncodeTotals:
+    """The sum of this process's totals, and then over all processes; every process must call it.
+
+    Times are those of the slowest process, since all work at the same time.
+    """
+    mine, total = EncodeTotals(), EncodeTotals()
+    for part in totals:
         mine.add(part)
-    shares = [Filled.from_json(text) for text in workers.gather(mine.to_json())]
+    shares = [EncodeTotals.from_json(text) for text in workers.gather(mine.to_json())]
     for share in shares:
         total.add(share)
-    total.encoding_seconds = max(share.encoding_seconds for share in shares)  # the processes work at the same time
+    total.encoding_seconds = max(share.encoding_seconds for share in shares)
     total.waiting_seconds = max(share.waiting_seconds for share in shares)
     return total
 
@@ -114,17 +114,17 @@ def is_finite(record: Mapping[str, Tensor]) -> bool:
 
 
 @contextmanager
-def background(ahead: int) -> Iterator[Callable[..., None]]:
-    """Gives a function that runs another in a background thread, in order; it waits when more than `ahead` are pending.
+def background_writes() -> Iterator[Callable[..., None]]:
+    """Yields a function that calls another one in a background thread, in order; it blocks while `WRITES_AHEAD` calls are pending.
 
-    What fails there is raised by a later call or on leaving, after everything that was begun has ended.
+    An error there is raised by a later call or on leaving, after all pending calls have ended.
     """
     pending: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as pool:
 
         def submit(function: Callable[..., None], *arguments: object) -> None:
             pending.append(pool.submit(function, *arguments))
-            while len(pending) > ahead:
+            while len(pending) > WRITES_AHEAD:
                 pending.popleft().result()
 
         try:

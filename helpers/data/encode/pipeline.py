@@ -1,0 +1,241 @@
+"""Units of images to records in caches: reading, decoding, encoding and writing at the same time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+from torch import Tensor
+
+from helpers.data.base.prefetch import read_ahead
+from helpers.data.cache.cache import Cache, Writer
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.encode.codec import SharedCodec
+from helpers.data.encode.common import REASONS, EncodeOptions, EncodeTotals, background_writes, is_finite, stored
+from helpers.data.encode.items import EncodeItem, load
+from helpers.data.encode.keys import latents_subject
+from helpers.data.encode.store import Unit
+from helpers.errors import Interrupted
+from helpers.storage.backend import SourceBackend
+
+CONTENTS_PER_COMMIT = 256
+CONTENTS_SECONDS = 1.0  # no content hash waits longer for its commit while others follow
+IDLE_SECONDS = 0.02
+
+OUT_OF_MEMORY = "out of memory: the image alone does not fit while it is encoded"
+NOT_FINITE = "not finite: the VAE's output does not fit the cache's precision; use --vae_dtype=fp32 and --cache_dtype=fp32"
+
+Sources = Mapping[str, SourceBackend]  # by id of the dataset
+
+
+def encode_units(units: Iterable[Unit | None], codec: SharedCodec, writer: RecordWriter, options: EncodeOptions) -> EncodeTotals:
+    """Encode what is missing of some units.
+
+    A unit of None means that there is none at present: what has been encoded is sealed, and after a moment the next unit is asked for.
+    Images that cannot be encoded are recorded in the catalogue (`Catalogue.failures`). Raises Interrupted, after sealing what has been
+    encoded, when stopped.
+    """
+    totals = EncodeTotals()
+    with codec.held(), _sources_ahead(units) as sources, writer, background_writes() as write:
+        for loaded in _loaded(units, sources, options, totals):
+            if loaded is None:
+                write(writer.flush)
+                time.sleep(IDLE_SECONDS)
+            else:
+                unit, items = loaded
+                started = time.monotonic()
+                _encode(items, codec, options.cache_dtype)
+                totals.encoding_seconds += time.monotonic() - started
+                write(writer.keep, unit, items, totals)
+                options.progress(len(items))
+            if options.workers.should_stop():
+                raise Interrupted("stopped while images were encoded; encoded images are kept, start again to continue")
+    return totals
+
+
+class RecordWriter:
+    """Writes encoded units into their caches, and what became of their images into the catalogue.
+
+    There is one `Writer` for each cache, made when it is first needed. Leaving the `with` block seals all of them. `wrote` is notified
+    after each unit.
+    """
+
+    def __init__(self, catalogue: Catalogue, options: EncodeOptions) -> None:
+        self.wrote = threading.Condition()
+        self._catalogue = catalogue
+        self._options = options
+        self._writers: dict[int, Writer] = {}
+        # Records that may not be sealed yet: (number of the epoch, row of the plan) => writer, key, and how many shards it had sealed.
+        self._unsealed: dict[tuple[int, int], tuple[Writer, bytes, int]] = {}
+        self._contents: list[tuple[int, str]] = []
+        self._committed = time.monotonic()
+
+    def writer(self, cache: Cache) -> Writer:
+        if id(cache) not in self._writers:
+            self._drop_given_up()
+            self._writers[id(cache)] = Writer(cache, self._options.workers.rank, self._options.seal_after)
+        return self._writers[id(cache)]
+
+    def keep(self, unit: Unit, items: Sequence[EncodeItem], totals: EncodeTotals) -> None:
+        """Write the missing records of a unit, and record the content hashes and the failures of its images."""
+        self._add_contents(items)
+        self._unsealed = {place: opened for place, opened in self._unsealed.items() if _may_be_open(*opened)}
+        for item in items:
+            if item.is_missing and item.record is not None:
+                if is_finite(item.record):
+                    self._add(unit, item, item.record, totals)
+                else:
+                    item.problem = NOT_FINITE
+            item.record = None
+            if item.problem:
+                totals.failed += 1
+                self._catalogue.add_failure(unit.latents.number, item.row, item.problem, item.is_undecodable)
+        with self.wrote:
+            self.wrote.notify_all()
+
+    def unsealed(self, number: int, row: int) -> dict[str, Tensor] | None:
+        """The record of a row of the plan that was written but not sealed yet, if there is one. For any thread."""
+        found = self._unsealed.get((number, row))
+        return None if found is None else found[0].get(found[1])
+
+    def flush(self) -> None:
+        """Seal and commit everything."""
+        self._commit_contents()
+        self._drop_given_up()
+        for writer in self._writers.values():
+            writer.seal()
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._commit_contents()
+        for writer in self._writers.values():
+            writer.__exit__(kind, error, trace)
+
+    def _add(self, unit: Unit, item: EncodeItem, record: dict[str, Tensor], totals: EncodeTotals) -> None:
+        subject, writer = latents_subject(item.sample), self.writer(unit.cache)
+        totals.why[REASONS[unit.cache.changed_fact(subject, item.facts)]] += 1
+        totals.encoded += 1
+        writer.add(item.key, record, subject, item.facts)
+        self._unsealed[unit.latents.number, item.planned] = (writer, item.key, writer.sealed)
+
+    def _drop_given_up(self) -> None:
+        self._writers = {key: writer for key, writer in self._writers.items() if not writer.cache.given_up}
+
+    def _add_contents(self, items: Sequence[EncodeItem]) -> None:
+        self._contents += [content for item in items for content in item.contents]
+        if len(self._contents) >= CONTENTS_PER_COMMIT or time.monotonic() - self._committed > CONTENTS_SECONDS:
+            self._commit_contents()
+
+    def _commit_contents(self) -> None:
+        if self._contents:
+            self._catalogue.set_content(self._contents)
+        self._contents = []
+        self._committed = time.monotonic()
+
+
+def _may_be_open(writer: Writer, key: bytes, sealed: int) -> bool:
+    return writer.sealed == sealed and not writer.cache.given_up
+
+
+def _encode(items: Sequence[EncodeItem], codec: SharedCodec, cache_dtype: str) -> None:
+    """Give each item that has pixels its record, in fewer batches where memory does not suffice for one."""
+    left = [item for item in items if item.pixels is not None]
+    while left:
+        assert left[0].pixels is not None
+        part = left[: codec.batch_limit(left[0].pixels) or len(left)]
+        tensors = _encoded(part, codec)
+        if tensors is None and len(part) > 1:
+            codec.limit_batches(left[0].pixels, len(part) // 2)
+            continue
+        for i, item in enumerate(part):
+            if tensors is not None:
+                item.record = {name: stored(of_all[i], cache_dtype).cpu() for name, of_all in tensors.items()}
+            elif item.is_missing:
+                item.problem = OUT_OF_MEMORY
+        left = left[len(part) :]
+    for item in items:
+        item.free()  # the writer may be some batches behind
+
+
+def _encoded(items: Sequence[EncodeItem], codec: SharedCodec) -> dict[str, Tensor | Sequence[Tensor]] | None:
+    """The tensors of items that have pixels, by name; None where memory does not suffice."""
+    encoded = codec.encode([item.pixels for item in items if item.pixels is not None])
+    if encoded is None:
+        return None
+    tensors: dict[str, Tensor | Sequence[Tensor]] = {**encoded}
+    for i, companion in enumerate(items[0].companions):
+        of_all = [tensor for item in items if (tensor := item.companions[i].tensor) is not None]
+        if not companion.kind.as_latents:
+            tensors[companion.kind.role] = of_all
+            continue
+        latents = codec.encode(of_all)
+        if latents is None:
+            return None
+        tensors[companion.kind.role] = latents["mean"]
+    return tensors
+
+
+@contextmanager
+def _sources_ahead(units: Iterable[Unit | None]) -> Iterator[Mapping[int, Sources]]:
+    """What each dataset (by its index) reads from: remote sources read ahead, where it is known which units will be asked for."""
+    ahead: dict[int, Sources] = {}
+    with ExitStack() as stack:
+        if isinstance(units, Sequence):
+            by_dataset: dict[int, list[Unit]] = {}
+            for unit in units:
+                if unit is not None:
+                    by_dataset.setdefault(unit.dataset, []).append(unit)
+            for dataset, own in by_dataset.items():
+                data = own[0].latents.data
+                names = [data.datasets[dataset].id, *(kind.dataset for kind in data.companions[dataset])]
+                ahead[dataset] = {name: stack.enter_context(read_ahead(data.sources[name], _keys(own, i))) for i, name in enumerate(names)}
+        yield ahead
+
+
+def _keys(units: Sequence[Unit], which: int) -> Iterator[str]:
+    """The files of units in the order in which `load` reads them: the images themselves (0), or their companions (from 1)."""
+    for unit in units:
+        for row in unit.latents.plan.columns["row"][unit.rows].tolist():
+            if which == 0:
+                yield unit.latents.data.catalogue.sample(row).key
+            elif (companion := unit.latents.data.catalogue.condition(row)) is not None:
+                yield companion.key
+
+
+def _loaded(
+    units: Iterable[Unit | None], sources: Mapping[int, Sources], options: EncodeOptions, totals: EncodeTotals
+) -> Iterator[tuple[Unit, list[EncodeItem]] | None]:
+    """The units in order with their images, loaded by threads a few units ahead; None where there is no unit at present."""
+    pool = ThreadPoolExecutor(options.threads, thread_name_prefix="images")
+    waiting: deque[tuple[Unit, Future[list[EncodeItem]]]] = deque()
+    ahead = iter(units)
+    more = True
+    try:
+        while more or waiting:
+            while more and len(waiting) <= options.threads:
+                try:
+                    unit = next(ahead)
+                except StopIteration:
+                    more = False
+                    break
+                if unit is None:
+                    break
+                waiting.append((unit, pool.submit(load, unit, sources.get(unit.dataset, unit.latents.data.sources))))
+            if not waiting:
+                if more:
+                    yield None
+                continue
+            started = time.monotonic()
+            unit, future = waiting.popleft()
+            items = future.result()
+            totals.waiting_seconds += time.monotonic() - started
+            yield unit, items
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,130 @@
+"""From configured datasets to planned data: list the files, read sizes and captions, find faces, plan the cuts.
+
+The first process does the work and writes catalogue and plan into CACHE_DIR; the others read them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helpers.config.datasets import DatasetConfig
+from helpers.data.base.progress import late_bar
+from helpers.data.base.workers import Workers
+from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.faces import find_faces
+from helpers.data.catalogue.scan import Refreshed, ScanOptions, ScanResult, judge, refresh, scan
+from helpers.data.encode.companions import companions_of
+from helpers.data.plan.buckets import plan
+from helpers.data.planned import PlannedData
+from helpers.data.planning import (
+    columns_of,
+    conditions_of,
+    has_plan,
+    load_plan,
+    plan_inputs,
+    rules_of,
+    rules_of_conditions,
+    save_plan,
+    without_a_face,
+)
+from helpers.data.settings import DataSettings
+from helpers.data.sources import open_source
+from helpers.storage.memo import Memo
+
+if TYPE_CHECKING:
+    from helpers.data.ports import DataReporter, ModelEncoders
+
+
+@dataclass
+class ScanResults:
+    """What the scan found, for the report. Empty in other processes than the first."""
+
+    images: list[ScanResult] = field(default_factory=list)  # for each dataset
+    conditions: list[ScanResult] = field(default_factory=list)  # for each dataset of conditions
+    faceless: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # see `without_a_face`
+
+
+class Scanner:
+    """Scans and plans the datasets of a run. A start from which nothing changed opens no image."""
+
+    def __init__(
+        self, datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelEncoders, workers: Workers, report: DataReporter
+    ) -> None:
+        self._datasets = datasets
+        self._conditions = conditions_of(datasets)
+        self._sources = {dataset.id: open_source(dataset) for dataset in (*datasets, *self._conditions.values())}
+        self._settings = settings
+        self._family = family
+        self._workers = workers
+        self._report = report
+
+    def run(self) -> tuple[PlannedData, ScanResults]:
+        """Raises DataError where no image of a dataset can be trained on, StorageError, and Interrupted when stopped."""
+        folder, results = self._settings.cache_dir, ScanResults()
+        with self._workers.phase():
+            if self._workers.is_first:
+                catalogue = Catalogue(folder / "catalogue.sqlite")
+                catalogue.forget_failures()
+                results = self._scan_all(catalogue)
+                results.faceless = self._make_plan(catalogue, folder / "plan")
+        if not self._workers.is_first:
+            catalogue = Catalogue(folder / "catalogue.sqlite")
+        companions = [companions_of(dataset, self._family) for dataset in self._datasets]
+        data = PlannedData(self._datasets, self._sources, companions, catalogue, load_plan(folder / "plan"), self._settings.seed)
+        return data, results
+
+    def _scan_all(self, catalogue: Catalogue) -> ScanResults:
+        refreshed = {name: self._refresh_conditions(name, catalogue) for name in self._conditions}  # first: images are paired with them
+        images = [self._scan(dataset, catalogue) for dataset in self._datasets]
+        conditions = [self._judge_conditions(name, found, catalogue) for name, found in refreshed.items()]
+        for dataset in self._datasets:
+            if dataset.crop and dataset.crop_style == "face":
+                self._find_faces(dataset, catalogue)
+        return ScanResults(images, conditions)
+
+    def _scan(self, dataset: DatasetConfig, catalogue: Catalogue) -> ScanResult:
+        left_out = self._settings.undecodable
+        with late_bar(self._report, f"scan {dataset.id}", "files") as progress:
+            options = ScanOptions(None, progress, self._workers.should_stop, dataset.trusts_listing)
+            undecodable = None if left_out is None else left_out.get(dataset.id, ())
+            return scan(self._sources[dataset.id], rules_of(dataset, self._settings.seed), catalogue, options, undecodable)
+
+    def _refresh_conditions(self, name: str, catalogue: Catalogue) -> Refreshed:
+        conditions = self._conditions[name]
+        with late_bar(self._report, f"scan {name}", "files") as progress:
+            options = ScanOptions(None, progress, self._workers.should_stop, conditions.trusts_listing)
+            return refresh(self._sources[name], rules_of_conditions(conditions, self._datasets), catalogue, options)
+
+    def _judge_conditions(self, name: str, found: Refreshed, catalogue: Catalogue) -> ScanResult:
+        rules = rules_of_conditions(self._conditions[name], self._datasets)
+        options = ScanOptions(should_stop=self._workers.should_stop)
+        return judge(self._sources[name], rules, catalogue, found, options, undecodable=())
+
+    def _find_faces(self, dataset: DatasetConfig, catalogue: Catalogue) -> None:
+        with late_bar(self._report, f"find faces {dataset.id}", "images") as progress:
+            find_faces(
+                self._sources[dataset.id],
+                dataset.id,
+                catalogue,
+                threads=self._settings.threads,
+                on_progress=progress,
+                should_stop=self._workers.should_stop,
+            )
+
+    def _make_plan(self, catalogue: Catalogue, folder: Path) -> dict[str, NDArray[np.int64]]:
+        """Write the plan of epoch 0, unless the one on disk was made from the same inputs. Returns what `without_a_face` returns."""
+        has_faces = any(dataset.crop and dataset.crop_style == "face" for dataset in self._datasets)
+        inputs, memo = plan_inputs(self._datasets, catalogue, self._settings.seed), Memo(self._settings.cache_dir / "memo")
+        if not has_faces and memo.load_value("plan", inputs) is not None and has_plan(folder):
+            return {}
+        columns = [columns_of(dataset, catalogue, self._settings.seed) for dataset in self._datasets]
+        memo.forget("plan")  # first: a start killed while it writes leaves files that no memo vouches for
+        save_plan(plan(columns), folder)
+        memo.save_value("plan", inputs, str(folder))
+        return without_a_face(columns)
