@@ -83,7 +83,10 @@ def total_steps(run: Run, data: TrainingData) -> int:
 
 
 def _accept_changes(run: Run, data: TrainingData) -> None:
-    """If the data changed since the checkpoint and the user accepts that, the next untouched epoch starts on the present data."""
+    """If the data changed since the checkpoint and the user accepts that, start a new epoch on the present data.
+
+    That is the first epoch of which nothing has been trained yet. CheckpointError if the user does not accept it.
+    """
     checkpoint, state = run.start.checkpoint, run.state
     if checkpoint is None:
         return

@@ -41,7 +41,7 @@ def make_learner(run: Run, total: int) -> Learner:
 
 
 def _attach_method(run: Run) -> Trainable:
-    """The network with the trained weights of the method, under the memory options."""
+    """Attach the method to the network, and switch on the memory options. => what is trained"""
     options = run.config.run
     parts = _load_network(run)
     if run.config.text_encoder.train_text_encoder:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def resolve_for_machine(run: Run) -> Run:
-    """The run with every setting resolved that only the running trainer can know; OUTPUT_DIR/config.json keeps them."""
+    """The run with the settings that only the running trainer knows: drawn seed, precision, accumulation, scaled learning rate, optimizer.
+
+    Writes all settings to OUTPUT_DIR/config.json.
+    """
     config, runtime = run.config, run.runtime
     drawn = {"seed": run.state.seed} if config.run.seed <= 0 else {}
     config = config.replaced("drawn at the start of the run", **drawn)

@@ -65,7 +65,7 @@ def sampler_class(config: Config, objective: Objective) -> str:
 
 
 def _require_sampler(config: Config, objective: Objective) -> None:
-    """ConfigError if the sampler does not fit the objective. Settings alone cannot tell: the base model may decide the prediction type."""
+    """ConfigError if the sampler does not fit the objective, which is known only now: the base model may set the prediction type."""
     asked = config.validation.validation_noise_scheduler
     if asked not in objective.samplers:
         raise ConfigError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def open_report(config: Config, runtime: Runtime, report: Reporters) -> None:
-    """Say which settings the run starts with, and add the HTML report of the datasets."""
+    """Print the settings that the run starts with, and add the HTML report of the datasets."""
     report.members.append(HtmlReport(config.run.output_dir))
     report.chapter("settings", config.describe())
     for note in (*config.notes, *runtime.notes):

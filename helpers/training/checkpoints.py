@@ -165,7 +165,7 @@ class Checkpointer:
         return Checkpoint(folder, json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
     def _folders(self) -> list[Path]:
-        """Folders named like checkpoints, newest step first. Other folders are ignored."""
+        """The folders named checkpoint-<step>, newest step first."""
         folders = [(int(match[1]), path) for path in self.output_dir.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
         return [path for _, path in sorted(folders, reverse=True)]
 

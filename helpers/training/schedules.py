@@ -61,19 +61,23 @@ def _constant(schedule: Schedule, step: int) -> float:
 
 
 def _linear(schedule: Schedule, step: int) -> float:
+    """L + (E - L) p"""
     return schedule.rate + (schedule.floor - schedule.rate) * schedule.progress(step)
 
 
 def _cosine(schedule: Schedule, step: int) -> float:
+    """E + (L - E) (1 + cos(pi p)) / 2"""
     return schedule.floor + (schedule.rate - schedule.floor) * (1 + math.cos(math.pi * schedule.progress(step))) / 2
 
 
 def _cosine_with_restarts(schedule: Schedule, step: int) -> float:
+    """The cosine once per cycle: p is replaced by the fractional part of p x cycles."""
     fraction = math.modf(schedule.progress(step) * schedule.cycles)[0]
     return schedule.floor + (schedule.rate - schedule.floor) * (1 + math.cos(math.pi * fraction)) / 2
 
 
 def _polynomial(schedule: Schedule, step: int) -> float:
+    """E + (L - E) (1 - p)^power"""
     return schedule.floor + (schedule.rate - schedule.floor) * (1 - schedule.progress(step)) ** schedule.power
 
 
