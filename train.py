@@ -29,6 +29,7 @@ from helpers.errors import (
     TrainingError,
     UserError,
 )
+from helpers.library_settings import remove_library_settings
 from helpers.threads import wait_briefly
 from helpers.training.stopping import StopRequest
 
@@ -55,6 +56,7 @@ def main() -> int:
     wait_briefly(os.environ)
     stop = StopRequest().listen()
     try:
+        ignored = [] if ranks.has_launcher(os.environ) else remove_library_settings(os.environ)
         config = read_config(sys.argv[1:], os.environ, known_axes())  # all mistakes at once, before torch is imported
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
@@ -65,6 +67,8 @@ def main() -> int:
 
     first = os.environ.get("RANK", "0") == "0"
     report = Reporters(Console() if first else FailureReporter(f"process {os.environ['RANK']}"))
+    for note in ignored:
+        report.chapter("", note)
     code = EXIT_FAULT
     try:
         train(config, stop, report)

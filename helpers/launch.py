@@ -7,6 +7,7 @@ Only the standard library and the settings are imported, so a mistake is told in
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -28,10 +29,18 @@ from helpers.choices import known_axes  # noqa: E402
 from helpers.config.options import LaunchOptions  # noqa: E402
 from helpers.config.read import read_config  # noqa: E402
 from helpers.errors import EXIT_REFUSED, ConfigError  # noqa: E402
+from helpers.library_settings import remove_library_settings, remove_ranks  # noqa: E402
 from helpers.ranks import PROCESSES_VARIABLE  # noqa: E402
 
-# Flags of accelerate launch that choose how processes work together; with one of them, `--multi_gpu` would be a second choice.
-STRATEGIES = frozenset(("--multi_gpu", "--use_deepspeed", "--use_fsdp", "--use_megatron_lm", "--use_parallelism_config", "--tpu"))
+# Flags of accelerate launch that choose how processes work together, beside --multi_gpu.
+UNAVAILABLE_STRATEGIES = {
+    "--use_deepspeed": "DeepSpeed",
+    "--use_fsdp": "FSDP",
+    "--use_megatron_lm": "Megatron-LM",
+    "--use_parallelism_config": "accelerate's parallelism configuration",
+    "--tpu": "a TPU",
+}
+AVAILABLE_KINDS = frozenset(("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"))  # as accelerate's configuration file names them
 
 
 @dataclass(frozen=True)
@@ -44,17 +53,21 @@ class Launch:
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+    environ = dict(environ)
     try:
         # The trainer reads the same settings again: a fifth of a second, and it can be started without this program.
         config = read_config(argv, environ, known_axes())
         launch = plan_launch(config.launch, environ, wants_file=config.run.demo is None)
+        notes = [*remove_library_settings(environ), *remove_ranks(environ)]
     except ConfigError as mistake:
         print(*(f"error: {problem}" for problem in mistake.problems), sep="\n", file=sys.stderr)
         return EXIT_REFUSED
+    for note in notes:
+        print(f"launch     {note}", file=sys.stderr)
     trainer = [str(ROOT / "train.py"), *argv]
     if launch is None:
         # One process: this one. Its id, and with it signals and the exit code, are the trainer's own.
-        os.execve(sys.executable, [sys.executable, *trainer], dict(environ))
+        os.execve(sys.executable, [sys.executable, *trainer], environ)
     from helpers.supervisor import supervise
 
     # -P: the caller's folder must not be searched for modules, a file of theirs may be called like one.
@@ -75,13 +88,14 @@ def plan_launch(options: LaunchOptions, environ: Mapping[str, str], wants_file: 
     compiled = options.training_dynamo_backend != "no"
     if processes == 1 and machines == 1 and not extra and file is None and not compiled:
         return None
+    require_known_strategy(extra, file)
     has_file = file is not None or "--config_file" in named
     arguments: list[str] = []
     variables: dict[str, str] = {}
     if file is not None:
         print(f"launch     as {file} says", file=sys.stderr)
         arguments += ["--config_file", str(file)]
-    if not has_file and STRATEGIES.isdisjoint(named):
+    if not has_file and "--multi_gpu" not in named:
         arguments += ["--multi_gpu"] if processes > 1 else []
         if not torch_has_a_gpu():
             # accelerate's own --cpu would quietly run a single process.
@@ -97,6 +111,24 @@ def plan_launch(options: LaunchOptions, environ: Mapping[str, str], wants_file: 
         if "--num_processes" not in named:
             variables[PROCESSES_VARIABLE] = str(processes)
     return Launch((*arguments, *extra), variables)  # accelerate takes the last of two equal flags: the user's
+
+
+def require_known_strategy(extra: Sequence[str], file: Path | None) -> None:
+    """ConfigError where arguments or configuration file of accelerate ask for a strategy that the trainer does not have."""
+    for flag, strategy in UNAVAILABLE_STRATEGIES.items():
+        if flag in extra:
+            raise ConfigError(f"ACCELERATE_EXTRA_ARGS: {flag} asks for {strategy}, which is not available yet; remove it.")
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--config_file", type=Path, default=file)
+    file = named.parse_known_args(extra)[0].config_file
+    if file is None:
+        return
+    kind = str(_read_yaml(file).get("distributed_type", "NO")).upper()
+    if kind not in AVAILABLE_KINDS:
+        raise ConfigError(
+            f"{file}: distributed_type {kind} is not available yet; run `accelerate config` again and choose multi-GPU or no distributed "
+            "training, or remove the file."
+        )
 
 
 def accelerate_file(environ: Mapping[str, str]) -> Path | None:

@@ -29,6 +29,11 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def has_launcher(environ: Mapping[str, str]) -> bool:
+    """Whether our launcher started this process, and so has judged its environment."""
+    return LAUNCHER_VARIABLE in environ
+
+
 def tie_to_launcher(environ: Mapping[str, str]) -> None:
     """Never outlive the launcher. The trainer's first act: what dies before it is not yet tied, and is looked at here."""
     if LAUNCHER_VARIABLE not in environ:

@@ -22,6 +22,7 @@ ALLOWED = {
     "config": {"errors"},
     "storage": {"errors"},
     "threads": set(),
+    "library_settings": {"errors"},
     "ranks": {"errors"},
     "supervisor": {"errors", "ranks"},
     "data": {"errors", "config", "storage"},
@@ -29,10 +30,10 @@ ALLOWED = {
     "families": {"errors", "config", "storage", "data", "protocols", "registry"},
     "methods": {"errors", "config", "storage", "data", "protocols", "registry"},
     "objectives": {"errors", "config", "storage", "data", "protocols", "registry"},
-    "training": {"errors", "config", "storage", "data", "protocols", "families", "methods", "objectives", "ranks"},
+    "training": {"errors", "config", "storage", "data", "protocols", "families", "methods", "objectives", "ranks", "library_settings"},
     "reporting": {"errors", "config", "storage", "data", "protocols", "families", "methods", "objectives"},
     "choices": {"config", "families", "methods", "objectives"},
-    "launch": {"errors", "config", "ranks", "supervisor", "choices"},
+    "launch": {"errors", "config", "ranks", "supervisor", "choices", "library_settings"},
     "setup": {
         "errors",
         "config",
@@ -53,6 +54,7 @@ LIGHT = {
     "config": {"pydantic", "json5"},
     "storage": {"boto3", "botocore", "datasets", "huggingface_hub", "pyarrow", "safetensors", "urllib3"},
     "ranks": set(),
+    "library_settings": set(),
     "supervisor": set(),
     "launch": {"yaml"},
 }
@@ -226,7 +228,7 @@ class Hidden:
             raise ImportError(f"{name} is hidden")
 
 sys.meta_path.insert(0, Hidden())
-for part in ("errors", "ranks", "supervisor", "launch", *sys.argv[1:]):
+for part in ("errors", "ranks", "supervisor", "launch", "library_settings", *sys.argv[1:]):
     importlib.import_module("helpers." + part)
 from helpers.choices import known_axes
 assert known_axes()

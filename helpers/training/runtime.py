@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
 from helpers.data.base.draws import seed_of
 from helpers.errors import ConfigError, Interrupted, UserError
+from helpers.library_settings import in_effect
 from helpers.ranks import PROCESSES_VARIABLE, announce_rank
 from helpers.training.lock import lock_folder
 from helpers.training.meeting import ANSWER_WITHIN, Alone, Meeting
@@ -136,12 +137,21 @@ def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Coll
     wanted = int(os.environ.get(PROCESSES_VARIABLE) or os.environ.get("WORLD_SIZE") or state.num_processes)
     if state.num_processes != wanted:
         # Otherwise each process would train alone and overwrite the others' files.
+        if PROCESSES_VARIABLE not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE={wanted} in the environment says that {wanted} processes train, but this one is alone: unset it, or start the "
+                "run by its wrapper, which starts TRAINING_NUM_PROCESSES processes."
+            )
         raise RuntimeError(f"{wanted} processes were requested, but the launcher started a group of {state.num_processes}.")
     announce_rank(os.environ)
     mixed_precision, note = resolve_precision(options.mixed_precision, "mixed_precision" in chosen, state.device)
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    # Without the plugin, accelerate reads the number of steps from the environment and divides every gradient by it.
+    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
-    runtime = Runtime(accelerator, stop, mixed_precision, [note] if note else [], [])
+    notes = [note] if note else []
+    if kernels := in_effect(os.environ):
+        notes.append(f"kernels of torch are chosen by the environment: {kernels}")
+    runtime = Runtime(accelerator, stop, mixed_precision, notes, [])
     refusals = runtime.gather(_take_locks(runtime, folders))
     if refusal := next(filter(None, refusals), None):
         raise UserError(refusal)
