@@ -63,18 +63,11 @@ def test_a_number_of_processes_among_the_extra_arguments_is_not_contradicted(ext
     assert launch.arguments[-len(extra.split()) :] == tuple(extra.split())
 
 
-<<<<<<< HEAD
-def test_a_configuration_file_among_the_extra_arguments_is_left_to_say_everything() -> None:
-    named = f"--config_file={tmp_path}/my.yaml"
-    launch = plan_launch(replace(PLAIN, accelerate_extra_args=named), os.environ)
-    assert launch is not None and launch.arguments == (named,)
-=======
 def test_a_configuration_file_among_the_extra_arguments_is_left_to_say_everything(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("distributed_type: MULTI_GPU\n")
     named = f"--config_file={tmp_path}/my.yaml"
     launch = plan_launch(replace(PLAIN, accelerate_extra_args=named), os.environ)
     assert launch is not None and launch.arguments == (named,)
->>>>>>> dafbac6 (Ask a configuration file of accelerate to be there)
     assert launch.variables == {}
 
 
