@@ -77,11 +77,11 @@ def test_each_strategy_finds_its_caption(rule: CaptionRule, caption: str) -> Non
 def test_a_missing_and_an_empty_caption_are_told_apart() -> None:
     with pytest.raises(CaptionError, match=r"no caption: sub/fox\.txt is missing"):
         captions(CaptionRule("textfile"), key="sub/fox.jpg")
-    with pytest.raises(CaptionError, match=r"empty caption: sub/fox\.txt says nothing"):
+    with pytest.raises(CaptionError, match=r"empty caption: sub/fox\.txt holds no text"):
         captions(CaptionRule("textfile", "sks", prepend_instance_prompt=True), "", key="sub/fox.jpg")
-    with pytest.raises(CaptionError, match=r"empty caption: ___\.jpg says nothing"):
+    with pytest.raises(CaptionError, match=r"empty caption: ___\.jpg holds no text"):
         captions(CaptionRule("filename"), key="___.jpg")
-    with pytest.raises(CaptionError, match=r"empty caption: fox\.txt says nothing"):
+    with pytest.raises(CaptionError, match=r"empty caption: fox\.txt holds no text"):
         captions(CaptionRule("textfile", multiple=True), " \n \n", key="fox.jpg")
 
 

@@ -191,7 +191,7 @@ def test_every_file_is_paired_or_left_out_with_a_reason(paired: Paired) -> None:
     assert data.samples_per_epoch == 9
     report, conditions = paired.report["datasets"][0], paired.report["conditions"][0]
     assert {entry["key"]: entry["reason"] for entry in report["left_out"]} == {
-        "alone.png": "no condition: no picture of 'edges' has this name",
+        "alone.png": "no condition: no image of 'edges' has this name",
         "bent.png": "condition of another shape: it is 64x96, and the image 96x64",
         "broken.png": "condition unreadable: not a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF image, or its header is damaged",
     }
@@ -211,9 +211,7 @@ def test_the_same_ending_comes_first_where_two_conditions_have_an_images_name(pa
 def test_a_set_of_which_no_image_has_a_condition_is_refused(paired: Paired) -> None:
     for place in paired.conditions.rglob("*.bmp"):
         place.rename(place.with_name(f"edge_{place.name}"))
-    with pytest.raises(
-        DataError, match=r"all 9 files in .* are left out \(9 no condition\), such as .*no picture of 'edges' has this name"
-    ):
+    with pytest.raises(DataError, match=r"all 9 files in .* are left out \(9 no condition\), such as .*no image of 'edges' has this name"):
         paired.prepare()
 
 

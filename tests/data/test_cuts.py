@@ -105,7 +105,10 @@ def test_a_face_stays_in_its_cut(size: Size, x: float, y: float, flip: bool) -> 
     ("rule", "said"),
     [
         (FACE, "'a' crops around faces, but the numbers for it are missing"),
-        (ResolutionRule(crop=True, crop_style="center", crop_aspect="random", aspect_buckets=(AspectBucket(1),)), "'a' draws its aspects"),
+        (
+            ResolutionRule(crop=True, crop_style="center", crop_aspect="random", aspect_buckets=(AspectBucket(1),)),
+            "'a' has random aspects, but the numbers for it are missing",
+        ),
     ],
 )
 def test_a_rule_without_its_numbers_is_a_bug(rule: ResolutionRule, said: str) -> None:

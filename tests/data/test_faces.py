@@ -125,7 +125,7 @@ def test_what_was_found_before_a_stop_is_kept(catalogue: Catalogue) -> None:
         return brightest(image)
 
     scan(store, RULES, catalogue)
-    with pytest.raises(Interrupted, match="what has been found is kept"):
+    with pytest.raises(Interrupted, match="stopped while images were searched"):
         find_faces(store, "a", catalogue, lambda: detector, threads=1, should_stop=lambda: bool(seen))
     assert len(seen) == 1
     assert find_faces(store, "a", catalogue, lambda: brightest, threads=1) == 2

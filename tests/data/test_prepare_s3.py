@@ -172,7 +172,7 @@ def test_a_header_or_a_record_damaged_on_the_way_is_read_again(bucket: Bucket, s
 def test_an_empty_prefix_is_told_as_such(bucket: Bucket) -> None:
     for key in bucket.s3.contents(bucket.name):
         bucket.s3.client.delete_object(Bucket=bucket.name, Key=key)
-    with pytest.raises(DataError, match=r"data set 'toys': s3://.*/data/ at .* holds no files; put images there"):
+    with pytest.raises(DataError, match=r"dataset 'toys': there are no files in s3://.*/data/ at .*; put images there"):
         bucket.prepare()
 
 

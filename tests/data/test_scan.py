@@ -86,7 +86,7 @@ def test_every_file_is_used_or_left_out_with_its_reason(catalogue: Catalogue) ->
     assert [catalogue.sample(row).captions for row in catalogue.columns("set").rows] == [("LOUD",), ("a good one",)]
     assert reasons(catalogue) == {
         "README": "not an image: its name has no ending",
-        "empty.png": "empty caption: empty.txt says nothing",
+        "empty.png": "empty caption: empty.txt holds no text",
         "film.mp4": "not an image: its name ends in .mp4",
         "latin.png": "caption is not UTF-8: latin.txt; save it as UTF-8 text",
         "page.jpg": "unreadable: this is a web page or XML, not an image",
@@ -174,7 +174,7 @@ def test_two_captions_that_differ_in_letter_case_are_one(catalogue: Catalogue) -
 def test_what_was_left_out_when_a_run_began_stays_left_out_also_in_a_catalogue_made_anew(catalogue: Catalogue) -> None:
     store = Watched({"a.png": picture(), "b.png": picture()})
     assert scan(store, BY_NAME, catalogue, undecodable=["a.png"]).used == 1
-    assert reasons(catalogue) == {"a.png": "unreadable: it could not be decoded when this run began, and stays left out to its end"}
+    assert reasons(catalogue) == {"a.png": "unreadable: it could not be decoded when this run started, and stays left out until the run ends"}
 
 
 def test_an_image_whose_pixels_proved_damaged_is_left_out_by_the_next_new_run(catalogue: Catalogue) -> None:
@@ -260,9 +260,9 @@ def test_a_file_that_could_not_be_opened_is_tried_again(tmp_path: Path, catalogu
     ("prepare", "sentence"),
     [
         (lambda root: None, r"does not exist"),
-        (lambda root: root.mkdir(), r"data set 'set': .*data holds no files; put images there"),
+        (lambda root: root.mkdir(), r"dataset 'set': there are no files in .*data; put images there"),
         (lambda root: (root.mkdir(), (root / "a.jpg").write_bytes(b"<html>"), (root / "b.md").write_bytes(b"x")),
-         r"data set 'set': all 2 files in .*data are left out \(1 unreadable, 1 not an image\), such as a\.jpg: unreadable: this is a web"),
+         r"dataset 'set': all 2 files in .*data are left out \(1 unreadable, 1 not an image\), such as a\.jpg: unreadable: this is a web"),
     ],
 )  # fmt: skip
 def test_nothing_to_train_on_is_one_sentence(tmp_path: Path, catalogue: Catalogue, prepare: object, sentence: str) -> None:

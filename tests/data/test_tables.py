@@ -138,10 +138,10 @@ def test_every_image_that_a_table_does_not_serve_is_left_out_with_its_reason(cat
     assert (result.found, result.used, result.left_out) == (10, 1, 9)
     assert result.tables == (JoinedTable("t.parquet", 12, 2, 1),)
     assert reasons(catalogue) == {
-        "blank.png": "empty caption: description of t.parquet says nothing of it",
-        "flat.png": "no size: the column height of t.parquet says 0 for it",
-        "silent.png": "empty caption: description of t.parquet says nothing of it",
-        "sizeless.png": "no size: the column width of t.parquet says nothing for it",
+        "blank.png": "empty caption: the column description of t.parquet is empty",
+        "flat.png": "no size: the column height of t.parquet has 0",
+        "silent.png": "empty caption: the column description of t.parquet is empty",
+        "sizeless.png": "no size: the column width of t.parquet is empty",
         "stray.md": "not an image: its name ends in .md",
         "tiny.png": "below 0.001 megapixels: 5x5",
         "twice.png": "several rows: t.parquet has 2 rows of this name",
@@ -217,7 +217,7 @@ def test_sizes_in_texts_are_numbers_and_captions_that_look_like_numbers_are_text
 @pytest.mark.parametrize(
     ("format", "data", "said"),
     [
-        ("parquet", b"PAR1 no", "t is not a Parquet table, or damaged: "),
+        ("parquet", b"PAR1 no", "t is not a Parquet table, or is damaged: "),
         (
             "parquet",
             parquet([{"id": "a", "descripton": "x"}]),
@@ -225,15 +225,19 @@ def test_sizes_in_texts_are_numbers_and_captions_that_look_like_numbers_are_text
         ),
         ("csv", b"id,text\na,b\n", "t has no column 'description'; it has id, text"),
         ("csv", b"", "t has no column 'id'; it has none"),
-        ("csv", b"\xef\xbb\xbfid;description\r\na;b\r\n", r"t has semicolons between its columns \(id;description\); save it with commas"),
+        ("csv", b"\xef\xbb\xbfid;description\r\na;b\r\n", r"t separates columns with semicolons \(id;description\); save it with commas"),
         ("csv", b"id,id,description\n", "t has 2 columns 'id'; rename all but one"),
-        ("csv", b"id,description\na,b\nc,a cat, a mat\n", "t, line 3: 3 values under 2 columns; a value with a comma stands in double quo"),
-        ("csv", b'id,description\na,"b\n', "t, line 2: is not CSV: "),
-        ("csv", b"id,description\na,caf\xe9\n", "t: is not UTF-8 after line"),
-        ("jsonl", b'{"id": "a", "description": "x"}\n{"id": \n', "t, line 2: is not JSON: "),
-        ("jsonl", b'{"id": "a", "description": "caf\xe9"}', "t, line 1: is not UTF-8"),
-        ("jsonl", b'{"id": "a"}\n[1]\n', r"t, line 2: \[1\] is not an object"),
-        ("jsonl", b'[{"id": "a", "description": "x"}, 7]', "t, element 2: 7 is not an object"),
+        (
+            "csv",
+            b"id,description\na,b\nc,a cat, a mat\n",
+            "t, line 3: 3 values for 2 columns; a value that contains a comma must be in dou",
+        ),
+        ("csv", b'id,description\na,"b\n', "t, line 2 is not CSV: "),
+        ("csv", b"id,description\na,caf\xe9\n", "t is not UTF-8 after line"),
+        ("jsonl", b'{"id": "a", "description": "x"}\n{"id": \n', "t, line 2 is not JSON: "),
+        ("jsonl", b'{"id": "a", "description": "caf\xe9"}', "t, line 1 is not UTF-8"),
+        ("jsonl", b'{"id": "a"}\n[1]\n', r"t, line 2: \[1\] is not a JSON object"),
+        ("jsonl", b'[{"id": "a", "description": "x"}, 7]', "t, element 2: 7 is not a JSON object"),
         ("jsonl", b'{"id": "a", "text": "x"}\n', "t has no column 'description'; it has id, text"),
     ],
 )
@@ -265,7 +269,7 @@ def test_a_disk_that_fails_under_a_table_is_the_machines_fault(catalogue: Catalo
 
 
 def test_a_table_that_is_missing_is_named_with_its_place(tmp_path: Path, catalogue: Catalogue) -> None:
-    with pytest.raises(DataError, match="data set 'set': there is no table t.parquet in memory; check its path"):
+    with pytest.raises(DataError, match="dataset 'set': there is no table t.parquet in memory; check its path"):
         scan(MemoryBackend({"a.png": picture()}), rules(CAPTIONS), catalogue)
     absolute = replace(CAPTIONS, path=str(tmp_path / "nowhere.parquet"))
     with pytest.raises(DataError, match=r"the table .*nowhere\.parquet cannot be opened: No such file"):
@@ -278,8 +282,8 @@ def test_captions_that_are_no_text_are_left_out_by_name(catalogue: Catalogue) ->
     files = {f"{name}.png": picture() for name in "abc"}
     assert scan(MemoryBackend({**files, "t.jsonl": lines}), rules(table, strategy="jsonl"), catalogue).used == 1
     assert reasons(catalogue) == {
-        "a.png": "caption is not text: the column description of t.jsonl says 7 for it",
-        "b.png": "caption is not UTF-8: the column description of t.jsonl has half of a character pair for it",
+        "a.png": "caption is not text: the column description of t.jsonl has 7",
+        "b.png": "caption is not UTF-8: the column description of t.jsonl has half of a surrogate pair",
     }
 
 

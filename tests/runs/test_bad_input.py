@@ -62,7 +62,7 @@ def test_an_empty_folder_is_refused(trainer: Trainer) -> None:
     empty.mkdir()
     trainer.dataloader(instance_data_dir=str(empty))
     said = refusal(trainer.run())
-    assert f"data set 'pictures': {empty} holds no files; put images there" in said
+    assert f"dataset 'pictures': there are no files in {empty}; put images there" in said
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ LEFT_OUT = {
     "page.jpg": "unreadable: this is a web page or XML, not an image",
     "bomb.png": "too large: 13000x13000, more than 128 megapixels",
     "no_caption.png": "no caption: no_caption.txt is missing",
-    "empty_caption.png": "empty caption: empty_caption.txt says nothing",
+    "empty_caption.png": "empty caption: empty_caption.txt holds no text",
     "latin_caption.png": "caption is not UTF-8: latin_caption.txt; save it as UTF-8 text",
     "tiny.png": "below 32 px: 16x16",
     "notes.md": "not an image: its name ends in .md",

@@ -1,1 +1,1 @@
-"""Which images there are: list files, read sizes and captions, keep them in SQLite with the reason for every file left out."""
+"""The images of every dataset: list the files, read sizes and captions, decide which are used, and keep all that in SQLite."""

@@ -1,4 +1,4 @@
-"""Removes and replaces parts of captions, as the lines of a filter list say."""
+"""Caption filters: remove or replace parts of captions, as the lines of a filter list say."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import regex
 from helpers.config.caption_filters import FilterLine, parse_filter
 from helpers.errors import DataError
 
-SECONDS = 1.0  # of processor time that one line may take on one caption. An expression that backtracks without end takes longer than a run.
+SECONDS = 1.0  # processor time for one line on one caption: a regular expression can backtrack for longer than the run
 
 
 class CaptionFilters:
-    """The lines of a filter list, compiled once; each is applied once, in order, to what the one before it left."""
+    """The lines of a filter list, compiled. They are applied in order, each to the result of the one before."""
 
     def __init__(self, lines: Sequence[str]) -> None:
-        """DataError for a line that cannot be used; the settings' own check has told of most before."""
+        """DataError for an invalid line. The check of the settings has found most of them before."""
         self._filters = [_compiled(line) for line in lines]
 
     def apply(self, text: str, key: str) -> str:
-        """The text as it is trained under, white space around it removed; `key` is the image's, for messages.
+        """The filtered text, without surrounding white space. `key` names the image in messages.
 
-        DataError where a line takes longer than `SECONDS`. To skip it instead would make captions depend on the machine's speed.
+        DataError if a line takes longer than `SECONDS`: skipping it would make captions depend on the machine's speed.
         """
         for line, apply in self._filters:
             try:
@@ -30,7 +30,7 @@ class CaptionFilters:
             except TimeoutError:
                 raise DataError(
                     f"caption_filter_list: {line!r} takes longer than {SECONDS:g} s on the caption of {key};"
-                    " write it without repetitions inside repetitions."
+                    " rewrite it without nested repetitions such as (a+)+."
                 ) from None
         return text.strip() if self._filters else text
 
@@ -48,6 +48,6 @@ def _plain(parsed: FilterLine) -> Callable[[str], str]:
 
 
 def _expression(parsed: FilterLine) -> Callable[[str], str]:
-    # The standard library's `re` cannot be interrupted; `regex` can, and its version 0 reads expressions as `re` does.
+    # `re` of the standard library has no timeout. `regex` has one, and its version 0 has the syntax of `re`.
     pattern = regex.compile(parsed.pattern, regex.VERSION0)
     return lambda text: pattern.sub(parsed.replacement, text, timeout=SECONDS)

@@ -1,7 +1,7 @@
-"""Where faces are, for cuts around them: looked for once in each picture's pixels, and remembered under the hash of its bytes.
+"""Face detection, for crops around faces. Each image is searched once; the result is stored by the hash of its bytes.
 
-The detector is the frontal cascade that OpenCV 4 ships, then the one for profiles, on both sides. It is exact enough to place a cut:
-it misses faces that are small, tilted or covered, and such pictures are cut in the middle.
+The detector uses the cascades that OpenCV 4 ships: first the one for frontal faces, then the one for profiles, in both directions. It
+is good enough to place a crop. It misses faces that are small, tilted or covered; such images are cropped in the center.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from helpers.data.catalogue.catalogue import Catalogue
 from helpers.errors import Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
 
-# To be raised by whoever changes what is found: all pictures are then looked at again.
+# Change it when the detection changes: all images are then searched again.
 FINDER = "cascades 1"
 
-_EDGE = 640  # pixels of the longer side that a face is looked for at; a window of the cascades has 20
-_SMALLEST = 12  # a face's share of the shorter side is at least one in this many: smaller finds are mostly none
-_SCALE, _NEIGHBOURS = 1.1, 5  # between window sizes; finds that must agree on one face
-_BLOCK = 256  # pictures looked at between two commits: what a kill can lose
+_EDGE = 640  # longer side of the searched image in pixels; a cascade's window has 20
+_SMALLEST = 12  # a face takes at least 1/12 of the shorter side; smaller detections are mostly wrong
+_SCALE, _NEIGHBORS = 1.1, 5  # factor between window sizes; detections that must overlap to count as a face
+_BLOCK = 256  # images per transaction: a kill loses at most these
 _TABLE = "CREATE TABLE IF NOT EXISTS faces (content TEXT PRIMARY KEY, finder TEXT NOT NULL, x REAL, y REAL)"
 _KNOWN = "LEFT JOIN faces ON faces.content = used.content AND faces.finder = ?"
 
-Middle = tuple[float, float]  # of a face, as shares of the picture's width and height from its top left corner
+Middle = tuple[float, float]  # center of a face, as shares of the image's width and height
 Detector = Callable[[Image.Image], Middle | None]
 
 
 class CascadeDetector:
-    """The middle of the largest face of a picture. Threads may share one; each loads the cascades for itself."""
+    """Returns the center of the largest face of an image. Threads may share one; each thread loads its own cascades."""
 
     def __init__(self) -> None:
         import cv2
 
         self._library: Any = cv2
-        self._library.setNumThreads(1)  # pictures are looked at in threads already
+        self._library.setNumThreads(1)  # images are already searched in parallel
         self._of_thread = threading.local()
 
     def __call__(self, image: Image.Image) -> Middle | None:
-        grey = np.asarray(image.convert("L"))
+        gray = np.asarray(image.convert("L"))
         frontal, profile = self._cascades()
-        found = _boxes(frontal, grey)
+        found = _boxes(frontal, gray)
         if not found:
-            width = grey.shape[1]
-            mirrored = _boxes(profile, np.ascontiguousarray(grey[:, ::-1]))
-            found = [*_boxes(profile, grey), *((width - x - w, y, w, h) for x, y, w, h in mirrored)]
+            width = gray.shape[1]
+            mirrored = _boxes(profile, np.ascontiguousarray(gray[:, ::-1]))
+            found = [*_boxes(profile, gray), *((width - x - w, y, w, h) for x, y, w, h in mirrored)]
         if not found:
             return None
         x, y, w, h = max(found, key=lambda box: (box[2] * box[3], -box[1], -box[0]))
-        return (x + w / 2) / grey.shape[1], (y + h / 2) / grey.shape[0]
+        return (x + w / 2) / gray.shape[1], (y + h / 2) / gray.shape[0]
 
     def _cascades(self) -> tuple[Any, Any]:
         if not hasattr(self._of_thread, "cascades"):
@@ -80,10 +80,10 @@ def find_faces(
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Look for a face in every used picture of a data set that nobody has looked at. => how many pictures were opened.
+    """Search every image in use that has not been searched yet. Returns the number of images that were read.
 
-    `detector` is made only when there is a picture to look at. Killed at any moment it loses at most `_BLOCK` pictures.
-    Interrupted, after keeping what was found, when `should_stop()` turns true; StorageError when the store fails.
+    `detector` is called only if there is an image to search. A kill loses at most `_BLOCK` images. If `should_stop()` becomes true, the
+    results so far are stored and Interrupted is raised. StorageError if the source fails.
     """
     with catalogue.transaction() as database:
         database.execute(_TABLE)
@@ -96,15 +96,15 @@ def find_faces(
         return 0
     finder = detector()
 
-    def look(picture: tuple[int, str, int, int]) -> tuple[int, str, Middle | None] | None:
-        return None if should_stop() else _look(backend, finder, *picture)
+    def search(image: tuple[int, str, int, int]) -> tuple[int, str, Middle | None] | None:
+        return None if should_stop() else _search(backend, finder, *image)
 
     done = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="faces") as pool:
         for block in _blocks(pending):
-            _keep(catalogue, [found for found in pool.map(look, block) if found is not None])
+            _store(catalogue, [found for found in pool.map(search, block) if found is not None])
             if should_stop():
-                raise Interrupted("stopped while faces were looked for; what has been found is kept, start again to go on")
+                raise Interrupted("stopped while images were searched for faces; start again to continue")
             done += len(block)
             if on_progress is not None:
                 on_progress(done, len(pending))
@@ -112,7 +112,7 @@ def find_faces(
 
 
 def face_middles(catalogue: Catalogue, dataset: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(N,) shares from the left and from the top of each used picture, in key order; NaN where no face was found."""
+    """Horizontal and vertical face centers of the images in use, in key order: shares of width and height, (N,). NaN without a face."""
     with catalogue.transaction() as database:
         database.execute(_TABLE)
         rows = database.execute(f"SELECT faces.x, faces.y FROM used {_KNOWN} WHERE used.dataset = ? ORDER BY used.key", (FINDER, dataset))
@@ -120,8 +120,8 @@ def face_middles(catalogue: Catalogue, dataset: str) -> tuple[NDArray[np.float64
     return middles[:, 0].copy(), middles[:, 1].copy()
 
 
-def _look(backend: SourceBackend, finder: Detector, row: int, key: str, width: int, height: int) -> tuple[int, str, Middle | None] | None:
-    """Row, content and face of one picture; None for a file that cannot be opened, which encoding will report."""
+def _search(backend: SourceBackend, finder: Detector, row: int, key: str, width: int, height: int) -> tuple[int, str, Middle | None] | None:
+    """Row, content hash and face of one image. None for a file that cannot be opened, which encoding will report."""
     try:
         data = backend.read(key)
     except (FileNotFoundError, PermissionError):
@@ -133,11 +133,11 @@ def _look(backend: SourceBackend, finder: Detector, row: int, key: str, width: i
     try:
         face = finder(decode(data, shown).resize(shown, Image.Resampling.BOX))
     except ImageError:
-        face = None  # as above: it is left out when it is encoded
+        face = None  # encoding will report it
     return row, hashlib.sha256(data).hexdigest(), face
 
 
-def _keep(catalogue: Catalogue, found: list[tuple[int, str, Middle | None]]) -> None:
+def _store(catalogue: Catalogue, found: list[tuple[int, str, Middle | None]]) -> None:
     catalogue.set_content((row, content) for row, content, _ in found)
     with catalogue.transaction() as database:
         database.executemany(
@@ -150,8 +150,8 @@ def _blocks(pending: list[Any]) -> Iterator[list[Any]]:
         yield pending[start : start + _BLOCK]
 
 
-def _boxes(cascade: Any, grey: NDArray[np.uint8]) -> list[tuple[int, int, int, int]]:
-    """Left, top, width and height of what the cascade takes for faces."""
-    smallest = min(grey.shape) // _SMALLEST
-    found = cascade.detectMultiScale(grey, _SCALE, _NEIGHBOURS, minSize=(smallest, smallest))
+def _boxes(cascade: Any, gray: NDArray[np.uint8]) -> list[tuple[int, int, int, int]]:
+    """Left, top, width and height of the faces that the cascade detects."""
+    smallest = min(gray.shape) // _SMALLEST
+    found = cascade.detectMultiScale(gray, _SCALE, _NEIGHBORS, minSize=(smallest, smallest))
     return [(int(x), int(y), int(w), int(h)) for x, y, w, h in found]

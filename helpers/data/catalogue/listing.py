@@ -1,4 +1,4 @@
-"""A source's listing, taken once: its digest tells whether anything has changed, and only then are its rows looked at one by one."""
+"""The listing of a source and its digest. If the digest is the same as last time, no file has changed and no row needs to be compared."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from helpers.data.base.images import EXTENSIONS
 from helpers.data.catalogue.captions import CAPTION_EXTENSION
 from helpers.storage.backend import Entry, SourceBackend
 
-_BLOCK = 4096  # entries put away, and read back, at a time
-_IN_MEMORY = 64 * 2**20  # bytes; a longer listing goes to a file
+_BLOCK = 4096  # entries written, and read back, at a time
+_IN_MEMORY = 64 * 2**20  # bytes; a longer listing is kept in a file
 
 Row = tuple[str, str, str, int, int, str, str | None]  # key, kind, stem, size, modified_ns, etag, problem
 
 
 class Listing:
-    """All entries of a source in the order in which it lists them, kept in a file beside the catalogue while they are compared."""
+    """All entries of a source, in its order. A long listing is kept in a temporary file beside the catalogue."""
 
     def __init__(self, backend: SourceBackend, folder: Path) -> None:
-        """Lists the source; what the source raises comes through."""
+        """List the source. Errors of the source are passed on."""
         self._kept: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(folder))  # noqa: SIM115  # closed by __exit__
         self._lengths: list[int] = []  # of the blocks, in bytes
         hashed = hashlib.blake2b(digest_size=16)
         for entries in _blocks(backend.list()):
-            # No name holds a zero byte.
+            # A name cannot contain a zero byte, so it can separate the fields.
             text = "".join(f"{e.key}\0{e.size}\0{e.modified_ns}\0{e.etag}\0{e.problem}\0" for e in entries)
             block = text.encode("utf-8", "surrogateescape")
             hashed.update(block)
@@ -59,12 +59,12 @@ def _blocks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 
 
 def _row(key: str, size: int, modified_ns: int, etag: str, found: str) -> Row:
-    """`kind` by the ending of its name; `problem` is what the source `found`, or that it is neither image nor caption."""
+    """`kind` is given by the extension. `problem` is what the source `found`, or that the file is neither image nor caption."""
     stem, ending = posixpath.splitext(key)
     kind, problem = "other", None
     try:
         key.encode()
-    except UnicodeEncodeError:  # shown with its stray bytes as \xNN; such a name can be stored and reported nowhere else
+    except UnicodeEncodeError:  # with the invalid bytes as \xNN: neither SQLite nor JSON can hold such a name
         shown = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return shown, kind, shown, size, modified_ns, etag, "file name is not UTF-8: rename the file"
     if found:

@@ -1,11 +1,13 @@
-"""From a folder of files to a catalogue: list everything, open what is new or changed, judge every image under the rules.
+"""The scan: list the files of a dataset, open new and changed ones, and decide for every file whether it is used, and why not.
 
-Found = used + left out. What counts as found is every file outside system folders, but for a .txt beside an image of the same
-name, which is part of that image, and the tables that the data set names. A .txt without an image is left out like any other stray
-file.
+    result = scan(LocalSource("/data/photos"), DatasetRules("photos", ResolutionRule(), CaptionRule("textfile")), catalogue)
+    result.found, result.used, result.left_out  # found = used + left out
 
-Where the images of a data set have conditions, pictures of the same names in another set, that set is refreshed first: what an image
-is paired with is a part of its verdict. The other set is judged last, when it is known which of its pictures have an image.
+Every file counts as found, except those in system folders, tables named in the settings, and caption files that belong to an image. A
+caption file without an image is left out, with a reason, like any other file.
+
+A ControlNet dataset is paired with a dataset of conditioning images by file name. The conditioning images are refreshed first, because an
+image without a usable one is left out. They are judged last, when it is known which of them have an image.
 """
 
 from __future__ import annotations
@@ -32,64 +34,64 @@ from helpers.data.plan.targets import ResolutionRule, too_small
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import RemoteSource, SourceBackend
 
-_BLOCK = 2048  # files read, or images judged, between two commits: what a kill can lose
-_STOPPED = "stopped while the data sets were scanned; start again to go on"
-_SHARE = 64  # most files a thread takes at once, and the longest wait for a stop to be noticed
-_TIMED = 32  # files of a block that one thread reads, to see how many threads the rest of it needs
+_BLOCK = 2048  # files read, or images judged, in one transaction: a kill loses at most these
+_STOPPED = "stopped while the datasets were scanned; start again to continue"
+_SHARE = 64  # files that a thread takes at once; a stop is noticed between two shares
+_TIMED = 32  # files of a block that are read one by one, to measure how many threads are useful
 _MOST_THREADS = 32
-_NEVER = -1  # a modification time that no listing shows, so that the file is tried again by the next scan
+_NEVER = -1  # a modification time that no file has, so that the next scan reads the file again
 _VERSION = "c.size || ' ' || c.modified_ns || ' ' || c.etag"  # see `Catalogue.file_version`
-_File = tuple[int, str, str]  # a file to open: id, kind and key
-_Facts = dict[str, Any]  # what it says, by column
-_LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run began, and stays left out to its end"
+_File = tuple[int, str, str]  # a file to read: id, kind and key
+_Facts = dict[str, Any]  # what was read from it, by column
+_LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run started, and stays left out until the run ends"
 
 
 @dataclass(frozen=True)
 class DatasetRules:
-    """What decides which images of a data set are trained on, and under what caption."""
+    """The settings that decide which images of a dataset are used, and with which captions."""
 
     dataset: str  # id
     resolution: ResolutionRule
     captions: CaptionRule
-    tables: tuple[TableRule, ...] = ()  # of sizes, of captions, or one of both
-    condition: str = ""  # the data set that holds a condition for each image, "" where they have none
-    conditions_for: tuple[str, ...] = ()  # of a data set of conditions, those whose images they are for
+    tables: tuple[TableRule, ...] = ()  # with sizes, with captions, or with both
+    condition: str = ""  # id of the dataset with the conditioning images; "" for none
+    conditions_for: tuple[str, ...] = ()  # for a dataset of conditioning images: ids of the datasets that use them
 
     @property
     def opens_images(self) -> bool:
-        """Whether sizes come from the images themselves."""
+        """Whether sizes are read from the images, and not from a table."""
         return not any(table.width_column for table in self.tables)
 
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """How a data set is looked at; what is found does not depend on it."""
+    """How to scan. The result does not depend on these options."""
 
-    threads: int | None = None  # that read; None: as many as the store needs
-    on_progress: Callable[[int, int], None] = lambda done, total: None  # counts the files to open
-    should_stop: Callable[[], bool] = lambda: False  # once it is true, Interrupted is raised after what was read has been kept
-    trust_listing: bool = False  # a data set that has been listed before is as it was, and is not listed again
+    threads: int | None = None  # reading threads; None measures how many are useful
+    on_progress: Callable[[int, int], None] = lambda done, total: None  # in files to read
+    should_stop: Callable[[], bool] = lambda: False  # if true, what was read is stored and Interrupted raised
+    trust_listing: bool = False  # do not list a dataset again that was listed before
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What a scan found: numbers of files. found = used + left_out."""
+    """The result of a scan, in numbers of files. found = used + left_out."""
 
     dataset: str
     found: int
     used: int
     left_out: int
-    kinds: dict[str, int]  # files left out for each kind of reason, most frequent first
-    new: int  # files the catalogue had not seen, captions included
+    kinds: dict[str, int]  # files left out by kind of reason, most frequent first
+    new: int  # files that were not in the catalogue before, caption files included
     changed: int
     removed: int
-    opened: int  # files opened by this scan; 0 on a warm start
+    opened: int  # files read by this scan; 0 if nothing has changed
     tables: tuple[JoinedTable, ...] = ()
 
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What the catalogue had to take over from a data set's files: numbers of them, as in `ScanResult`."""
+    """What `refresh` changed in the catalogue, in numbers of files as in `ScanResult`."""
 
     new: int
     changed: int
@@ -105,16 +107,16 @@ def scan(
     options: ScanOptions = ScanOptions(),
     undecodable: Collection[str] | None = None,
 ) -> ScanResult:
-    """Bring the catalogue's rows of one data set up to date: `refresh`, then `judge`. Source files are read, never written.
+    """Update the catalogue for one dataset: `refresh`, then `judge`. Source files are only read.
 
-    Killed at any moment it loses at most the last `_BLOCK` files read. `undecodable` is that of `judge`. DataError when there is
-    nothing to train on; StorageError when the store fails while it is read.
+    A kill loses at most the last `_BLOCK` files read. For `undecodable` see `judge`. DataError if no image is left to train on,
+    StorageError if the source fails.
     """
     return judge(backend, rules, catalogue, refresh(backend, rules, catalogue, options), options, undecodable)
 
 
 def refresh(backend: SourceBackend, rules: DatasetRules, catalogue: Catalogue, options: ScanOptions = ScanOptions()) -> Refreshed:
-    """List the files, and read what is new or changed."""
+    """List the files, and read those that are new or changed."""
     if options.trust_listing and catalogue.was_listed(rules.dataset):
         new = changed = removed = 0
     else:
@@ -137,10 +139,11 @@ def judge(
     options: ScanOptions = ScanOptions(),
     undecodable: Collection[str] | None = None,
 ) -> ScanResult:
-    """Decide of each file whether it is used. Sets that it is paired with must have been refreshed, or for conditions judged.
+    """Decide for each file whether it is used.
 
-    `undecodable` are the keys that were left out as such when the run began, so that its plan stays the same to its end; None begins a
-    new run, and leaves out what earlier ones could not decode (`Catalogue.leave_out_undecodable`).
+    Before, the dataset's conditioning images must be refreshed; for a dataset of conditioning images, the datasets that use it judged.
+    `undecodable` are the keys that were left out as undecodable when the run started, so that the plan stays the same until the run ends.
+    None starts a new run, which leaves out what earlier runs could not decode (`Catalogue.leave_out_undecodable`).
     """
     _judge(catalogue, rules, undecodable, options.should_stop)
     used, kinds = catalogue.totals(rules.dataset)
@@ -150,11 +153,11 @@ def judge(
     return ScanResult(rules.dataset, used + left_out, used, left_out, dict(kinds.most_common()), **vars(refreshed))
 
 
-# 1. The listing against the catalogue.
+# -- 1. compare the listing with the catalogue -------------------------------------------------------------------------------
 
 
 def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tuple[int, int, int]:
-    """Take over the listing in one transaction: numbers of new, changed and removed files. Changed files lose their facts."""
+    """Apply the listing in one transaction. Returns the numbers of new, changed and removed files. Changed files are read again."""
     with Listing(backend, catalogue.path.parent) as listing, catalogue.transaction() as database:
         if database.execute("SELECT digest FROM listings WHERE dataset = ?", (dataset,)).fetchone() == (listing.digest,):
             return 0, 0, 0
@@ -165,7 +168,7 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
         )
         database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?, ?, ?, ?, ?)", listing.rows())
         removed = database.execute("DELETE FROM files WHERE dataset = ? AND key NOT IN (SELECT key FROM listed)", (dataset,)).rowcount
-        if removed:  # before a row gets the number of one that is gone
+        if removed:  # before a new row reuses the id of a removed one
             gone = "NOT IN (SELECT id FROM files)"
             database.execute(f"DELETE FROM pairs WHERE id {gone} OR condition {gone}")
         changed = database.execute(
@@ -183,19 +186,19 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
         database.execute("DROP TABLE temp.listed")
         database.execute("INSERT OR REPLACE INTO listings VALUES (?, ?)", (dataset, listing.digest))
         if new or changed or removed:
-            # In the same transaction: whoever is killed from here on leaves a catalogue that knows it has to be judged again.
+            # In the same transaction, so that a kill from here on leaves a catalogue that will be judged again.
             database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
             database.execute("DELETE FROM joined WHERE dataset = ?", (dataset,))
     return new, changed, removed
 
 
-# 2. Facts from files.
+# -- 2. read new and changed files -------------------------------------------------------------------------------------------
 
 _PENDING = "dataset = ? AND was_read = 0 AND ((kind = 'image' AND ?) OR (kind = 'caption' AND ?))"
 
 
 def _pending_values(rules: DatasetRules) -> tuple[str, bool, bool]:
-    """What stands for the question marks of `_PENDING`."""
+    """The values for the question marks of `_PENDING`."""
     return rules.dataset, rules.opens_images, rules.captions.reads_files
 
 
@@ -205,7 +208,7 @@ def _count_pending(catalogue: Catalogue, rules: DatasetRules) -> int:
 
 
 def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[_File]]:
-    """Blocks of the files to open."""
+    """The files to read, in blocks."""
     last = -1
     query = f"SELECT id, kind, key FROM files WHERE {_PENDING} AND id > ? ORDER BY id LIMIT {_BLOCK}"
     while True:
@@ -218,61 +221,61 @@ def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[_File]]
 
 
 def _read_block(backend: SourceBackend, dataset: str, block: list[_File], catalogue: Catalogue, options: ScanOptions) -> Iterator[int]:
-    """Read a block of files and keep what they say. Yields the number of files read since it last did."""
+    """Read a block of files and store the result. Yields the number of files read since the last yield."""
     facts: list[_Facts] = []
     try:
-        for told in _read(backend, block, options):
-            facts += told
-            yield len(told)
+        for read in _read(backend, block, options):
+            facts += read
+            yield len(read)
     finally:
         with catalogue.transaction() as database:
             database.executemany(
                 "UPDATE files SET was_read = 1, width = :width, height = :height, problem = :problem,"
-                " text = CASE kind WHEN 'caption' THEN :text ELSE text END,"  # an image's is what a table said
+                " text = CASE kind WHEN 'caption' THEN :text ELSE text END,"  # for an image it comes from a table
                 " modified_ns = coalesce(:modified_ns, modified_ns) WHERE id = :id",
                 facts,
             )
             if any(fact["modified_ns"] == _NEVER for fact in facts):
-                database.execute("DELETE FROM listings WHERE dataset = ?", (dataset,))  # the next scan has to look at every row
+                database.execute("DELETE FROM listings WHERE dataset = ?", (dataset,))  # so that the next scan compares every row
     if options.should_stop():
         raise Interrupted(_STOPPED)
 
 
 def _read(backend: SourceBackend, block: list[_File], options: ScanOptions) -> Iterator[list[_Facts]]:
-    """What the files of a block say, some at a time and in their order. Ends early, without a word, where a stop is asked for."""
+    """Read the files of a block, in order, some at a time. Ends early if a stop is requested; the caller raises."""
 
-    def read(files: list[_File]) -> list[_Facts]:
+    def read_share(files: list[_File]) -> list[_Facts]:
         return [] if options.should_stop() else [_facts(backend, *file) for file in files]
 
     threads = options.threads or (2 * backend.reads_at_once if isinstance(backend, RemoteSource) else 0)
     if not threads:
-        timed = [_timed(backend, file) for file in block[:_TIMED] if not options.should_stop()]
+        timed = [_read_timed(backend, file) for file in block[:_TIMED] if not options.should_stop()]
         yield [facts for facts, _ in timed]
-        threads = _threads_for([longer for _, longer in timed])
+        threads = _useful_threads([ratio for _, ratio in timed])
         block = block[_TIMED:]
     share = max(1, min(_SHARE, _BLOCK // threads))
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
-        yield from pool.map(read, (block[start : start + share] for start in range(0, len(block), share)))
+        yield from pool.map(read_share, (block[start : start + share] for start in range(0, len(block), share)))
 
 
-def _timed(backend: SourceBackend, file: _File) -> tuple[_Facts, float]:
-    """What a file says, and how many times as long as this thread computed that took."""
+def _read_timed(backend: SourceBackend, file: _File) -> tuple[_Facts, float]:
+    """Read a file. Also returns the ratio of the time it took to the time this thread was computing."""
     began, began_computing = time.perf_counter(), time.thread_time()
     facts = _facts(backend, *file)
     seconds, computing = time.perf_counter() - began, time.thread_time() - began_computing
     return facts, seconds / max(computing, 1e-6)
 
 
-def _threads_for(longer: list[float]) -> int:
-    """How many threads read fastest, if files took that many times as long as computing alone: no two threads compute at once.
+def _useful_threads(ratios: list[float]) -> int:
+    """The number of threads that read fastest. Only one of Python's threads computes at a time, so waiting is all they can share.
 
-    The median, since another program that takes the core away does so for a few files and not for most.
+    The median ratio, because another program may have taken the core away for some of the files.
     """
-    return max(1, min(_MOST_THREADS, round(statistics.median(longer)))) if longer else 1
+    return max(1, min(_MOST_THREADS, round(statistics.median(ratios)))) if ratios else 1
 
 
 def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> _Facts:
-    """What one file says: an image's size or a caption's text, or the problem with it."""
+    """Read one file: an image's size, or a caption file's text, or the reason why it cannot be used."""
     facts: _Facts = dict.fromkeys(("width", "height", "text", "problem", "modified_ns"))
     facts["id"] = row
     try:
@@ -293,7 +296,7 @@ def _facts(backend: SourceBackend, row: int, kind: str, key: str) -> _Facts:
 
 
 def _size(backend: SourceBackend, key: str) -> Size:
-    """An image's size from its header. What came over a network counts as damaged only after the whole file, which is checked, was read."""
+    """An image's size from its header. A remote image counts as damaged only after the whole file, whose checksum is verified, was read."""
     try:
         with backend.open(key) as stream:
             return read_size(stream)
@@ -303,14 +306,14 @@ def _size(backend: SourceBackend, key: str) -> Size:
     return read_size(io.BytesIO(backend.read(key)))
 
 
-# 3. The verdict.
+# -- 3. decide ---------------------------------------------------------------------------------------------------------------
 
 
 def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[str] | None, should_stop: Callable[[], bool]) -> None:
-    """Give every file its captions or its reason, unless that was done under the same rules and nothing has changed since."""
+    """Store captions or a reason for every file, unless this was done with the same rules and nothing has changed since."""
     partners = [catalogue.listing(name) for name in (rules.condition, *rules.conditions_for) if name]
     with catalogue.transaction() as database:
-        _forget_conditions(database, rules)
+        _retry_changed_conditions(database, rules)
         if undecodable is None:
             known = database.execute("SELECT key FROM files WHERE dataset = ? AND undecodable IS NOT NULL", (rules.dataset,))
             undecodable = [key for (key,) in known]
@@ -347,8 +350,8 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[st
         database.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (rules.dataset, new_token()))
 
 
-def _forget_conditions(database: sqlite3.Connection, rules: DatasetRules) -> None:
-    """What could not be decoded of an image's condition says nothing of the file that is there now, nor of a run without conditions."""
+def _retry_changed_conditions(database: sqlite3.Connection, rules: DatasetRules) -> None:
+    """Forget that a conditioning image was undecodable if its file has changed since, or the dataset no longer uses one."""
     is_same = f"p.id = files.id AND p.version = {_VERSION} AND c.dataset = ?"
     database.execute(
         "UPDATE files SET undecodable = NULL WHERE dataset = ? AND undecodable LIKE 'condition %'"
@@ -358,7 +361,7 @@ def _forget_conditions(database: sqlite3.Connection, rules: DatasetRules) -> Non
 
 
 def _pair(database: sqlite3.Connection, rules: DatasetRules) -> None:
-    """Find the condition of each image: the picture of the same name in the other set, whatever the ending, the same ending first."""
+    """Pair each image with the conditioning image of the same name; of several with other extensions, the same extension first."""
     database.execute("DELETE FROM pairs WHERE id IN (SELECT id FROM files WHERE dataset = ?)", (rules.dataset,))
     if rules.condition:
         named = "SELECT id FROM files o WHERE o.dataset = :condition AND o.kind = 'image'"
@@ -371,13 +374,13 @@ def _pair(database: sqlite3.Connection, rules: DatasetRules) -> None:
 
 
 def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[tuple[Any, ...]]]:
-    """Blocks of images with what is said of them; the rows of a block may be updated before the next is asked for."""
+    """The images in blocks, with their captions and conditioning images. A block may be updated before the next one is read."""
     last = ""
-    said = "i.text, i.text_problem" if rules.captions.table else "t.text, t.problem"
+    caption = "i.text, i.text_problem" if rules.captions.table else "t.text, t.problem"
     query = (
-        f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {said}, c.id, c.width, c.height, c.problem"
+        f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {caption}, c.id, c.width, c.height, c.problem"
         " FROM (SELECT * FROM files WHERE dataset = :dataset AND kind = 'image' AND key > :last ORDER BY key LIMIT :block) i"
-        # "cat.TXT" may stand beside "cat.txt": the first by name counts.
+        # Of "cat.TXT" and "cat.txt", the first by name is used.
         " LEFT JOIN files t ON t.id = (SELECT id FROM files c WHERE c.dataset = :dataset AND c.stem = i.stem AND c.kind = 'caption'"
         " ORDER BY c.key LIMIT 1) LEFT JOIN pairs ON pairs.id = i.id LEFT JOIN files c ON c.id = pairs.condition ORDER BY i.key"
     )
@@ -389,7 +392,7 @@ def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[
 def _verdict(
     image: tuple[Any, ...], rules: DatasetRules, captioner: Captioner, undecodable: frozenset[str]
 ) -> tuple[str | None, str | None, int]:
-    """Captions as a JSON list, or a reason, and the row id."""
+    """The decision for one image: captions as a JSON list or None, the reason or None, and the row id."""
     key, row, width, height, problem, found_undecodable, text, text_problem, *condition = image
     reason = problem
     if reason is None and key in undecodable:
@@ -411,9 +414,9 @@ def _verdict(
 def _problem_of_condition(
     image: Size, dataset: str, row: int | None, width: int | None, height: int | None, problem: str | None
 ) -> str | None:
-    """Why an image cannot be trained with its condition, as "kind: detail", or None. `dataset` is the one that should have it."""
+    """The reason why an image has no usable conditioning image in `dataset`, as "kind: detail", or None."""
     if row is None:
-        return f"no condition: no picture of {dataset!r} has this name"
+        return f"no condition: no image of {dataset!r} has this name"
     if problem is not None or width is None or height is None:
         return f"condition {problem or 'unreadable: its size is not known'}"
     if not same_shape(image, Size(width, height)):
@@ -422,16 +425,16 @@ def _problem_of_condition(
 
 
 def same_shape(image: Size, other: Size) -> bool:
-    """Whether one picture is the other at another scale, each edge to the nearest pixel or the next one."""
+    """Whether two images have the same aspect, if each edge may be rounded up or down."""
     across, down = image.width * other.height, image.height * other.width
     return abs(across - down) <= max(image.width, image.height, other.width, other.height)
 
 
 def _nothing_left(backend: SourceBackend, dataset: str, catalogue: Catalogue, kinds: Counter[str]) -> str:
     if not kinds:
-        return f"data set {dataset!r}: {backend.name} holds no files; put images there, or point the data set elsewhere."
+        return f"dataset {dataset!r}: there are no files in {backend.name}; put images there, or correct the path."
     first = next(catalogue.left_out(dataset))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     return (
-        f"data set {dataset!r}: all {kinds.total():,} files in {backend.name} are left out ({counts}), such as {first.key}: {first.reason}."
+        f"dataset {dataset!r}: all {kinds.total():,} files in {backend.name} are left out ({counts}), such as {first.key}: {first.reason}."
     )

@@ -1,4 +1,4 @@
-"""The rows of tables brought to the images they name, in the catalogue: joined by SQLite, so that a million rows need no memory."""
+"""Join the rows of tables to the images they name. SQLite does the join, so a million rows need little memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.storage.local import LocalSource
 
 @dataclass(frozen=True)
 class JoinedTable:
-    """What a table came to: numbers of rows."""
+    """How many rows of a table were used."""
 
     path: str
     rows: int
@@ -34,10 +34,10 @@ def join_tables(
     catalogue: Catalogue,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[JoinedTable]:
-    """Give the images of a data set what its tables say of them; nothing is read where neither tables nor files have changed.
+    """Store captions and sizes from a dataset's tables in the rows of its images. If nothing has changed, no table is read.
 
-    An image of which a table says nothing, or something twice, has the reason as its problem. Whatever an earlier table said and no
-    table says any more is forgotten. DataError when a table is missing or cannot be used, StorageError when its store fails.
+    An image that a table does not name, or names twice, gets the reason. Values from tables that are no longer configured are removed.
+    DataError if a table is missing or unusable, StorageError if its store fails.
     """
     versions = [_version(backend, dataset, table.path, catalogue) for table in tables]
     stated = json.dumps([[dataclasses.asdict(table), *version] for table, version in zip(tables, versions, strict=True)], sort_keys=True)
@@ -62,27 +62,29 @@ def join_tables(
 
 
 def _place(backend: SourceBackend, path: str) -> tuple[SourceBackend, str]:
-    """The store and key of a table: an absolute path is of this machine, any other a key of the data set's source."""
+    """The store and key of a table: an absolute path is on this machine, any other path is a key of the dataset's source."""
     return (LocalSource(Path(path).parent), Path(path).name) if os.path.isabs(path) else (backend, path)
 
 
 def _version(backend: SourceBackend, dataset: str, path: str, catalogue: Catalogue) -> tuple[int, int, str]:
-    """Size, modification time and version mark of a table. DataError when it is not there."""
+    """Size, modification time and etag of a table. DataError if it is missing."""
     if os.path.isabs(path):
         try:
             found = os.stat(path)
         except OSError as error:
-            raise DataError(f"data set {dataset!r}: the table {path} cannot be opened: {error.strerror}; check its path.") from error
+            raise DataError(f"dataset {dataset!r}: the table {path} cannot be opened: {error.strerror}; check its path.") from error
         return found.st_size, found.st_mtime_ns, ""
     with catalogue.transaction() as database:
         listed = database.execute("SELECT size, modified_ns, etag FROM files WHERE dataset = ? AND key = ?", (dataset, path)).fetchone()
     if listed is None:
-        raise DataError(f"data set {dataset!r}: there is no table {path} in {backend.name}; check its path, which begins in that place.")
+        raise DataError(
+            f"dataset {dataset!r}: there is no table {path} in {backend.name}; check its path, which is relative to that place."
+        )
     return listed
 
 
 def _load(database: sqlite3.Connection, backend: SourceBackend, table: TableRule, should_stop: Callable[[], bool]) -> None:
-    """Read a table into `temp.row` as it is, and into `temp.named` each name once: its first row and how many there are."""
+    """Read a table into `temp.row`. `temp.named` gets each name once, with its first row and the number of its rows."""
     database.execute("DROP TABLE IF EXISTS temp.row")
     database.execute(
         "CREATE TEMP TABLE row (id INTEGER PRIMARY KEY, name TEXT, is_number INTEGER, width INTEGER, height INTEGER, size_problem TEXT,"
@@ -125,7 +127,7 @@ def _join(database: sqlite3.Connection, dataset: str, table: TableRule) -> Joine
     )
     changes = []
     if table.width_column:
-        # Where only the pixels could tell that the table was wrong, another size may be right.
+        # An image is undecodable if its size in the table is wrong. With another size, it is tried again.
         changes += [
             "undecodable = CASE WHEN (files.width, files.height) IS (r.width, r.height) THEN undecodable END",
             f"was_read = {FROM_TABLE}, width = r.width, height = r.height, problem = {problem.format('size_problem')}",
@@ -145,9 +147,9 @@ def _join(database: sqlite3.Connection, dataset: str, table: TableRule) -> Joine
 
 
 def _identifiers(table: TableRule, all_numbers: bool) -> tuple[str, str]:
-    """What the names of a table are compared with, as SQL: first the whole key of a file, then the key without its ending.
+    """SQL for what a table's names are compared with: first the key of the file, then the key without its extension.
 
-    Where all names are numbers, leading zeros of a file's name do not count: 000123.jpg is 123.
+    If all names are numbers, leading zeros of file names are ignored: 000123.jpg is 123.
     """
     stem = "f.stem"
     if all_numbers:

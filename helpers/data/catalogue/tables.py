@@ -1,4 +1,4 @@
-"""Tables of captions and sizes beside images: Parquet, JSON lines (or one JSON list) and CSV, read row by row in bounded memory."""
+"""Tables with captions and image sizes: Parquet, JSON lines (or one JSON list) and CSV. Read in blocks, so memory is bounded."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, clean, json_list
 from helpers.errors import DataError
 
-BLOCK = 8192  # rows at once
-_SHOWN_COLUMNS = 20  # named in a message
+BLOCK = 8192  # rows in memory at a time
+_SHOWN_COLUMNS = 20  # column names in a message
 
 
 @dataclass(frozen=True)
 class TableRule:
-    """Where a table is and what is taken from it.
+    """Where a table is, and which columns are read.
 
-    `path` is a key of the data set's source, or an absolute path on this machine. Columns that are None are not read; width and height
-    come together, in pixels of the picture as shown.
+    `path` is a key of the dataset's source, or an absolute path on this machine. A column that is None is not read. Width and height are
+    given both or neither, in pixels after EXIF rotation.
     """
 
     path: str
     format: str  # parquet, jsonl or csv
     filename_column: str = "id"
-    includes_extension: bool | None = None  # whether names end as the files' do; None: they may or may not
+    includes_extension: bool | None = None  # whether names include the file's extension; None accepts both
     caption_column: str | None = None
-    fallback_caption_column: str | None = None  # where the caption is missing
+    fallback_caption_column: str | None = None  # used where the caption is missing
     width_column: str | None = None
     height_column: str | None = None
-    lists: bool = False  # whether a caption may be a list of captions
+    lists: bool = False  # whether a value may be a list of captions
 
     @property
     def columns(self) -> list[str]:
-        """Every column that is read, each once."""
+        """The columns to read, each once."""
         wanted = (self.filename_column, self.width_column, self.height_column, self.caption_column, self.fallback_caption_column)
         return list(dict.fromkeys(name for name in wanted if name is not None))
 
 
 class Row(NamedTuple):
-    """One row, judged: values that can be used, or the reason why the image is left out, as "kind: detail"."""
+    """One row after validation: usable values, or the reason why the image is left out, as "kind: detail"."""
 
-    name: str | None  # the image's, relative to the data set's root; None where the row has none
-    is_number: bool  # the name was a number, and leading zeros of the files' names do not count
+    name: str | None  # of the image, relative to the dataset's root; None if the row has none
+    is_number: bool  # the name was a number, so leading zeros of file names are ignored
     width: int | None
     height: int | None
     size_problem: str | None
@@ -58,19 +58,16 @@ class Row(NamedTuple):
 
 
 def read_rows(stream: BinaryIO, rule: TableRule) -> Iterator[list[Row]]:
-    """The rows of a table in blocks, in the table's order.
-
-    DataError when it is damaged, of another format or lacks a column.
-    """
+    """The rows of a table, in blocks. DataError if it is damaged, has another format, or lacks a column."""
     if not stream.seekable():
         stream = io.BytesIO(stream.read())
     read = {"parquet": _parquet, "jsonl": _json, "csv": _csv}[rule.format]
-    judge = _Judge(rule)
+    validator = _RowValidator(rule)
     for block in read(stream, rule):
-        yield list(map(judge.row, *block))
+        yield list(map(validator.row, *block))
 
 
-# Formats: each gives blocks of at most `BLOCK` rows as lists of values, one for each of `rule.columns`.
+# One reader for each format. It yields blocks of up to `BLOCK` rows, as one list of values for each of `rule.columns`.
 
 Block = Sequence[Sequence[Any]]
 
@@ -86,18 +83,18 @@ def _parquet(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
             yield [batch.column(name).to_pylist() for name in rule.columns]
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's fault, not the table's
-        raise DataError(f"{rule.path} is not a Parquet table, or damaged: {' '.join(str(error).split())[:200]}.") from error
+            raise  # the disk failed, the table may be fine
+        raise DataError(f"{rule.path} is not a Parquet table, or is damaged: {' '.join(str(error).split())[:200]}.") from error
 
 
 def _json(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
-    """JSON lines, or one list of objects. A column that no row has is missing; one that some rows lack is empty there."""
+    """JSON lines, or one list of objects. A row may lack a column, which is then empty; a column that no row has is an error."""
     seen: set[str] = set()
     objects = _json_objects(stream, rule)
     while block := list(itertools.islice(objects, BLOCK)):
         for place, row in block:
             if not isinstance(row, dict):
-                raise DataError(f"{rule.path}, {place}: {json.dumps(row)[:40]} is not an object with a row's columns.")
+                raise DataError(f"{rule.path}, {place}: {json.dumps(row)[:40]} is not a JSON object with the columns of a row.")
             seen.update(row)
         yield [[row.get(name) for _, row in block] for name in rule.columns]
     if seen:
@@ -120,13 +117,13 @@ def _parsed(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise DataError(f"{where}: is not UTF-8; save it as UTF-8.") from None
+        raise DataError(f"{where} is not UTF-8; save the file as UTF-8.") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON: {error}.") from None
+        raise DataError(f"{where} is not JSON: {error}.") from None
 
 
 def _csv(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
-    """CSV as RFC 4180 has it, with a heading; tabs in place of commas where the name ends in .tsv."""
+    """CSV after RFC 4180, with column names in the first line. Separated by tabs instead of commas if the name ends in .tsv."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, delimiter="\t" if rule.path.lower().endswith(".tsv") else ",", strict=True)
     try:
@@ -137,27 +134,27 @@ def _csv(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
         while block := list(itertools.islice(rows, BLOCK)):
             yield [[row[place] for row in block] for place in places]
     except csv.Error as error:
-        raise DataError(f"{rule.path}, line {reader.line_num}: is not CSV: {error}.") from None
+        raise DataError(f"{rule.path}, line {reader.line_num} is not CSV: {error}.") from None
     except UnicodeDecodeError:
-        raise DataError(f"{rule.path}: is not UTF-8 after line {reader.line_num}; save it as UTF-8.") from None
+        raise DataError(f"{rule.path} is not UTF-8 after line {reader.line_num}; save it as UTF-8.") from None
 
 
 def _csv_rows(reader: Any, columns: int, rule: TableRule) -> Iterator[list[str]]:
-    """Rows but for empty ones. DataError for one that has more or fewer values than there are columns."""
+    """The rows that are not empty. DataError if one does not have as many values as there are columns."""
     for row in reader:
         if row and len(row) != columns:
             raise DataError(
-                f"{rule.path}, line {reader.line_num}: {len(row)} values under {columns} columns;"
-                " a value with a comma stands in double quotes."
+                f"{rule.path}, line {reader.line_num}: {len(row)} values for {columns} columns;"
+                " a value that contains a comma must be in double quotes."
             )
         if row:
             yield row
 
 
 def _require_columns(found: Sequence[str], rule: TableRule) -> None:
-    """DataError unless each column that is read is there exactly once."""
-    if len(found) == 1 and ";" in found[0]:  # as spreadsheets write it where the comma stands in numbers
-        raise DataError(f"{rule.path} has semicolons between its columns ({found[0]}); save it with commas.")
+    """DataError unless every column to read is there exactly once."""
+    if len(found) == 1 and ";" in found[0]:  # as spreadsheets write it in countries with decimal commas
+        raise DataError(f"{rule.path} separates columns with semicolons ({found[0]}); save it with commas.")
     for name in rule.columns:
         if name not in found:
             named = ", ".join(found[:_SHOWN_COLUMNS]) + (", ..." if len(found) > _SHOWN_COLUMNS else "")
@@ -166,11 +163,11 @@ def _require_columns(found: Sequence[str], rule: TableRule) -> None:
             raise DataError(f"{rule.path} has {found.count(name)} columns {name!r}; rename all but one.")
 
 
-# Rows.
+# -- rows ------------------------------------------------------------------------------------------------------------------
 
 
-class _Judge:
-    """Judges rows. A table may have millions of them, so what is usual is asked for first."""
+class _RowValidator:
+    """Validates rows. A table may have millions, so the common case is checked first."""
 
     def __init__(self, rule: TableRule) -> None:
         self.rule = rule
@@ -180,7 +177,7 @@ class _Judge:
         self.texts = [(name, place[name]) for name in (rule.caption_column, rule.fallback_caption_column) if name is not None]
 
     def row(self, *values: Any) -> Row:
-        """One row from its values, in the order of `rule.columns`."""
+        """One row, from its values in the order of `rule.columns`."""
         name = values[self.name]
         is_number = type(name) is int
         size = self._size(values) if self.sizes else (None, None, None)
@@ -188,7 +185,7 @@ class _Judge:
         return Row(str(name) if is_number else _name(name), is_number, *size, *captions)
 
     def _size(self, values: Sequence[Any]) -> tuple[int | None, int | None, str | None]:
-        """Width, height and what is wrong with them."""
+        """Width, height, and the reason if they are unusable."""
         (_, wide), (_, high) = self.sizes
         width, height = values[wide], values[high]
         if type(width) is type(height) is int and width >= 1 and height >= 1 and width * height <= MAX_PIXELS:
@@ -197,7 +194,7 @@ class _Judge:
         for column, place in self.sizes:
             number = _whole(values[place])
             if number is None:
-                return None, None, f"no size: the column {column} of {self.rule.path} says {_shown(values[place])} for it"
+                return None, None, f"no size: the column {column} of {self.rule.path} {_is(values[place])}"
             found.append(number)
         size = Size(*found)
         if size.area > MAX_PIXELS:
@@ -205,30 +202,31 @@ class _Judge:
         return size.width, size.height, None
 
     def _captions(self, values: Sequence[Any]) -> tuple[str | None, str | None]:
-        """Captions as a JSON list, and what is wrong with them."""
+        """Captions as a JSON list, and the reason if there are none."""
         for column, place in self.texts:
             texts, problem = self._texts(column, values[place])
             if texts or problem:
                 return (None if problem else json_list(texts)), problem
-        said = " and ".join(column for column, _ in self.texts)
-        return None, f"empty caption: {said} of {self.rule.path} {'say' if len(self.texts) > 1 else 'says'} nothing of it"
+        columns = " and ".join(column for column, _ in self.texts)
+        empty = "columns {} of {} are empty" if len(self.texts) > 1 else "column {} of {} is empty"
+        return None, f"empty caption: the {empty.format(columns, self.rule.path)}"
 
     def _texts(self, column: str, value: Any) -> tuple[list[str], str | None]:
-        """The captions in one value, none where it is empty, and what is wrong with it."""
+        """The captions in one value, and the reason if it is unusable. An empty value has no captions and no reason."""
         if type(value) is str and len(value) <= MAX_CAPTION_BYTES and _is_unicode(value):
             return ([text] if (text := clean(value)) else []), None
         if isinstance(value, list) and not self.rule.lists:
             raise DataError(f"{self.rule.path}: the column {column!r} holds lists of captions; set multiple_captions to true to use them.")
         written = value if isinstance(value, list) else [value]
-        written = [text for text in written if text is not None and text == text]  # NaN is how pandas writes that there is none
+        written = [text for text in written if text is not None and text == text]  # pandas writes a missing text as NaN
         here = f"the column {column} of {self.rule.path}"
         if not all(isinstance(text, str) for text in written):
-            return [], f"caption is not text: {here} says {_shown(value)} for it"
+            return [], f"caption is not text: {here} {_is(value)}"
         texts = [text for text in map(clean, written) if text]
         if not all(map(_is_unicode, texts)):
-            return [], f"caption is not UTF-8: {here} has half of a character pair for it"
+            return [], f"caption is not UTF-8: {here} has half of a surrogate pair"
         if (length := sum(map(len, texts))) > MAX_CAPTION_BYTES:
-            return [], f"caption too long: {here} has {length:,} characters for it"
+            return [], f"caption too long: {here} has {length:,} characters"
         return texts, None
 
 
@@ -237,7 +235,7 @@ def _name(value: Any) -> str | None:
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number of pixels, at least 1, from what a column of numbers or texts says; None for anything else."""
+    """A value of a number or text column as a whole number of pixels, at least 1. None for anything else."""
     if type(value) is int:
         return value if value >= 1 else None
     try:
@@ -247,13 +245,13 @@ def _whole(value: Any) -> int | None:
     return int(number) if number.is_integer() and number >= 1 else None
 
 
-def _shown(value: Any) -> str:
-    """A value in a message, cut to a readable length."""
-    return "nothing" if value is None or value == "" or value != value else repr(value)[:40]
+def _is(value: Any) -> str:
+    """The end of a sentence about an unusable value: `is empty`, or `has 'wide'`."""
+    return "is empty" if value is None or value == "" or value != value else f"has {repr(value)[:40]}"
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be stored: JSON can write halves of surrogate pairs, which no encoding has."""
+    """Whether a text can be stored. JSON can contain half of a surrogate pair, which no encoding can."""
     if text.isascii():
         return True
     try:
