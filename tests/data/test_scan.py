@@ -174,7 +174,7 @@ def test_two_captions_that_differ_in_letter_case_are_one(catalogue: Catalogue) -
 def test_what_was_left_out_when_a_run_began_stays_left_out_also_in_a_catalogue_made_anew(catalogue: Catalogue) -> None:
     store = Watched({"a.png": picture(), "b.png": picture()})
     assert scan(store, BY_NAME, catalogue, undecodable=["a.png"]).used == 1
-    assert reasons(catalogue) == {"a.png": "unreadable: it could not be decoded when this run started, and stays left out until the run ends"}
+    assert reasons(catalogue) == {"a.png": "unreadable: it could not be decoded when this run started, and stays left out"}
 
 
 def test_an_image_whose_pixels_proved_damaged_is_left_out_by_the_next_new_run(catalogue: Catalogue) -> None:

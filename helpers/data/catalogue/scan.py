@@ -43,7 +43,7 @@ _NEVER = -1  # a modification time that no file has, so that the next scan reads
 _VERSION = "c.size || ' ' || c.modified_ns || ' ' || c.etag"  # see `Catalogue.file_version`
 _File = tuple[int, str, str]  # a file to read: id, kind and key
 _Facts = dict[str, Any]  # what was read from it, by column
-_LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run started, and stays left out until the run ends"
+_LEFT_OUT_BEFORE = "unreadable: it could not be decoded when this run started, and stays left out"
 
 
 @dataclass(frozen=True)
