@@ -7,7 +7,7 @@ asks for it: `can_img2img(family)`. mypy compares every choice with its protocol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +74,8 @@ class ModelFamily(ModelEncoders, Protocol):
 
     One file a family; importing it imports no torch. A training step with a family and an objective:
 
-        family = FAMILIES["sdxl"](options.model, options.data, options.cache)
-        denoiser = family.load(torch.bfloat16).denoiser
+        family = FAMILIES["sdxl"](model_options, cache_options)
+        denoiser = family.load(torch.float32).denoiser
         corrupted = objective.corrupt(batch.latents, batch.draws)
         output = family.predict(denoiser, corrupted.noisy, corrupted.timesteps, family.conditioning(batch, device))
         loss = objective.loss(output, corrupted).mean()
@@ -193,7 +193,9 @@ class TextTrainingFamily(ModelFamily, Protocol):
 
 
 class ControlledDenoiser(Protocol):
-    """A denoiser and its ControlNet in one nn.Module. Called like the denoiser, with `condition` as one more keyword."""
+    """A denoiser and its ControlNet in one nn.Module, of which some methods are named here. Called like the denoiser, with the conditioning
+    images as one more keyword, `condition`.
+    """
 
     @property
     def denoiser(self) -> Any: ...
@@ -215,12 +217,18 @@ class ControlledDenoiser(Protocol):
         """The conditions of a batch in the form that the ControlNet and the pipeline read."""
         ...
 
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def requires_grad_(self, requires_grad: bool) -> Any: ...
+
+    def train(self) -> Any: ...
+
 
 class ControlNetFamily(ModelFamily, ConditionEncoder, Protocol):
     """A family for whose networks a ControlNet can be trained. Its `pipeline` also accepts a `ControlledDenoiser`."""
 
-    def controlnet(self, denoiser: nn.Module) -> Any:
-        """A `ControlledDenoiser`: the network, and a ControlNet with its initial weights."""
+    def controlnet(self, denoiser: nn.Module) -> ControlledDenoiser:
+        """The network, and a ControlNet with its initial weights."""
         ...
 
 

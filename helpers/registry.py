@@ -10,12 +10,12 @@ Choice = TypeVar("Choice")
 
 
 class Registry(Mapping[str, Choice]):
-    """name => the object at "package.module:Name". Listing the names imports nothing.
+    """name => the object at "package.module:Name", imported by `registry[name]`:
 
         OPTIMIZERS: Registry[type[Optimizer]] = Registry({"adamw": "torch.optim:AdamW"})
         optimizer = OPTIMIZERS["adamw"](parameters)
 
-    mypy takes the type of the annotation for granted; tests/test_conformance.py lets it check the objects themselves.
+    Listing names imports nothing. mypy takes the type in the annotation for granted; it checks the objects in tests/test_conformance.py.
     """
 
     def __init__(self, places: Mapping[str, str]) -> None:

@@ -1,14 +1,13 @@
-"""The training step of this installation against closed forms and numbers of the papers: `./simpletuner selftest`.
+"""Compare the training step of this installation with formulas and numbers of the papers: `./simpletuner selftest`.
 
-Every row runs what training runs (`Diffusion` and `FlowMatching`), on the schedule of Stable Diffusion: scaled-linear betas from 0.00085 to
-0.012 over 1000 timesteps. S is the ratio of signal to noise, abar / (1 - abar).
+Each row runs the code that training runs (`Diffusion` and `FlowMatching`), on the schedule of Stable Diffusion: scaled-linear betas from
+0.00085 to 0.012 over 1000 timesteps. S is the signal-to-noise ratio, abar / (1 - abar).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -31,12 +30,12 @@ SCHEDULE: Mapping[str, Any] = {
     "prediction_type": "epsilon",
 }
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SAMPLES = 2000  # where something is measured over random numbers
+SAMPLES = 2000  # of measurements with random numbers
 
 
 @dataclass(frozen=True)
 class Row:
-    """One check: numbers that a formula or a paper gives, and those that come out; `within` is the largest difference."""
+    """One check: expected numbers, from a formula or a paper, and computed ones; `within` is the largest difference allowed."""
 
     what: str
     expected: tuple[float, ...]
@@ -45,7 +44,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Numbers that are not finite are never right."""
+        """Infinity and NaN are never right."""
         near = (abs(one - other) <= self.within for one, other in zip(self.expected, self.got, strict=True))
         return all(near)
 
@@ -57,41 +56,41 @@ def rows() -> Iterator[Row]:
 
 def _predictions() -> Iterator[Row]:
     exact = [_exact(_diffusion(prediction_type=name)) for name in PREDICTIONS]
-    yield Row("loss of the exact answer: epsilon, v, sample, flow", (0, 0, 0, 0), (*exact, _exact(_flow_objective())), 0)
-    losses = {name: _loss_of_a_wrong_picture(name, 400) for name in PREDICTIONS}
+    yield Row("loss of the exact prediction: epsilon, v, sample, flow", (0, 0, 0, 0), (*exact, _exact(_flow_objective())), 0)
+    losses = {name: _loss_of_a_wrong_image(name, 400) for name in PREDICTIONS}
     ratios = tuple(losses[name] / losses["sample"] for name in ("epsilon", "v_prediction"))
-    yield Row("one error of the picture as epsilon-MSE: S, as v-MSE: S + 1, at t = 400", (0.737568, 1.737568), ratios, 1e-4)
+    yield Row("loss of one wrong image, over that of sample: epsilon S, v S + 1, at t = 400", (0.737568, 1.737568), ratios, 1e-4)
 
 
 def weights() -> Iterator[Row]:
-    """Loss weights as they arrive in a training step; S in the names is the ratio of signal to noise."""
+    """Loss weights in a training step; S in the labels is the signal-to-noise ratio."""
 
-    def of(prediction: str, *timesteps: int) -> tuple[float, ...]:
+    def min_snr(prediction: str, *timesteps: int) -> tuple[float, ...]:
         return tuple(_weight(_diffusion(prediction_type=prediction, loss_weighting="min_snr", snr_gamma=5.0), t) for t in timesteps)
 
     yield Row(
-        "min-SNR 5, epsilon, min(S, 5) / S, at t = 0, 100, 250, 999", (0.004254, 0.591445, 1, 1), of("epsilon", 0, 100, 250, 999), 5e-6
+        "min-SNR 5, epsilon, min(S, 5) / S, at t = 0, 100, 250, 999", (0.004254, 0.591445, 1, 1), min_snr("epsilon", 0, 100, 250, 999), 5e-6
     )
     v = (0.004250, 0.528884, 0.673792, 0.276332, 0.004660)
-    yield Row("min-SNR 5, v, min(S, 5) / (S + 1), at t = 0, 100, 250, 500, 999", v, of("v_prediction", 0, 100, 250, 500, 999), 5e-6)
-    yield Row("min-SNR 5, sample, min(S, 5), at t = 0, 100, 400", (5, 5, 0.737568), of("sample", 0, 100, 400), 5e-5)
+    yield Row("min-SNR 5, v, min(S, 5) / (S + 1), at t = 0, 100, 250, 500, 999", v, min_snr("v_prediction", 0, 100, 250, 500, 999), 5e-6)
+    yield Row("min-SNR 5, sample, min(S, 5), at t = 0, 100, 400", (5, 5, 0.737568), min_snr("sample", 0, 100, 400), 5e-5)
     yield Row(
         "soft min-SNR 5, sample, 5 S / (S + 5), of S = 0.1, 1, 5, 50",
         (0.0980, 0.8333, 2.5, 4.5455),
-        _of_snr("soft_min_snr", "sample", 0.1, 1, 5, 50),
+        _at_snr("soft_min_snr", "sample", 0.1, 1, 5, 50),
         5e-5,
     )
     of_level = _weight(_diffusion(prediction_type="sample", loss_weighting="soft_min_snr", snr_gamma=1 / 0.5**2), 400)
     level = 1 / 0.737568  # sigma^2
-    yield Row("the same by noise level s^2 = (1 - abar) / abar, 1 / (s^2 + 0.5^2), at t = 400", (1 / (level + 0.25),), (of_level,), 1e-5)
-    yield Row("debiased, epsilon, 1 / sqrt(S), of S = 0.04, 1, 25", (5, 1, 0.2), _of_snr("debiased", "epsilon", 0.04, 1, 25), 1e-6)
+    yield Row("soft min-SNR 4, sample, 1 / (s^2 + 0.5^2), s^2 = (1 - abar) / abar, at t = 400", (1 / (level + 0.25),), (of_level,), 1e-5)
+    yield Row("debiased, epsilon, 1 / sqrt(S), of S = 0.04, 1, 25", (5, 1, 0.2), _at_snr("debiased", "epsilon", 0.04, 1, 25), 1e-6)
     plain = _weight(_diffusion(snr_weight=2.0), 100)
-    yield Row("no weighting: snr_weight, of 2", (2,), (plain,), 0)
+    yield Row("no weighting: --snr_weight=2", (2,), (plain,), 0)
 
 
 def _huber() -> Iterator[Row]:
     objective = _diffusion(loss="huber", huber_delta=0.1)
-    corrupted = _at(objective, 400, _pictures(1))
+    corrupted = _at(objective, 400, _images(1))
     got = tuple(objective.loss(corrupted.target + error, corrupted).item() for error in (0.05, 0.1, 1.0))
     yield Row("Huber 0.1, e^2 and 0.1 (2 |e| - 0.1), of e = 0.05, 0.1, 1", (0.0025, 0.01, 0.19), got, 1e-6)
 
@@ -103,31 +102,31 @@ def _zero_snr() -> Iterator[Row]:
     starts = tuple(objective.alphas_cumprod[0].item() for objective in (plain, zero))
     yield Row("zero terminal SNR: sqrt(abar) at the end, without and with", (0.068265, 0), ends, 1e-6)
     yield Row("zero terminal SNR: abar at the start, without and with", (0.99915, 0.99915), starts, 1e-6)
-    yield Row("zero terminal SNR: min-SNR weight of v where only noise is left", (0,), (_weight(zero, 999),), 0)
-    yield Row("zero terminal SNR with epsilon is refused (1: yes)", (1,), (_refused(rescale_betas_zero_snr=True),), 0)
+    yield Row("zero terminal SNR: min-SNR weight of v at the last timestep, pure noise", (0,), (_weight(zero, 999),), 0)
+    yield Row("zero terminal SNR with epsilon is refused (1 is yes)", (1,), (_refused(rescale_betas_zero_snr=True),), 0)
     yield Row("trailing spacing, round(T - i T / n) - 1, n = 10: first, second, last", (999, 899, 99), _sampled("trailing"), 0)
-    yield Row("leading spacing never visits the end: first, second, last", (900, 800, 0), _sampled("leading"), 0)
+    yield Row("leading spacing misses the end: first, second, last", (900, 800, 0), _sampled("leading"), 0)
 
 
 def _noise() -> Iterator[Row]:
     objective = _diffusion()
     sigmas = []
     for timestep in (0, 1):
-        corrupted = _at(objective, timestep, 0 * _pictures(1))
+        corrupted = _at(objective, timestep, 0 * _images(1))
         sigmas.append((corrupted.noisy / corrupted.target).median().item())
     second = math.sqrt(1 - (1 - 0.00085) * (1 - _beta(1)))
-    yield Row("noise at t = 0 and 1, sqrt(1 - abar); both would be 0 in bfloat16", (math.sqrt(0.00085), second), tuple(sigmas), 1e-5)
+    yield Row("noise level at t = 0 and 1, sqrt(1 - abar) (0 in bfloat16)", (math.sqrt(0.00085), second), tuple(sigmas), 1e-5)
 
     offset = _diffusion(offset_noise=True, noise_offset=0.1, noise_offset_probability=1.0)
-    noise = offset.corrupt(0 * _pictures(SAMPLES), _draws(SAMPLES)).target
+    noise = offset.corrupt(0 * _images(SAMPLES), _draws(SAMPLES)).target
     variance = noise.mean(dim=(2, 3)).var().item()
     yield Row("offset noise 0.1, 16 x 16: variance of a channel's mean, 1 / HW + 0.1^2", (1 / 256 + 0.01,), (variance,), 0.0008)
     yield Row("offset noise 0.1: variance of the noise, 1 + 0.1^2", (1.01,), (noise.var().item(),), 0.005)
 
-    plain, perturbed = (_diffusion(input_perturbation=g).corrupt(0 * _pictures(SAMPLES), _draws(SAMPLES)) for g in (0.0, 0.1))
+    plain, perturbed = (_diffusion(input_perturbation=g).corrupt(0 * _images(SAMPLES), _draws(SAMPLES)) for g in (0.0, 0.1))
     yield Row("input perturbation 0.1: change of the target", (0,), ((perturbed.target - plain.target).abs().max().item(),), 0)
     ratio = ((perturbed.noisy - plain.noisy).var() / plain.noisy.var()).item()
-    yield Row("input perturbation 0.1: variance that it adds, of that of the noise, 0.1^2", (0.01,), (ratio,), 0.0005)
+    yield Row("input perturbation 0.1: added variance, relative to the noise, 0.1^2", (0.01,), (ratio,), 0.0005)
 
 
 def _experts() -> Iterator[Row]:
@@ -138,12 +137,12 @@ def _experts() -> Iterator[Row]:
         for inverted in (False, True):
             chosen = _timesteps(_diffusion(refiner_training=True, refiner_training_invert_schedule=inverted), samples, 8 * SAMPLES)
             seen += [chosen.min().item(), chosen.max().item()]
-        yield Row(f"two experts at strength 0.2, {samples} in a step: ends of both parts", (0, 199, 200, 999), tuple(seen), 0)
+        yield Row(f"two experts, strength 0.2, {samples} samples a step: ends of both", (0, 199, 200, 999), tuple(seen), 0)
     chosen = _timesteps(_diffusion(), 8, 8 * SAMPLES)
     apart = (chosen.sort(dim=1).values // 125).eq(torch.arange(8)).all(dim=1).double().mean().item()
-    yield Row("8 in a step: share of steps with one timestep of each eighth", (1,), (apart,), 0)
+    yield Row("8 samples a step: share of steps with one timestep in each eighth", (1,), (apart,), 0)
     first = chosen[:, 0].double().mean().item()
-    yield Row("8 in a step: mean timestep of the first sample", (499.5,), (first,), 3 * 288.7 / math.sqrt(SAMPLES))
+    yield Row("8 samples a step: mean timestep of the first sample", (499.5,), (first,), 3 * 288.7 / math.sqrt(SAMPLES))
 
 
 def _bias() -> Iterator[Row]:
@@ -151,13 +150,13 @@ def _bias() -> Iterator[Row]:
         for samples in (1, 8):
             chosen = _timesteps(_diffusion(timestep_bias_strategy=strategy, timestep_bias_multiplier=3.0), samples, 8 * SAMPLES)
             inside = (chosen < 250 if strategy == "earlier" else chosen >= 750).double().mean().item()
-            yield Row(f"bias 3 to the {strategy} quarter, {samples} in a step: its share, 3 / (3 + 3)", (0.5,), (inside,), 0.012)
+            yield Row(f"bias 3 for the {strategy} quarter, {samples} samples a step: its share, 3 / (3 + 3)", (0.5,), (inside,), 0.012)
 
 
 def _flow_timesteps() -> Iterator[Row]:
     drawn = _spread("logit_normal")
     got = (drawn.mean().item(), drawn.std().item(), drawn.quantile(0.05).item(), drawn.quantile(0.95).item())
-    yield Row("logit-normal (0, 1): mean, deviation, 5 % and 95 %", (0.5, 0.208, 0.162, 0.838), got, 5e-4)
+    yield Row("logit-normal (0, 1): mean, standard deviation, 5 % and 95 % quantiles", (0.5, 0.208, 0.162, 0.838), got, 5e-4)
     shares = tuple(_share(_spread("mode", mode_scale=scale), 0.4, 0.6) for scale in (1.29, 0.81, -0.5))
     yield Row("mode 1.29, 0.81, -0.5: share between 0.4 and 0.6", (0.4595, 0.3355, 0.1566), shares, 5e-4)
     drawn = _spread("cosmap")
@@ -175,20 +174,20 @@ def _flow() -> Iterator[Row]:
         "shift 3, 3 t / (1 + 2 t), of 0.1, 0.25, 0.5, 0.75, 0.9", (0.25, 0.5, 0.75, 0.9, 0.9643), tuple(shifted(t, 3.0).tolist()), 5e-5
     )
     objective = _flow_objective()
-    corrupted = objective.corrupt(_pictures(64), _draws(64))
+    corrupted = objective.corrupt(_images(64), _draws(64))
     exact = objective.sigmas(_draws(64)) * 1000
-    yield Row("timesteps that the network is told: error", (0,), ((corrupted.timesteps.double() - exact).abs().max().item(),), 1e-4)
+    yield Row("error of the timesteps that the network gets", (0,), ((corrupted.timesteps.double() - exact).abs().max().item(),), 1e-4)
     sigma = (corrupted.timesteps / 1000).view(-1, 1, 1, 1)
-    recovered = (corrupted.noisy - sigma * corrupted.target - _pictures(64)).abs().max().item()
-    yield Row("what the exact answer leads back to, x - s v: error of the picture", (0,), (recovered,), 1e-5)
-    answer = corrupted.target + 0.1
-    of_velocity = objective.loss(answer, corrupted)
-    of_picture = ((corrupted.noisy - sigma * answer - _pictures(64)) ** 2).mean(dim=(1, 2, 3))
-    ratio = (of_picture / of_velocity / sigma.flatten() ** 2).mean().item()
-    yield Row("loss of the picture over s^2 times that of the velocity", (1,), (ratio,), 1e-3)
+    recovered = (corrupted.noisy - sigma * corrupted.target - _images(64)).abs().max().item()
+    yield Row("error of the image x - s v of the exact prediction", (0,), (recovered,), 1e-5)
+    wrong = corrupted.target + 0.1
+    of_velocity = objective.loss(wrong, corrupted)
+    of_image = ((corrupted.noisy - sigma * wrong - _images(64)) ** 2).mean(dim=(1, 2, 3))
+    ratio = (of_image / of_velocity / sigma.flatten() ** 2).mean().item()
+    yield Row("squared error of the image / (s^2 x that of the velocity)", (1,), (ratio,), 1e-3)
 
 
-# -- what is asked of the objectives ----------------------------------------------------------------------------------------
+# -- calls of the objectives ------------------------------------------------------------------------------------------------
 
 
 def _diffusion(**options: Any) -> Diffusion:
@@ -217,15 +216,15 @@ def _draws(samples: int, step: int = 1) -> Any:
     return StepDraws(seed=1, step=step, places=tuple(range(samples)), step_samples=samples)
 
 
-def _pictures(number: int) -> Tensor:
-    """(number, 4, 16, 16) the same each time."""
+def _images(number: int) -> Tensor:
+    """(number, 4, 16, 16), always the same."""
     import torch
 
     return torch.randn(number, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def _at(objective: Diffusion, timestep: int, latents: Tensor) -> Corrupted:
-    """One sample whose timestep is this one: of a step of a thousand samples, each has one."""
+    """One sample with this timestep. In a stratified step of 1000 samples each timestep occurs once."""
     from helpers.data.base.draws import StepDraws
 
     place = objective.distribution.at(_draws(1000).strata("timestep")).tolist().index(timestep)
@@ -233,10 +232,10 @@ def _at(objective: Diffusion, timestep: int, latents: Tensor) -> Corrupted:
 
 
 def _weight(objective: Diffusion, timestep: int) -> float:
-    return _at(objective, timestep, _pictures(1)).weight.item()
+    return _at(objective, timestep, _images(1)).weight.item()
 
 
-def _of_snr(weighting: str, prediction: str, *ratios: float) -> tuple[float, ...]:
+def _at_snr(weighting: str, prediction: str, *ratios: float) -> tuple[float, ...]:
     import torch
 
     from helpers.objectives.weights import loss_weight
@@ -246,30 +245,30 @@ def _of_snr(weighting: str, prediction: str, *ratios: float) -> tuple[float, ...
 
 
 def _exact(objective: Diffusion | FlowMatching) -> float:
-    corrupted = objective.corrupt(_pictures(4), _draws(4))
+    corrupted = objective.corrupt(_images(4), _draws(4))
     return objective.loss(corrupted.target, corrupted).max().item()
 
 
-def _loss_of_a_wrong_picture(prediction: str, timestep: int) -> float:
-    """Of the answer that means a picture that is 0.1 too bright."""
-    objective, picture = _diffusion(prediction_type=prediction), _pictures(1)
-    corrupted = _at(objective, timestep, picture)
+def _loss_of_a_wrong_image(prediction: str, timestep: int) -> float:
+    """The loss of the prediction that stands for an image that is 0.1 too bright."""
+    objective, image = _diffusion(prediction_type=prediction), _images(1)
+    corrupted = _at(objective, timestep, image)
     signal = objective.alphas_cumprod[timestep].sqrt()
     sigma = (1 - objective.alphas_cumprod[timestep]).sqrt()
-    wrong = picture + 0.1
+    wrong = image + 0.1
     noise = (corrupted.noisy - signal * wrong) / sigma
-    answer = {"epsilon": noise, "v_prediction": signal * noise - sigma * wrong, "sample": wrong}[prediction]
-    return objective.loss(answer, corrupted).item()
+    prediction_of_it = {"epsilon": noise, "v_prediction": signal * noise - sigma * wrong, "sample": wrong}[prediction]
+    return objective.loss(prediction_of_it, corrupted).item()
 
 
 def _beta(timestep: int) -> float:
-    """Of betas that are linear in their square root."""
+    """Scaled-linear: linear in the square root."""
     first, last = math.sqrt(0.00085), math.sqrt(0.012)
     return (first + (last - first) * timestep / 999) ** 2
 
 
 def _sampled(spacing: str) -> tuple[float, ...]:
-    """The first, second and last timestep of ten, of a sampler with the training schedule."""
+    """The first, second and last of ten sampling timesteps with the training schedule."""
     from diffusers import DDIMScheduler
 
     schedule = _diffusion(training_scheduler_timestep_spacing=spacing).scheduler_config
@@ -279,7 +278,7 @@ def _sampled(spacing: str) -> tuple[float, ...]:
 
 
 def _timesteps(objective: Diffusion, samples: int, number: int) -> Tensor:
-    """(number // samples, samples) timesteps of as many steps."""
+    """(number // samples, samples): the timesteps of number // samples steps."""
     import torch
 
     from helpers.objectives.timesteps import uniform_numbers
@@ -289,7 +288,7 @@ def _timesteps(objective: Diffusion, samples: int, number: int) -> Tensor:
 
 
 def _spread(scheme: str, **options: float) -> Tensor:
-    """The timesteps of a hundred thousand equally likely parts."""
+    """100,000 stratified timesteps."""
     import torch
 
     from helpers.objectives.flow import timesteps
@@ -307,7 +306,7 @@ def _share(drawn: Tensor, low: float, high: float) -> float:
 
 def table(checked: Sequence[Row]) -> str:
     lines = [("", "what", "expected", "got")]
-    lines += [("ok" if row.ok else "OFF", row.what, _numbers(row.expected), _numbers(row.got)) for row in checked]
+    lines += [("ok" if row.ok else "WRONG", row.what, _numbers(row.expected), _numbers(row.got)) for row in checked]
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     return "\n".join(
         "  ".join((*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[3])).rstrip() for line in lines
@@ -321,18 +320,15 @@ def _numbers(values: tuple[float, ...]) -> str:
 def main(arguments: Sequence[str] | None = None, checks: Callable[[], Iterator[Row]] = rows) -> int:
     parser = argparse.ArgumentParser(
         prog="./simpletuner selftest",
-        description="Run the training step of this installation against closed forms and numbers of the papers, and print a table:\n\n"
+        description="Compare the training step of this installation with formulas and numbers of the papers, and print a table:\n\n"
         "    ./simpletuner selftest\n\n"
-        "The exit code is 1 if a number is off. It takes a few seconds on a CPU, and needs no model and no data.",
+        "The exit code is 1 if a number is wrong. It takes a few seconds on a CPU and needs no model and no data.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(arguments)
     checked = list(checks())
     print(table(checked))
-    off = sum(not row.ok for row in checked)
-    print(f"{off} of {len(checked)} checks are off" if off else f"all {len(checked)} checks are right")
-    return 1 if off else 0
+    wrong = sum(not row.ok for row in checked)
+    print(f"{wrong} of {len(checked)} checks failed" if wrong else f"all {len(checked)} checks passed")
+    return 1 if wrong else 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

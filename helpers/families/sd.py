@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
+    from helpers.families.networks.controlnet import ControlledUNet
     from helpers.families.text.clip import TrainedClip
 
 ACTIVATION_OF_VERSION_1 = "quick_gelu"  # of CLIP's own text encoder; version 2 has OpenCLIP's, which uses the exact one
@@ -115,7 +116,7 @@ class StableDiffusion:
         told = {**clip_states.arguments(conditioning), **condition.keyword(conditioning)}
         return denoiser(noisy, timesteps, **told).sample
 
-    def controlnet(self, denoiser: nn.Module) -> Any:
+    def controlnet(self, denoiser: nn.Module) -> ControlledUNet:
         from helpers.families.networks.controlnet import controlled_unet
 
         return controlled_unet(denoiser, self.controlnet_start, self.latents.downsampling)

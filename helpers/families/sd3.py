@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
+    from helpers.families.networks.controlnet import ControlledTransformer
     from helpers.families.text.t5_source import T5Source
 
 CLIPS = ("", "_2")  # suffixes of their folders
@@ -186,7 +187,7 @@ class StableDiffusion3:
             **condition.keyword(conditioning),
         ).sample
 
-    def controlnet(self, denoiser: nn.Module) -> Any:
+    def controlnet(self, denoiser: nn.Module) -> ControlledTransformer:
         from helpers.families.networks.controlnet import controlled_transformer
 
         return controlled_transformer(denoiser, self.controlnet_start, self.vae)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
+    from helpers.families.networks.controlnet import ControlledUNet
     from helpers.families.text.clip import TrainedClip
 
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -116,7 +117,7 @@ class SDXL:
     prompt_arguments = staticmethod(sdxl_inputs.prompt_arguments)
     img2img_arguments = staticmethod(img2img.img2img_arguments)
 
-    def controlnet(self, denoiser: nn.Module) -> Any:
+    def controlnet(self, denoiser: nn.Module) -> ControlledUNet:
         from helpers.families.networks.controlnet import controlled_unet
 
         return controlled_unet(denoiser, self.controlnet_start, self.latents.downsampling)

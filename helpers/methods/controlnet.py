@@ -46,7 +46,8 @@ class ControlNet(FullFineTune):
 
         assert can_controlnet(self.family), "the settings refuse --controlnet for other families"
         both = self.family.controlnet(parts.denoiser)
-        both.requires_grad_(False).train()
+        both.requires_grad_(False)
+        both.train()
         nn.Module.to(both.denoiser, parts.frozen_dtype)  # diffusers' own `to` prints a needless warning
         parameters = {
             name: parameter.requires_grad_(True)

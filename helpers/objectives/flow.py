@@ -1,4 +1,4 @@
-"""Flow matching along straight lines (rectified flow): the network answers with the velocity from a picture to noise."""
+"""Flow matching along straight lines (rectified flow). The network predicts the velocity from the image to the noise."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from helpers.config.options import ObjectiveOptions
     from helpers.data.base.draws import StepDraws
 
-STEEPEST_MODE = 2 / (math.pi - 2)  # beyond, and below -1, mode sampling's function is not monotone
+LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # above it, or below -1, the function of mode sampling is not monotone
 SAMPLERS: Mapping[str, str] = {"euler": "FlowMatchEulerDiscreteScheduler"}
-# Options of diffusion => why flow matching has no use for them.
+# Options of diffusion => why flow matching does not have them, and what to use instead.
 REFUSED: Mapping[str, str] = {
-    "prediction_type": "flow matching always learns the velocity noise - picture",
-    "rescale_betas_zero_snr": "the schedule of flow matching ends in pure noise by itself",
-    "loss_weighting": "min-SNR (--snr_gamma) and its like weigh the steps of a diffusion schedule; here --weighting_scheme does",
-    "snr_weight": "it stands in for min-SNR weighting; change --learning_rate",
-    "offset_noise": "straight paths end in noise of zero mean, from which pictures of any brightness can be made",
-    "input_perturbation": "it is for the noise of diffusion",
-    "timestep_bias_strategy": "it names steps of a diffusion schedule; --weighting_scheme and --logit_mean say what is drawn more often",
-    "training_scheduler_timestep_spacing": "a flow schedule has one spacing; --flow_shift bends it",
-    "inference_scheduler_timestep_spacing": "a flow schedule has one spacing; --flow_shift bends it",
-    "refiner_training": "it names steps of a diffusion schedule; --logit_mean and --logit_std say where flow matching trains",
-    "refiner_training_strength": "it goes with --refiner_training",
-    "refiner_training_invert_schedule": "it goes with --refiner_training",
+    "prediction_type": "flow matching always predicts the velocity, noise - image",
+    "rescale_betas_zero_snr": "the schedule of flow matching always ends in pure noise",
+    "loss_weighting": "min-SNR (--snr_gamma) and the others weight timesteps of a diffusion schedule; use --weighting_scheme",
+    "snr_weight": "it scales the loss where min-SNR does not; change --learning_rate",
+    "offset_noise": "flow matching can already generate images of any brightness",
+    "input_perturbation": "it is an option of diffusion",
+    "timestep_bias_strategy": "it selects timesteps of a diffusion schedule; use --weighting_scheme and --logit_mean",
+    "training_scheduler_timestep_spacing": "a flow schedule has only one spacing; use --flow_shift",
+    "inference_scheduler_timestep_spacing": "a flow schedule has only one spacing; use --flow_shift",
+    "refiner_training": "it selects timesteps of a diffusion schedule; use --logit_mean and --logit_std",
+    "refiner_training_strength": "it belongs to --refiner_training",
+    "refiner_training_invert_schedule": "it belongs to --refiner_training",
 }
 
 
@@ -45,20 +45,22 @@ def _judge(settings: Settings) -> Iterable[str]:
             yield f"--{name}={show(settings[name])} is not for flow matching: {reason}. Remove it."
     if settings["validation_noise_scheduler"] not in SAMPLERS:
         yield (
-            f"--validation_noise_scheduler={settings['validation_noise_scheduler']} samples diffusion models; "
-            f"flow matching has {' and '.join(SAMPLERS)}."
+            f"--validation_noise_scheduler={settings['validation_noise_scheduler']} is for diffusion models; "
+            f"flow matching needs {' or '.join(SAMPLERS)}."
         )
     scale = settings["mode_scale"]
-    if settings["weighting_scheme"] == "mode" and not -1 <= scale <= STEEPEST_MODE:  # type: ignore[operator]  # a number
-        yield f"--mode_scale={scale:g} must lie between -1 and {STEEPEST_MODE:.3f}, or some timesteps would be drawn twice over."
+    if settings["weighting_scheme"] == "mode" and not -1 <= scale <= LARGEST_MODE_SCALE:  # type: ignore[operator]  # a number
+        yield f"--mode_scale={scale:g} must lie between -1 and {LARGEST_MODE_SCALE:.3f}: beyond that, timesteps are no longer in order."
 
 
 class FlowMatching:
-    """The training step of Liu et al. (2023) and Lipman et al. (2023) with the timesteps of Esser et al. (2024).
+    """The training step of Liu et al. (2023) and Lipman et al. (2023), with the timestep distributions of Esser et al. (2024).
 
-    x_s = (1 - s) x_0 + s e for s in [0, 1], and the target e - x_0, whose loss has the weight 1 everywhere: what a scheme prefers, it
-    draws more often. `scheduler_config` is the model's own (diffusers' names); --flow_shift replaces its shift. The network is told
-    1000 s, or as many as the schedule has steps, in float32: bfloat16 would round it to multiples of four.
+    The network sees x_s = (1 - s) x_0 + s e and learns e - x_0: x_0 are the latents, e is the noise, s in [0, 1] is the noise level. All
+    losses have weight 1; a --weighting_scheme draws the timesteps it prefers more often. The network's timestep is s times the number of
+    steps of the schedule (1000), in float32: bfloat16 would round it to multiples of 4.
+
+    `scheduler_config` is the base model's (diffusers' names). --flow_shift replaces its shift.
     """
 
     facts = Facts(name="flow", title="flow matching", judge=_judge)
@@ -72,7 +74,7 @@ class FlowMatching:
         self.identity = {"flow_shift": self.shift}
 
     def corrupt(self, latents: Tensor, draws: StepDraws) -> Corrupted:
-        """latents (B, C, h, w) float32 => what the network sees and should answer, on the latents' device."""
+        """latents (B, C, h, w), float32 => the network's input and target, on the same device."""
         noise = draws.normal("noise", *latents.shape[1:]).to(latents.device)
         sigmas = self.sigmas(draws).float()
         timesteps = (sigmas * self.steps).to(latents.device)
@@ -85,21 +87,21 @@ class FlowMatching:
         )
 
     def sigmas(self, draws: StepDraws) -> Tensor:
-        """(B,) shares of noise in [0, 1], float64: one from each of as many equally likely parts as the global step has samples."""
+        """(B,) noise levels in [0, 1], float64, stratified over all samples of the step (`uniform_numbers`)."""
         return shifted(timesteps(uniform_numbers(self.options, draws), self.options), self.shift)
 
     def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """(B,) distances over channels and pixels, in float32."""
+        """(B,) mean distances over channels and pixels, float32."""
         return weighted_loss(prediction, corrupted, self.options)
 
 
 def timesteps(u: Tensor, options: ObjectiveOptions) -> Tensor:
-    """Uniform numbers in [0, 1) => timesteps in [0, 1] of --weighting_scheme's distribution; monotone, so that strata stay strata."""
+    """Uniform numbers in [0, 1) => timesteps in [0, 1], distributed by --weighting_scheme. Monotone, which keeps the strata."""
     return SCHEMES[options.weighting_scheme](u, options)
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Esser et al. (2024), section 5.3.2: t' = a t / (1 + (a - 1) t), with a = sqrt(m / n) for m pixels in place of n."""
+    """Esser et al. (2024), section 5.3.2: t' = a t / (1 + (a - 1) t), with a = sqrt(m / n) to go from n pixels to m."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -108,19 +110,19 @@ def _uniform(u: Tensor, options: ObjectiveOptions) -> Tensor:
 
 
 def _logit_normal(u: Tensor, options: ObjectiveOptions) -> Tensor:
-    """sigmoid(m + s z) of a standard normal z (section 3.1), by the inverse of its distribution function."""
+    """sigmoid(m + s z) for a standard normal z (section 3.1); z is the inverse of the normal distribution function at u."""
     import torch
 
     return torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(u))
 
 
 def _mode(u: Tensor, options: ObjectiveOptions) -> Tensor:
-    """1 - u - s (cos^2(pi u / 2) - 1 + u) (section 3.1, equation 20): above 0, s prefers the middle, below 0 the ends."""
+    """1 - u - s (cos^2(pi u / 2) - 1 + u) (section 3.1, equation 20). s > 0 prefers the middle, s < 0 the ends."""
     return 1 - u - options.mode_scale * ((math.pi / 2 * u).cos() ** 2 - 1 + u)
 
 
 def _cosmap(u: Tensor, options: ObjectiveOptions) -> Tensor:
-    """Of the density 2 / (pi - 2 pi t + 2 pi t^2) (section 3.1, equation 21), by the inverse of its distribution function."""
+    """Density 2 / (pi - 2 pi t + 2 pi t^2) (section 3.1, equation 21), by the inverse of its distribution function at u."""
     return 1 - 1 / ((math.pi / 2 * u).tan() + 1)
 
 
@@ -133,13 +135,13 @@ SCHEMES: Mapping[str, Callable[[Tensor, ObjectiveOptions], Tensor]] = {
 
 
 def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's schedule with the shift that the user set. Raises ConfigError for one that has no shift of its own."""
+    """The model's schedule, with the shift that the user set. Raises ConfigError for a schedule whose shift depends on the image size."""
     schedule = {"num_train_timesteps": 1000, "shift": 1.0, **{key: value for key, value in model.items() if not key.startswith("_")}}
     if options.flow_shift is not None:
         return {**schedule, "shift": options.flow_shift, "use_dynamic_shifting": False}
     if schedule.get("use_dynamic_shifting"):
         raise ConfigError(
-            "The model's scheduler shifts its schedule by the size of each picture (use_dynamic_shifting), which cannot be trained: "
-            "set --flow_shift; 3 is usual for pictures of a megapixel."
+            "The model's scheduler shifts its schedule by the size of each image (use_dynamic_shifting), which cannot be trained: "
+            "set --flow_shift; 3 is usual for images of a megapixel."
         )
     return schedule

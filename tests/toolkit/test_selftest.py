@@ -15,7 +15,7 @@ def test_every_number_comes_out_and_is_shown() -> None:
     ended = subprocess.run([sys.executable, "toolkit/commands.py", "selftest"], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     *table, last = ended.stdout.splitlines()
-    assert last == f"all {len(table) - 1} checks are right" and len(table) > 30
+    assert last == f"all {len(table) - 1} checks passed" and len(table) > 30
     assert table[0].split() == ["what", "expected", "got"]
     assert all(line.startswith("ok ") for line in table[1:])
     [shift] = [line for line in table if "shift 3" in line]
@@ -23,12 +23,12 @@ def test_every_number_comes_out_and_is_shown() -> None:
 
 
 @pytest.mark.parametrize("got", [1.01, float("nan"), float("inf")])
-def test_a_number_that_is_off_is_marked_and_ends_with_1(got: float, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_number_is_marked_and_ends_with_1(got: float, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [Row("right", (1.0, 2.0), (1.0, 2.0005), 0.001), Row("wrong", (1.0, 1.0), (1.0, got), 0.001)]
     assert selftest.main([], lambda: iter(rows)) == 1
     _, right, wrong, last = capsys.readouterr().out.splitlines()
-    assert right.split()[:2] == ["ok", "right"] and wrong.split()[:2] == ["OFF", "wrong"]
-    assert last == "1 of 2 checks are off"
+    assert right.split()[:2] == ["ok", "right"] and wrong.split()[:2] == ["WRONG", "wrong"]
+    assert last == "1 of 2 checks failed"
 
 
 def test_a_broken_weight_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
