@@ -1,12 +1,11 @@
-"""How fast cached tensors are written and read, beside what disk and checksum alone allow, and what they take on disk.
+"""How fast cached tensors are written and read, compared with the disk and the checksum alone, and how much disk space they need.
 
     python -m benchmarks.cache_shards [--mebibytes 256] [--rounds 5] [--profile]
 
-Records of 32 KiB are SDXL latents of 512 pixels, of 128 KiB those of 1024, of 300 KiB its text tensors. Writing checks, seals shards
-and fills the index; beside it stands a plain file of the same bytes, synced as often, with a crc32 of each record. Reading comes from
-the page cache, in random order, each record checked and copied; beside it stands crc32 alone. Reading needs no disk and is told by
-seconds of processor time. Gates are in MiB a second, and for the small records in records a second. Bytes on disk are those of shards
-and index, for a byte of payload.
+Records of 32 KiB are SDXL latents at 512 pixels, 128 KiB at 1024 pixels, and 300 KiB its text embeddings. Writing checks the data, seals
+shards and updates the index. It is compared with a plain file of the same bytes, synced as often, with a crc32 of each record. Reading is
+from the page cache, in random order, and each record is checked and copied. It is compared with crc32 alone, in CPU time, because it needs
+no disk. Gates are in MiB/s, and for the small records also in records/s. Bytes on disk are those of shards and index, per byte of payload.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from benchmarks.measure import Figure, compared, conclude, parser, profile
 from helpers.data.cache.cache import SHARD_BYTES, Cache, Writer, record_key
 
 LEAST_WRITTEN, LEAST_READ = 350.0, 1500.0  # MiB/s
-LEAST_RECORDS = {32: (8_000, 45_000)}  # KiB of a record => records written and read a second
-MOST_ON_DISK = 1.05  # bytes for a byte of payload
+LEAST_RECORDS = {32: (8_000, 45_000)}  # KiB of a record => records written and read per second
+MOST_ON_DISK = 1.05  # bytes per byte of payload
 KIBIBYTES = (32, 128, 300)
 
 
 class Round(NamedTuple):
-    """Records a second, and bytes on disk for a byte of payload."""
+    """Records per second, and bytes on disk per byte of payload."""
 
     written: float
     written_plainly: float
@@ -46,7 +45,7 @@ class Round(NamedTuple):
 
 
 def measure(folder: Path, kibibytes: int, mebibytes: int) -> Round:
-    """One round: a new cache is filled and read once over."""
+    """One round: fill a new cache and read it once."""
     count = mebibytes * 1024 // kibibytes
     latents = torch.randn(64, 4, kibibytes * 4, 32).half()
     keys = [record_key(str(number)) for number in range(count)]
@@ -70,7 +69,7 @@ def measure(folder: Path, kibibytes: int, mebibytes: int) -> Round:
 
 
 def write_plainly(path: Path, payload: bytes, count: int) -> float:
-    """Payloads a second into a file by hand, each with its crc32, synced when as much has been written as a shard holds."""
+    """Payloads per second written to a plain file, each with its crc32, synced after as many bytes as a shard holds."""
     began = time.perf_counter()
     with path.open("wb") as file:
         for number in range(1, count + 1):
@@ -85,7 +84,7 @@ def write_plainly(path: Path, payload: bytes, count: int) -> float:
 
 
 def checksum(payload: bytes, count: int) -> float:
-    """Payloads a second of processor time that zlib takes the crc32 of: as fast as any checked reading can be."""
+    """Payloads whose crc32 zlib computes per second of CPU time: no checked reading can be faster."""
     began = time.process_time()
     for _ in range(count):
         zlib.crc32(payload)
@@ -93,12 +92,12 @@ def checksum(payload: bytes, count: int) -> float:
 
 
 def figures_of(kibibytes: int, rounds: Sequence[Round]) -> list[Figure]:
-    """Rates in MiB a second with their gates, and in records where those are gated too."""
+    """Rates in MiB/s with their gates, and in records/s where those have gates too."""
     name, mebibytes = f"{kibibytes} KiB", kibibytes / 1024
     writes = [(each.written_plainly * mebibytes, each.written * mebibytes) for each in rounds]
     reads = [(each.checksummed * mebibytes, each.read * mebibytes) for each in rounds]
-    written = compared(f"{name} written, beside a plain file", "MiB/s", writes, at_least=LEAST_WRITTEN, gates_value=True)
-    read = compared(f"{name} read, beside crc32 alone", "MiB/s", reads, at_least=LEAST_READ, gates_value=True)
+    written = compared(f"{name} written, compared with a plain file", "MiB/s", writes, at_least=LEAST_WRITTEN, gates_value=True)
+    read = compared(f"{name} read, compared with crc32 alone", "MiB/s", reads, at_least=LEAST_READ, gates_value=True)
     on_disk = Figure(f"{name} on disk", statistics.median(each.on_disk for each in rounds), "x payload", at_most=MOST_ON_DISK)
     if kibibytes not in LEAST_RECORDS:
         return [written, read, on_disk]
@@ -114,8 +113,8 @@ def figures_of(kibibytes: int, rounds: Sequence[Round]) -> list[Figure]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
-    options.add_argument("--mebibytes", type=int, default=256, help="payload of a round")
-    options.add_argument("--folder", type=Path, help="where to write; a temporary folder if not given")
+    options.add_argument("--mebibytes", type=int, default=256, help="payload per round")
+    options.add_argument("--folder", type=Path, help="folder to write to (default: a temporary folder)")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(1)
     figures: list[Figure] = []

@@ -1,10 +1,10 @@
-"""How long a data set of a million images takes to get its captions and sizes from a Parquet table, and what memory that takes.
+"""How long it takes to read captions and sizes of a million images from a Parquet table, and how much memory.
 
     python -m benchmarks.caption_table [--rows 1000000] [--rounds 1]
 
-The files are a listing without a disk, so what is measured is ours: taking over the listing, reading and joining the table, and judging
-every image. The limit of reading is pyarrow making Python values of the same columns. No image is opened. Seconds are of processor time,
-over all threads; memory is what the process's peak rose by.
+The listing of files is synthetic and needs no disk, so only our code is measured: storing the listing, reading and joining the table, and
+checking every image. The limit for reading is pyarrow converting the same columns to Python values. No image is opened. Seconds are CPU
+time over all threads; memory is the increase of the process's peak.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from helpers.data.catalogue.tables import TableRule
 from helpers.data.plan.buckets import ResolutionRule
 from helpers.storage.backend import Entry
 
-MOST_MICROSECONDS = 20.0  # of reading and joining, for a row
-MOST_BYTES = 500.0  # of memory for a row; a Python object with a caption takes more
-BLOCK = 50_000  # rows written at once
+MOST_MICROSECONDS = 20.0  # reading and joining, per row
+MOST_BYTES = 500.0  # memory per row; a Python object with a caption needs more
+BLOCK = 50_000  # rows written at a time
 
 
 def key(number: int) -> str:
@@ -41,7 +41,7 @@ def key(number: int) -> str:
 
 
 def write_table(path: Path, rows: int) -> None:
-    """A table with a name, a caption and a size for every image, in an order that is not the listing's."""
+    """A table with a name, a caption and a size for every image, in another order than the listing."""
     stride = 7919 if rows % 7919 else 1  # a prime
     with pq.ParquetWriter(path, schema()) as writer:
         for start in range(0, rows, BLOCK):
@@ -57,7 +57,7 @@ def schema() -> pa.Schema:
 
 @dataclass(frozen=True)
 class Listing:
-    """A source of so many images, none of which can be opened."""
+    """A source with a given number of images, none of which can be opened."""
 
     images: int
     name: str = "listing"
@@ -74,11 +74,11 @@ class Listing:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of processor time for all rows."""
+    """Seconds of CPU time for all rows."""
 
-    scanned: float  # everything, into a new catalogue
-    joined: float  # reading and joining alone
-    again: float  # a second scan, nothing changed
+    scanned: float  # a complete scan into a new catalogue
+    joined: float  # only reading and joining
+    again: float  # a second scan without changes
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -88,12 +88,12 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def values_only(table: Path) -> float:
-    """Seconds that pyarrow takes to make Python values of the columns."""
+    """Seconds that pyarrow takes to convert the columns to Python values."""
     return seconds(lambda: [column.to_pylist() for batch in pq.ParquetFile(table).iter_batches() for column in batch.columns])
 
 
 def measure(table: Path, rows: int, catalogue: Path) -> Measured:
-    """A scan into a new catalogue, a second one, and the join once more by itself."""
+    """Measure a scan into a new catalogue, a second scan, and the join alone."""
     rule = TableRule(str(table), "parquet", caption_column="description", width_column="width", height_column="height")
     rules = DatasetRules("benchmark", ResolutionRule(), CaptionRule("parquet"), (rule,))
     with Catalogue(catalogue) as opened:
@@ -118,17 +118,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as place:
         table = Path(place) / "table.parquet"
         write_table(table, chosen.rows)
-        measure(table, min(chosen.rows, 1000), Path(place) / "small.sqlite")  # libraries come into memory
+        measure(table, min(chosen.rows, 1000), Path(place) / "small.sqlite")  # loads the libraries
         before = peak_bytes()
         all_measured = [measure(table, chosen.rows, Path(place) / f"{number}.sqlite") for number in range(chosen.rounds)]
         risen = (peak_bytes() - before) / chosen.rows
         rounds = [(values_only(table) / chosen.rows * 1e6, each.joined / chosen.rows * 1e6) for each in all_measured]
         figures = [
-            compared("a row read and joined, beside pyarrow reading it", "µs", rounds, at_most=MOST_MICROSECONDS, gates_value=True),
+            compared("a row read and joined, compared with pyarrow reading it", "µs", rounds, at_most=MOST_MICROSECONDS, gates_value=True),
             Figure("all rows read and joined", statistics.median(each.joined for each in all_measured), "s"),
-            Figure("scanned: listed, joined and judged", statistics.median(each.scanned for each in all_measured), "s"),
+            Figure("scanned: listed, joined and checked", statistics.median(each.scanned for each in all_measured), "s"),
             Figure("scanned again, nothing read", statistics.median(each.again for each in all_measured), "s"),
-            Figure("memory for a row", risen, "bytes", at_most=MOST_BYTES),
+            Figure("memory per row", risen, "bytes", at_most=MOST_BYTES),
         ]
         if chosen.profile:
             profile("a scan", lambda: measure(table, chosen.rows, Path(place) / "profiled.sqlite"))

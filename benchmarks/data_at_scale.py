@@ -1,11 +1,11 @@
-"""How data costs grow with the number of images: the index in memory, a warm start, the state in a checkpoint.
+"""How the costs of the data grow with the number of images: memory of the index, a warm start, the state in a checkpoint.
 
     python -m benchmarks.data_at_scale [--images 10000] [--images 1000000]
 
-The images are made up: a source that draws each picture when it is opened, so that a million need no disk; everything above it, from
-the scan to the batch, is what training uses. Each start is a process of its own; what it imports is not counted. `--rounds` are warm
-starts; the cold one, which encodes everything, is done once. The limit of a start that lists the data set is that listing alone. Memory of
-the index is what a start takes beyond one over a hundred images, whose own (libraries that load late, buffers) is printed first.
+The images are synthetic: the source draws each image when it is opened, so a million need no disk. Everything above the source, from the
+scan to the batch, is the code that training uses. Each start is a process of its own, without the time for imports. `--rounds` counts warm
+starts; the cold start, which encodes everything, is done once. The limit for a start that lists the dataset is the listing alone. "Memory
+of the index" is what a start needs beyond a start with a hundred images, whose memory (late-loaded libraries, buffers) is printed first.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from benchmarks.measure import Figure, conclude, parser
 from helpers.storage.backend import Entry
 
 ROOT = Path(__file__).resolve().parent.parent
-SIDES = (24, 32, 40, 48)  # of the made-up pictures, in pixels
-CAPTIONS = 1000  # distinct ones: what is measured is the index, not the text
-FEW = 100  # images whose index is next to nothing
+SIDES = (24, 32, 40, 48)  # sizes of the synthetic images, in pixels
+CAPTIONS = 1000  # different captions; the index is measured, not the text
+FEW = 100  # so few images that their index needs almost no memory
 
 
 class MadeUpSource:
-    """`count` pictures of plain colours in a dozen shapes, each different, each with a caption; made when they are opened."""
+    """`count` different images of plain colors in a dozen sizes, each with a caption; drawn when they are opened."""
 
     name = "made up"
 
@@ -57,9 +57,9 @@ class MadeUpSource:
         return bitmap(width, height, number)
 
 
-def bitmap(width: int, height: int, colour: int) -> bytes:
-    """A BMP of one colour (24 bits): a header and rows, cheaper than any encoder's."""
-    row = colour.to_bytes(4, "little")[:3] * width
+def bitmap(width: int, height: int, color: int) -> bytes:
+    """A BMP of one color (24 bits): a header and rows, cheaper than any encoder."""
+    row = color.to_bytes(4, "little")[:3] * width
     row += bytes(-len(row) % 4)
     size = 54 + len(row) * height
     header = b"BM" + size.to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little")
@@ -69,7 +69,7 @@ def bitmap(width: int, height: int, colour: int) -> bytes:
 
 
 class PlainCodec:
-    """As cheap as an image codec can be: the mean of each 8 x 8 pixels."""
+    """The cheapest possible image codec: the mean of each 8 x 8 pixels."""
 
     fingerprint = "mean of 8x8"
 
@@ -81,7 +81,7 @@ class PlainCodec:
 
 
 class PlainEncoders:
-    """As cheap as text encoders can be."""
+    """The cheapest possible text encoders."""
 
     fingerprint = "length"
     truncated = 0
@@ -97,7 +97,7 @@ class PlainEncoders:
 
 
 class PlainFamily:
-    """As much of a model family as data needs."""
+    """The part of a model family that data needs."""
 
     @contextmanager
     def image_codec(self, device: Any) -> Iterator[PlainCodec]:
@@ -117,13 +117,13 @@ class PlainFamily:
 
 
 def resident() -> int:
-    """Bytes of this process in memory that are its own: pages of mapped files do not count."""
+    """Resident bytes of this process, without pages of mapped files."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
 def start(folder: Path, images: int, trust: bool) -> dict[str, float]:
-    """One start, from the listing to the first batch, in this process; imports come before it."""
+    """One start in this process, from the listing to the first batch; imports are done before."""
     import gc
 
     import torch
@@ -134,7 +134,7 @@ def start(folder: Path, images: int, trust: bool) -> dict[str, float]:
     from helpers.reporting.html_report import HtmlReport
 
     source: Any = MadeUpSource(images)
-    scanning.open_source = lambda dataset: source  # this source has no place in a dataloader file
+    scanning.open_source = lambda dataset: source  # a dataloader file cannot name this source
     dataset = DatasetConfig(
         id="made_up",
         instance_data_dir=folder,
@@ -181,13 +181,13 @@ def middle(starts: Sequence[dict[str, float]], name: str) -> float:
 
 
 def bare_start(folder: Path, rounds: int) -> float:
-    """The bytes that a warm start takes whatever the number of images."""
+    """The bytes that a warm start needs for any number of images."""
     started(folder, FEW)
     return middle([started(folder, FEW, trust=True) for _ in range(rounds)], "index")
 
 
 def bare_listing(images: int) -> float:
-    """Seconds to list the source, and no more."""
+    """Seconds to only list the source."""
     began = time.perf_counter()
     for _ in MadeUpSource(images).list():
         pass
@@ -195,7 +195,7 @@ def bare_listing(images: int) -> float:
 
 
 def grown(folder: Path, images: int, rounds: int, bare: float) -> list[Figure]:
-    """What `images` of them cost, and what of it is beyond the `bare` bytes of any start."""
+    """The costs of `images` images. Memory is counted beyond `bare`, the bytes of any start."""
     cold = started(folder, images)
     warm = [started(folder, images) for _ in range(rounds)]
     trusting = [started(folder, images, trust=True) for _ in range(rounds)]
@@ -203,28 +203,28 @@ def grown(folder: Path, images: int, rounds: int, bare: float) -> list[Figure]:
     most_seconds, most_memory = (0.5, 5.0) if images <= 10_000 else (2.0, 80.0)
     listing = statistics.median(bare_listing(images) for _ in range(rounds))
     return [
-        Figure(f"{images:,} images: encoded, an image", cold["seconds"] / images * 1e6, "us"),
+        Figure(f"{images:,} images: encoded, per image", cold["seconds"] / images * 1e6, "us"),
         Figure("  memory while encoding", (cold["index"] - bare) / 1e6, "MB"),
         Figure("  a warm start to the first batch", middle(warm, "seconds"), "s", listing),
         Figure("  without a listing", middle(trusting, "seconds"), "s", at_most=most_seconds),
         Figure("  memory of the index", (middle(trusting, "index") - bare) / 1e6, "MB", at_most=most_memory),
-        Figure("  what a checkpoint holds of it", middle(trusting, "state"), "bytes", at_most=1_000),
+        Figure("  data state in a checkpoint", middle(trusting, "state"), "bytes", at_most=1_000),
         Figure("  files in the cache", files, "", at_most=20 if images <= 10_000 else 2_500),
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
-    options.add_argument("--images", type=int, action="append", help="made-up images (default 10000 and 1000000)")
-    options.add_argument("--start", type=Path, help="measure one start on what is cached in this folder, and print it as JSON")
-    options.add_argument("--trust", action="store_true", help="with --start: do not list the data set again")
+    options.add_argument("--images", type=int, action="append", help="number of synthetic images (default 10000 and 1000000)")
+    options.add_argument("--start", type=Path, help="measure one start with the cache in this folder, and print it as JSON")
+    options.add_argument("--trust", action="store_true", help="with --start: do not list the dataset again")
     chosen = options.parse_args(arguments)
     if chosen.start:
         print(json.dumps(start(chosen.start, chosen.images[0], chosen.trust)))
         return 0
     with tempfile.TemporaryDirectory() as place:
         bare = bare_start(Path(place), chosen.rounds)
-    figures = [Figure("memory of a start over a hundred images", bare / 1e6, "MB")]
+    figures = [Figure("memory of a start with a hundred images", bare / 1e6, "MB")]
     for images in chosen.images or (10_000, 1_000_000):
         with tempfile.TemporaryDirectory() as place:
             figures += grown(Path(place), images, chosen.rounds, bare)

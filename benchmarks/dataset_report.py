@@ -1,11 +1,11 @@
-"""What the dataset report costs a run, and how large its page becomes.
+"""How long the dataset report takes, and how large its HTML page becomes.
 
     python -m benchmarks.dataset_report [--images 1000000] [--rounds 5] [--profile]
 
-The numbers and the page are made twice of a catalogue of many images, a tenth as many files left out and as many captions, each different:
-cold, when captions are measured with SDXL's tokenizers, and warm, when their lengths are known. The thumbnails are made of photographs
-of 12 megapixels: cold, when the files are read, and warm. Beside them stands what a bare loop takes to decode the same photographs;
-ours are resized and cut as for training as well, and shrunk and packed as JPEG.
+The numbers and the page are made twice from a catalogue of many images, each with a different caption, and a tenth as many left-out files:
+cold, when captions are tokenized with SDXL's tokenizers, and warm, when their lengths are known. The thumbnails are made from photographs
+of 12 megapixels: cold, when the files are read, and warm. They are compared with a bare loop that decodes the same photographs; ours also
+resizes and crops them as for training, shrinks them and encodes them as JPEG.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from helpers.storage.memo import Memo
 TOKENIZERS = Path(__file__).resolve().parent.parent / "demo" / "model"
 PHOTOGRAPH = (4000, 3000)
 RULE = ResolutionRule()
-MOST_SECONDS = 15.0  # for a million images, cold; a scan of them takes minutes
+MOST_SECONDS = 15.0  # for a million images, cold; scanning them takes minutes
 MOST_BYTES = 2e6
 
 
 @dataclass
 class Report:
-    """A catalogue of images that are not there, and the numbers and the page on them."""
+    """A catalogue of images that do not exist, and the report and page about them."""
 
     catalogue: Catalogue
     planned: BucketPlan
@@ -94,9 +94,9 @@ def many_images(folder: Path, count: int) -> Report:
 
 @dataclass
 class Sheet:
-    """Photographs to be shown."""
+    """Photographs to make thumbnails of."""
 
-    pictures: Path
+    images: Path
     catalogue: Catalogue
     planned: BucketPlan
     memo: Path
@@ -109,25 +109,25 @@ class Sheet:
         return time.perf_counter() - began
 
     def made(self) -> list[Thumbnail]:
-        return thumbnails(self.planned, [LocalSource(self.pictures)], self.catalogue, Memo(self.memo), available_threads())
+        return thumbnails(self.planned, [LocalSource(self.images)], self.catalogue, Memo(self.memo), available_threads())
 
     def bare(self) -> float:
         """Seconds to decode the photographs in as many threads."""
         began = time.perf_counter()
         with ThreadPoolExecutor(available_threads()) as pool:
-            list(pool.map(lambda path: Image.open(path).load(), self.pictures.glob("*.jpg")))
+            list(pool.map(lambda path: Image.open(path).load(), self.images.glob("*.jpg")))
         return time.perf_counter() - began
 
 
 def photographs(folder: Path, size: tuple[int, int]) -> Sheet:
-    pictures = write_photographs(folder / "pictures", 2, size)
+    images = write_photographs(folder / "images", 2, size)
     for number in range(2, PER_DATASET):
-        shutil.copy(pictures / f"photograph_{number % 2:06}.jpg", pictures / f"photograph_{number:06}.jpg")
+        shutil.copy(images / f"photograph_{number % 2:06}.jpg", images / f"photograph_{number:06}.jpg")
     catalogue = Catalogue(folder / "few.sqlite")
-    scan(LocalSource(pictures), DatasetRules("benchmark", RULE, CaptionRule("filename")), catalogue)
+    scan(LocalSource(images), DatasetRules("benchmark", RULE, CaptionRule("filename")), catalogue)
     found = catalogue.columns("benchmark")
     planned = plan([DatasetColumns("benchmark", RULE, found.rows, found.width, found.height)])
-    return Sheet(pictures, catalogue, planned, folder / "memo")
+    return Sheet(images, catalogue, planned, folder / "memo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             figures = [
                 Figure(f"numbers and page of {chosen.images:,} images, cold", cold, "s", at_most=MOST_SECONDS),
                 Figure("warm", warm, "s"),
-                Figure("bytes of that page, without pictures", len(report.page.encode()), "B", at_most=MOST_BYTES),
-                compared(f"{PER_DATASET} thumbnails, cold, beside decoding", "s", [(bare, ours) for bare, ours, _ in rounds], at_most=3),
+                Figure("bytes of that page, without thumbnails", len(report.page.encode()), "B", at_most=MOST_BYTES),
+                compared(f"{PER_DATASET} thumbnails, cold", "s", [(bare, ours) for bare, ours, _ in rounds], at_most=3),
                 Figure("warm", median(again for _, _, again in rounds), "s"),
             ]
             if chosen.profile:
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _both(rounds: int, seconds: Callable[[bool], float]) -> tuple[float, float]:
-    """Medians of cold and warm."""
+    """Medians of the cold and the warm times."""
     cold, warm = zip(*((seconds(True), seconds(False)) for _ in range(rounds)), strict=True)
     return median(cold), median(warm)
 

@@ -1,12 +1,12 @@
-"""Whether a long run stays as it began: resident memory over thousands of steps, and what the first step of an epoch costs.
+"""Whether memory stays flat in a long run: resident memory over thousands of steps, and the time of the first step of an epoch.
 
     python -m benchmarks.flat_memory [--steps 6000] [--rounds 1]
 
-The miniature is trained for many short epochs, once with everything cached beforehand, once with latents encoded behind training, and
-once with cuts drawn anew each epoch. The slope is that of a line through the resident memory over the second half of the steps: in the
-first, tables of Python and the libraries still find their sizes, the last by a jump of 4 MB after some 2,000 steps. The C library first
-gives back what it only keeps in reserve, which comes and goes by megabytes. The cost of an epoch's first steps is that of asking for
-their batches, beside other steps.
+A miniature model is trained for many short epochs: once with everything cached before, once with latents encoded in the background, and
+once with new crops in each epoch. The slope is that of a line fitted to the resident memory over the second half of the steps. In the
+first half, tables of Python and the libraries still grow, the last with a jump of 4 MB after some 2,000 steps. Before each measurement the
+C library returns its reserves, which vary by megabytes. The cost of an epoch's first step is the time to get its batches, relative to
+other steps.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from helpers.training.runtime import start_runtime
 from helpers.training.steps import timed
 from helpers.training.stopping import StopRequest
 
-MOST_SLOPE = 0.25  # KiB a step; a step that kept one latent of the miniature would be above it
-MOST_BOUNDARY = 1.5  # what the first step of an epoch takes, beside other steps
-PICTURES, BATCH = 48, 2
-EVERY = 10  # steps between two looks at the memory
+MOST_SLOPE = 0.25  # KiB per step; a leak of one latent of the miniature per step would exceed it
+MOST_BOUNDARY = 1.5  # time of an epoch's first step, relative to other steps
+IMAGES, BATCH = 48, 2
+EVERY = 10  # steps between two measurements of the memory
 C_LIBRARY = ctypes.CDLL(None)
-WAYS = {"cached": (True, False), "behind": (False, False), "redrawn": (True, True)}  # encoded before training, drawn anew
+WAYS = {"cached": (True, False), "behind": (False, False), "redrawn": (True, True)}  # cached before training, new crops
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What was seen of each step: the resident memory after it or a little before (bytes), its seconds, the epoch it began in."""
+    """Measurements of each step: resident memory at or shortly before its end (bytes), its seconds, the epoch in which it began."""
 
     resident: Sequence[int]
     seconds: Sequence[float]
@@ -57,24 +57,24 @@ class Watched:
 
     @property
     def slope(self) -> float:
-        """KiB a step, over the second half."""
+        """KiB per step, over the second half."""
         late = np.array(self.resident[len(self.resident) // 2 :], dtype=np.float64) / 1024
         return float(np.polyfit(np.arange(len(late)), late, 1)[0])
 
     @property
     def boundary(self) -> float:
-        """The median time of the first step of an epoch, beside that of the others."""
+        """The median time of the first steps of epochs, relative to that of the other steps."""
         first = [index > 0 and self.epochs[index] != self.epochs[index - 1] for index in range(len(self.epochs))]
         at_boundaries = [seconds for seconds, is_first in zip(self.seconds, first, strict=True) if is_first]
         others = [seconds for seconds, is_first in zip(self.seconds[1:], first[1:], strict=True) if not is_first]
         return statistics.median(at_boundaries) / statistics.median(others)
 
 
-def settings(folder: Path, model: Path, pictures: Path, preprocess: bool, redrawn: bool) -> Config:
+def settings(folder: Path, model: Path, images: Path, preprocess: bool, redrawn: bool) -> Config:
     folder.mkdir(parents=True)
     entry = {
         "id": "photographs",
-        "instance_data_dir": str(pictures),
+        "instance_data_dir": str(images),
         "resolution": 64,
         "resolution_type": "pixel",
         "caption_strategy": "textfile",
@@ -88,7 +88,7 @@ def settings(folder: Path, model: Path, pictures: Path, preprocess: bool, redraw
 
 
 def watched(config: Config, steps: int) -> Watched:
-    """Train for some steps, and look at the process after each."""
+    """Train for some steps, and measure the process after each."""
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
         family = FAMILIES[config.family_name](config.model, config.cache)
         settings = data_settings(new_run(config, runtime))
@@ -107,7 +107,7 @@ def watched(config: Config, steps: int) -> Watched:
 
 
 def resident_bytes() -> int:
-    """What is in use: where glibc is the C library, without what it keeps in reserve."""
+    """Resident bytes; with glibc, without the reserves of the C library."""
     if sys.platform == "linux" and hasattr(C_LIBRARY, "malloc_trim"):
         C_LIBRARY.malloc_trim(0)
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -122,24 +122,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        model, pictures = (
+        model, images = (
             write_sdxl(folder / "model", sizes=SdxlSizes(unet_transformers=(1, 1, 1))),
-            write_photographs(folder / "pictures", PICTURES, (120, 80)),
+            write_photographs(folder / "images", IMAGES, (120, 80)),
         )
         for way, (preprocess, redrawn) in WAYS.items():
             rounds = [
-                watched(settings(folder / f"{way}-{number}", model, pictures, preprocess, redrawn), chosen.steps)
+                watched(settings(folder / f"{way}-{number}", model, images, preprocess, redrawn), chosen.steps)
                 for number in range(chosen.rounds)
             ]
             slope = statistics.median(each.slope for each in rounds)
             boundary = statistics.median(each.boundary for each in rounds)
-            # Where cuts are drawn anew the encoder may be the limit of short epochs: that figure is there to be read.
+            # With new crops in each epoch, the encoder may limit such short epochs, so that figure has no gate.
             most = None if redrawn else MOST_BOUNDARY
             told = [
                 Figure(f"memory, {way}", slope, "KiB/step", at_most=MOST_SLOPE),
-                Figure(f"first step of an epoch, {way}", boundary, "of another step", at_most=most),
+                Figure(f"first step of an epoch, {way}", boundary, "of other steps", at_most=most),
             ]
-            print(table(told), file=sys.stderr, flush=True)  # a way takes minutes
+            print(table(told), file=sys.stderr, flush=True)  # each way takes minutes
             figures += told
     return conclude(figures, chosen.rounds)
 

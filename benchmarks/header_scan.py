@@ -1,10 +1,10 @@
-"""How many images a second a scan takes in on one core, beside Pillow merely opening them.
+"""How many images per second a scan reads on one core, compared with Pillow only opening them.
 
     python -m benchmarks.header_scan [--images 5000] [--threads 8] [--rounds 5] [--profile]
 
-A scan lists the files, reads each header for size and orientation, and keeps it in the catalogue; no pixel is decoded. A second
-scan of the same folder opens nothing. Seconds of a core are seconds of processor time, over all threads. Then the same folder as if
-it were far away: every file answers after 5 ms, and a scan is timed by the clock.
+A scan lists the files, reads size and orientation from each header, and stores them in the catalogue; no pixel is decoded. A second scan of
+the same folder opens nothing. These rates are per second of CPU time, over all threads. Then the same folder simulates remote storage:
+every file answers after 5 ms, and the scan is measured in wall-clock time.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from helpers.data.catalogue.scan import DatasetRules, ScanOptions, scan
 from helpers.data.plan.targets import ResolutionRule
 from helpers.storage.local import LocalSource
 
-LEAST_SCANNED = 5_000  # images a second of one core
-FAR_SECONDS = 0.005  # until a file of a folder on a network answers
-LEAST_AT_ONCE = 10  # files of such a folder
+LEAST_SCANNED = 5_000  # images per second on one core
+FAR_SECONDS = 0.005  # latency of a file in a network folder
+LEAST_AT_ONCE = 10  # files in such a folder
 RULES = DatasetRules("benchmark", ResolutionRule(), CaptionRule(strategy="filename"))
 
 
 def make_images(folder: Path, count: int) -> None:
-    """JPEGs of 1200x800 as a camera writes them, with EXIF: one picture under many names."""
+    """JPEGs of 1200x800 with EXIF, as a camera writes them: one image under many names."""
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored on its side
+    exif[0x0112] = 6  # stored rotated
     first = folder / "image_000000.jpg"
     Image.fromarray(noise).resize((1200, 800)).save(first, quality=85, exif=exif)
     for number in range(1, count):
@@ -47,7 +47,7 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def opened(folder: Path) -> float:
-    """Images a second of processor time that Pillow opens in a plain loop."""
+    """Images that Pillow opens in a plain loop, per second of CPU time."""
     paths = sorted(folder.iterdir())
     began = time.process_time()
     for path in paths:
@@ -57,7 +57,7 @@ def opened(folder: Path) -> float:
 
 
 class FarSource(LocalSource):
-    """A folder whose files take a while to answer, however many are asked for at once."""
+    """A folder whose files answer after a delay, however many are requested at once."""
 
     def open(self, key: str) -> BinaryIO:
         time.sleep(FAR_SECONDS)
@@ -65,14 +65,14 @@ class FarSource(LocalSource):
 
 
 class Scans:
-    """Scans of one folder into a new catalogue each; `warm` keeps the rates of the second scan into each."""
+    """Scans a folder into a new catalogue each time. `warm` has the rates of the second scan into each catalogue."""
 
     def __init__(self, folder: Path, catalogues: Path, threads: int | None = None) -> None:
         self.folder, self.catalogues, self.threads = folder, catalogues, threads
         self.warm: list[float] = []
 
     def cold(self) -> float:
-        """Images a second of processor time."""
+        """Images per second of CPU time."""
         with Catalogue(self.catalogues / f"{len(self.warm)}.sqlite") as catalogue:
             began = time.process_time()
             result = scan(LocalSource(self.folder), RULES, catalogue, ScanOptions(self.threads))
@@ -83,7 +83,7 @@ class Scans:
         return rate
 
     def far(self) -> float:
-        """Images a second by the clock, from a folder that is far away."""
+        """Images per second of wall-clock time, from remote storage."""
         name = f"far-{len(list(self.catalogues.glob('far-*.sqlite')))}.sqlite"
         with Catalogue(self.catalogues / name) as catalogue:
             began = time.perf_counter()
@@ -94,19 +94,19 @@ class Scans:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=5_000)
-    options.add_argument("--threads", type=int, help="that read (default: as a run does)")
+    options.add_argument("--threads", type=int, help="reading threads (default: as in a run)")
     chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "images"
         make_images(folder, chosen.images)
         scans = Scans(folder, Path(place), chosen.threads)
         rounds = in_turns(chosen.rounds, lambda: opened(folder), scans.cold)
-        beside = compared("scanned, beside Pillow opening them", "/s", rounds, at_least=LEAST_SCANNED, gates_value=True)
+        beside = compared("scanned, compared with Pillow opening them", "/s", rounds, at_least=LEAST_SCANNED, gates_value=True)
         far = [(1 / FAR_SECONDS, scans.far()) for _ in range(chosen.rounds)]
         figures = [
             beside,
             Figure("scanned again, none opened", statistics.median(scans.warm), "/s"),
-            compared("scanned far away, beside one file after another", "/s", far, at_least=LEAST_AT_ONCE),
+            compared("scanned from remote storage, compared with one file after another", "/s", far, at_least=LEAST_AT_ONCE),
         ]
         if chosen.profile:
             profile("Pillow opening", lambda: opened(folder))

@@ -1,10 +1,10 @@
-"""How fast photographs become cached latents, beside the two bare loops that this is made of running side by side.
+"""How fast photographs become cached latents, compared with two bare loops, decoding and encoding, that run side by side.
 
     python -m benchmarks.latent_caching [--images 96] [--threads 2] [--rounds 5] [--profile]
 
-One bare loop decodes and resizes with Pillow in a pool of threads, the other encodes ready pixels with the VAE. Both run at the same
-time, as they must in caching, and the slower of them is what caching could reach. Ours also reads, hashes, checks, seals and indexes.
-The VAE is of SDXL's architecture, with random weights and as narrow as makes the two loops about equally slow on one core each.
+One bare loop decodes and resizes with Pillow in a thread pool, the other encodes prepared pixels with the VAE. They run at the same time,
+as in caching, and the slower one is the limit for caching. Our code also reads, hashes, checks, seals and indexes. The VAE has SDXL's
+architecture and random weights, and is so narrow that both loops are about equally slow on one core each.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from helpers.data.settings import DataSettings
 from helpers.families.loading.vae import VaeCodec
 from helpers.storage.local import LocalSource
 
-LEAST_OF_BARE = 0.85  # the rate of caching, of the bare loops'
+LEAST_OF_BARE = 0.85  # rate of caching, relative to the bare loops
 BATCH = 4
-PHOTOGRAPHS = (1500, 1000)  # just below the size from which ours decodes JPEGs at half their size, which the bare loop does not
+PHOTOGRAPHS = (1500, 1000)  # just below the size at which our code starts to decode JPEGs at half size, which the bare loop does not do
 RULE = ResolutionRule(resolution=256, resolution_type="pixel", alignment=64)
 
 
@@ -65,12 +65,12 @@ def resized_by_hand(path: Path, geometry: Geometry) -> Tensor:
 
 
 class Bench:
-    """Pictures that have been scanned and planned, and the two ways to turn them into latents."""
+    """Scanned and planned images, and the two ways to turn them into latents."""
 
     def __init__(self, folder: Path, images: int, threads: int) -> None:
         self.folder, self.threads = folder, threads
-        self.pictures = write_photographs(folder / "pictures", images, PHOTOGRAPHS)
-        self.source = LocalSource(self.pictures)
+        self.images = write_photographs(folder / "images", images, PHOTOGRAPHS)
+        self.source = LocalSource(self.images)
         self.catalogue = Catalogue(folder / "catalogue.sqlite")
         scan(self.source, DatasetRules("photographs", RULE, CaptionRule()), self.catalogue)
         columns = self.catalogue.columns("photographs")
@@ -88,7 +88,7 @@ class Bench:
         yield VaeCodec(lambda: self.vae, dict(self.vae.config), "benchmark", device, deviations=False)
 
     def bare(self) -> float:
-        """Images a second of the slower of the two loops, side by side."""
+        """Images per second of the slower of the two loops, running side by side."""
         began = time.perf_counter()
         decoding = threading.Thread(target=self._decode)
         decoding.start()
@@ -99,7 +99,7 @@ class Bench:
     def _decode(self) -> None:
         geometries = [self.planned.geometry(index) for index in range(len(self.planned))]
         with ThreadPoolExecutor(self.threads) as pool:
-            for _ in pool.map(resized_by_hand, sorted(self.pictures.glob("*.jpg")), geometries):
+            for _ in pool.map(resized_by_hand, sorted(self.images.glob("*.jpg")), geometries):
                 pass
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class Bench:
             self.vae.encode(pixels).latent_dist.mean.half()
 
     def ours(self) -> float:
-        """Images a second into an empty cache."""
+        """Images per second into an empty cache."""
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             cache = Cache(Path(place))
             began = time.perf_counter()
@@ -125,13 +125,13 @@ class Bench:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=96)
-    options.add_argument("--threads", type=int, default=available_threads(), help="that decode, in both loops")
+    options.add_argument("--threads", type=int, default=available_threads(), help="decoding threads, in both loops")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(1)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place), chosen.images, chosen.threads)
-        bench.bare()  # once for nothing: files come into the page cache
+        bench.bare()  # warm-up: loads the files into the page cache
         figures.append(compared("images cached", "/s", in_turns(chosen.rounds, bench.bare, bench.ours), at_least=LEAST_OF_BARE))
         if chosen.profile:
             profile("the two loops side by side (the VAE's thread)", bench.bare)

@@ -1,11 +1,11 @@
-"""What each way of training learns, measured on what it was not trained on.
+"""What each training method learns, measured on data that it was not trained on.
 
-python -m benchmarks.learning                          all of them, one after the other: some minutes each
+python -m benchmarks.learning                          all methods, one after the other: some minutes each
 python -m benchmarks.learning bitfit experts           some of them
 
-Every part trains the demo's model, which knows circles, squares and triangles of eight colours, or a base that it makes first, with
-`train.py` itself, and measures before and after by the demo's own judge of pictures (demo/check.py) or by the distance to true pictures.
-Nothing that is measured was trained on: stars have other pairs of colours, drawn scenes another seed.
+Every part trains the demo model, which knows circles, squares and triangles in eight colors, or a base model that it makes first. Training
+uses `train.py` itself. The model is measured before and after, with demo/check.py or by the distance to correct images. It is never
+measured on training data: stars have other color pairs, and drawn scenes another seed.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ from demo.make_base import SIZES
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo" / "model"
 STARS = ROOT / "demo" / "concept"
-HELD_OUT_SEED = 20_000  # of drawn scenes that no training set has
-REFINED_SHARE = 0.2  # of the schedule, that the refiner and the second expert are for
-WORD = "cat"  # one token of the vocabulary, under which nothing was ever drawn
-BLUR_PX = 2.0  # what the refiner is to put right
+HELD_OUT_SEED = 20_000  # of drawn scenes that are in no training set
+REFINED_SHARE = 0.2  # share of the schedule of the refiner and the second expert
+WORD = "cat"  # a token of the vocabulary that no image was captioned with
+BLUR_PX = 2.0  # blur that the refiner should remove
 
 EVERYWHERE = "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,time_emb_proj"
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where runs are, and how long they last: `share` of the steps that show something."""
+    """The folder of the runs, and their length: `share` of the full number of steps."""
 
     folder: Path
     share: float = 1.0
 
-    def train(self, name: str, pictures: Path, *, steps: int, conditions: Path | None = None, **settings: object) -> Path:
-        """A run of train.py over a folder of captioned pictures => its OUTPUT_DIR. Raises RuntimeError with what it said if it fails.
+    def train(self, name: str, images: Path, *, steps: int, conditions: Path | None = None, **settings: object) -> Path:
+        """Run train.py on a folder of captioned images => its OUTPUT_DIR. Raises RuntimeError with its output if it fails.
 
-        `conditions` is the folder of what a ControlNet is to follow.
+        `conditions` is a folder of ControlNet conditioning images.
         """
         output = self.folder / name
         datasets = self.folder / f"{name}.json"
-        entry = {"id": "pictures", "instance_data_dir": str(pictures), "resolution": 64, "resolution_type": "pixel"}
+        entry = {"id": "images", "instance_data_dir": str(images), "resolution": 64, "resolution_type": "pixel"}
         entries: list[dict[str, object]] = [{**entry, "caption_strategy": "textfile"}]
         if conditions:
             entries[0]["conditioning_data"] = "conditions"
@@ -98,19 +98,19 @@ class Bench:
         return output
 
     def drawn(self, count: int) -> Path:
-        """Pictures of the shapes that the demo's model knows, to train on."""
-        folder = self.folder / "pictures"
+        """Training images of the shapes that the demo model knows."""
+        folder = self.folder / "images"
         if not folder.exists():
             write_drawings(folder, count)
         return folder
 
     def many_stars(self, count: int) -> Path:
-        """More stars of the pairs of colours in demo/concept: a whole network learns so few pictures by heart."""
+        """More stars in the color pairs of demo/concept: full fine-tuning overfits to so few images."""
         drawn, pairs = random.Random(1), sorted({(star.foreground, star.background) for star in all_stars(1)} - held_out_pairs())
         return self.written("stars", [random_scene(drawn, (CONCEPT,), pairs[number % len(pairs)]) for number in range(count)])
 
     def written(self, name: str, scenes: Sequence[Scene], captioned: bool = True, shape: str = "") -> Path:
-        """A folder with these scenes, each with its caption beside it, in which `shape` may be the word for what they show."""
+        """Write these scenes to a folder with their captions. `shape` replaces the word for the shape in the captions."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         for number, scene in enumerate(scenes):
@@ -121,32 +121,32 @@ class Bench:
 
 
 def all_stars(each: int) -> list[Scene]:
-    """So many of every pair of colours."""
+    """Draw this many scenes of every color pair."""
     drawn = random.Random(HELD_OUT_SEED)
     return [random_scene(drawn, (CONCEPT,), pair) for pair in itertools.permutations(COLORS, 2) for _ in range(each)]
 
 
 def held_out_pairs() -> set[tuple[str, str]]:
-    """The pairs of colours that the 40 pictures of demo/concept do not have."""
+    """The color pairs that are not in the 40 images of demo/concept."""
     trained = {file.read_text(encoding="utf-8").strip() for file in STARS.glob("*.txt")}
     return {(star.foreground, star.background) for star in all_stars(1) if star.caption not in trained}
 
 
 def held_out_stars() -> list[Scene]:
-    """Three stars of each pair of colours that nothing here is trained on."""
+    """Three stars of each color pair that is in no training set."""
     pairs = held_out_pairs()
     return [star for star in all_stars(3) if (star.foreground, star.background) in pairs]
 
 
-def share_right(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> float:
-    """How many pictures show shape, colour and background that were asked for, in [0, 1]."""
-    seen = [check.judge(picture) for picture in pictures]
+def share_right(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> float:
+    """The share of images with the requested shape, color and background, in [0, 1]."""
+    seen = [check.judge(image) for image in images]
     asked = [(scene.shape, scene.foreground, scene.background) for scene in scenes]
     return statistics.mean((sight.shape, sight.foreground, sight.background) == wish for sight, wish in zip(seen, asked, strict=True))
 
 
 def stars_of(model: Path, lora: Path | None = None) -> float:
-    """The share of held-out stars that a model shows right."""
+    """The share of held-out stars that a model generates correctly."""
     scenes = held_out_stars()
     return share_right(scenes, check.generate(model, scenes, lora=lora))
 
@@ -159,7 +159,7 @@ def gain(what: str, before: float, after: float, at_least: float) -> list[Figure
 
 
 def lora(bench: Bench) -> Iterator[Figure]:
-    """The star, by a LoRA on attention, feed-forward layers and convolutions: the demo's own settings."""
+    """Learn the star with a LoRA on attention, feed-forward layers and convolutions: the demo's own settings."""
     preset = json.loads((ROOT / "demo" / "lora.json").read_text(encoding="utf-8"))
     kept = ("model_type", "lora_rank", "lora_alpha", "lora_targets", "learning_rate", "lr_end")
     output = bench.train("lora", STARS, steps=preset["max_train_steps"], **{name: preset[name] for name in kept})
@@ -167,13 +167,13 @@ def lora(bench: Bench) -> Iterator[Figure]:
 
 
 def bitfit(bench: Bench) -> Iterator[Figure]:
-    """The star, by moving nothing but the biases."""
+    """Learn the star by training only the biases."""
     output = bench.train("bitfit", STARS, steps=1500, model_type="full", use_bitfit=True, learning_rate=1e-2, lr_end=1e-4)
     yield from gain("BitFit, stars right", stars_of(MODEL), stars_of(output / "pipeline"), 0.15)
 
 
 def experts(bench: Bench) -> Iterator[Figure]:
-    """The star, by two experts: one for timesteps 200 to 999, one for 0 to 199, each alone and both together."""
+    """Learn the star with two experts, for timesteps 200 to 999 and 0 to 199; measured alone and together."""
     from toolkit.inference import experts as program
 
     usual: dict[str, Any] = {"model_type": "full", "refiner_training": True, "refiner_training_strength": REFINED_SHARE}
@@ -201,7 +201,7 @@ def loaded(model: Path) -> Any:
 
 @torch.no_grad()
 def loss_of(network: Any, pipeline: Any, scenes: Sequence[Scene]) -> float:
-    """The mean squared error of the velocity on drawn scenes, each with another timestep, evenly over the whole schedule."""
+    """Mean squared velocity error on drawn scenes, at timesteps spread evenly over the whole schedule."""
     schedule = pipeline.scheduler.alphas_cumprod
     numbers = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     errors = []
@@ -220,14 +220,14 @@ def loss_of(network: Any, pipeline: Any, scenes: Sequence[Scene]) -> float:
 
 
 def refiner(bench: Bench) -> Iterator[Figure]:
-    """A refiner trained from nothing on known shapes, then taught stars by a LoRA: how far blurred pictures are from sharp ones."""
+    """Train a refiner from random weights on known shapes, then a LoRA on stars: the distance of refined images to the sharp ones."""
     start = write_refiner(bench.folder / "refiner-start")
     usual: dict[str, Any] = {"train_batch_size": 32, "learning_rate": 2e-3}
     base = bench.train(
         "refiner-base", bench.drawn(2000), steps=2500, pretrained_model_name_or_path=start, model_type="full", **usual
     ) / "pipeline"  # fmt: skip
     shapes = [random_scene(random.Random(HELD_OUT_SEED + number)) for number in range(48)]
-    yield Figure("refiner from nothing, error on shapes: blurred", error_of(None, shapes), "of 255")
+    yield Figure("refiner from random weights, error on shapes: blurred", error_of(None, shapes), "of 255")
     yield Figure("before", error_of(start, shapes), "of 255")
     after = error_of(base, shapes)
     yield Figure("after", after, "of 255", at_most=0.8 * error_of(None, shapes))
@@ -242,7 +242,7 @@ def refiner(bench: Bench) -> Iterator[Figure]:
 
 
 def write_refiner(folder: Path) -> Path:
-    """A refiner with the VAE and the second text encoder of the demo's model, and a random U-Net."""
+    """A refiner with the VAE and the second text encoder of the demo model, and a random U-Net."""
     from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
     from helpers.families.miniatures.sd import TIME_ID_WIDTH
@@ -283,18 +283,18 @@ def write_refiner(folder: Path) -> Path:
 
 
 def error_of(model: Path | None, scenes: Sequence[Scene], lora: Path | None = None) -> float:
-    """How far scenes that were blurred and refined are from the sharp ones: mean absolute difference of pixels in [0, 255].
+    """Distance of blurred and refined scenes to the sharp ones: mean absolute pixel difference in [0, 255].
 
-    None for a model leaves them blurred.
+    With None instead of a model, the blurred scenes are measured.
     """
     sharp = [draw(scene) for scene in scenes]
-    blurred = [picture.filter(ImageFilter.GaussianBlur(BLUR_PX)) for picture in sharp]
+    blurred = [image.filter(ImageFilter.GaussianBlur(BLUR_PX)) for image in sharp]
     refined = blurred if model is None else refined_by(model, scenes, blurred, lora)
     pairs = zip(refined, sharp, strict=True)
     return statistics.mean(float(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).mean()) for one, other in pairs)
 
 
-def refined_by(model: Path, scenes: Sequence[Scene], pictures: Sequence[Image.Image], lora: Path | None) -> list[Image.Image]:
+def refined_by(model: Path, scenes: Sequence[Scene], images: Sequence[Image.Image], lora: Path | None) -> list[Image.Image]:
     from diffusers import StableDiffusionXLImg2ImgPipeline
 
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True, add_watermarker=False)
@@ -304,7 +304,7 @@ def refined_by(model: Path, scenes: Sequence[Scene], pictures: Sequence[Image.Im
     captions = [scene.caption for scene in scenes]
     made: list[Image.Image] = pipeline(
         captions,
-        image=list(pictures),
+        image=list(images),
         strength=REFINED_SHARE,
         num_inference_steps=50,
         guidance_scale=1.0,
@@ -314,12 +314,12 @@ def refined_by(model: Path, scenes: Sequence[Scene], pictures: Sequence[Image.Im
 
 
 def controlnet(bench: Bench) -> Iterator[Figure]:
-    """Silhouettes that tell where a shape stands and how large it is, which no caption does."""
+    """Train a ControlNet on silhouettes. They give a shape's position and size, which no caption does."""
     drawn = random.Random(2)
     scenes = [random_scene(drawn) for _ in range(2000)]
-    pictures, silhouettes = bench.written("scenes", scenes), bench.written("silhouettes", [silhouette(s) for s in scenes], captioned=False)
+    images, silhouettes = bench.written("scenes", scenes), bench.written("silhouettes", [silhouette(s) for s in scenes], captioned=False)
     output = bench.train(
-        "controlnet", pictures, steps=1500, conditions=silhouettes, controlnet=True, model_type="full", train_batch_size=8
+        "controlnet", images, steps=1500, conditions=silhouettes, controlnet=True, model_type="full", train_batch_size=8
     )  # fmt: skip
     asked = [random_scene(random.Random(HELD_OUT_SEED + number)) for number in range(48)]
     before = overlap(asked, check.generate(MODEL, asked))
@@ -327,13 +327,13 @@ def controlnet(bench: Bench) -> Iterator[Figure]:
 
 
 def text_encoders(bench: Bench) -> Iterator[Figure]:
-    """A new word for a shape that is known, by adapters of the text encoders: the network all but stands still."""
+    """Learn a new word for a known shape with adapters on the text encoders; the U-Net is practically frozen."""
     drawn, pairs = random.Random(3), sorted(set(itertools.permutations(COLORS, 2)) - held_out_pairs())
     scenes = [random_scene(drawn, ("circle",), pairs[number % len(pairs)]) for number in range(400)]
-    pictures = bench.written("circles", scenes, shape=WORD)
+    images = bench.written("circles", scenes, shape=WORD)
     still: dict[str, Any] = {"learning_rate": 1e-7, "lr_end": 1e-8, "lr_scheduler": "constant_with_warmup"}
     taught: dict[str, Any] = {"train_text_encoder": True, "text_encoder_lr": 2e-3, "text_encoder_limit": 100}
-    output = bench.train("text-encoders", pictures, steps=300, model_type="lora", **still, **taught)
+    output = bench.train("text-encoders", images, steps=300, model_type="lora", **still, **taught)
     circles = [Scene("circle", *pair) for pair in sorted(held_out_pairs()) for _ in range(3)]
     asked = [dataclasses.replace(scene, shape=WORD) for scene in circles]
     before, after = (
@@ -348,30 +348,30 @@ def silhouette(scene: Scene) -> Scene:
 
 
 def following(controlnet: Path, scenes: Sequence[Scene]) -> list[Image.Image]:
-    """Pictures of the scenes' captions that follow their silhouettes."""
+    """Generate images from the scenes' captions and silhouettes."""
     from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
 
     parts = {**loaded(MODEL).components, "controlnet": ControlNetModel.from_pretrained(controlnet, local_files_only=True)}
     pipeline = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for number, scene in enumerate(scenes):
-        pictures += check.ask(pipeline, [scene], image=draw(silhouette(scene)), first=number)
-    return pictures
+        images += check.ask(pipeline, [scene], image=draw(silhouette(scene)), first=number)
+    return images
 
 
-def overlap(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> float:
-    """The mean intersection over union of what has the shape's colour rather than the background's, in pictures and in true scenes."""
+def overlap(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> float:
+    """Mean intersection over union of the pixels closer to the shape's color than to the background's, in images and in true scenes."""
     shares = []
-    for scene, picture in zip(scenes, pictures, strict=True):
-        true, made = (_of_the_shape(scene, image) for image in (draw(scene), picture))
+    for scene, image in zip(scenes, images, strict=True):
+        true, made = (_of_the_shape(scene, each) for each in (draw(scene), image))
         shares.append((true & made).sum() / (true | made).sum())
     return float(statistics.mean(shares))
 
 
-def _of_the_shape(scene: Scene, picture: Image.Image) -> Any:
+def _of_the_shape(scene: Scene, image: Image.Image) -> Any:
     """(H, W) booleans."""
-    pixels = np.asarray(picture.convert("RGB"), np.float32)
-    near, far = (np.linalg.norm(pixels - np.array(COLORS[colour]), axis=2) for colour in (scene.foreground, scene.background))
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    near, far = (np.linalg.norm(pixels - np.array(COLORS[color]), axis=2) for color in (scene.foreground, scene.background))
     return near < far
 
 
@@ -387,11 +387,11 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Figure]]] = {
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--folder", type=Path, help="where the runs are kept; thrown away in the end when not given")
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps; less than 1 tries the program and misses gates (1)")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=f"any of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--folder", type=Path, help="folder to keep the runs in (default: a temporary folder)")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the steps; less than 1 misses the gates (1)")
     chosen = parser.parse_args(argv)
-    warnings.simplefilter("ignore")  # of libraries, about their own code
+    warnings.simplefilter("ignore")  # warnings of libraries about their own code
     diffusers.utils.logging.set_verbosity_error()
     kept = True
     with tempfile.TemporaryDirectory() as away:

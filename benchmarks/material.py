@@ -1,4 +1,4 @@
-"""What the benchmarks work on: photograph-like pictures, a model, and the settings of a run over them."""
+"""Material for the benchmarks: photograph-like images, a model, and the settings of a run on them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from helpers.training.runtime import Runtime
 from helpers.training.state import TrainState
 
 SUBJECTS = ("cat", "dog", "house", "tree", "flower", "street", "person", "sea")
-COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
+COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
 
 
 def write_photographs(folder: Path, count: int, size: tuple[int, int] = (1200, 800)) -> Path:
-    """JPEGs as a camera gives them: soft shapes with some grain, each different, with a caption beside each."""
+    """Camera-like JPEGs: soft shapes with some grain, all different, each with a caption file."""
     folder.mkdir(parents=True, exist_ok=True)
     width, height = size
     grain = np.random.default_rng(0).normal(0, 6, (height, width, 3)).astype(np.float32)
@@ -36,17 +36,17 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int] = (1200, 8
 
 
 def caption(index: int) -> str:
-    """A caption of ordinary length, different for each index."""
-    subject, colour = SUBJECTS[index % 8], COLOURS[index // 8 % 8]
-    return f"a photo of the {colour} {subject} in the street, picture {index}, with a white house and a large tree in the background"
+    """A caption of typical length, different for each index."""
+    subject, color = SUBJECTS[index % 8], COLORS[index // 8 % 8]
+    return f"a photo of the {color} {subject} in the street, image {index}, with a white house and a large tree in the background"
 
 
-def run_settings(folder: Path, model: Path, pictures: Path, resolution: int, **changed: object) -> Config:
-    """The settings of a run, read from flags and a dataloader JSON as a user's are; everything it writes goes below `folder`."""
+def run_settings(folder: Path, model: Path, images: Path, resolution: int, **changed: object) -> Config:
+    """The settings of a run, read from flags and a dataloader JSON like a user's. All output goes to `folder`."""
     dataset = {
         "id": "photographs",
         "type": "local",
-        "instance_data_dir": str(pictures),
+        "instance_data_dir": str(images),
         "resolution": resolution,
         "resolution_type": "pixel",
         "caption_strategy": "textfile",
@@ -58,7 +58,7 @@ def run_settings(folder: Path, model: Path, pictures: Path, resolution: int, **c
 
 
 def run_flags(folder: Path, model: Path, **changed: object) -> list[str]:
-    """The flags of a run whose data sets stand in `folder`/dataloader.json."""
+    """The flags of a run whose datasets are in `folder`/dataloader.json."""
     settings: dict[str, object] = {
         "pretrained_model_name_or_path": model,
         "data_backend_config": folder / "dataloader.json",
@@ -77,5 +77,5 @@ def run_flags(folder: Path, model: Path, **changed: object) -> list[str]:
 
 
 def new_run(config: Config, runtime: Runtime) -> Run:
-    """A run at its first step, which reports nothing."""
+    """A run at its first step, without reporters."""
     return Run(config, runtime, Reporters(), *choose_axes(config), StartPoint(None, TrainState(seed=1), 1))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: loops measured in turns, figures in a table beside their limits, profiles."""
+"""Shared by the benchmarks: loops that alternate, tables of figures with their limits, profiles."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ HEADINGS = ("", "figure", "limit", "ratio", "gate", "")
 class Figure:
     """One line of a benchmark's table.
 
-    `limit` is what a bare loop reached in the same run, `ratio` how `value` compares with it. The gate (`at_least`, `at_most`) is on
-    the ratio where there is one, unless `gates_value`; without a gate the figure is there to be read.
+    `limit` is the result of a bare loop in the same run, and `ratio` compares `value` with it. The gate (`at_least`, `at_most`) applies to
+    the ratio if there is one, unless `gates_value`. A figure without a gate is only printed.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Figure:
         return (self.at_least is None or judged >= self.at_least) and (self.at_most is None or judged <= self.at_most)
 
     def cells(self) -> tuple[str, ...]:
-        """Name, figure, limit, ratio, gate and verdict, as the table shows them."""
+        """Name, figure, limit, ratio, gate and verdict, formatted for the table."""
         unit = f" {self.unit}" if self.ratio is None or self.gates_value else ""
         bounds = ((">=", self.at_least), ("<=", self.at_most))
         gate = " ".join(f"{sign} {number(bound)}{unit}" for sign, bound in bounds if bound is not None)
@@ -65,9 +65,9 @@ def compared(
     at_most: float | None = None,
     gates_value: bool = False,
 ) -> Figure:
-    """A figure of rounds of (the bare loop's, ours): medians, and the median of the rounds' ratios.
+    """A figure from rounds of (bare loop, ours): the medians, and the median of the ratios of all rounds.
 
-    A burst of other work on the machine falls on both loops of a round, so the ratio of a round is steadier than either figure.
+    Other work on the machine affects both loops of a round, so the ratio of a round is steadier than either figure.
     """
     bare, ours = (statistics.median(values) for values in zip(*rounds, strict=True))
     ratio = statistics.median(mine / theirs for theirs, mine in rounds)
@@ -75,12 +75,12 @@ def compared(
 
 
 def in_turns(rounds: int, first: Callable[[], T], second: Callable[[], T]) -> list[tuple[T, T]]:
-    """What two loops return, round by round: first, second, first, second ..."""
+    """The results of two loops that alternate: first, second, first, second ..."""
     return [(first(), second()) for _ in range(rounds)]
 
 
 def number(value: float) -> str:
-    """Three digits that count, with thousands set apart."""
+    """Three significant digits, with thousands separators."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -95,14 +95,14 @@ def table(figures: Iterable[Figure]) -> str:
 
 
 def conclude(figures: Sequence[Figure], rounds: int) -> int:
-    """Print the table => the exit code: 1 where a gate is missed."""
+    """Print the table => the exit code: 1 if a gate is missed."""
     print(table(figures))
-    print(f"medians of {rounds} rounds in turns; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(f"medians of {rounds} alternating rounds; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     return int(not all(figure.kept for figure in figures))
 
 
 def profile(name: str, loop: Callable[[], object]) -> None:
-    """Run a loop once more and print where its main thread spent the time."""
+    """Run a loop once more and print where its main thread spends its time."""
     profiler = cProfile.Profile()
     profiler.runcall(loop)
     print(f"\n--- profile: {name}")
@@ -110,8 +110,8 @@ def profile(name: str, loop: Callable[[], object]) -> None:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that benchmarks of loops have in common."""
+    """The options shared by benchmarks that compare loops."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"measured in turns; the median counts (default {LEAST_ROUNDS})")
+    options.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"alternating rounds (default {LEAST_ROUNDS})")
     options.add_argument("--profile", action="store_true", help="print the profiles of both loops afterwards")
     return options

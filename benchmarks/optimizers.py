@@ -1,14 +1,14 @@
-"""What optimisers cost: time of a step, and memory for a weight.
+"""What optimizers cost: time of a step, and memory per weight.
 
-    python -m benchmarks.optimizers              those with a name of their own
+    python -m benchmarks.optimizers              the optimizers with a name of their own
     python -m benchmarks.optimizers soap came    others, by their names
 
-The tensors are those of a middle-sized U-Net in kind: many small ones (biases, norms), convolutions, matrices. Every optimiser is given
-the same weights and gradients, in the precision it trains in: bfloat16 for adamw_bf16, else float32. Its time is compared with torch's
-AdamW as it runs without fused kernels (`foreach=False`), step by step in turns. Memory is what the state holds after a step, in bytes
-for a weight, beside the weight itself and its gradient.
+The tensors are like those of a medium-sized U-Net: many small ones (biases, norms), convolutions, matrices. Every optimizer gets the same
+weights and gradients, in its training precision: bfloat16 for adamw_bf16, otherwise float32. Its time is compared with torch's AdamW
+without fused kernels (`foreach=False`), alternating step by step. Memory is the size of the state after a step in bytes per weight,
+without the weight and its gradient.
 
-adamw_bf16 is measured once more beside an update of one tensor after the other, which it was before.
+adamw_bf16 is also compared with its former update of one tensor after the other.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from helpers.training import adamw_bf16
 from helpers.training.optimizers import NamedOptimizer
 
 BLOCK = [(320, 320, 3, 3), (320,), (320,), (640, 320), (640,), (320, 640), (320,), (128, 320), (320, 128), (8, 320), (320, 8)]
-STEPS = 3  # in a round
+STEPS = 3  # steps per round
 
 
 class Stepping:
-    """An optimiser over a set of tensors with gradients."""
+    """An optimizer with a set of tensors and their gradients."""
 
     def __init__(self, name: str, blocks: int, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -50,15 +50,15 @@ class Stepping:
         options = dataclasses.replace(OptimizerOptions(), **settings)
         self.optimizer = NamedOptimizer(options, self.parameters, self.rate)
         self.gradients = [torch.randn_like(parameter) / 100 for parameter in self.parameters.values()]
-        self.step()  # which makes the state
+        self.step()  # creates the state
 
     def step(self) -> None:
         for parameter, gradient in zip(self.parameters.values(), self.gradients, strict=True):
-            parameter.grad = gradient.clone()  # some optimisers work in it
+            parameter.grad = gradient.clone()  # some optimizers change the gradient in place
         self.optimizer.step(self.rate)
 
     def milliseconds(self) -> float:
-        """Of a step, without what it takes to lay the gradients out."""
+        """Milliseconds of a step, without preparing the gradients."""
         seconds = []
         for _ in range(STEPS):
             for parameter, gradient in zip(self.parameters.values(), self.gradients, strict=True):
@@ -87,14 +87,14 @@ def figures(names: Sequence[str], blocks: int, rounds: int, device: torch.device
     for name in names:
         stepping = Stepping(name, blocks, device)
         yield compared(f"{name}: a step", "ms", in_turns(rounds, usual.milliseconds, stepping.milliseconds))
-        yield Figure(f"{name}: state of a weight", stepping.bytes_for_a_weight, "bytes")
+        yield Figure(f"{name}: state per weight", stepping.bytes_for_a_weight, "bytes")
         if name == "adamw_bf16":
             in_a_loop = in_turns(rounds, one_by_one(stepping), stepping.milliseconds)
-            yield compared("adamw_bf16 beside one tensor after the other", "ms", in_a_loop)
+            yield compared("adamw_bf16, compared with one tensor after the other", "ms", in_a_loop)
 
 
 def one_by_one(stepping: Stepping) -> Callable[[], float]:
-    """The milliseconds of a step whose chunks hold one tensor."""
+    """Milliseconds of a step that updates one tensor after the other."""
 
     def milliseconds() -> float:
         usual, elsewhere = dict(adamw_bf16.CHUNK), adamw_bf16.CHUNK_ELSEWHERE
@@ -109,10 +109,10 @@ def one_by_one(stepping: Stepping) -> Callable[[], float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
-    options.add_argument("names", nargs="*", help="optimisers; by default those with a name of their own")
-    options.add_argument("--blocks", type=int, default=16, help="of 1.4 M weights in 11 tensors each (default 16)")
+    options.add_argument("names", nargs="*", help="optimizers (default: those with a name of their own)")
+    options.add_argument("--blocks", type=int, default=16, help="number of blocks of 1.4 M weights in 11 tensors (default 16)")
     chosen = options.parse_args(arguments)
-    warnings.simplefilter("ignore")  # of libraries, about their own code
+    warnings.simplefilter("ignore")  # warnings of libraries about their own code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     names = chosen.names or [name for name in OPTIMIZERS if name != "auto"]
     return conclude(list(figures(names, chosen.blocks, chosen.rounds, device or torch.device("cpu"))), chosen.rounds)

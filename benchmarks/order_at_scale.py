@@ -1,13 +1,13 @@
-"""What it takes to know which samples a step is made of, in a data set of up to a hundred million.
+"""How long it takes to compute which samples a step consists of, for up to a hundred million samples.
 
     python -m benchmarks.order_at_scale [--rows 10000 1000000 100000000] [--rounds 5] [--folder /big/disk] [--profile]
 
-A plan of synthetic rows lies on disk as a real one does and is mapped: three data sets, fifty shapes, micro-batches of 4. Measured are
-the memory that the order itself takes (anonymous pages; those of the mapped plan belong to the file), its building, steps one after
-another, the steps around the end of an epoch, and jumps to steps anywhere in a thousand epochs, as a resumed run makes one.
+A plan of synthetic rows is on disk and memory-mapped, like a real one: three datasets, fifty buckets, micro-batches of 4. The benchmark
+measures the memory of the order itself (anonymous pages, without those of the mapped plan), building it, consecutive steps, the steps
+around the end of an epoch, and jumps to random steps within a thousand epochs, as when a run resumes.
 
-A stretch of some hundred micro-batches is worked out at once; the step that does so is the slowest, so it has a figure of its own.
-Figures of steps are medians of the rounds, in processor time: a slowest of thousands would else tell of other work on the machine.
+Some hundred micro-batches are computed at once. The step that does this is the slowest and has its own figure. Figures of steps are
+medians of the rounds, in CPU time; otherwise the slowest of thousands of steps would show other work on the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROWS = (10**4, 10**6, 10**8)
 SHAPES = 50
 BATCH_SIZE = 4
 SHARES = (Share(0, 2.0), Share(1, 1.0), Share(0, 1.0, ignore_epochs=True))
-SIZES = (0.7, 0.2, 0.1)  # of the three data sets, of all rows
+SIZES = (0.7, 0.2, 0.1)  # the three datasets' shares of all rows
 
 MOST_MEGABYTES = {10**4: 5.0, 10**6: 80.0, 10**8: 500.0}
 MOST_CHOOSING_US = 50.0
@@ -46,7 +46,7 @@ JUMPS = 100
 
 
 class Round(NamedTuple):
-    """Seconds of processor time: the mean step, the 99th of a hundred, the slowest, the slowest around an epoch's end, the slowest jump."""
+    """Seconds of CPU time: the mean step, the 99th percentile, the slowest step, the slowest at an epoch's end, the slowest jump."""
 
     mean: float
     usual: float
@@ -56,7 +56,7 @@ class Round(NamedTuple):
 
 
 def write_plan(path: Path, rows: int, seed: int = 0) -> NDArray[np.void]:
-    """A plan's columns on disk, mapped: shapes at random, a few of them rare, data sets one after the other."""
+    """A plan's columns, memory-mapped from disk: random buckets, some of them rare; one dataset after the other."""
     columns = np.lib.format.open_memmap(path, "w+", ROW, (rows,))
     random = np.random.default_rng(seed)
     ends = np.cumsum([round(rows * size) for size in SIZES])
@@ -74,7 +74,7 @@ def order_over(columns: NDArray[np.void]) -> EpochOrder:
 
 
 def steps(order: EpochOrder, numbers: Sequence[int]) -> list[float]:
-    """Seconds of processor time that each step took to choose."""
+    """Seconds of CPU time to choose the samples of each step."""
     took = []
     for number in numbers:
         began = time.thread_time()
@@ -92,13 +92,13 @@ def measure(order: EpochOrder) -> Round:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that belongs to no file. Linux."""
+    """Bytes of this process's memory that are not backed by a file. Linux only."""
     rollup = Path("/proc/self/smaps_rollup").read_text()
     return int(re.findall(r"^Anonymous: +(\d+) kB", rollup, re.MULTILINE)[0]) * 1024
 
 
 def most_memory(work: Callable[[], EpochOrder]) -> tuple[EpochOrder, int]:
-    """What `work` gives, and by how many bytes memory grew at most while it was at it."""
+    """The result of `work`, and the peak growth of memory in bytes while it ran."""
     before, most, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -126,7 +126,7 @@ def figures_of(rows: int, folder: Path, rounds: int) -> tuple[list[Figure], Epoc
     name = f"{rows:,} rows"
     return [
         Figure(f"{name}: memory", memory / 1e6, "MB", at_most=MOST_MEGABYTES.get(rows)),
-        Figure("building, once a start", built, "s"),
+        Figure("building, once per start", built, "s"),
         Figure("a step, on average", usual.mean * 1e6, "us", at_most=MOST_CHOOSING_US),
         Figure("99 of 100 steps", usual.usual * 1e6, "us", at_most=MOST_CHOOSING_US),
         Figure("the slowest step", usual.slowest * 1e3, "ms", at_most=MOST_STRETCH_MS),
@@ -137,11 +137,11 @@ def figures_of(rows: int, folder: Path, rounds: int) -> tuple[list[Figure], Epoc
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
-    options.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of the plans; 38 bytes each on disk")
-    options.add_argument("--folder", type=Path, help="where to write; a temporary folder if not given")
+    options.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of the plans; 38 bytes each on disk")
+    options.add_argument("--folder", type=Path, help="folder to write to (default: a temporary folder)")
     chosen = options.parse_args(arguments)
     figures: list[Figure] = []
-    order_over(np.zeros(1000, ROW))  # what NumPy sets up once is not the order's
+    order_over(np.zeros(1000, ROW))  # NumPy's one-time memory does not belong to the order
     for rows in chosen.rows:
         with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
             more, order = figures_of(rows, Path(folder), chosen.rounds)

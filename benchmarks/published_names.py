@@ -1,6 +1,6 @@
-"""The names of weights in published LoRAs of attention, by the rules of those who publish them: diffusers' layout, and kohya's.
+"""Tensor names in published LoRA files of attention layers, in diffusers format and in kohya format.
 
-Written down from how the networks are built, without looking at one: counts of layers, and what stands where.
+Derived from the architectures (the number of layers and blocks), not from the code that is tested.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def transformer_blocks(prefix: str, depth: int) -> Iterator[str]:
-    """The projections of `depth` blocks, each of which attends to the picture (attn1) and to the text (attn2)."""
+    """The projections of `depth` blocks, each with self-attention (attn1) and cross-attention to the text (attn2)."""
     for block in range(depth):
         for attention in ("attn1", "attn2"):
             yield from (f"{prefix}.transformer_blocks.{block}.{attention}.{projection}" for projection in ATTENTION)
 
 
 def sd2_modules() -> list[str]:
-    """Two layers on the way down and three on the way up at each of three levels, one in the middle, each of one block."""
+    """Three levels with two layers in the down path and three in the up path, and one in the middle; one block in each layer."""
     down = [f"down_blocks.{level}.attentions.{layer}" for level in (0, 1, 2) for layer in (0, 1)]
     up = [f"up_blocks.{level}.attentions.{layer}" for level in (1, 2, 3) for layer in (0, 1, 2)]
     return [name for part in (*down, "mid_block.attentions.0", *up) for name in transformer_blocks(part, 1)]
 
 
 def sdxl_modules() -> dict[str, str]:
-    """diffusers' name => Stability AI's. Two blocks a layer at the middle level, ten at the lowest, none at the highest.
+    """diffusers' name => Stability AI's. A layer has no blocks at the highest resolution, two at the next, ten at the lowest.
 
-    Of input blocks, 0 is the first convolution, 3 and 6 halve the edges; of output blocks, nine in all, the last three have no attention.
+    Input block 0 is the first convolution, 3 and 6 downsample by 2. There are nine output blocks; the last three have no attention.
     """
     parts = {
         f"down_blocks.{level}.attentions.{layer}": (f"input_blocks.{1 + 3 * level + layer}.1", depth)
@@ -48,7 +48,7 @@ def sdxl_modules() -> dict[str, str]:
 
 
 def sd3_modules() -> list[str]:
-    """24 blocks with projections of the picture's tokens and the text's; the last one answers for the picture alone."""
+    """24 blocks with projections of image tokens and text tokens; the last block only outputs image tokens."""
     of_pictures, of_text = ("to_q", "to_k", "to_v", "to_out.0"), ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     names = [f"transformer_blocks.{block}.attn.{projection}" for block in range(24) for projection in (*of_pictures, *of_text)]
     return [name for name in names if name != "transformer_blocks.23.attn.to_add_out"]
@@ -64,7 +64,7 @@ def kohya_layout(modules: list[str]) -> set[str]:
     }
 
 
-PUBLISHED = {  # network => names by file
+PUBLISHED = {  # network => file => tensor names
     "sd2": {
         "pytorch_lora_weights.safetensors": diffusers_layout("unet", sd2_modules()),
         "pytorch_lora_weights.kohya.safetensors": kohya_layout(sd2_modules()),

@@ -1,14 +1,13 @@
-"""Networks of their real sizes, with random weights: LoRA steps at 256 pixels on a CPU, what they take, and what is handed over.
+"""Full-size networks with random weights: time and memory of LoRA steps at 256 pixels on a CPU, and the exported files.
 
     python -m benchmarks.real_size [--networks sd2 sd3 sdxl] [--kinds none nf4] [--steps 2] [--gradient_checkpointing]
     python -m benchmarks.real_size --weights
 
-SDXL, Stable Diffusion 2.1 and Stable Diffusion 3 medium by their own configurations, in float32, through the project's own family, method,
-objective and engine. The weights are drawn in memory, so nothing is downloaded and no base model lies on the disk; text and latents are
-random too. Each network runs in a process of its own. Memory is the process's largest resident size: while the network was made, which
-needs all of it in full, and during the steps that followed. The names in the LoRA files must be those of published ones
-(benchmarks/published_names.py), or the exit code is 1. `--weights` only counts what the weights of a bf16 run take under each
---base_quantization, in seconds and without holding them.
+SDXL, Stable Diffusion 2.1 and Stable Diffusion 3 medium from their own configs, in float32, with the family, method, objective and engine
+of a normal run. Weights, text embeddings and latents are random, so nothing is downloaded. Each network runs in a process of its own.
+Memory is the process's peak resident size: while the network is built, which needs the full network, and during the steps after that. The
+tensor names in the LoRA files must match published ones (benchmarks/published_names.py); otherwise the exit code is 1. `--weights` only
+computes the size of the weights of a bf16 run for each --base_quantization, which takes seconds and allocates no weights.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ CROSS_DOWN, CROSS_UP, DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "
 
 @dataclass(frozen=True)
 class Network:
-    """How a published network is built, and the shapes of what it is told of one caption."""
+    """The architecture of a published network, and the shapes of its text conditioning for one caption."""
 
     family: str
-    miniature: str  # whose folder holds everything but the network
+    miniature: str  # the miniature whose folder provides everything except the network
     role: str
-    kind: str  # its class in diffusers
+    kind: str  # its diffusers class
     config: Mapping[str, Any]
     text: Mapping[str, tuple[int, ...]]
 
@@ -113,17 +112,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["none"], help="--base_quantization")
-    parser.add_argument("--steps", type=int, default=2, help="of which the first is not counted where there are more")
+    parser.add_argument("--steps", type=int, default=2, help="number of steps; with more than one, the first is not counted")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--weights", action="store_true", help="count the bytes of weights, and take no steps")
-    parser.add_argument("--alone", action="store_true", help="measure in this process, and print JSON; for one network and kind")
+    parser.add_argument("--weights", action="store_true", help="only compute the size of the weights")
+    parser.add_argument("--alone", action="store_true", help="measure one network and kind in this process, and print JSON")
     options = parser.parse_args(arguments)
     if options.weights:
         return count_weights(options.networks)
     if options.alone:
         print(json.dumps(measured(options.networks[0], options.kinds[0], options.steps, options.gradient_checkpointing)))
         return 0
-    print("| network | base | weights | trained | a step | while it was made | during steps | names |")
+    print("| network | base | weights | trained | a step | RAM while building | RAM during steps | names |")
     print("|---|---|---:|---:|---:|---:|---:|---|")
     good = True
     for name in options.networks:
@@ -139,14 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def count_weights(names: Sequence[str]) -> int:
-    """Print bytes of each network's weights by kind. They are on torch's "meta" device, which knows shapes and holds nothing."""
+    """Print the size of each network's weights for each kind. The weights are on torch's "meta" device, which stores only shapes."""
     import torch
 
     from helpers.methods.quantized_base import bytes_of, quantize
 
     print(f"| network | {' | '.join('bf16' if kind == 'none' else kind for kind in KINDS)} |")
     print(f"|---|{'---:|' * len(KINDS)}")
-    torch.set_default_dtype(torch.bfloat16)  # of weights that are made from here on
+    torch.set_default_dtype(torch.bfloat16)  # of weights created from here on
     for name in names:
         sizes = []
         for kind in KINDS:
@@ -168,7 +167,7 @@ def in_a_process(name: str, kind: str, steps: int, checkpointing: bool) -> dict[
 
 
 def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str, Any]:
-    """One network in this process: sizes, seconds and memory of its steps, and whether its files have the published names."""
+    """Measure one network in this process: sizes, time and memory of its steps, and whether its files have the published names."""
     import torch
     from accelerate import Accelerator
 
@@ -225,7 +224,7 @@ def measured(name: str, kind: str, count: int, checkpointing: bool) -> dict[str,
 
 
 def family_of(network: Network, folder: Path) -> Any:
-    """The family on a miniature's folder, whose network is said to be of its real size; its weights are never read."""
+    """The family opened on a miniature's folder with the network's full-size config. The network's weights are never read."""
     from helpers.config.options import CacheOptions, ModelOptions
     from helpers.families import FAMILIES
     from helpers.families.tiny import MINIATURES
@@ -278,13 +277,13 @@ def names_in(files: Sequence[Path]) -> dict[str, set[str]]:
 
 
 def largest_resident() -> int:
-    """Bytes, since the process began or since `forget_largest_resident`; Linux only."""
+    """Peak resident bytes since the process started or since `forget_largest_resident`. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def forget_largest_resident() -> None:
-    """Begin anew, after the allocator has given back what is free: it would keep what a network was before it was quantized."""
+    """Reset the peak, after the allocator has returned free memory: otherwise it would keep that of the network before quantization."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 

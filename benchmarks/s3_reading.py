@@ -1,10 +1,9 @@
-"""How fast files and cached records come from a bucket that is far away, beside a bare pool of threads around boto3.
+"""How fast files and cached records are read from a remote bucket, compared with a bare boto3 thread pool.
 
     python -m benchmarks.s3_reading [--objects 640] [--latency 0.2] [--rounds 5] [--profile]
 
-The bucket is a real S3 endpoint on loopback, in a process of its own behind a proxy, in another, that waits before each answer. Both
-loops have the same number of threads. Ours checks every object against its checksum, hands files over in order, and may be interrupted
-by anything that `helpers.storage.retrying` sits out.
+The bucket is a real S3 endpoint on localhost, behind a proxy that delays each answer; both are processes of their own. Both loops have the
+same number of threads. Our code also checks every object against its checksum and returns files in order.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from helpers.storage.s3_address import S3Address
 from tests.storage.s3_server import KEY, SECRET, S3Server, s3_server
 from toolkit.cache.view import CacheView
 
-LEAST = 0.9  # of the bare pool
+LEAST = 0.9  # rate, relative to the bare pool
 FILE_BYTES = 30_000
 RECORD_BYTES = 131_072  # a latent of 1024x1024 pixels in fp16
 RECORDS_OF_A_SHARD = 8
-DECODERS = 2  # threads that ask for the files, as those that decode pictures
+DECODERS = 2  # threads that request files, like those that decode images
 
 
 @contextmanager
 def far_away(server: S3Server, latency: float) -> Iterator[str]:
-    """The address of a proxy before the server, in a process of its own."""
+    """The address of a proxy in front of the server, in a process of its own."""
     command = [sys.executable, "-m", "tests.storage.fault_proxy", str(server.port), str(latency)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as proxy:
         assert proxy.stdout is not None and proxy.stdin is not None
@@ -51,7 +50,7 @@ def far_away(server: S3Server, latency: float) -> Iterator[str]:
 
 
 class Files:
-    """Objects below `images/`, read whole."""
+    """Objects below `images/`, each read completely."""
 
     def __init__(self, server: S3Server, bucket: str, url: str, count: int) -> None:
         self.keys = [f"{number:06}.jpg" for number in range(count)]
@@ -60,14 +59,14 @@ class Files:
         self.bucket = bucket
         self.client = _client(url, READS_AT_ONCE)
         self.source = S3Source(S3Address(bucket, "images", url, None, KEY, SECRET))
-        self.source.read(self.keys[0])  # the clients are made, and both have connected once
+        self.source.read(self.keys[0])  # warm-up: creates the clients and connects both
         self._get(self.keys[0])
 
     def _get(self, key: str) -> int:
         return len(self.client.get_object(Bucket=self.bucket, Key=f"images/{key}")["Body"].read())
 
     def bare(self) -> float:
-        """Files a second."""
+        """Files per second."""
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
             return _rate(len(self.keys), lambda: sum(pool.map(self._get, self.keys)))
 
@@ -77,7 +76,7 @@ class Files:
 
 
 class Records:
-    """Records of a cache in the bucket of which nothing is kept on this machine."""
+    """Records of a cache in the bucket, without local copies."""
 
     def __init__(self, bucket: str, url: str, count: int, folder: Path) -> None:
         store = S3Backend(S3Address(bucket, "cache", url, None, KEY, SECRET))
@@ -87,7 +86,7 @@ class Records:
             for number, key in enumerate(self.keys):
                 writer.add(key, {"mean": torch.rand(RECORD_BYTES // 4)})
                 if number % RECORDS_OF_A_SHARD == RECORDS_OF_A_SHARD - 1:
-                    writer.seal()  # small shards: the server takes a whole object apart for each part of it that is asked for
+                    writer.seal()  # small shards, because this server processes a whole object for every range request
         self.places = self.cache.find(self.keys)
         self.bucket = bucket
         with CacheView(folder) as view:
@@ -101,7 +100,7 @@ class Records:
         return len(self.client.get_object(Bucket=self.bucket, Key=f"cache/{self.shards[shard]}", Range=part)["Body"].read())
 
     def bare(self) -> float:
-        """Records a second."""
+        """Records per second."""
         with ThreadPoolExecutor(MICRO_BATCHES_AT_ONCE) as pool:
             return _rate(len(self.keys), lambda: sum(pool.map(self._get, range(len(self.keys)))))
 
@@ -124,7 +123,7 @@ def _rate(count: int, read: Callable[[], int]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--objects", type=int, default=640)
-    options.add_argument("--latency", type=float, default=0.2, help="seconds before each answer (default 0.2)")
+    options.add_argument("--latency", type=float, default=0.2, help="delay of each answer in seconds (default 0.2)")
     chosen = options.parse_args(arguments)
     with s3_server() as server, far_away(server, chosen.latency) as url, tempfile.TemporaryDirectory() as folder:
         bucket = server.new_bucket()

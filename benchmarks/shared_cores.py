@@ -1,9 +1,9 @@
-"""How long a step on the CPU takes alone and beside other busy programs, as PyTorch's threads wait by default and as ours do.
+"""How long a CPU step takes alone and next to busy programs, with PyTorch's default waiting of threads and with ours.
 
     python -m benchmarks.shared_cores [--rounds 5] [--seconds 4]
 
-The step is forward and backward through the U-Net of the demo. Each figure is of a process of its own, since the way that threads wait is
-settled when torch is loaded; the other programs are as many endless loops as there are cores.
+The step is a forward and backward pass of the demo's U-Net. Each measurement has a process of its own, because the way that threads wait is
+fixed when torch is loaded. The busy programs are endless loops, one per core.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from benchmarks.measure import LEAST_ROUNDS, Figure, compared, conclude, in_turn
 from helpers.threads import SETTLE_IT, wait_briefly
 
 UNET = Path("demo/model/unet")
-MOST_ALONE = 1.1  # of the default's time, where nothing else runs
-MOST_BESIDE = 0.5  # of it, where other programs do
+MOST_ALONE = 1.1  # relative to the default's time, when nothing else runs
+MOST_BESIDE = 0.5  # relative to the default's time, next to busy programs
 
 
 def step_milliseconds(seconds: float) -> float:
-    """Of the steps that this process takes in some seconds, the mean."""
+    """Mean time of the steps that this process takes in some seconds."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -70,7 +70,7 @@ def figures(rounds: int, seconds: float) -> list[Figure]:
     ours = dict(default)
     wait_briefly(ours)
     told = []
-    for name, programs, most in (("alone", 0, MOST_ALONE), ("beside busy programs", os.cpu_count() or 1, MOST_BESIDE)):
+    for name, programs, most in (("alone", 0, MOST_ALONE), ("next to busy programs", os.cpu_count() or 1, MOST_BESIDE)):
         with busy_programs(programs):
             taken = in_turns(rounds, lambda: measured(default, seconds), lambda: measured(ours, seconds))
         told.append(compared(f"a step, {name}", "ms", taken, at_most=most))
@@ -79,9 +79,9 @@ def figures(rounds: int, seconds: float) -> list[Figure]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"measured in turns; the median counts (default {LEAST_ROUNDS})")
-    options.add_argument("--seconds", type=float, default=4, help="that each process takes steps for (default 4)")
-    options.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # the process that is measured
+    options.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"alternating rounds (default {LEAST_ROUNDS})")
+    options.add_argument("--seconds", type=float, default=4, help="seconds for which each process takes steps (default 4)")
+    options.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # for the measured process
     chosen = options.parse_args(arguments)
     if chosen.one:
         print(step_milliseconds(chosen.seconds))

@@ -1,9 +1,9 @@
-"""What a warm start spends its time on until the first batch, and how soon `--help` and a mistake are answered.
+"""Where a warm start spends its time until the first batch, and how fast `--help` and a mistake are answered.
 
     python -m benchmarks.start_up [--images 10000] [--rounds 5]
 
-Everything is cached first. Then a fresh process goes through the start of train.py, stage by stage, and Python itself says how long
-it took to import each library (`-X importtime`, each library's own modules only). `--profile` lists more of the libraries.
+Everything is cached first. Then a new process goes through the start of train.py, stage by stage. Python's `-X importtime` gives the time
+to import each library (each library's own modules only). `--profile` lists more of the libraries.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from benchmarks.material import caption, run_flags, run_settings
 from benchmarks.measure import Figure, conclude, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_ANSWER = 1.0  # s to `--help`, or to the sentence about a mistake
-LEAST_IMPORTS = 0.5  # of the time to the first batch: what "dominated by library imports" means
-MOST_OURS = 0.5  # s from scan to first batch at 10,000 images, imports and model apart
-LIBRARIES = 6  # listed, the slowest first
+MOST_ANSWER = 1.0  # seconds to `--help`, or to the message about a mistake
+LEAST_IMPORTS = 0.5  # imports must take at least this share of the time to the first batch
+MOST_OURS = 0.5  # seconds from the scan to the first batch with 10,000 images, without imports and model
+LIBRARIES = 6  # libraries listed, the slowest first
 
-# Goes through a start as train.py does, and says what each stage took. A program of its own, so that nothing is imported before it.
+# Starts like train.py and prints the time of each stage. It is a program of its own, so that nothing is imported before.
 STAGES = """
 import gc, json, sys, time
 gc.disable()
@@ -84,18 +84,18 @@ with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.g
 
 
 def write_thumbnails(folder: Path, count: int) -> Path:
-    """Small JPEGs, each different, with captions of which many are the same: what is told of a start is not what encoding takes."""
+    """Small different JPEGs, many with the same caption. Encoding time is not measured here."""
     folder.mkdir(parents=True)
     for index in range(count):
-        colour = (index % 256, index // 256 % 256, 128)
+        color = (index % 256, index // 256 % 256, 128)
         path = folder / f"thumbnail_{index:06}.jpg"
-        Image.new("RGB", (64, 64), colour).save(path)
+        Image.new("RGB", (64, 64), color).save(path)
         path.with_suffix(".txt").write_text(caption(index % 100), encoding="utf-8")
     return folder
 
 
 def imports(said: str) -> dict[str, float]:
-    """Seconds that Python spent importing, by library, from what `-X importtime` said; ours are "helpers" and "train"."""
+    """Import seconds by library, from the output of `-X importtime`; our own code is "helpers" and "train"."""
     seconds: dict[str, float] = defaultdict(float)
     for line in re.finditer(r"^import time:\s+(\d+) \|\s+\d+ \|\s+([\w.]+)", said, re.MULTILINE):
         library = line[2].partition(".")[0]
@@ -104,9 +104,9 @@ def imports(said: str) -> dict[str, float]:
 
 
 def start(flags: Sequence[str]) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Seconds of a process up to its first batch: all, by stage, and importing by library."""
+    """Seconds of a process until its first batch: in total, by stage, and for imports by library."""
     command = [sys.executable, "-X", "importtime", "-c", STAGES, *flags]
-    began = time.time()  # the clock that both processes share
+    began = time.time()  # wall-clock time, which both processes share
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -115,7 +115,7 @@ def start(flags: Sequence[str]) -> tuple[float, dict[str, float], dict[str, floa
 
 
 def answer(*arguments: str, code: int) -> float:
-    """Seconds until `train.py` has answered and ended with an exit code."""
+    """Seconds until `train.py` has printed its answer and exited with this exit code."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)
     seconds = time.perf_counter() - began
@@ -124,11 +124,11 @@ def answer(*arguments: str, code: int) -> float:
 
 
 def cached_run(folder: Path, images: int) -> list[str]:
-    """Encode everything in a process of its own => the flags of the run."""
+    """Cache everything in a process of its own => the flags of the run."""
     from helpers.families.tiny import write_sdxl
 
     model = write_sdxl(folder / "model")
-    run_settings(folder, model, write_thumbnails(folder / "pictures", images), 64)
+    run_settings(folder, model, write_thumbnails(folder / "images", images), 64)
     flags = run_flags(folder, model, max_train_steps=1)
     start(flags)
     return flags

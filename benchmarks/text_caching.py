@@ -1,10 +1,10 @@
-"""How long captions take to become cached text tensors, beside bare batched encoding.
+"""How long it takes to cache captions as text embeddings, compared with bare batched encoding.
 
     python -m benchmarks.text_caching [--captions 256] [--rounds 5] [--profile]
 
-The bare loop tokenises and encodes the same captions in the same batches with transformers, and throws the answers away. Ours also
-looks for what is cached already, counts captions that are too long, checks, hashes, seals and indexes. Both text encoders are of
-SDXL's architecture with random weights, narrower than the real ones: what is ours weighs more beside them than it will in use.
+The bare loop tokenizes and encodes the same captions in the same batches with transformers, and discards the results. Our code also looks
+up cached embeddings, counts captions that are too long, checks, hashes, seals and indexes. Both text encoders have SDXL's architecture and
+random weights. They are narrower than the real ones, so our share of the time is larger here than in real use.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from helpers.data.ports import TextEncoders
 from helpers.families import FAMILIES
 from helpers.families.tiny import SdxlSizes, write_sdxl
 
-MOST_OF_BARE = 1.2  # the time of caching, of bare encoding's
+MOST_OF_BARE = 1.2  # time of caching, relative to bare encoding
 BATCH = 16
 SIZES = SdxlSizes(text_width=256, text_2_width=384, text_layers=4, text_heads=4, pooled_width=384)
 
 
 class Bare:
-    """Batched encoding by hand, with transformers alone."""
+    """Batched encoding with transformers alone."""
 
     def __init__(self, model: Path) -> None:
         self.encoders: list[tuple[Any, Any]] = [
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model = write_sdxl(folder / "model", sizes=SIZES)
-        config = run_settings(folder / "run", model, write_photographs(folder / "pictures", 1), 64)
+        config = run_settings(folder / "run", model, write_photographs(folder / "images", 1), 64)
         family = FAMILIES[config.family_name](config.model, config.cache)
         bare = Bare(model)
         with family.text_encoders(torch.device("cpu")) as encoders:
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             def ours() -> float:
                 return cached(folder, encoders, captions)
 
-            by_hand(), ours()  # once for nothing: the encoders are loaded
+            by_hand(), ours()  # warm-up: loads the encoders
             rounds = in_turns(chosen.rounds, by_hand, ours)
             if chosen.profile:
                 profile("bare encoding", by_hand)

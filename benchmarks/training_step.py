@@ -1,14 +1,13 @@
-"""How long an optimiser step of ours takes, beside the same step written by hand in plain torch and diffusers.
+"""How long an optimizer step takes, compared with the same step written by hand in plain torch and diffusers.
 
     python -m benchmarks.training_step [--sizes middle miniature] [--methods lora full] [--steps 4] [--rounds 9] [--profile]
 
-Both loops train the same U-Net in float32 on the same cached latents and texts, with noise, AdamW, dropout in the adapter and
-clipping, on one thread. The bare one holds its batches in memory; ours reads them from the caches in its background thread, draws its
-randomness by address, and writes metrics.jsonl. Before anything is measured the two must give the same loss for the same noise.
+Both loops train the same U-Net in float32 on the same cached latents and text embeddings, with noise, AdamW, adapter dropout and gradient
+clipping, on one thread. The bare loop holds its batches in memory. Ours reads them from the caches in its background thread, computes its
+random numbers from step and position, and writes metrics.jsonl. Before the measurement, both must give the same loss for the same noise.
 
-Two times are told. That of a step is by the clock, of every step but a round's first, for which our background thread has only just
-been started. Processor time is that of all threads over the whole round: it leaves nothing out, and other work on the machine does not
-count.
+There are two times. The time of a step is wall-clock time, without the first step of a round, for which our background thread has only just
+started. CPU time is that of all threads over the whole round: it leaves nothing out, and other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ from helpers.training.steps import step_result, timed
 from helpers.training.stopping import StopRequest
 from train import MOST_SKIPPED, train_step
 
-MOST_OF_BARE = 1.05  # the time of a step, of the bare loop's
-MOST_WAITING = 0.01  # for data, of the time of a step
+MOST_OF_BARE = 1.05  # time of a step, relative to the bare loop
+MOST_WAITING = 0.01  # waiting for data, relative to the time of a step
 IMAGES, BATCH = 24, 4
 
-# middle: a step of 0.3 to 1 s on one thread, so that what is ours can hide behind nothing but a network of some size.
+# middle: a step takes 0.3 to 1 s on one thread, long enough that our overhead is realistic relative to the network.
 SIZES = {
     "middle": (SdxlSizes(unet_channels=(64, 128, 256), unet_heads=(1, 2, 4), unet_transformers=(1, 1, 2), unet_groups=32), 256),
     "miniature": (SdxlSizes(), 128),
@@ -71,7 +70,7 @@ class Took(NamedTuple):
 
 @dataclass(frozen=True)
 class Tensors:
-    """A batch as the bare loop holds it: what the network is given, on the CPU, in float32."""
+    """A batch of the bare loop: the network's inputs, on the CPU, in float32."""
 
     latents: Tensor  # (B, 4, h, w)
     states: Tensor  # (B, 77, D)
@@ -80,7 +79,7 @@ class Tensors:
 
 
 class Bare:
-    """The loop by hand: torch, diffusers and peft, nothing of ours."""
+    """The bare loop: torch, diffusers and peft, without our code."""
 
     def __init__(self, model: Path, config: Config) -> None:
         self.schedule = DDPMScheduler.from_pretrained(model / "scheduler")
@@ -119,7 +118,7 @@ class Bare:
 
 
 class Ours:
-    """The loop of train.py, from the caches to metrics.jsonl, without checkpoints and validation."""
+    """Our loop, as in train.py, from the caches to metrics.jsonl, without checkpoints and validation."""
 
     def __init__(self, config: Config, runtime: Runtime, family: ModelFamily, data: TrainingData) -> None:
         self.runtime, self.family, self.data = runtime, family, data
@@ -130,7 +129,7 @@ class Ours:
         self.engine = Engine(runtime, trainable, optimizer, Schedule.create(config.schedule, 1_000_000))
         self.state = TrainState(seed=1)
         self.records = Records(config.run.output_dir, 0, record_samples=False)
-        self.counted, self.waited = 0.0, 0.0  # seconds of all steps that count, and of them waiting for data
+        self.counted, self.waited = 0.0, 0.0  # seconds of all counted steps, and their seconds of waiting for data
 
     def steps(self, count: int) -> Took:
         took = []
@@ -156,18 +155,18 @@ class Ours:
 
 
 def took_of(steps: Sequence[float], processor: float) -> Took:
-    """From the seconds of each step by the clock, and the mean processor seconds of a step."""
+    """From the wall-clock seconds of each step, and the mean CPU seconds of a step."""
     return Took(statistics.median(steps) * 1e3, processor * 1e3)
 
 
 def tensors_of(batch: Batch) -> Tensors:
-    """Height and width of the original, top and left of the cut, height and width of the target: written down by hand."""
+    """SDXL's size conditioning, computed by hand: original height and width, top and left of the crop, target height and width."""
     numbers = [(cut.original.height, cut.original.width, cut.top, cut.left, cut.target.height, cut.target.width) for cut in batch.geometry]
     return Tensors(batch.latents, batch.text["prompt_embeds"].float(), batch.text["pooled"].float(), torch.tensor(numbers).float())
 
 
 def require_same_loss(bare: Bare, ours: Ours) -> None:
-    """Both loops must do the same work: with the same noise and no dropout they compute the same loss."""
+    """Check that both loops do the same work: with the same noise and without dropout they compute the same loss."""
     (batch,) = next(iter(ours.data.steps(0, 1)))
     corrupted = ours.objective.corrupt(batch.latents, batch.draws)
     for network in (bare.unet, ours.engine.denoiser):
@@ -181,10 +180,10 @@ def require_same_loss(bare: Bare, ours: Ours) -> None:
 
 
 @contextmanager
-def loops(folder: Path, model: Path, pictures: Path, resolution: int, method: str) -> Iterator[tuple[Bare, Ours]]:
-    """Both loops over the same model and pictures, everything cached."""
+def loops(folder: Path, model: Path, images: Path, resolution: int, method: str) -> Iterator[tuple[Bare, Ours]]:
+    """Both loops with the same model and images, everything cached."""
     changed = {"model_type": method, "train_batch_size": BATCH, "cache_dir": folder / "cache"}
-    config = run_settings(folder / method, model, pictures, resolution, **changed)
+    config = run_settings(folder / method, model, images, resolution, **changed)
     with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
         family = FAMILIES[config.family_name](config.model, config.cache)
         settings = data_settings(new_run(config, runtime))
@@ -196,21 +195,21 @@ def loops(folder: Path, model: Path, pictures: Path, resolution: int, method: st
 
 
 def measured(bare: Bare, ours: Ours, name: str, steps: int, rounds: int) -> list[Figure]:
-    """Steps of both in turns."""
+    """Alternate steps of both loops."""
     held = [tensors_of(batch) for (batch,) in ours.data.steps(0, steps)]
-    bare.steps(held)  # both once for nothing: the first steps allocate, and fill the optimiser's state
+    bare.steps(held)  # warm-up: the first steps allocate memory and create the optimizer state
     ours.steps(steps)
     ours.counted, ours.waited = 0.0, 0.0
     took = in_turns(rounds, lambda: bare.steps(held), lambda: ours.steps(steps))
     clock = [(theirs.clock, mine.clock) for theirs, mine in took]
     processor = [(theirs.processor, mine.processor) for theirs, mine in took]
     overhead = statistics.median(mine - theirs for theirs, mine in processor)
-    gated = name.startswith("middle")  # a step of the miniature is mostly Python on either side; there the milliseconds tell
+    gated = name.startswith("middle")  # a step of the miniature is mostly Python in both loops, so only its milliseconds are meaningful
     most, most_waiting = (MOST_OF_BARE, 100 * MOST_WAITING) if gated else (None, None)
     return [
         compared(f"{name}, a step", "ms", clock, at_most=most),
-        compared(f"{name}, processor time", "ms", processor, at_most=most),
-        Figure(f"{name}, more than bare", overhead, "ms"),
+        compared(f"{name}, CPU time", "ms", processor, at_most=most),
+        Figure(f"{name}, overhead", overhead, "ms"),
         Figure(f"{name}, waiting for data", 100 * ours.waited / ours.counted, "%", at_most=most_waiting),
     ]
 
@@ -219,18 +218,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options.add_argument("--methods", nargs="+", choices=("lora", "full"), default=["lora", "full"])
-    options.add_argument("--steps", type=int, default=4, help="of each loop in a round")
+    options.add_argument("--steps", type=int, default=4, help="steps of each loop per round")
     options.set_defaults(rounds=9)
     chosen = options.parse_args(arguments)
     torch.set_num_threads(1)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as place:
-        pictures = write_photographs(Path(place) / "pictures", IMAGES)
+        images = write_photographs(Path(place) / "images", IMAGES)
         for size in chosen.sizes:
             sizes, resolution = SIZES[size]
             model = write_sdxl(Path(place) / size / "model", sizes=sizes)
             for method in chosen.methods:
-                with loops(Path(place) / size, model, pictures, resolution, method) as (bare, ours):
+                with loops(Path(place) / size, model, images, resolution, method) as (bare, ours):
                     figures += measured(bare, ours, f"{size} {method}", chosen.steps, chosen.rounds)
                     if chosen.profile:
                         held = [tensors_of(batch) for (batch,) in ours.data.steps(0, chosen.steps)]

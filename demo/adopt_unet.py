@@ -1,4 +1,4 @@
-"""Put a trained U-Net into the embedded default, in float16.   python demo/adopt_unet.py PIPELINE demo/model"""
+"""Copy a trained U-Net into the demo model, in float16.   python demo/adopt_unet.py PIPELINE demo/model"""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from diffusers import UNet2DConditionModel
 
 
 def adopt(pipeline: Path, model: Path) -> Path:
-    """Replace `model`'s U-Net by that of `pipeline`, and take over the noise schedule it was trained on."""
+    """Replace the U-Net and the noise schedule of `model` with those of `pipeline`."""
     unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet", torch_dtype=torch.float16)
     unet.save_pretrained(model / "unet")
     for file in (model / "unet").iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
+        file.chmod(0o644)  # safetensors makes files readable only by their owner
     shutil.copy(pipeline / "scheduler" / "scheduler_config.json", model / "scheduler" / "scheduler_config.json")
     return model / "unet"
 
@@ -23,6 +23,6 @@ def adopt(pipeline: Path, model: Path) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pipeline", type=Path, help="the exported pipeline: OUTPUT_DIR/pipeline")
-    parser.add_argument("model", type=Path, help="the folder that gets the U-Net")
+    parser.add_argument("model", type=Path, help="the model folder that gets the U-Net")
     arguments = parser.parse_args()
     print(adopt(arguments.pipeline, arguments.model))

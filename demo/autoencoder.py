@@ -1,4 +1,4 @@
-"""Train the demo's VAE: 8 times smaller latents of drawn shapes, with edges as sharp as a few minutes on one core allow."""
+"""Train the demo's VAE: it encodes drawn shapes to 8 times smaller latents, with edges as sharp as a few minutes on one core allow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from demo.drawings import COLORS, SIZE_PX, SUPERSAMPLING, draw, random_scene
 
 PHOTOS = Path(__file__).parent / "photos"
-LATENT_NOISE = 0.08  # standard deviation, of latents of about unit variance: makes the decoder forgive a denoiser's errors
+LATENT_NOISE = 0.08  # standard deviation of the noise on latents of about unit variance; makes the decoder tolerate a denoiser's errors
 BATCH = 32
 LEARNING_RATE = 2e-3
 
@@ -27,9 +27,9 @@ LEARNING_RATE = 2e-3
 def train(vae: AutoencoderKL, *, steps: int, seed: int = 0) -> None:
     """Train in place, then set the scaling factor so that latents have unit variance.
 
-    Most steps see 32 px cut-outs, which show four times as many images in the same time; the last fifth sees whole images.
+    Most steps use 32-pixel crops, so four times as many images fit into the same time. The last fifth of the steps uses whole images.
     """
-    vae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    vae.to(memory_format=torch.channels_last)  # 20 % faster on a CPU
     _fix_latent_noise(vae)
     rng, torch_rng = random.Random(seed), torch.Generator().manual_seed(seed)
     photos = _photos()
@@ -53,20 +53,20 @@ def train(vae: AutoencoderKL, *, steps: int, seed: int = 0) -> None:
 
 
 def reconstruction_error(vae: AutoencoderKL, *, count: int = 64, seed: int = 1) -> float:
-    """Mean absolute error of decoded scenes, pixels in [-1, 1]."""
+    """Mean absolute error of decoded scenes, for pixels in [-1, 1]."""
     rng = random.Random(seed)
     pixels = torch.stack([to_tensor(draw(random_scene(rng))) for _ in range(count)])
     with torch.no_grad():
         return F.l1_loss(vae.decode(vae.encode(pixels).latent_dist.mean).sample, pixels).item()
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     """RGB image => (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _fix_latent_noise(vae: AutoencoderKL) -> None:
-    """Make the encoder's log-variance a constant, so that sampled latents carry the noise that the decoder was trained with."""
+    """Make the encoder's log-variance constant, so that sampled latents have the noise that the decoder is trained with."""
     channels = vae.config.latent_channels
     with torch.no_grad():
         vae.quant_conv.weight[channels:].zero_()
@@ -78,7 +78,7 @@ def _fix_latent_noise(vae: AutoencoderKL) -> None:
 
 
 def _loss(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Absolute error of pixels and of their differences (edges), and a slight pull of latents towards unit variance."""
+    """L1 loss of pixels and of their differences (edges), plus a small penalty that pulls latents towards unit variance."""
     posterior = vae.encode(pixels).latent_dist
     decoded = vae.decode(posterior.sample(generator)).sample
     edges = sum((F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (2, 3)), torch.zeros(()))
@@ -93,39 +93,39 @@ def _set_scaling_factor(vae: AutoencoderKL, rng: random.Random) -> None:
 
 
 def _example(rng: random.Random, photos: list[Image.Image], size_px: int) -> Tensor:
-    """A cut-out to learn from (3, size, size): mostly the demo's scenes, some random drawings, a few photographs."""
+    """A training crop (3, size, size): mostly the demo's scenes, some random drawings, a few photographs."""
     kind = rng.random()
     if kind < 0.7:
-        picture = draw(random_scene(rng))
+        image = draw(random_scene(rng))
     elif kind < 0.97:
-        picture = _doodle(rng)
+        image = _doodle(rng)
     else:
-        picture = _photo_part(rng, rng.choice(photos))
+        image = _photo_part(rng, rng.choice(photos))
     left, top = (rng.randint(0, SIZE_PX - size_px) for _ in range(2))
-    picture = picture.crop((left, top, left + size_px, top + size_px))
-    return to_tensor(picture)
+    image = image.crop((left, top, left + size_px, top + size_px))
+    return to_tensor(image)
 
 
 def _doodle(rng: random.Random) -> Image.Image:
-    """One to three random polygons and ellipses in any colors, so that the VAE can draw shapes the base model does not know."""
+    """One to three random polygons and ellipses in any colors, so that the VAE can decode shapes the base model does not know."""
     side = SIZE_PX * SUPERSAMPLING
-    colours = list(COLORS.values())
+    colors = list(COLORS.values())
 
-    def colour() -> tuple[int, ...]:
-        return rng.choice(colours) if rng.random() < 0.7 else tuple(rng.randrange(256) for _ in range(3))
+    def color() -> tuple[int, ...]:
+        return rng.choice(colors) if rng.random() < 0.7 else tuple(rng.randrange(256) for _ in range(3))
 
-    picture = Image.new("RGB", (side, side), colour())
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), color())
+    canvas = ImageDraw.Draw(image)
     for _ in range(rng.randint(1, 3)):
         x, y, radius = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.1, 0.4) * side
         corners, turn = rng.randint(2, 12), rng.uniform(0, 2 * math.pi)
         if corners == 2:
-            canvas.ellipse((x - radius, y - radius, x + radius, y + rng.uniform(0.3, 1) * radius), fill=colour())
+            canvas.ellipse((x - radius, y - radius, x + radius, y + rng.uniform(0.3, 1) * radius), fill=color())
         else:
             angles = [turn + 2 * math.pi * corner / corners for corner in range(corners)]
             reach = [radius * rng.uniform(0.3, 1) for _ in angles]
-            canvas.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(angles, reach, strict=True)], fill=colour())
-    return picture.reduce(SUPERSAMPLING)
+            canvas.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(angles, reach, strict=True)], fill=color())
+    return image.reduce(SUPERSAMPLING)
 
 
 def _photos() -> list[Image.Image]:

@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2034 # an env file: the wrapper exports what it sets
-# The settings that trained demo/model's U-Net from random weights; demo/README.md has the commands around it.
+# The settings that trained the U-Net of demo/model from random weights. The commands are in demo/README.md.
 #   ENV_FILE=demo/base-env.sh ./train_sdxl.sh      (from the repository's root)
-MODEL_NAME='output/base/start'                # what demo/make_base.py wrote: VAE and text encoders trained, U-Net random
+MODEL_NAME='output/base/start'                # written by demo/make_base.py: trained VAE and text encoders, random U-Net
 MODEL_TYPE='full'
-DATALOADER_CONFIG='demo/base-dataloader.json' # 3,000 captioned pictures, drawn by demo/drawings.py
+DATALOADER_CONFIG='demo/base-dataloader.json' # 3,000 captioned images, drawn by demo/drawings.py
 OUTPUT_DIR='output/base/run'
 
-# Velocity prediction down to pure noise: with plain epsilon the background's colour, which is in the last of the noise, is not learnt.
-# No min-SNR weighting, which would give that last timestep no weight at all.
+# Velocity prediction with zero terminal SNR: with epsilon prediction, the background color is not learned, because it is decided at the
+# noisiest timesteps. No min-SNR weighting: it would give the last timestep zero weight.
 PREDICTION_TYPE='v_prediction'
 RESCALE_BETAS_ZERO_SNR='true'
 

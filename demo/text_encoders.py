@@ -1,4 +1,4 @@
-"""Train the demo's text encoders: what they give for a caption must tell apart its two colors and its shape."""
+"""Train the demo's text encoders: their output for a caption must distinguish its two colors and its shape."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demo.drawings import COLORS, SHAPES, Scene
+from demo.scenes import COLORS, SHAPES, Scene
 
 LEARNING_RATE = 2e-3
 CLASSES = [len(COLORS), len(COLORS), len(SHAPES)]  # foreground, background, shape
 
 
 def train(pipeline: StableDiffusionXLPipeline, *, steps: int = 300, seed: int = 0) -> float:
-    """Train both text encoders in place => the share of attributes that linear readers get right, of all captions.
+    """Train both text encoders in place => the share of attributes that linear classifiers predict correctly, over all captions.
 
-    The readers are thrown away. They read just what SDXL's U-Net is given: the last but one hidden layer of both encoders and the
-    pooled projection of the second.
+    The classifiers are discarded afterwards. Their input is what SDXL's U-Net gets: the second-to-last hidden layer of both encoders, and
+    the pooled projection of the second.
     """
     torch.manual_seed(seed)
-    scenes = [Scene(shape, *colours) for shape in SHAPES for colours in itertools.permutations(COLORS, 2)]
+    scenes = [Scene(shape, *colors) for shape in SHAPES for colors in itertools.permutations(COLORS, 2)]
     labels = [torch.tensor(column) for column in zip(*map(_labels, scenes), strict=True)]
-    # Without padding: all captions have as many words, and CLIP never looks ahead.
+    # Without padding: all captions have the same number of words, and CLIP's attention is causal.
     tokens = [
         torch.tensor(tokenizer([scene.caption for scene in scenes]).input_ids) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
     ]
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
     for encoder, ids in zip(encoders, tokens, strict=True):
         _set_spread(encoder, ids)
-    readers = nn.ModuleList(nn.Linear(feature.shape[1], sum(CLASSES)) for feature in _features(encoders, tokens))
-    parameters = [parameter for module in (*encoders, readers) for parameter in module.parameters()]
+    classifiers = nn.ModuleList(nn.Linear(feature.shape[1], sum(CLASSES)) for feature in _features(encoders, tokens))
+    parameters = [parameter for module in (*encoders, classifiers) for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     for _ in range(steps):
-        # three readers, each answering three questions
-        answers = [reader(feature).split(CLASSES, dim=1) for reader, feature in zip(readers, _features(encoders, tokens), strict=True)]
+        # three classifiers, each with three outputs
+        features = _features(encoders, tokens)
+        answers = [classifier(feature).split(CLASSES, dim=1) for classifier, feature in zip(classifiers, features, strict=True)]
         losses = [F.cross_entropy(logits, label) for answer in answers for logits, label in zip(answer, labels, strict=True)]
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
@@ -52,21 +53,21 @@ def train(pipeline: StableDiffusionXLPipeline, *, steps: int = 300, seed: int = 
 
 
 def _labels(scene: Scene) -> tuple[int, int, int]:
-    colours = list(COLORS)
-    return colours.index(scene.foreground), colours.index(scene.background), SHAPES.index(scene.shape)
+    colors = list(COLORS)
+    return colors.index(scene.foreground), colors.index(scene.background), SHAPES.index(scene.shape)
 
 
 def _features(encoders: Sequence[nn.Module], tokens: Sequence[Tensor]) -> list[Tensor]:
-    """What the readers see, each (captions, width): the end-of-text position of both hidden layers, and the pooled projection."""
+    """The classifiers' inputs, each (captions, width): the end-of-text position of both hidden layers, and the pooled projection."""
     outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, tokens, strict=True)]
     return [*(output.hidden_states[-2][:, -1] for output in outputs), outputs[1].text_embeds]
 
 
 def _set_spread(encoder: nn.Module, tokens: Tensor) -> None:
-    """Scale an encoder so that its last but one hidden layer has unit standard deviation, as U-Net weights at their start expect.
+    """Scale an encoder so that its second-to-last hidden layer has unit standard deviation, as newly initialized U-Net weights expect.
 
-    All that adds to the residual stream is scaled alike; the layer norms in front of everything that reads it take the factor out
-    again, so nothing else changes.
+    Every weight that adds to the residual stream is scaled by the same factor. Everything that reads the stream has a layer norm in front,
+    which removes the factor, so nothing else changes.
     """
     with torch.no_grad():
         hidden = encoder(tokens, output_hidden_states=True).hidden_states[-2]

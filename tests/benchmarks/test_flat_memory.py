@@ -1,4 +1,4 @@
-"""The short form of benchmarks/flat_memory.py: what grows with every step shows within a few hundred of them."""
+"""The short form of benchmarks/flat_memory.py: memory that grows with every step is visible after a few hundred steps."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from benchmarks.material import write_photographs
 from helpers.families.tiny import SdxlSizes, write_sdxl
 
 STEPS = 240
-# KiB a step: the pools of allocators are still filling. Encoding runs ahead of redrawn epochs by more on some steps than on others, some
-# MB to and fro; a run that kept the pictures of its steps would grow by 96.
+# KiB per step. The pools of allocators are still filling. With new crops in each epoch, encoding is ahead by a varying amount, some MB.
+# A run that kept the images of its steps would grow by 96 KiB per step.
 MOST_SLOPE = {"behind": 8.0, "redrawn": 40.0}
 
 
-def watch(folder: Path, model: Path, pictures: Path, way: str) -> flat_memory.Watched:
-    return flat_memory.watched(flat_memory.settings(folder, model, pictures, *flat_memory.WAYS[way]), STEPS)
+def watch(folder: Path, model: Path, images: Path, way: str) -> flat_memory.Watched:
+    return flat_memory.watched(flat_memory.settings(folder, model, images, *flat_memory.WAYS[way]), STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["behind", "redrawn"])
 def test_memory_does_not_grow_with_steps_and_an_epoch_begins_as_any_step(way: str, tmp_path: Path) -> None:
     model = write_sdxl(tmp_path / "model", sizes=SdxlSizes(unet_transformers=(1, 1, 1)))
-    pictures = write_photographs(tmp_path / "pictures", 24, (120, 80))
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:  # what other tests left here would be measured too
-        watched = alone.submit(watch, tmp_path / way, model, pictures, way).result()
+    images = write_photographs(tmp_path / "images", 24, (120, 80))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:  # without the memory of other tests
+        watched = alone.submit(watch, tmp_path / way, model, images, way).result()
     assert len(watched.epochs) == STEPS and watched.epochs[-1] >= 19
     assert watched.slope < MOST_SLOPE[way]
     if way != "redrawn":

@@ -1,4 +1,4 @@
-"""The program that measures what is learnt measures what it says: on nothing that was trained on, and by judges that can say no."""
+"""benchmarks/learning.py measures on data that was not trained on, with measures that can fail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from benchmarks import learning
-from demo.drawings import COLORS, CONCEPT, Scene, draw
+from demo.scenes import COLORS, CONCEPT, Scene, draw
 
 
 def captions(folder: Path) -> set[str]:
@@ -24,7 +24,7 @@ def test_nothing_that_is_measured_was_trained_on(tmp_path: Path) -> None:
     assert captions(stars) == captions(learning.STARS) and len(list(stars.glob("*.png"))) == 80
 
 
-def test_true_pictures_are_right_and_others_are_not() -> None:
+def test_true_images_are_right_and_others_are_not() -> None:
     scenes = learning.held_out_stars()[:6]
     true = [draw(scene) for scene in scenes]
     assert learning.share_right(scenes, true) == 1
@@ -35,9 +35,9 @@ def test_the_overlap_is_one_where_the_shape_stands_and_less_beside_it() -> None:
     scenes = [Scene("square", "red", "blue", radius=16.0), Scene("circle", "black", "white")]
     true = [draw(scene) for scene in scenes]
     assert learning.overlap(scenes, true) == 1
-    assert learning.overlap(scenes, [ImageChops.offset(picture, 8, 0) for picture in true]) == pytest.approx(0.6, abs=0.1)
+    assert learning.overlap(scenes, [ImageChops.offset(image, 8, 0) for image in true]) == pytest.approx(0.6, abs=0.1)
     silhouette = learning.silhouette(scenes[0])
-    assert (silhouette.centre, silhouette.radius, silhouette.shape) == ((32, 32), 16, "square")
+    assert (silhouette.center, silhouette.radius, silhouette.shape) == ((32, 32), 16, "square")
     assert {silhouette.foreground, silhouette.background} <= set(COLORS)
 
 

@@ -1,4 +1,4 @@
-"""The table of a benchmark tells a kept gate from a missed one."""
+"""The table of a benchmark shows which gates are met and which are missed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA files of networks of their real sizes have the names that published ones have. No weights: the networks are on the meta device."""
+"""LoRA files of full-size networks have the tensor names of published files. The networks are on the meta device, without weights."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Short forms of the benchmarks: bounds so wide that only another kind of slowness breaks them, not a busy machine.
+"""Short forms of the benchmarks. Their bounds are wide: a busy machine does not break them, only code that became much slower.
 
-The best of a few rounds counts, because what is slow by design is slow in each of them. The programs in benchmarks/ have the gates.
+The best of a few rounds counts, because slow code is slow in every round. The programs in benchmarks/ have the gates.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_every_benchmark_explains_itself(program: ModuleType, capsys: pytest.Cap
     assert "--rounds" in said
 
 
-def test_a_benchmark_prints_each_figure_beside_its_limit_and_then_the_profiles_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_prints_each_figure_next_to_its_limit_and_then_the_profiles_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
     header_scan.main(["--images", "50", "--rounds", "2", "--profile"])
     said = capsys.readouterr().out
     assert re.search(r"^scanned, beside Pillow opening them +[\d,]+ /s +[\d,]+ /s +[\d.]+ +>= 5,000 /s +(ok|MISSED)$", said, re.MULTILINE)
@@ -70,15 +70,15 @@ def test_a_benchmark_prints_each_figure_beside_its_limit_and_then_the_profiles_i
 
 
 def best(rounds: list[tuple[float, float]]) -> float:
-    """The smallest share of theirs that ours took, in rounds of (theirs, ours)."""
+    """The smallest ratio of ours to theirs, over rounds of (theirs, ours)."""
     return min(ours / theirs for theirs, ours in rounds)
 
 
 @pytest.fixture
 def both(tmp_path: Path) -> Iterator[tuple[training_step.Bare, training_step.Ours]]:
-    """The loop by hand and ours, about to train a LoRA on the miniature."""
-    pictures = write_photographs(tmp_path / "pictures", 8, (240, 160))
-    with training_step.loops(tmp_path, write_sdxl(tmp_path / "model"), pictures, 128, "lora") as loops:
+    """The bare loop and ours, ready to train a LoRA on the miniature."""
+    images = write_photographs(tmp_path / "images", 8, (240, 160))
+    with training_step.loops(tmp_path, write_sdxl(tmp_path / "model"), images, 128, "lora") as loops:
         yield loops
 
 
@@ -101,7 +101,7 @@ def test_loops_that_compute_something_else_are_not_compared(both: tuple[training
 
 def test_images_are_cached_about_as_fast_as_they_can_be_decoded_and_encoded(tmp_path: Path) -> None:
     bench = latent_caching.Bench(tmp_path, images=12, threads=2)
-    bench.bare()  # files come into the page cache
+    bench.bare()  # loads the files into the page cache
     rates = in_turns(3, bench.bare, bench.ours)
     bench.catalogue.close()
     assert max(ours / theirs for theirs, ours in rates) > 0.6
@@ -110,7 +110,7 @@ def test_images_are_cached_about_as_fast_as_they_can_be_decoded_and_encoded(tmp_
 def test_captions_are_cached_about_as_fast_as_they_are_encoded(tmp_path: Path) -> None:
     captions = [caption(index) for index in range(64)]
     model = write_sdxl(tmp_path / "model", sizes=SdxlSizes(text_width=128, text_2_width=128, text_layers=4))
-    config = run_settings(tmp_path, model, write_photographs(tmp_path / "pictures", 1, (64, 64)), 64)
+    config = run_settings(tmp_path, model, write_photographs(tmp_path / "images", 1, (64, 64)), 64)
     family = FAMILIES[config.family_name](config.model, config.cache)
     bare = text_caching.Bare(model)
     with family.text_encoders(torch.device("cpu")) as encoders:
@@ -185,9 +185,9 @@ def test_a_warm_start_looks_nothing_up_and_its_index_stays_small(tmp_path: Path)
     assert min(start["index"] for start in warm) < 20e6
 
 
-def test_optimisers_hold_what_their_kind_holds_and_no_step_is_of_another_order() -> None:
+def test_optimizers_hold_what_their_kind_holds_and_no_step_is_of_another_order() -> None:
     found = {figure.name: figure for figure in optimizers.figures(["adamw", "adamw_bf16", "lion"], 1, 2, torch.device("cpu"))}
-    assert found["adamw: state of a weight"].value == pytest.approx(8, rel=0.01)  # two moments in float32
-    assert found["adamw_bf16: state of a weight"].value == pytest.approx(4, rel=0.01)
-    assert found["lion: state of a weight"].value == pytest.approx(4, rel=0.01)
+    assert found["adamw: state per weight"].value == pytest.approx(8, rel=0.01)  # two moments in float32
+    assert found["adamw_bf16: state per weight"].value == pytest.approx(4, rel=0.01)
+    assert found["lion: state per weight"].value == pytest.approx(4, rel=0.01)
     assert found["adamw: a step"].ratio < 3 and found["lion: a step"].ratio < 3 and found["adamw_bf16: a step"].ratio < 40

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from demo.drawings import COLORS, CONCEPT, SHAPES, Scene, draw, random_scene, write_drawings
+from demo.scenes import COLORS, CONCEPT, SHAPES, Scene, draw, random_scene, write_images
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
-def test_an_image_shows_its_two_colors_and_smooth_edges() -> None:
+def test_a_image_shows_its_two_colors_and_smooth_edges() -> None:
     pixels = np.asarray(draw(Scene("circle", "red", "blue")))
     assert pixels.shape == (64, 64, 3)
     assert tuple(pixels[32, 32]) == COLORS["red"] and tuple(pixels[0, 0]) == COLORS["blue"]
@@ -34,7 +34,7 @@ def test_captions_are_grammatical() -> None:
 
 def test_the_same_seed_draws_the_same_images(tmp_path: Path) -> None:
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        write_drawings(tmp_path / name, 3, seed=seed)
+        write_images(tmp_path / name, 3, seed=seed)
     one, again, other = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "again", "other"))
     assert one == again != other
 
@@ -53,7 +53,7 @@ def test_every_photograph_opens_and_has_a_caption() -> None:
         assert min(ImageOps.exif_transpose(Image.open(file)).size) >= 256
 
 
-def test_the_photographs_are_of_mixed_format_and_shape_and_weigh_little() -> None:
+def test_the_photographs_have_mixed_formats_and_shapes_and_are_small() -> None:
     photos = [file for file in (DEMO / "photos").iterdir() if file.suffix != ".txt"]
     images = [Image.open(file) for file in photos]
     assert {image.format for image in images} == {"JPEG", "PNG", "WEBP", "TIFF", "AVIF"}
@@ -62,7 +62,7 @@ def test_the_photographs_are_of_mixed_format_and_shape_and_weigh_little() -> Non
     assert sum(file.stat().st_size for file in photos) < 1_000_000
 
 
-def test_every_photograph_names_its_source_and_licence() -> None:
+def test_every_photograph_names_its_source_and_license() -> None:
     listed = (DEMO / "PHOTOS.md").read_text()
     for file in (DEMO / "photos").iterdir():
         assert file.suffix == ".txt" or f"`{file.name}`" in listed

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from demo import check
-from demo.drawings import CONCEPT, Scene
+from demo.scenes import CONCEPT, Scene
 
 MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
 
@@ -20,21 +20,21 @@ def scenes() -> list[Scene]:
 
 
 @pytest.fixture(scope="module")
-def pictures(scenes: list[Scene]) -> list[Image.Image]:
+def images(scenes: list[Scene]) -> list[Image.Image]:
     return check.generate(MODEL, scenes)
 
 
-def passes(scenes: list[Scene], pictures: list[Image.Image]) -> bool:
-    scores = check.score(scenes, [check.judge(picture) for picture in pictures])
+def passes(scenes: list[Scene], images: list[Image.Image]) -> bool:
+    scores = check.score(scenes, [check.judge(image) for image in images])
     return all(scores[measure] >= threshold for measure, threshold in check.THRESHOLDS.items())
 
 
-def test_the_embedded_model_shows_what_its_prompts_ask_for(scenes: list[Scene], pictures: list[Image.Image]) -> None:
-    assert passes(scenes, pictures)
+def test_the_embedded_model_shows_what_its_prompts_ask_for(scenes: list[Scene], images: list[Image.Image]) -> None:
+    assert passes(scenes, images)
 
 
-def test_the_check_fails_on_shuffled_prompts(scenes: list[Scene], pictures: list[Image.Image]) -> None:
-    assert not passes(check.shuffled(scenes), pictures)
+def test_the_check_fails_on_shuffled_prompts(scenes: list[Scene], images: list[Image.Image]) -> None:
+    assert not passes(check.shuffled(scenes), images)
 
 
 def test_the_check_fails_on_an_untrained_network(scenes: list[Scene], tmp_path: Path) -> None:
@@ -46,9 +46,9 @@ def test_the_check_fails_on_an_untrained_network(scenes: list[Scene], tmp_path: 
 
 def test_the_embedded_model_does_not_know_the_concept() -> None:
     scenes = check.prompts(12, shapes=(CONCEPT,))
-    seen = [check.judge(picture) for picture in check.generate(MODEL, scenes)]
+    seen = [check.judge(image) for image in check.generate(MODEL, scenes)]
     assert check.score(scenes, seen)["shape"] <= 0.25
 
 
-def test_the_embedded_model_weighs_a_few_megabytes() -> None:
+def test_the_embedded_model_is_a_few_megabytes() -> None:
     assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) < 8_000_000
