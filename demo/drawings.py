@@ -1,7 +1,7 @@
 """Draw the demo's captioned images: one colored shape on a colored background, such as "a red circle on a blue background".
 
-python demo/scenes.py --out images --count 1000            the shapes that the base model knows
-python demo/scenes.py --out concept --count 40 --concept     the shape that it has never seen
+python demo/drawings.py --out images --count 1000            the shapes that the base model knows
+python demo/drawings.py --out concept --count 40 --concept     the shape that it has never seen
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     raise ValueError(f"no such shape: {shape}")
 
 
-def write_images(folder: Path, count: int, *, seed: int = 0, shapes: Sequence[str] = SHAPES) -> None:
+def write_drawings(folder: Path, count: int, *, seed: int = 0, shapes: Sequence[str] = SHAPES) -> None:
     """Write `count` PNG images, each with its caption in a .txt file. The same seed draws the same images.
 
     It uses every color pair once, in random order, before it repeats one, so that a small dataset has many different pairs.
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concept", action="store_true", help=f"draw only the shape that the base model does not know: {CONCEPT}")
     options = parser.parse_args()
-    write_images(options.out, options.count, seed=options.seed, shapes=(CONCEPT,) if options.concept else SHAPES)
+    write_drawings(options.out, options.count, seed=options.seed, shapes=(CONCEPT,) if options.concept else SHAPES)
     print(f"{options.count:,} images with captions in {options.out}")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demo.scenes import COLORS, SHAPES, Scene
+from demo.drawings import COLORS, SHAPES, Scene
 
 LEARNING_RATE = 2e-3
 CLASSES = [len(COLORS), len(COLORS), len(SHAPES)]  # foreground, background, shape

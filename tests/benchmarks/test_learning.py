@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from benchmarks import learning
-from demo.scenes import COLORS, CONCEPT, Scene, draw
+from demo.drawings import COLORS, CONCEPT, Scene, draw
 
 
 def captions(folder: Path) -> set[str]:

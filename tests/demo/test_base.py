@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from demo import autoencoder, make_base, text_encoders
-from demo.scenes import CONCEPT, VOCABULARY, Scene, draw, random_scene
+from demo.drawings import CONCEPT, VOCABULARY, Scene, draw, random_scene
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.families.sdxl import SDXL
 from helpers.families.tiny import SdxlSizes, build_sdxl

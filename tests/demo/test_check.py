@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from demo import check
-from demo.scenes import COLORS, CONCEPT, SHAPES, Scene, draw, random_scene
+from demo.drawings import COLORS, CONCEPT, SHAPES, Scene, draw, random_scene
 
 
 def test_the_judge_recognizes_every_shape_and_pair_of_colors() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from demo.scenes import COLORS, CONCEPT, SHAPES, Scene, draw, random_scene, write_images
+from demo.drawings import COLORS, CONCEPT, SHAPES, Scene, draw, random_scene, write_drawings
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -34,7 +34,7 @@ def test_captions_are_grammatical() -> None:
 
 def test_the_same_seed_draws_the_same_images(tmp_path: Path) -> None:
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        write_images(tmp_path / name, 3, seed=seed)
+        write_drawings(tmp_path / name, 3, seed=seed)
     one, again, other = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "again", "other"))
     assert one == again != other
 

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from demo import check
-from demo.scenes import CONCEPT, Scene
+from demo.drawings import CONCEPT, Scene
 
 MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
 
