@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import threads
+from helpers import library_settings, threads
 from helpers.choices import known_axes
 from helpers.config.read import known_variables
 from tests.documentation.pages import ROOT, Page
@@ -23,7 +23,7 @@ GUIDES = sorted({str(page.relative_to(ROOT)) for page in PAGES} - OF_ABSENT_THIN
 OF_THE_USER = {"sdxl-env.sh", "sd21-env.sh", "sd2x-env.sh", "sd3-env.sh", "env.sh"}
 # Variables that are read before the env file is: by the wrappers and the set-up.
 OF_THE_SET_UP = {"SIMPLETUNER_TORCH_BACKEND", "SIMPLETUNER_PYTHON", "PYTHON", "ENV_FILE"}
-OF_TORCH = set(threads.SETTLE_IT)
+OF_TORCH = {*threads.SETTLE_IT, *library_settings.COUNT}
 OF_AWS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"}
 OF_OTHER_PROGRAMS = {
     "accelerate launch": {"--config_file", "--machine_rank", "--main_process_ip", "--main_process_port"},
@@ -54,7 +54,8 @@ def test_flags_of_the_set_up_exist() -> None:
 def test_variables_are_known(name: str) -> None:
     named = {span for span in Page.named(name).spans() if re.fullmatch(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+", span)}
     assigned = {variable for code in Page.named(name).code() for variable in re.findall(r"(?<![\w$-])([A-Z][A-Z0-9_]+)=", code)}
-    assert (assigned | named) - known_variables(known_axes().options) - OF_THE_SET_UP - OF_TORCH - OF_AWS == set()
+    unknown = (assigned | named) - known_variables(known_axes().options) - OF_THE_SET_UP - OF_TORCH - OF_AWS
+    assert {variable for variable in unknown if not library_settings.remove_library_settings({variable: "8"})} == set()
 
 
 @pytest.mark.parametrize("name", GUIDES)
