@@ -23,7 +23,7 @@ GUIDES = sorted({str(page.relative_to(ROOT)) for page in PAGES} - OF_ABSENT_THIN
 OF_THE_USER = {"sdxl-env.sh", "sd21-env.sh", "sd2x-env.sh", "sd3-env.sh", "env.sh"}
 # Variables that are read before the env file is: by the wrappers and the set-up.
 OF_THE_SET_UP = {"SIMPLETUNER_TORCH_BACKEND", "SIMPLETUNER_PYTHON", "PYTHON", "ENV_FILE"}
-OF_TORCH = {*threads.SETTLE_IT, *library_settings.COUNT}
+OF_TORCH = {*threads.SETTLE_IT, *library_settings.COUNT, "WORLD_SIZE"}
 OF_AWS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"}
 OF_OTHER_PROGRAMS = {
     "accelerate launch": {"--config_file", "--machine_rank", "--main_process_ip", "--main_process_port"},
