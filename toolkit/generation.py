@@ -42,7 +42,7 @@ class ImageSettings:
     guidance: float
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> ImageSettings:
+    def from_arguments(cls, arguments: argparse.Namespace) -> ImageSettings:
         """From `--prompt` and the arguments of `add_sampling`."""
         width, height = arguments.size
         return cls(arguments.prompt, arguments.negative_prompt, width, height, arguments.steps, arguments.guidance)

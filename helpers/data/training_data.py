@@ -47,7 +47,7 @@ class CachedRecords:
         return self.data.sample(row)
 
     def geometry(self, row: int, epoch: int) -> Geometry:
-        return self.encoder.store.of(row, epoch).plan.geometry(row)
+        return self.encoder.store.holder(row, epoch).plan.geometry(row)
 
     def loss_weight(self, row: int) -> float:
         return self.data.datasets[self.data.dataset_of(row)].loss_weight

@@ -72,7 +72,7 @@ def _inputs(run: Run, data: TrainingData, live: LiveText | None) -> ValidationIn
 
     def text(caption: str | None) -> TextTensors:
         if live:
-            return live.of(caption or None)
+            return live.encode_caption(caption or None)
         return data.text(caption) if caption else data.unconditional
 
     options = config.validation

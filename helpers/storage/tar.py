@@ -51,7 +51,7 @@ class Members:
         self._sizes = sizes
 
     @classmethod
-    def of(cls, members: Iterable[Member]) -> Members:
+    def from_members(cls, members: Iterable[Member]) -> Members:
         ordered = sorted(members, key=lambda member: _encoded(member.name))
         names = [_encoded(member.name) for member in ordered]
         ends = array("Q", itertools.accumulate(map(len, names)))
@@ -133,7 +133,7 @@ def read_index(path: Path) -> TarIndex:
                     (problems if member.problem else good).append(member)
         except _Damaged as error:
             damage = str(error)
-    return TarIndex(version, Members.of(good), tuple(problems), damage)
+    return TarIndex(version, Members.from_members(good), tuple(problems), damage)
 
 
 def read_member(path: Path, version: Version, offset: int, size: int) -> bytes:

@@ -50,7 +50,7 @@ class LiveText:
         with contextlib.nullcontext() if trained else torch.no_grad():
             return dataclasses.replace(batch, text=self.family.embed(encoders, captions, self.engine.runtime.device))
 
-    def of(self, caption: str | None) -> TextTensors:
+    def encode_caption(self, caption: str | None) -> TextTensors:
         """One caption's tensors without a batch dimension, for validation images. None is the unconditional."""
         with torch.no_grad():
             tensors = self.family.embed(self.trainable.text_encoders, [caption], self.engine.runtime.device)

@@ -247,7 +247,7 @@ def test_what_headers_say_is_kept_and_used_as_long_as_the_tar_is_the_same(tmp_pa
 
 def test_an_index_finds_every_name_and_no_other() -> None:
     names = [f"{number * 7919 % 100_003:06}.jpg" for number in range(20_000)]
-    members = Members.of(Member(name, place, place + 1) for place, name in enumerate(names))
+    members = Members.from_members(Member(name, place, place + 1) for place, name in enumerate(names))
     assert all(members.get(name) == Member(name, place, place + 1) for place, name in enumerate(names))
     assert [member.name for member in members] == sorted(names)
     assert members.get("") is members.get("000000.jp") is members.get("zzz") is None

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     t5 = arguments.pretrained_t5_model_name_or_path
     images = ClassImages(
         model=_absolute(arguments.pretrained_model_name_or_path),
-        image_settings=ImageSettings.of(arguments),
+        image_settings=ImageSettings.from_arguments(arguments),
         seed=arguments.seed,
         t5=_absolute(t5) if t5 else None,
     )

@@ -131,7 +131,7 @@ def joined(first: Expert, second: Expert, dtype: str, device: str) -> Any:
 
 def make(pipeline: Any, arguments: argparse.Namespace) -> Iterator[Image]:
     """Generate the images in the order of their numbers."""
-    settings = ImageSettings.of(arguments)
+    settings = ImageSettings.from_arguments(arguments)
     for start in range(0, arguments.number, arguments.batch):
         some = range(start, min(start + arguments.batch, arguments.number))
         yield from sample(pipeline, settings, [noise("experts", arguments.seed, number) for number in some])

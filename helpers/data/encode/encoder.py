@@ -205,7 +205,7 @@ class LatentEncoder:
 
         A damaged record is encoded again. Raises DataError if its image has changed since, and Interrupted after `close`.
         """
-        latents = self.store.of(row, epoch)
+        latents = self.store.holder(row, epoch)
         self._reached = max(self._reached, epoch)
         try:
             if latents.has(row):

@@ -172,7 +172,7 @@ class LatentStore:
         self._lock = threading.RLock()
         self._epochs: dict[int, EpochLatents] = {}
 
-    def of(self, row: int, epoch: int) -> EpochLatents:
+    def holder(self, row: int, epoch: int) -> EpochLatents:
         """The latents that hold a row of the plan in an epoch."""
         return self.at(self.number(row, epoch))
 

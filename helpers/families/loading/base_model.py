@@ -54,7 +54,7 @@ class BaseModel:
 
     def hash_of(self, *components: str) -> str:
         """A hash of the weights and settings of some components."""
-        return self.hashes.of(*(self.folder / component for component in components))
+        return self.hashes.hash_folders(*(self.folder / component for component in components))
 
     def load(self, kind: Any, component: str, dtype: Any) -> Any:
         """A component of this class, in this precision, on the CPU; with None as it is built, without weights (on the meta device)."""

@@ -16,16 +16,16 @@ class WeightsHashes:
     def __init__(self, memo: Memo) -> None:
         self.memo = memo
 
-    def of(self, *folders: Path) -> str:
+    def hash_folders(self, *folders: Path) -> str:
         """One hash over every weight and configuration file of these folders."""
-        return self.of_files(
+        return self.hash_files(
             (str(path.relative_to(folder)), path)
             for folder in folders
             for path in sorted(folder.rglob("*"))
             if path.suffix in (".safetensors", ".json", ".txt", ".model")
         )
 
-    def of_files(self, files: Iterable[tuple[str, Path]]) -> str:
+    def hash_files(self, files: Iterable[tuple[str, Path]]) -> str:
         """One hash over files and the names that they are given."""
         digest = hashlib.sha256()
         for name, path in files:

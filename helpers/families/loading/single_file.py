@@ -65,7 +65,7 @@ def converted(path: Path, config: str | None, cache_dir: Path, with_t5: bool = T
     hashes = WeightsHashes(Memo(cache_dir / "memo"))
     facts: dict[str, Any] = {"weights": hashes.of_file(path), "config": config, "pipeline": kind, "precision": _dtypes(path)}
     if elsewhere:
-        facts["encoders"] = {part: hashes.of(found) if found else None for part, found in elsewhere.items()}
+        facts["encoders"] = {part: hashes.hash_folders(found) if found else None for part, found in elsewhere.items()}
     target = cache_dir / "converted" / fingerprint(facts)
     if not (target / "model_index.json").is_file():
         with atomic_folder(target) as aside:

@@ -66,7 +66,7 @@ class Vae:
     def codec(self, device: torch.device) -> Iterator[VaeCodec]:
         """Encodes and decodes on a device. Raises ModelError for fp16 with a VAE that overflows there."""
         dtype = self._dtype(device)
-        facts = {"weights": self.base.hashes.of(self.folder), "dtype": str(dtype), "deviations": self.deviations}
+        facts = {"weights": self.base.hashes.hash_folders(self.folder), "dtype": str(dtype), "deviations": self.deviations}
         facts["shift"], facts["scale"] = normalisation(self.config)
         if self.tiling:
             facts["tiling"] = True  # latents of large pictures differ a little

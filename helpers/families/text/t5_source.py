@@ -66,11 +66,11 @@ class T5Source:
     @property
     def fingerprint(self) -> str:
         """Of what is used of encoder and tokenizer, wherever it lies."""
-        return self.hashes.of_files((path.name, path) for path in (*sorted(self._encoder_files()), *self._tokenizer_files()))
+        return self.hashes.hash_files((path.name, path) for path in (*sorted(self._encoder_files()), *self._tokenizer_files()))
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        return self.hashes.of_files((path.name, path) for path in self._tokenizer_files())
+        return self.hashes.hash_files((path.name, path) for path in self._tokenizer_files())
 
     def load(self, dtype: Any) -> Any:
         """The encoder in this precision, on the CPU."""
