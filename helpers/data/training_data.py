@@ -192,10 +192,10 @@ class TrainingData:
         return self._data.plan.shapes[int(np.bincount(columns["shape"][counted]).argmax())]
 
     def describe(self) -> str:
-        """One line: samples, shapes, micro-batches of an epoch."""
+        """One line: samples, sizes, micro-batches of an epoch."""
         shapes = len(self._data.plan.shapes)
         return (
-            f"{self.samples_per_epoch:,} samples an epoch in {shapes:,} shape{'s' if shapes != 1 else ''}"
+            f"{self.samples_per_epoch:,} samples an epoch in {shapes:,} size{'s' if shapes != 1 else ''}"
             f" · {self.micro_batches_per_epoch:,} micro-batches · {self.steps_per_epoch:,.1f} steps"
         )
 

@@ -150,11 +150,11 @@ def page(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
     conditions = [
         ConditionsSection(entry, _kinds(entry), _truncated(entry["left_out"], MOST_LEFT_OUT)) for entry in report.get("conditions", ())
     ]
-    buckets = {bucket for entry in report["datasets"] for bucket in entry["buckets"]}
+    buckets = sum(len(entry["buckets"]) for entry in report["datasets"])
     totals = {name: sum(entry[name] for entry in report["datasets"]) for name in ("found", "used")}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        sections=sections, conditions=conditions, buckets=len(buckets), chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals
+        sections=sections, conditions=conditions, buckets=buckets, chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals
     )
 
 

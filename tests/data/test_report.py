@@ -64,12 +64,12 @@ def test_the_report_adds_up_and_names_every_file_left_out(tmp_path: Path) -> Non
 
 def test_the_summary_is_one_line() -> None:
     result = ScanResult("portraits", 12_408, 12_377, 31, {"below 512 px": 22, "unreadable": 9}, 0, 0, 0, 0)
-    assert summary(result, 11) == "portraits: 12,408 files = 12,377 used + 31 left out (22 below 512 px, 9 unreadable) · 11 shapes"
-    assert summary(ScanResult("one", 1, 1, 0, {}, 1, 0, 0, 1), 1) == "one: 1 files = 1 used + 0 left out · 1 shape"
-    told = (JoinedTable("t.csv", 1_200, 2, 10), JoinedTable("u.csv", 5, 0, 0))
-    result = replace(result, kinds={"several rows": 31}, tables=told)
+    assert summary(result, 11) == "portraits: 12,408 files = 12,377 used + 31 left out (22 below 512 px, 9 unreadable) · 11 buckets"
+    assert summary(ScanResult("one", 1, 1, 0, {}, 1, 0, 0, 1), 1) == "one: 1 files = 1 used + 0 left out · 1 bucket"
+    tables = (JoinedTable("t.csv", 1_200, 2, 10), JoinedTable("u.csv", 5, 0, 0))
+    result = replace(result, kinds={"several rows": 31}, tables=tables)
     assert summary(result, 11) == (
-        "portraits: 12,408 files = 12,377 used + 31 left out (31 several rows) · 12 of 1,200 rows of t.csv name no image · 11 shapes"
+        "portraits: 12,408 files = 12,377 used + 31 left out (31 several rows) · 12 of 1,200 rows of t.csv name no image · 11 buckets"
     )
 
 

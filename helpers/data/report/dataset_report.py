@@ -141,15 +141,15 @@ def conditions_report(results: Sequence[ScanResult], catalogue: Catalogue) -> li
     ]
 
 
-def summary(result: ScanResult, shapes: int | None = None) -> str:
-    """One line for the console, such as `portraits: 31 files = 29 used + 2 left out (2 unreadable) · 4 shapes`."""
+def summary(result: ScanResult, buckets: int | None = None) -> str:
+    """One line for the console, such as `portraits: 31 files = 29 used + 2 left out (2 unreadable) · 4 buckets`."""
     line = f"{result.dataset}: {result.found:,} files = {result.used:,} used + {result.left_out:,} left out"
     if result.kinds:
         line += " (" + ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) + ")"
     for table in result.tables:
         if stray := table.unnamed + table.without_image:
             line += f" · {stray:,} of {table.rows:,} rows of {table.path} name no image"
-    return line if shapes is None else line + f" · {shapes:,} shape{'s' if shapes != 1 else ''}"
+    return line if buckets is None else line + f" · {buckets:,} bucket{'s' if buckets != 1 else ''}"
 
 
 def cut_off_line(count: int) -> str:
