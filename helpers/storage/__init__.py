@@ -1,1 +1,1 @@
-"""Named bytes, anywhere, and how to put them there safely. Knows nothing of images or models."""
+"""Files and objects: local folders, S3, tars, Hugging Face datasets, and how to write safely. Knows nothing about images or models."""

@@ -1,7 +1,10 @@
-"""Files and folders that are either whole or not there: written aside, flushed to disk, then renamed.
+"""Atomic writes: a file or folder is either complete or absent. It is written under another name, flushed to disk, then renamed.
 
-What is in the making lies beside its final place under a hidden name, `.<name>.tmp.<pid>.<random>`, which nothing mistakes
-for a finished file or checkpoint. `remove_leftovers` clears what a killed process left.
+    write_json("report.json", {"found": 3})
+    with atomic_folder("checkpoint-100") as folder:
+        (folder / "weights.safetensors").write_bytes(data)
+
+The temporary name is `.<name>.tmp.<pid>.<random>` in the same folder. `remove_leftovers` deletes those of killed processes.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)\.\d+\.[0-9a-f]{8}")
 
 
 def write_file(path: str | Path, data: bytes) -> None:
-    """Replace `path` by `data`, or leave it as it was and raise StorageError. Durable when it returns."""
+    """Replace a file's content, or leave the file unchanged and raise StorageError. Durable when it returns."""
     path = Path(path)
     aside = _aside(path, "tmp")
     try:
@@ -36,20 +39,20 @@ def write_file(path: str | Path, data: bytes) -> None:
             os.replace(aside, path)
             sync_folder(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # gone already when all went well; else the error on its way says more
+        with contextlib.suppress(OSError):  # missing after a success; after a failure the first error says more
             aside.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`write_file` of readable JSON, keys in the order given. ValueError for NaN and infinity, which JSON does not have."""
+    """`write_file` with indented JSON, keys in the order given. ValueError for NaN and infinity, which are not JSON."""
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 @contextlib.contextmanager
 def atomic_folder(final: str | Path) -> Iterator[Path]:
-    """Gives a folder to fill; on leaving without an error it becomes `final`, durably. Otherwise `final` stays as it was.
+    """Yield a folder to fill. When the block ends it is renamed to `final`, durably; if the block raises, `final` stays unchanged.
 
-    A folder that already has this name is replaced. OSErrors, those of the body included, become StorageErrors.
+    An existing folder of this name is replaced. An OSError, also one from the block, becomes a StorageError.
     """
     final = Path(final)
     aside = _aside(final, "tmp")
@@ -67,7 +70,7 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(parent: str | Path, name: str) -> Iterator[Path]:
-    """A folder beside the finished ones for what is not finished, gone when left; `remove_leftovers` clears a killed one's."""
+    """A temporary folder in `parent`, deleted when the block ends. `remove_leftovers` deletes those of killed processes."""
     aside = _aside(Path(parent) / name, "tmp")
     try:
         with _storage_errors(aside):
@@ -78,9 +81,9 @@ def scratch_folder(parent: str | Path, name: str) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
-    """Clear what killed processes left in `folder` and return its paths. Only for the holder of the folder's lock.
+    """Delete what killed processes left in `folder`, and return the paths. Only for the process that holds the folder's lock.
 
-    A replaced folder whose replacement never took its place is put back.
+    If a folder was about to be replaced and its replacement is missing, the old folder is restored.
     """
     removed = []
     for path in sorted(Path(folder).iterdir()):
@@ -102,7 +105,7 @@ def remove_leftovers(folder: str | Path) -> list[Path]:
 
 
 def write_manifest(folder: str | Path) -> None:
-    """Record size and SHA-256 of every file below `folder` in its manifest.json. Called last: what it lists is complete."""
+    """Write size and SHA-256 of every file below `folder` to its manifest.json. Call it last, when all files are complete."""
     folder = Path(folder)
     with _storage_errors(folder / MANIFEST):
         files = {name: {"size": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(folder)}
@@ -110,7 +113,7 @@ def write_manifest(folder: str | Path) -> None:
 
 
 def verify_manifest(folder: str | Path) -> list[str]:
-    """What is wrong with a folder, one sentence each naming the file; nothing when every byte is as it was written."""
+    """Compare a folder with its manifest.json. One sentence for each problem, naming the file; empty if every byte is unchanged."""
     folder = Path(folder)
     try:
         recorded = json.loads((folder / MANIFEST).read_bytes())["files"]
@@ -132,7 +135,7 @@ def verify_manifest(folder: str | Path) -> list[str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable: without it, a rename may be forgotten when the power fails."""
+    """Make the names in a folder durable: without this, a power failure may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -154,7 +157,7 @@ def _aside(final: Path, kind: str) -> Path:
 
 
 def _share(folder: Path) -> None:
-    """Give files the permissions that the user's umask gives new ones; the safetensors library makes its files private."""
+    """Give files the permissions that the user's umask allows; the safetensors library creates private files."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -162,7 +165,7 @@ def _share(folder: Path) -> None:
 
 
 def _put_in_place(aside: Path, final: Path) -> None:
-    """Rename a finished folder to its name; one that is there already is moved away first and removed last."""
+    """Rename a complete folder to its final name. An existing one is renamed before, and deleted after."""
     old = _aside(final, "old") if final.exists() else None
     if old is not None:
         os.rename(final, old)
@@ -174,11 +177,11 @@ def _put_in_place(aside: Path, final: Path) -> None:
         raise
     sync_folder(final.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # the new folder stands; `remove_leftovers` gets what is left of this one
+        shutil.rmtree(old, ignore_errors=True)  # the new folder is in place; `remove_leftovers` deletes the rest of the old one
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Relative names and paths of all files but the manifest, sorted by name."""
+    """Relative names and paths of all files except the manifest, sorted by name."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST:
@@ -192,7 +195,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _storage_errors(path: Path) -> Iterator[None]:
-    """An OSError met while writing `path` becomes a sentence about it."""
+    """Turn an OSError while writing `path` into a StorageError."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,21 @@
-"""What a store of named bytes can do: a source is read, a data store is also written.
+"""Protocols for storage: a source can only be read, a data backend can also be written.
 
-Training images are only ever reached through a `SourceBackend`, which has no way to write or delete.
+Training images are only reached through a `SourceBackend`, which has no method to write or delete. This one holds everything in memory:
+
+    class Memory:
+        name = "memory"
+
+        def __init__(self, files: dict[str, bytes]) -> None:
+            self.files = files
+
+        def list(self):
+            return (Entry(key, len(data), 0) for key, data in sorted(self.files.items()))
+
+        def open(self, key):
+            return io.BytesIO(self.files[key])
+
+        def read(self, key):
+            return self.files[key]
 """
 
 from __future__ import annotations
@@ -12,50 +27,50 @@ from typing import BinaryIO, Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One stored object, as a listing tells it without opening it."""
+    """One file or object, as a listing shows it without opening it."""
 
-    key: str  # relative to the store's root, with "/"
+    key: str  # path relative to the root, with "/"
     size: int  # bytes
-    modified_ns: int  # nanoseconds since 1970 by the store's clock; compared for equality only
-    etag: str = ""  # the store's own version mark, where it has one
-    problem: str = ""  # why it cannot be used, as "kind: detail", where the listing shows that already
+    modified_ns: int  # nanoseconds since 1970 by the store's clock; only compared for equality
+    etag: str = ""  # the store's own version mark, if it has one
+    problem: str = ""  # the reason why it cannot be used, as "kind: detail", if the listing already shows one
 
 
 class SourceBackend(Protocol):
-    """Bytes that are only read. Safe to use from several threads."""
+    """Files that are only read. Safe to use from several threads."""
 
     @property
     def name(self) -> str:
-        """Where this is, in words for messages: a folder or an address."""
+        """The folder or address, for messages."""
         ...
 
     def list(self) -> Iterator[Entry]:
-        """Every object once, in an order that depends on the names alone. DataError when there is no such place."""
+        """Every file once, in an order that depends only on the names. DataError if the place does not exist."""
         ...
 
     def open(self, key: str) -> BinaryIO:
-        """A stream at the object's first byte, for reading headers; the caller closes it. OSError when it cannot be opened."""
+        """A stream at the first byte, for reading headers. The caller closes it. OSError if the file cannot be opened."""
         ...
 
     def read(self, key: str) -> bytes:
-        """The whole object. OSError when it cannot be read."""
+        """The whole file. OSError if it cannot be read."""
         ...
 
 
 @runtime_checkable
 class RemoteSource(SourceBackend, Protocol):
-    """A source whose every answer travels: many reads at once are needed to keep it busy."""
+    """A source behind a network. It is fast only with many reads at the same time."""
 
     reads_at_once: int
 
 
 class DataBackend(SourceBackend, Protocol):
-    """Bytes that are ours: caches, never training images. Nothing is ever deleted there."""
+    """Files that we write: caches, never training images. There is no method to delete."""
 
     def write(self, key: str, data: bytes) -> None:
-        """Put the whole object there or leave what was there before. StorageError when it cannot be done."""
+        """Write the whole file, or leave the old one unchanged. StorageError if that fails."""
         ...
 
     def read_part(self, key: str, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on, all inside the object. OSError when they cannot be read."""
+        """`size` bytes from `offset` on, which must all exist. OSError if they cannot be read."""
         ...

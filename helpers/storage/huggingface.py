@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face `datasets` library, each row shown as a picture and its caption.
+"""Datasets of the Hugging Face `datasets` library. Each row appears as an image file and a caption file.
 
-Row 12 is the files `0000012.jpg` and `0000012.txt`, whatever the format of the picture: what a file is, its first bytes tell. Only rows
-that are data are read (Arrow and Parquet); no script of a data set is ever run, and nothing is fetched.
+Row 12 is the files `0000012.jpg` and `0000012.txt`, whatever the format of the image: it is recognized by its first bytes. Only Arrow and
+Parquet files are read. No script of a dataset is run, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from helpers.errors import DataError
 from helpers.storage.backend import Entry
 
 DEFAULT_SPLIT = "train"
-IMAGE_COLUMNS = ("image", "img", "jpg", "png")  # looked for in this order where none is named
+IMAGE_COLUMNS = ("image", "img", "jpg", "png")  # tried in this order if none is configured
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 
 _KEY = re.compile(r"(\d{7,})\.(jpg|txt)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})")
-_SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")  # names that files and folders of a split go by
-_ROWS = 1000  # looked at together while rows are listed
+_SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")  # names of files and folders that stand for a split
+_ROWS = 1000  # listed at a time
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """The two columns that are used, as the library gives them."""
+    """The two columns in use, as objects of the library."""
 
     images: Any  # datasets.Dataset of one column
     captions: Any | None
     image_column: str
     caption_column: str
-    folder: Path  # that relative paths of pictures are in
-    etag: str  # of the files that the rows come from
+    folder: Path  # that relative paths of images start from
+    etag: str  # changes with the files that the rows come from
 
 
 class HuggingFaceSource:
-    """The rows of one split. `path` is a folder or file of the data set, or its id on the hub when it lies in the hub's cache.
+    """The rows of one split. `path` is a folder or file, or the id of a dataset on the hub that is already in the hub's cache.
 
-    `split`, `image_column` and `caption_column` are found by the usual names where they are None. Without `captions` no row has a
-    caption. Nothing is opened before the first use.
+    `split`, `image_column` and `caption_column` are found by their usual names if they are None. Without `captions`, no row has a caption.
+    Nothing is opened before the first use.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class HuggingFaceSource:
         return f"{self.path} ({self.split})" if self.split else self.path
 
     def list(self) -> Iterator[Entry]:
-        """Every row's picture and caption, in order. A caption that is null is not there. DataError when there is no such data set."""
+        """The image and caption of every row, in order. A null caption is not listed. DataError if the dataset does not exist."""
         opened = self._opened()
         for start in range(0, len(opened.images), _ROWS):
             images = list(_image_facts(opened, start))
@@ -115,7 +115,7 @@ class HuggingFaceSource:
             rows, files = _saved(folder, self.split) if _is_saved(folder) else _from_files(folder, self.split)
         except (OSError, ValueError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DataError(f"{self.name} cannot be opened as a data set: {reason}.") from error
+            raise DataError(f"{self.name} cannot be opened as a dataset: {reason}.") from error
         image = _column(self.name, rows, "image_column", self.image_column, IMAGE_COLUMNS)
         caption = _column(self.name, rows, "caption_column", self.caption_column, CAPTION_COLUMNS) if self.captions else ""
         _check_kinds(self.name, rows.features, image, caption)
@@ -130,7 +130,7 @@ class HuggingFaceSource:
 
 
 def _located(path: str) -> Path:
-    """The folder or file of a data set. DataError when there is none here and none in the hub's cache."""
+    """The folder or file of a dataset. DataError if it is neither on this machine nor in the hub's cache."""
     here = Path(path).expanduser()
     if here.exists():
         return here
@@ -143,17 +143,18 @@ def _located(path: str) -> Path:
         return Path(snapshot_download(path, repo_type="dataset", local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         raise DataError(
-            f"{path!r} is neither a folder here nor a data set in the hub's cache; fetch it first: hf download {path} --repo-type dataset"
+            f"{path!r} is neither a folder on this machine nor a dataset in the hub's cache;"
+            f" download it first: hf download {path} --repo-type dataset"
         ) from None
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote it."""
+    """Whether `save_to_disk` wrote this folder."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _saved(folder: Path, split: str | None) -> tuple[Any, Sequence[Path]]:
-    """The rows that `save_to_disk` wrote, and the files they are in."""
+    """The rows that `save_to_disk` wrote, and their files."""
     import datasets
 
     found = datasets.load_from_disk(str(folder))
@@ -166,16 +167,16 @@ def _saved(folder: Path, split: str | None) -> tuple[Any, Sequence[Path]]:
 
 
 def _from_files(folder: Path, split: str | None) -> tuple[Any, Sequence[Path]]:
-    """The rows of the Parquet or Arrow files of a split.
+    """The rows of the Parquet or Arrow files of a split, and the files.
 
-    Arrow files are mapped where they are. Parquet is turned into Arrow once, in the library's own cache: it cannot be read row by row.
+    Arrow files are memory-mapped in place. Parquet cannot be read row by row, so the library converts it to Arrow once, in its own cache.
     """
     import datasets
 
     parquet, arrow = (_files(folder, ending) for ending in (".parquet", ".arrow"))
     if bool(parquet) == bool(arrow):
-        both = "both .parquet and .arrow files; point path to one kind" if parquet else "no .parquet or .arrow files"
-        raise DataError(f'{folder} holds {both}; pictures in a folder are "type": "local", tars are "type": "webdataset".')
+        both = "both .parquet and .arrow files; point path to one of the kinds" if parquet else "no .parquet or .arrow files"
+        raise DataError(f'{folder} holds {both}; images in a folder are "type": "local", tars are "type": "webdataset".')
     by_split = defaultdict(list)
     for path in parquet or arrow:
         by_split[_split_of(path)].append(path)
@@ -188,14 +189,14 @@ def _from_files(folder: Path, split: str | None) -> tuple[Any, Sequence[Path]]:
 
 
 def _files(folder: Path, ending: str) -> list[Path]:
-    """Files of an ending in or below a folder, in the order of their names; the path itself where it is a file."""
+    """Files with an extension in or below a folder, sorted by name; the path itself if it is a file."""
     if folder.is_file():
         return [folder] if folder.suffix == ending else []
     return sorted(path for path in folder.rglob(f"*{ending}") if path.is_file())
 
 
 def _split_of(path: Path) -> str:
-    """`data/train-00000-of-00002.parquet`, `train.parquet` and `train/0.parquet` are of the split train, and so is what says nothing."""
+    """The split of a file: train for `data/train-00000-of-00002.parquet`, `train.parquet`, `train/0.parquet`, and other names."""
     shard = _SHARD.fullmatch(path.stem)
     if shard:
         return shard["split"]
@@ -203,7 +204,7 @@ def _split_of(path: Path) -> str:
 
 
 def _chosen_split(folder: Path, there: Sequence[str], split: str | None) -> str:
-    """The split that was asked for; else the only one, else train."""
+    """The configured split, else the only one, else train."""
     chosen = split or (there[0] if len(there) == 1 else DEFAULT_SPLIT)
     if chosen not in there:
         raise DataError(f"{folder} has no split {chosen!r}; set split to one of {', '.join(sorted(there))}.")
@@ -211,7 +212,7 @@ def _chosen_split(folder: Path, there: Sequence[str], split: str | None) -> str:
 
 
 def _check_shards(files: Sequence[Path]) -> None:
-    """Refuse numbered files of which some are missing, or that stand in several folders and so are several data sets."""
+    """DataError if some of the numbered files are missing, or if they are in several folders, which are then several datasets."""
     groups: dict[tuple[Path, int], set[int]] = defaultdict(set)
     for path in files:
         shard = _SHARD.fullmatch(path.stem)
@@ -220,14 +221,16 @@ def _check_shards(files: Sequence[Path]) -> None:
     for (folder, total), numbers in groups.items():
         missing = sorted(set(range(total)) - numbers)
         if missing:
-            raise DataError(f"{folder} lacks {len(missing)} of {total} files of the data set, such as number {missing[0]}; fetch it again.")
+            raise DataError(
+                f"{folder} lacks {len(missing)} of {total} files of the dataset, such as number {missing[0]}; download it again."
+            )
     if len(groups) > 1:
         folders = ", ".join(sorted({str(folder) for folder, _ in groups}))
-        raise DataError(f"there is more than one data set in {folders}; point path to one of them.")
+        raise DataError(f"there is more than one dataset in {folders}; point path to one of them.")
 
 
 def _etag(folder: Path, files: Sequence[Path]) -> str:
-    """Changes with any file that the rows come from."""
+    """A hash that changes with any file that the rows come from."""
     facts = [(path.relative_to(folder.parent).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -236,7 +239,7 @@ def _etag(folder: Path, files: Sequence[Path]) -> str:
 
 
 def _column(name: str, rows: Any, key: str, asked: str | None, usual: Sequence[str]) -> str:
-    """The column that was asked for, else the first of the usual names that is there."""
+    """The configured column, else the first of the usual names that exists."""
     names: list[str] = rows.column_names
     found = asked if asked in names else None if asked else next((column for column in usual if column in names), None)
     if found is None:
@@ -246,7 +249,7 @@ def _column(name: str, rows: Any, key: str, asked: str | None, usual: Sequence[s
 
 
 def _check_kinds(name: str, features: Any, image: str, caption: str) -> None:
-    """DataError unless the columns can hold pictures and captions."""
+    """DataError unless the columns can hold images and captions."""
     import datasets
 
     kind = features[image]
@@ -265,7 +268,7 @@ def _described(kind: Any) -> str:
 
 
 def _image_facts(opened: _Opened, start: int) -> Iterator[tuple[int, int]]:
-    """(bytes, modification time) of the pictures of some rows, without reading those that are held as bytes."""
+    """Size and modification time of the images of some rows. Images stored as bytes are not read for this."""
     import pyarrow.compute as pc
     import pyarrow.types as kinds
 
@@ -286,15 +289,15 @@ def _image_facts(opened: _Opened, start: int) -> Iterator[tuple[int, int]]:
         try:
             found = _file(opened.folder, path).stat()
         except OSError:
-            yield 0, 0  # whoever opens it says what is wrong
+            yield 0, 0  # reported when it is opened
         else:
             yield found.st_size, found.st_mtime_ns
 
 
 def _file(folder: Path, path: str) -> Path:
-    """The file that a row names: absolute, or inside the data set's folder."""
+    """The file that a row names: an absolute path, or one inside the dataset's folder."""
     if "://" in path:
-        raise FileNotFoundError(f"the row has only the address {path}; fetch the pictures first")
+        raise FileNotFoundError(f"the row has only the URL {path}; download the images first")
     if Path(path).is_absolute():
         return Path(path)
     if not path or ".." in Path(path).parts:
@@ -303,7 +306,7 @@ def _file(folder: Path, path: str) -> Path:
 
 
 def _image(value: Any) -> tuple[bytes | None, str]:
-    """A cell as its bytes, or else the path of its file; no bytes where it is null."""
+    """The bytes in a cell, or else the path of the file. Empty bytes for null."""
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path")
     else:
@@ -312,22 +315,22 @@ def _image(value: Any) -> tuple[bytes | None, str]:
 
 
 def _texts(opened: _Opened, start: int, count: int = _ROWS) -> list[bytes | None]:
-    """The captions of some rows, None where there is none. A class is told by its name; of a list each text is a line."""
+    """The captions of some rows, None for none. A class label becomes its name; each text of a list becomes a line."""
     import datasets
 
     assert opened.captions is not None
     kind = opened.captions.features[opened.caption_column]
     inner = getattr(kind, "feature", kind)
 
-    def text(value: Any) -> str | None:
+    def label(value: Any) -> str | None:
         if isinstance(inner, datasets.ClassLabel) and value is not None:
-            return inner.int2str(value) if value >= 0 else None  # -1 is the library's word for none
+            return inner.int2str(value) if value >= 0 else None  # the library writes a missing label as -1
         return value
 
     def caption(value: Any) -> str | None:
         if not isinstance(value, list):
-            return text(value)
-        return "\n".join(" ".join(line.split()) for line in map(text, value) if line is not None)
+            return label(value)
+        return "\n".join(" ".join(line.split()) for line in map(label, value) if line is not None)
 
     found = map(caption, opened.captions[start : start + count][opened.caption_column])
-    return [None if told is None else told.encode("utf-8", "surrogatepass") for told in found]
+    return [None if text is None else text.encode("utf-8", "surrogatepass") for text in found]

@@ -1,4 +1,4 @@
-"""Folders on this machine, or mounted on it."""
+"""Folders on this machine, or mounted on it, as a source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeVar
 from helpers.errors import DataError
 from helpers.storage.backend import Entry
 
-# Folders that systems and tools keep beside people's files: thumbnails, bins and versions of what is already there.
+# Folders of operating systems and tools: thumbnails, recycle bins, snapshots.
 SYSTEM_FOLDERS = frozenset(
     {
         ".Spotlight-V100",
@@ -34,7 +34,7 @@ SYSTEM_FOLDERS = frozenset(
     }
 )
 
-# What passes by itself: too many open files, a network mount that blinks. Anything else is told at once.
+# Temporary errors: too many open files, a network mount that reconnects. Any other error is raised at once.
 _TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.EAGAIN})
 _RETRY_AFTER_SECONDS = (0.05, 0.25, 1.0)
 
@@ -42,9 +42,9 @@ _Result = TypeVar("_Result")
 
 
 class LocalSource:
-    """The files below a folder, read-only. Symbolic links are followed, also out of the root, but no folder is walked twice.
+    """The files below a folder, read-only. Symbolic links are followed, also to places outside the root, but no folder is listed twice.
 
-    Keys are paths relative to the root; bytes of a name that are not UTF-8 appear as surrogates, as Python's `os` gives them.
+    Keys are paths relative to the root. Bytes of a name that are not UTF-8 become surrogates, as in Python's `os`.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -55,9 +55,9 @@ class LocalSource:
         return str(self.root)
 
     def list(self) -> Iterator[Entry]:
-        """Every regular file: real folders first, sorted by name, then linked folders in the order in which they were met.
+        """Every regular file: first those in real folders, sorted by name, then those in linked folders, in the order of discovery.
 
-        That order makes the real path of a file win over a link to its folder, and lets a loop of links end.
+        So a file is listed under its real path rather than through a link, and loops of links end.
         """
         if not self.root.is_dir():
             raise DataError(f"{self.root} {'is not a folder' if self.root.exists() else 'does not exist'}.")
@@ -74,7 +74,7 @@ class LocalSource:
         return patiently(self._path(key).read_bytes)
 
     def _path(self, key: str) -> Path:
-        """The file of a key. Keys that would leave the root by name are refused, whoever made them."""
+        """The file of a key. DataError for a key that names a file outside the root."""
         parts = PurePosixPath(key).parts
         if not parts or key.startswith("/") or ".." in parts or "\0" in key:
             raise DataError(f"{key!r} is not the name of a file inside {self.root}.")
@@ -82,7 +82,7 @@ class LocalSource:
 
 
 def _walk(root: Path, prefix: str, walked: set[tuple[int, int]], linked: list[str]) -> Iterator[Entry]:
-    """Files below one folder of `root`. Folders seen are added to `walked` (device and inode), links to folders to `linked`."""
+    """The files below one folder of `root`. Adds the folders to `walked` (device and inode) and links to folders to `linked`."""
     folders = [prefix]
     while folders:
         folder = folders.pop()
@@ -98,7 +98,7 @@ def _walk(root: Path, prefix: str, walked: set[tuple[int, int]], linked: list[st
 
 
 def _entries(root: Path, folder: str, walked: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
-    """What one folder holds, sorted by name; nothing when it was walked before under another name."""
+    """The entries of one folder, sorted by name. Empty if the folder was listed before under another name."""
     path = root / folder
     try:
         found = path.stat()
@@ -112,20 +112,20 @@ def _entries(root: Path, folder: str, walked: set[tuple[int, int]]) -> list[os.D
 
 
 def _not_listed(path: Path, root: Path, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be listed: {error.strerror}. Every folder below {root} must be one that you may read and enter.")
+    return DataError(f"{path} cannot be listed: {error.strerror}. You need permission to read and enter every folder below {root}.")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link into itself (ELOOP) leads nowhere: not a folder, and named when it is opened
+    except OSError:  # a link to itself (ELOOP): listed as a file, and reported when it is opened
         return False
 
 
 def _listed(root: Path, key: str, entry: os.DirEntry[str]) -> Entry | None:
-    """A regular file as an `Entry`; None for pipes, sockets and devices, which must not be opened, and for what has just been removed.
+    """A regular file as an `Entry`. None for pipes, sockets and devices, which must not be opened, and for a file just deleted.
 
-    A link that leads nowhere is listed by its own times, so that whoever opens it can say that it is broken.
+    A broken link is listed with its own times; it is reported when it is opened.
     """
     try:
         found = entry.stat()
@@ -142,7 +142,7 @@ def _listed(root: Path, key: str, entry: os.DirEntry[str]) -> Entry | None:
 
 
 def patiently(attempt: Callable[[], _Result]) -> _Result:
-    """Try again after errors that pass by themselves."""
+    """Retry after temporary errors."""
     for seconds in _RETRY_AFTER_SECONDS:
         try:
             return attempt()

@@ -1,4 +1,4 @@
-"""How long a store that does not answer is asked again: after pauses drawn at random, until a deadline, within a budget."""
+"""Retries for remote storage: random pauses, a deadline for each request, and a budget of failures for all of them."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Patience:
-    """Bounds of waiting, in seconds but for the budget. A try is failed by silence, not by being slow: a large object takes its time."""
+    """Timeouts and limits, in seconds except for the budget. A try fails after silence, not after a total time: large objects take long."""
 
-    connect: float = 10.0  # for a connection
+    connect: float = 10.0  # to establish a connection
     silence: float = 20.0  # without a byte
-    deadline: float = 180.0  # no try begins later than this after the first
-    first_deadline: float = 15.0  # the same for a store that has never answered: its address may be wrong
-    pause: float = 0.2  # the first pause is drawn between 0 and this; the bound doubles with each further one
+    deadline: float = 180.0  # no try starts later than this after the first
+    first_deadline: float = 15.0  # the same while the store has never answered: its address may be wrong
+    pause: float = 0.2  # upper bound of the first random pause; it doubles with each further pause
     longest_pause: float = 15.0
-    budget: float = 2000.0  # tries that may fail before the store counts as broken; see `Budget`
+    budget: float = 2000.0  # failed tries after which the store counts as broken; see `Budget`
 
 
 class Budget:
-    """Failed tries that all threads together may still have: each takes one, each success gives back a quarter of one.
+    """The failed tries that all threads together have left. A failure takes one, a success gives back a quarter.
 
-    So a storm is sat out, but a store that fails more than every fifth request does not slow a run down for days unnoticed.
+    So a short outage is survived, but a store that fails more than every fifth request cannot slow a run down for days unnoticed.
     """
 
     def __init__(self, most: float) -> None:
         self._most = most
         self._left = most
         self._lock = threading.Lock()
-        self.has_answered = False  # the store, in whatever way
+        self.has_answered = False  # whether the store has ever answered, also with an error
 
     def take(self) -> bool:
-        """Whether one more failure is within the budget."""
+        """Count a failure. Returns whether the budget still lasts."""
         with self._lock:
             self._left = max(self._left - 1, 0)
             return self._left > 0
@@ -50,21 +50,21 @@ class Budget:
 
 
 class GaveUp(Exception):
-    """The store failed until patience ended; `last` is how it failed last, the message how often and for how long."""
+    """The store kept failing. `last` is the last error; the message says how many tries were made, and for how long."""
 
     def __init__(self, last: Exception, tries: int, seconds: float) -> None:
         self.last = last
         super().__init__(f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.0f} s")
 
 
-# Of its own, so that nothing that is drawn for training depends on how often a store failed.
+# A separate generator, so that nothing drawn for training depends on how often a store failed.
 _pauses = random.Random()
 
 
-def patiently(attempt: Callable[[], Result], is_passing: Callable[[Exception], bool], patience: Patience, budget: Budget) -> Result:
-    """What `attempt` returns, tried again after errors that may pass; GaveUp when they do not. Other errors are the caller's.
+def patiently(attempt: Callable[[], Result], is_temporary: Callable[[Exception], bool], patience: Patience, budget: Budget) -> Result:
+    """The result of `attempt`, retried after temporary errors. GaveUp if they do not end; other errors are passed on.
 
-    Pauses have full jitter (Brooker 2015, "Exponential Backoff and Jitter"), so that many threads do not come back all at once.
+    Pauses have full jitter (Brooker 2015, "Exponential Backoff and Jitter"), so that threads do not all retry at the same moment.
     """
     began = time.monotonic()
     tries = 0
@@ -73,7 +73,7 @@ def patiently(attempt: Callable[[], Result], is_passing: Callable[[Exception], b
         try:
             result = attempt()
         except Exception as error:
-            if not is_passing(error):
+            if not is_temporary(error):
                 raise
             failure = error
         else:

@@ -1,7 +1,7 @@
 """Buckets of S3-compatible stores: AWS, Cloudflare R2, Wasabi, MinIO and others.
 
-Only what all of them have is used: listing by prefix, GET with ranges, HEAD, PUT with Content-MD5. What arrives is checked against
-Content-Length and, where the ETag is one, the MD5. boto3's own retries are off; `retrying` knows when to stop.
+Only requests that all of them support are used: listing by prefix, GET with ranges, HEAD, PUT with Content-MD5. Received bytes are verified
+against Content-Length and, if the ETag is an MD5, against it. boto3's own retries are turned off in favor of `retrying`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from helpers.storage.backend import Entry
 from helpers.storage.local import SYSTEM_FOLDERS
 from helpers.storage.retrying import Budget, GaveUp, Patience, patiently
 from helpers.storage.s3_address import S3Address
-from helpers.storage.s3_errors import DamagedBytesError, explained, is_denied, is_missing, is_passing, is_the_users
+from helpers.storage.s3_errors import DamagedBytesError, explained, is_denied, is_missing, is_temporary, is_the_users
 
-READS_AT_ONCE = 32  # of one source; at 200 ms an answer, 160 objects a second
-_CONNECTIONS = 64  # kept open by a client
-_BLOCK = 64 * 1024  # bytes of the smallest ranged GET: holds the header of nearly every image
-_MOST_BLOCKS = 16  # of one ranged GET of a stream that is read on and on
+READS_AT_ONCE = 32  # by one source: with 200 ms for an answer, 160 objects a second
+_CONNECTIONS = 64  # kept open by one client
+_BLOCK = 64 * 1024  # bytes of the smallest ranged GET; contains the header of nearly every image
+_MOST_BLOCKS = 16  # in one ranged GET, when a stream is read further and further
 
-# HeadBucket and CreateSession are botocore's own: where a bucket's region is, and how a directory bucket is entered.
+# botocore itself sends HeadBucket to find a bucket's region, and CreateSession for directory buckets.
 _READING = frozenset({"ListObjectsV2", "GetObject", "HeadBucket", "CreateSession"})
 _WRITING = frozenset({"PutObject"})
 _MD5 = re.compile(r"[0-9a-f]{32}")
@@ -47,7 +47,7 @@ Result = TypeVar("Result")
 class S3Source:
     """The objects below a prefix, read-only: its client refuses to send any request that writes or deletes.
 
-    Keys are what follows the prefix. Nothing is asked of the store on construction.
+    Keys are relative to the prefix. The constructor sends no request.
     """
 
     reads_at_once = READS_AT_ONCE
@@ -57,22 +57,22 @@ class S3Source:
         self.address = address
         self._patience = patience or Patience()
         self._budget = Budget(self._patience.budget)
-        self._making = threading.Lock()
-        self._made: Any = None
+        self._creating = threading.Lock()
+        self._made_client: Any = None
 
     @property
     def name(self) -> str:
         return self.address.name
 
     def list(self) -> Iterator[Entry]:
-        """Every object in the order of the store, which S3 defines as that of the keys' UTF-8 bytes; folders' placeholders are not listed.
+        """Every object, in S3's order: by the UTF-8 bytes of the keys. Placeholder objects for folders are skipped.
 
-        DataError where a setting is wrong, StorageError where the store fails.
+        DataError if a setting is wrong, StorageError if the store fails.
         """
         folder = self.address.folder
         token: dict[str, str] = {}
         while True:
-            page = self._listed(token)
+            page = self._list_page(token)
             for item in page.get("Contents", ()):
                 key = item["Key"][len(folder) :]
                 if key and not key.endswith("/") and SYSTEM_FOLDERS.isdisjoint(posixpath.dirname(key).split("/")):
@@ -82,7 +82,7 @@ class S3Source:
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def open(self, key: str) -> BinaryIO:
-        """Nothing is fetched before it is read, and then little more than what is read."""
+        """A stream that downloads only the parts that are read."""
         return io.BufferedReader(_Parts(lambda offset, size, etag: self._part(key, offset, size, etag)), _BLOCK)
 
     def read(self, key: str) -> bytes:
@@ -91,17 +91,17 @@ class S3Source:
 
     # -- requests ---------------------------------------------------------------------------------------------------------
 
-    def _listed(self, token: Mapping[str, str]) -> Answer:
+    def _list_page(self, token: Mapping[str, str]) -> Answer:
         try:
-            return self._ask(lambda client: client.list_objects_v2(Bucket=self.address.bucket, Prefix=self.address.folder, **token))
+            return self._request(lambda client: client.list_objects_v2(Bucket=self.address.bucket, Prefix=self.address.folder, **token))
         except GaveUp as failure:
-            raise StorageError(f"{self.name} cannot be listed: {self._told(failure)}.") from failure.last
+            raise StorageError(f"{self.name} cannot be listed: {self._explain(failure)}.") from failure.last
         except (BotoCoreError, ClientError) as error:
             kind = DataError if is_the_users(error) else StorageError
-            raise kind(f"{self.name} cannot be listed: {self._told(error)}.") from error
+            raise kind(f"{self.name} cannot be listed: {self._explain(error)}.") from error
 
     def _get(self, key: str, **conditions: str) -> tuple[bytes, Answer]:
-        """An object, or the part that `Range` names, with the answer's other facts."""
+        """An object, or the part given by `Range`, and the rest of the answer."""
 
         def get(client: Any) -> tuple[bytes, Answer]:
             answer = client.get_object(Bucket=self.address.bucket, Key=self._full(key), **conditions)
@@ -109,16 +109,16 @@ class S3Source:
                 data = body.read()
             if len(data) != answer["ContentLength"]:
                 raise DamagedBytesError(f"{len(data):,} of {answer['ContentLength']:,} bytes arrived")
-            # Of a part nothing but the length can be checked, unless it is the whole object, as of captions and small pictures.
+            # Only the length of a part can be verified, unless the part is the whole object, as for captions and small images.
             is_whole = "Range" not in conditions or answer.get("ContentRange", "").endswith(f"/{len(data)}")
             if is_whole and self._md5_of(answer) not in (None, hashlib.md5(data, usedforsecurity=False).hexdigest()):
-                raise DamagedBytesError("what arrived does not have the checksum of the object")
+                raise DamagedBytesError("the checksum of the received object is wrong")
             return data, answer
 
-        return self._or_oserror(key, lambda: self._ask(get))
+        return self._or_oserror(key, lambda: self._request(get))
 
     def _part(self, key: str, offset: int, size: int, etag: str | None) -> tuple[bytes, int, str]:
-        """Bytes of an object from `offset` on, at most `size`; the object's size; its ETag, which must be `etag` where one is given."""
+        """Up to `size` bytes from `offset` on, the object's size, and its ETag. The object must still have the ETag `etag`, if given."""
         conditions = {"Range": f"bytes={offset}-{offset + size - 1}", **({"IfMatch": etag} if etag else {})}
         try:
             data, answer = self._get(key, **conditions)
@@ -127,37 +127,37 @@ class S3Source:
         whole = answer.get("ContentRange", "").rpartition("/")[2]
         return data, int(whole) if whole.isdigit() else offset + len(data), answer.get("ETag", "")
 
-    def _ask(self, request: Callable[[Any], Result]) -> Result:
+    def _request(self, request: Callable[[Any], Result]) -> Result:
         client = self._client()
-        return patiently(lambda: request(client), self._is_passing, self._patience, self._budget)
+        return patiently(lambda: request(client), self._is_temporary, self._patience, self._budget)
 
-    def _is_passing(self, error: Exception) -> bool:
+    def _is_temporary(self, error: Exception) -> bool:
         if isinstance(error, ClientError):
             self._budget.has_answered = True
-        return is_passing(error)
+        return is_temporary(error)
 
     def _or_oserror(self, key: str, act: Callable[[], Result]) -> Result:
-        """What a reading act gives; what went wrong becomes an OSError with an errno, as the kernel's are."""
+        """The result of a read. Errors of the store become an OSError with an errno, like those of a local file."""
         try:
             return act()
         except GaveUp as failure:
-            raise OSError(errno.EIO, self._told(failure)) from failure.last
+            raise OSError(errno.EIO, self._explain(failure)) from failure.last
         except (BotoCoreError, ClientError) as error:
             self._raise_oserror(key, error)
 
     def _raise_oserror(self, key: str, error: Exception) -> NoReturn:
         if is_missing(error):
-            raise FileNotFoundError(errno.ENOENT, "there is no such object", f"{self.name}: {key}") from error
+            raise FileNotFoundError(errno.ENOENT, "the object does not exist", f"{self.name}: {key}") from error
         if is_denied(error):
             raise PermissionError(errno.EACCES, "access denied", f"{self.name}: {key}") from error
         status = error.response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(error, ClientError) else None
         if status == 416:
-            raise _EmptyError(errno.EIO, "the object ends before that") from error
+            raise _EmptyError(errno.EIO, "the object is shorter than that") from error
         if status == 412:
-            raise OSError(errno.EIO, "the object was replaced while it was read; start again") from error
-        raise OSError(errno.EIO, self._told(error)) from error
+            raise OSError(errno.EIO, "the object was replaced while it was being read; start again") from error
+        raise OSError(errno.EIO, self._explain(error)) from error
 
-    def _told(self, error: Exception) -> str:
+    def _explain(self, error: Exception) -> str:
         if isinstance(error, GaveUp):
             return f"{explained(error.last, self.address)} ({error})"
         return explained(error, self.address)
@@ -166,22 +166,22 @@ class S3Source:
         return self.address.folder + key
 
     def _md5_of(self, answer: Answer) -> str | None:
-        """The MD5 in an ETag. There is none of objects uploaded in parts or encrypted with keys of KMS, nor in directory buckets."""
+        """The MD5 in an ETag. None for multipart uploads, encryption with KMS, and directory buckets, where the ETag is no MD5."""
         etag = str(answer.get("ETag", "")).strip('"')
         encrypted = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in answer
         return etag if _MD5.fullmatch(etag) and not encrypted and not self.address.bucket.endswith("--x-s3") else None
 
     def _client(self) -> Any:
-        with self._making:  # clients may be shared by threads, but not be made by several at once
-            if self._made is None:
-                self._made = self._or_data_error(self._make_client)
-            return self._made
+        with self._creating:  # threads may share a client, but not create clients at the same time
+            if self._made_client is None:
+                self._made_client = self._or_data_error(self._make_client)
+            return self._made_client
 
     def _or_data_error(self, make: Callable[[], Any]) -> Any:
         try:
             return make()
-        except (BotoCoreError, ValueError) as error:  # a malformed endpoint is a plain ValueError
-            raise DataError(f"{self.name} cannot be used: {self._told(error)}.") from error
+        except (BotoCoreError, ValueError) as error:  # for a malformed endpoint botocore raises a plain ValueError
+            raise DataError(f"{self.name} cannot be used: {self._explain(error)}.") from error
 
     def _make_client(self) -> Any:
         address, patience = self.address, self._patience
@@ -191,14 +191,14 @@ class S3Source:
         client = session.client(
             "s3",
             endpoint_url=address.endpoint,
-            # Stores of others sign with any region, but botocore wants to be told one.
+            # Other stores accept any region, but botocore requires one.
             region_name=session.region_name or "us-east-1",
             config=Config(
                 connect_timeout=patience.connect,
                 read_timeout=patience.silence,
                 retries={"total_max_attempts": 1},
                 max_pool_connections=_CONNECTIONS,
-                # Older stores know neither the newer checksums nor addresses such as bucket.endpoint.
+                # Older stores support neither the newer checksums nor addresses such as bucket.endpoint.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 s3={"addressing_style": "path"} if address.endpoint else {},
@@ -209,11 +209,11 @@ class S3Source:
 
     def _refuse_other_operations(self, model: Any, **_: object) -> None:
         if model.name not in self._operations:
-            raise PermissionError(f"{self.name}: this store is not to be asked for {model.name}")
+            raise PermissionError(f"{self.name}: the request {model.name} is not allowed here")
 
 
 class S3Backend(S3Source):
-    """A prefix of ours, such as a cache: a `DataBackend`."""
+    """A prefix that we may write to, such as a cache: a `DataBackend`."""
 
     _operations = _READING | _WRITING
 
@@ -224,18 +224,18 @@ class S3Backend(S3Source):
             answer = client.put_object(
                 Bucket=self.address.bucket,
                 Key=self._full(key),
-                # As a stream it is sent in small pieces, each with its own timeout; of bytes all would have to be gone within one.
+                # A stream is sent in small pieces, each with its own timeout. Bytes would have to be sent within a single timeout.
                 Body=io.BytesIO(data),
                 ContentLength=len(data),
                 ContentMD5=base64.b64encode(digest.digest()).decode(),
             )
             if self._md5_of(answer) not in (None, digest.hexdigest()):
-                raise DamagedBytesError("what the store holds does not have the checksum of what was sent")
+                raise DamagedBytesError("the checksum of the stored object is wrong")
 
         try:
-            self._ask(put)
+            self._request(put)
         except (GaveUp, BotoCoreError, ClientError) as error:
-            raise StorageError(f"{self.name}: {key} could not be written: {self._told(error)}.") from error
+            raise StorageError(f"{self.name}: {key} could not be written: {self._explain(error)}.") from error
 
     def read_part(self, key: str, offset: int, size: int) -> bytes:
         data, _, _ = self._part(key, offset, size, None)
@@ -245,18 +245,18 @@ class S3Backend(S3Source):
 
 
 class _EmptyError(OSError):
-    """A range was asked of an object that has no bytes there."""
+    """The requested range is after the end of the object."""
 
 
 class _Parts(io.RawIOBase):
-    """An object as a seekable stream of ranged GETs. All parts are of one version of it."""
+    """An object as a seekable stream, downloaded by ranged GETs. All parts are of the same version of the object."""
 
     def __init__(self, get: Callable[[int, int, str | None], tuple[bytes, int, str]]) -> None:
         self._get = get
         self._blocks: dict[int, bytes] = {}
-        self._ahead = 1  # blocks of the next GET
+        self._ahead = 1  # blocks in the next GET
         self._place = 0
-        self._size = -1  # unknown before the first part
+        self._size = -1  # unknown until the first part arrives
         self._etag: str | None = None
 
     def readable(self) -> bool:
@@ -285,7 +285,7 @@ class _Parts(io.RawIOBase):
         return len(part)
 
     def _fetch(self, first: int) -> None:
-        """Blocks from `first` on, twice as many as the last time."""
+        """Download blocks from `first` on, twice as many as the last time."""
         data, self._size, etag = self._get(first * _BLOCK, self._ahead * _BLOCK, self._etag)
         self._etag = self._etag or etag or None
         for start in range(0, len(data), _BLOCK):

@@ -1,4 +1,4 @@
-"""Where objects are in an S3-compatible store. Knows no client, so that settings can be turned into addresses anywhere."""
+"""The address of objects in an S3-compatible store. It imports no S3 client, so it costs nothing to use in settings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class S3Address:
-    """A prefix in a bucket, and how to get in. Without keys, the usual chain of AWS is asked: variables, profile, role."""
+    """A prefix in a bucket, and the credentials. Without keys, AWS's usual chain is used: environment variables, profile, role."""
 
     bucket: str
-    prefix: str = ""  # as a folder: "a/b"; "" is the whole bucket
+    prefix: str = ""  # like a folder: "a/b"; "" is the whole bucket
     endpoint: str | None = None  # None is AWS
     region: str | None = None
     access_key: str | None = field(default=None, repr=False)
@@ -24,12 +24,12 @@ class S3Address:
 
     @property
     def folder(self) -> str:
-        """What every key begins with: "a/b/", or "" for the whole bucket."""
+        """The start of every key: "a/b/", or "" for the whole bucket."""
         inside = self.prefix.strip("/")
         return f"{inside}/" if inside else ""
 
     def without_keys(self, text: str) -> str:
-        """A text of the store's, with our keys cut out should it repeat them."""
+        """A text from the store, with our credentials replaced by *** if it repeats them."""
         for secret in (self.secret_key, self.access_key):
             text = text.replace(secret, "***") if secret else text
         return text

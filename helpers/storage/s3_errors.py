@@ -1,4 +1,4 @@
-"""What went wrong at an S3-compatible store: whether it may pass, whose it is to put right, and one sentence about it."""
+"""Errors of S3-compatible stores: which are temporary, which the user can fix, and one sentence for each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WAYS_IN = (
     " dataloader file"
 )
 _BY_CODE = {
-    "NoSuchBucket": "there is no such bucket; correct aws_bucket_name, or aws_endpoint_url if it is in another store",
+    "NoSuchBucket": "the bucket does not exist; correct aws_bucket_name, or aws_endpoint_url if it is in another store",
     "AccessDenied": "access denied; the credentials need permission to list the bucket, to get its objects and, for caches, to put them",
     "AllAccessDisabled": "access denied; the bucket's owner has closed it",
     "InvalidAccessKeyId": f"the store does not know the access key; {_WAYS_IN}",
@@ -22,58 +22,58 @@ _BY_CODE = {
     "RequestTimeTooSkewed": "this machine's clock differs from the store's by more than it accepts; set the clock",
 }
 _BY_CODE |= {
-    "403": _BY_CODE["AccessDenied"],  # a HEAD has no body, so no more is known
+    "403": _BY_CODE["AccessDenied"],  # the answer to a HEAD request has no body, so no more is known
     "InvalidToken": _BY_CODE["ExpiredToken"],
     "TokenRefreshRequired": _BY_CODE["ExpiredToken"],
     "RequestExpired": _BY_CODE["RequestTimeTooSkewed"],
 }
 _OTHER_REGION = ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "TemporaryRedirect")
 _MISSING = ("NoSuchKey", "404", "NotFound")
-_PASSING_CODES = (
+_TEMPORARY_CODES = (
     *("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "InternalError"),
     *("ServiceUnavailable", "BadDigest", "IncompleteBody", "OperationAborted"),
 )
-_PASSING_STATUS = (408, 425, 429)
-# urllib3's own come where botocore reads the body of an answer: it wraps them only while it waits for the head.
-_PASSING_KINDS = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError, urllib3.HTTPError)
+_TEMPORARY_STATUS = (408, 425, 429)
+# urllib3's own errors come while the body of an answer is read; botocore wraps only those before it.
+_TEMPORARY_KINDS = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError, urllib3.HTTPError)
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError)
 
 
 class DamagedBytesError(Exception):
-    """What came, or what the store says it has, is not what was sent."""
+    """Bytes were damaged in transfer: their length or checksum is wrong."""
 
 
 def code_of(error: Exception) -> str:
-    """The store's own word for an error, such as NoSuchKey; "" where the store did not answer."""
+    """The store's error code, such as NoSuchKey. "" if the store did not answer."""
     return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, boto.ClientError) else ""
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether it says that there is no such object."""
+    """Whether the object does not exist."""
     return code_of(error) in _MISSING
 
 
 def is_denied(error: Exception) -> bool:
-    """Whether the store knows who asks, and does not let them."""
+    """Whether the credentials are valid but lack the permission."""
     return code_of(error) in ("AccessDenied", "403")
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether trying again may help: the way, a busy store, or bytes lost on the way."""
+def is_temporary(error: Exception) -> bool:
+    """Whether a retry may help: network trouble, a busy store, or damaged bytes."""
     if isinstance(error, boto.ClientError):
         status = _status(error)
-        return code_of(error) in _PASSING_CODES or status in _PASSING_STATUS or status >= 500
-    return isinstance(error, (*_PASSING_KINDS, DamagedBytesError))
+        return code_of(error) in _TEMPORARY_CODES or status in _TEMPORARY_STATUS or status >= 500
+    return isinstance(error, (*_TEMPORARY_KINDS, DamagedBytesError))
 
 
 def is_the_users(error: Exception) -> bool:
-    """Whether a setting of the user's is wrong, as opposed to a store that fails."""
+    """Whether a setting is wrong, rather than the store failing."""
     known = code_of(error) in (*_BY_CODE, *_OTHER_REGION)
     return known or isinstance(error, (*_NO_CREDENTIALS, boto.ProfileNotFound, boto.ParamValidationError, boto.InvalidRegionError))
 
 
 def explained(error: Exception, address: S3Address) -> str:
-    """The part of a sentence after the place: what happened and, where there is one, the remedy. It holds no keys."""
+    """What happened and, if there is one, the remedy: the part of a sentence after the place. It contains no credentials."""
     return address.without_keys(_explained(error))
 
 
@@ -100,7 +100,7 @@ def _without_an_answer(error: Exception) -> str:
     if isinstance(error, boto.ConnectTimeoutError):
         return "no connection within the time allowed; check aws_endpoint_url and the network"
     if isinstance(error, (boto.ReadTimeoutError, urllib3.ReadTimeoutError)):
-        return "the store fell silent"
+        return "the store stopped answering"
     if isinstance(error, boto.EndpointConnectionError):
         cause = str(error)
         if any(sign in f"{cause} {_chain(error)}" for sign in ("NameResolution", "gaierror", "resolve")):
@@ -109,7 +109,7 @@ def _without_an_answer(error: Exception) -> str:
             return "the connection was refused; check aws_endpoint_url, and that the store is running"
         return "the store cannot be reached; check aws_endpoint_url and the network"
     if isinstance(error, (boto.HTTPClientError, urllib3.HTTPError)):
-        return "the connection broke off"
+        return "the connection was lost"
     return str(error)
 
 
@@ -122,10 +122,10 @@ def _cause(error: boto.BotoCoreError) -> str:
 
 
 def _chain(error: BaseException | None) -> str:
-    """Names and texts of everything an error came from: libraries wrap the operating system's word several times."""
-    said = []
+    """Names and texts of the error and its causes: libraries wrap the operating system's error several times."""
+    texts = []
     while error is not None:
         wrapped = getattr(error, "kwargs", {}).get("error") if isinstance(error, boto.BotoCoreError) else None
-        said.append(f"{type(error).__name__} {error} {wrapped!r}")
+        texts.append(f"{type(error).__name__} {error} {wrapped!r}")
         error = error.__cause__ or error.__context__
-    return " ".join(said)
+    return " ".join(texts)

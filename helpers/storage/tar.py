@@ -1,4 +1,4 @@
-"""One uncompressed tar as an index of its members, made from the headers alone; the bytes of a member are read by their place."""
+"""An uncompressed tar: an index of its members from the headers, and reading a member by its offset."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from pathlib import Path
 from helpers.errors import DataError
 from helpers.storage.local import SYSTEM_FOLDERS, patiently
 
-_BLOCK = 512  # bytes: headers and contents begin at multiples of it
-_END = bytes(_BLOCK)  # what the first block after the last member holds
+_BLOCK = 512  # bytes; headers and contents start at multiples of it
+_END = bytes(_BLOCK)  # the first block after the last member
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One object of a tar."""
+    """One member of a tar."""
 
     name: str  # with "/", without a leading "./"
-    offset: int  # of its first byte in the tar
+    offset: int  # of its first byte, in bytes from the start of the tar
     size: int  # bytes
-    problem: str = ""  # why it cannot be read, as "kind: detail"
+    problem: str = ""  # the reason why it cannot be used, as "kind: detail"
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """What tells a tar from the one that was there before."""
+    """Size and time of a tar: a tar with others was replaced."""
 
     size: int  # bytes
     modified_ns: int
 
 
 class Members:
-    """The readable members of a tar by name, in a few arrays: 24 bytes each beside the name, where objects take hundreds."""
+    """The usable members of a tar by name, in a few arrays: 24 bytes each plus the name. Python objects would take hundreds."""
 
     def __init__(self, names: bytes, ends: array[int], offsets: array[int], sizes: array[int]) -> None:
-        self._names = names  # in the order of their bytes, one after the other
-        self._ends = ends  # where each name ends
+        self._names = names  # all names, joined, sorted by their bytes
+        self._ends = ends  # the end of each name in `names`
         self._offsets = offsets
         self._sizes = sizes
 
@@ -59,14 +59,14 @@ class Members:
 
     @property
     def parts(self) -> tuple[bytes, bytes, bytes, bytes]:
-        """What it is made of, as bytes in the machine's own order."""
+        """The arrays as bytes, in the machine's byte order."""
         return self._names, self._ends.tobytes(), self._offsets.tobytes(), self._sizes.tobytes()
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __iter__(self) -> Iterator[Member]:
-        """In the order of their names' bytes."""
+        """Sorted by the bytes of the names."""
         return map(self._member, range(len(self)))
 
     def get(self, name: str) -> Member | None:
@@ -83,12 +83,12 @@ class Members:
 
 @dataclass(frozen=True)
 class TarIndex:
-    """What a tar holds, by its headers."""
+    """The content of a tar, from its headers."""
 
     version: Version
     members: Members
-    problems: tuple[Member, ...]  # those that cannot be read, in the order of the tar
-    damage: str = ""  # why the tar was not read to its end, as "kind: detail"
+    problems: tuple[Member, ...]  # members that cannot be used, in the order of the tar
+    damage: str = ""  # the reason why the tar was not read to its end, as "kind: detail"
 
     def to_bytes(self) -> bytes:
         """One line of JSON and the members' arrays, for a memo on this machine."""
@@ -113,9 +113,9 @@ class TarIndex:
 
 
 def read_index(path: Path) -> TarIndex:
-    """Read the headers of a tar. A tar that is cut off or damaged gives what comes before.
+    """Read the headers of a tar, up to the end or the first damage.
 
-    DataError for what is no plain tar, OSError when it cannot be opened.
+    DataError if it is compressed or not a tar, OSError if it cannot be opened.
     """
     good: list[Member] = []
     problems: list[Member] = []
@@ -127,7 +127,7 @@ def read_index(path: Path) -> TarIndex:
         stream.seek(0)
         try:
             for found in _headers(stream):
-                member = _judged(found, version.size, names)
+                member = _member(found, version.size, names)
                 if member is not None:
                     names.add(member.name)
                     (problems if member.problem else good).append(member)
@@ -137,7 +137,7 @@ def read_index(path: Path) -> TarIndex:
 
 
 def read_member(path: Path, version: Version, offset: int, size: int) -> bytes:
-    """`size` bytes of a tar from `offset`. OSError when it cannot be read, or is not the one that was indexed."""
+    """`size` bytes of a tar from `offset`. OSError if it cannot be read, or has changed since `version`."""
 
     def attempt() -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -150,7 +150,7 @@ def read_member(path: Path, version: Version, offset: int, size: int) -> bytes:
                 parts.append(part)
                 at += len(part)
             if at < end:
-                raise OSError(f"{path} ends at byte {at}, before the member does")
+                raise OSError(f"{path} ends at byte {at}, in the middle of the member")
             return b"".join(parts)
         finally:
             os.close(descriptor)
@@ -159,7 +159,7 @@ def read_member(path: Path, version: Version, offset: int, size: int) -> bytes:
 
 
 class Section(io.RawIOBase):
-    """A member as a stream, for whoever needs its beginning only."""
+    """A member as a stream, to read only its header."""
 
     def __init__(self, path: Path, version: Version, member: Member) -> None:
         self._path = path
@@ -183,7 +183,7 @@ class Section(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # the library names a type that has no name
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # the base class declares a type that cannot be named
         wanted = min(len(buffer), max(0, self._member.size - self._at))
         data = read_member(self._path, self._version, self._member.offset + self._at, wanted)
         buffer[:wanted] = data
@@ -192,58 +192,61 @@ class Section(io.RawIOBase):
 
 
 class _Damaged(Exception):
-    """The headers cannot be followed any further; the message is a reason as "kind: detail"."""
+    """The tar cannot be read any further. The message is the reason as "kind: detail"."""
 
 
 def _headers(stream: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar. Raises _Damaged where it breaks off; the library itself takes most damage for the end."""
+    """The headers of a tar. Raises _Damaged where they end early, which the library mistakes for the end of the tar."""
     if not stream.peek(1):
         raise _Damaged("damaged tar: the file is empty")
     try:
         with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (found := tar.next()) is not None:
                 yield found
-                tar.members.clear()  # type: ignore[attr-defined]  # it would remember every header
+                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every header in memory
             stream.seek(tar.offset)
             after = stream.read(_BLOCK)
     except (tarfile.TarError, ValueError) as error:
-        raise _Damaged(f"damaged tar: {error}; what comes before is used") from None
+        raise _Damaged(f"damaged tar: {error}; the members before that are used") from None
     if not after:
-        raise _Damaged("damaged tar: it is cut off, or was never finished; what is there is used")
+        raise _Damaged("damaged tar: it is cut off, or was not finished; the members so far are used")
     if after != _END:
-        raise _Damaged(f"damaged tar: no header at byte {tar.offset}; what comes before is used")
+        raise _Damaged(f"damaged tar: no header at byte {tar.offset}; the members before that are used")
 
 
-def _judged(found: tarfile.TarInfo, tar_size: int, names: set[str]) -> Member | None:
-    """A header as a member, with what is wrong with it; None for folders and for what systems keep beside people's files."""
+def _member(found: tarfile.TarInfo, tar_size: int, names: set[str]) -> Member | None:
+    """The member of a header, with the reason if it cannot be used. None for folders and files in system folders."""
     name = posixpath.normpath(found.name)
     parts = name.split("/")
     if found.isdir() or not SYSTEM_FOLDERS.isdisjoint(parts):
         return None
     problem = ""
     if found.name.startswith("/") or ".." in parts:
-        name, problem = found.name, "unsafe name: it leads out of the tar"
+        name, problem = found.name, "unsafe name: it points outside the tar"
     elif found.issym() or found.islnk():
         problem = f"a link: to {found.linkname}; links in a tar are not followed"
     elif not found.isreg() or found.issparse():
-        problem = "not a plain file: a device, a pipe, or with holes"
+        problem = "not a plain file: a device, a pipe, or a sparse file"
     elif found.offset_data + found.size > tar_size:
         problem = "cut off: the tar ends in the middle of it"
     if name in names:
-        # The key of what is listed must be unique; this one is for the report alone.
-        name, problem = f"{name} (again at byte {found.offset})", problem or "a second one: an earlier member of the tar has this name"
+        # Keys must be unique; this one is only used in the report.
+        name, problem = (
+            f"{name} (again at byte {found.offset})",
+            problem or "duplicate name: an earlier member of the tar has the same name",
+        )
     return Member(name, found.offset_data, found.size, problem)
 
 
 def _refuse_other_formats(path: Path, beginning: bytes) -> None:
     for magic, name in _COMPRESSED.items():
         if beginning.startswith(magic):
-            raise DataError(f"{path} is compressed with {name}; unpack it to a plain .tar, which can be read from any place.")
+            raise DataError(f"{path} is compressed with {name}; decompress it to a plain .tar, which allows reading single images.")
     if len(beginning) == _BLOCK and beginning != _END:
         try:
             tarfile.TarInfo.frombuf(beginning, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
-            raise DataError(f"{path} is not a tar; name tars in urls.") from None
+            raise DataError(f"{path} is not a tar; urls must name tars.") from None
 
 
 def _version(found: os.stat_result) -> Version:

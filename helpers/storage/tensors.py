@@ -1,4 +1,4 @@
-"""Tensor files whose bytes depend on what is in them and on nothing else."""
+"""Safetensors files with reproducible bytes: the same tensors and metadata always give the same file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file. The same tensors and metadata always give the same bytes, so that runs can be compared by them.
+    """Write a safetensors file. The same tensors and metadata always give the same bytes, so that runs can be compared.
 
-    StorageError when it cannot be written, with what is there of it left to the caller.
+    StorageError if it cannot be written; the caller deletes the incomplete file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -26,12 +26,12 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     try:
         save_file(contiguous, path, dict(metadata or {"format": "pt"}))
         _sort_metadata(path)
-    except (SafetensorError, OSError) as error:  # the library reports a full disk as an error of its own kind
+    except (SafetensorError, OSError) as error:  # the library reports a full disk as its own error
         raise StorageError(f"{path} could not be written: {error}") from error
 
 
 def _sort_metadata(path: Path) -> None:
-    """The library writes metadata in the random order of its hash map; sorted, the header keeps its length."""
+    """Sort the metadata, which the library writes in random order. The length of the header stays the same."""
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))

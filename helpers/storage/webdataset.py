@@ -1,12 +1,12 @@
-"""Tars of samples, in the convention of the webdataset library: the members of a sample have one name and different endings.
+"""Tars in the layout of the webdataset library: the members of a sample have the same name and different extensions.
 
-A member `dir/0001.jpg` of `shard.tar` is shown as the file `shard/dir/0001.jpg`, and its caption as `shard/dir/0001.txt`. A sample is
-what has the same name up to the first dot. Of its members
+The member `dir/0001.jpg` of `shard.tar` appears as the file `shard/dir/0001.jpg`, and its caption as `shard/dir/0001.txt`. Members whose
+names are equal up to the first dot form a sample:
 
-- pictures are shown; beside one with a plain ending (`0001.jpg`), those with a longer one (`0001.mask.png`) are left out by name;
-- the caption is `.txt`, else `.caption`, else the text under "caption" in `.json`;
-- pickled ones (`.pyd`, `.pickle`, `.pkl`, ...) are left out by name and never read;
-- the rest (`.cls`, `.npy`, ...) is part of the sample where that has a picture, as a caption is, and else shown as it stands.
+- Images are listed. If there is one with a plain extension (`0001.jpg`), those with a longer one (`0001.mask.png`) are left out.
+- The caption is the `.txt`, else the `.caption`, else the text of "caption" in the `.json`.
+- Pickled members (`.pyd`, `.pickle`, `.pkl`, ...) are left out, and never read.
+- Other members (`.cls`, `.npy`, ...) belong to the sample if it has an image, as captions do. Without an image they are listed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from helpers.storage.memo import Memo, digest_of, file_state
 from helpers.storage.tar import Member, Section, TarIndex, read_index, read_member
 
 PICKLED = frozenset({".pyd", ".pickle", ".pkl", ".pt", ".pth"})
-CAPTION = ".txt"  # in which every caption is shown
-CAPTIONS = (CAPTION, ".TXT", ".caption", ".json")  # where it may stand
+CAPTION = ".txt"  # the extension under which every caption is listed
+CAPTIONS = (CAPTION, ".TXT", ".caption", ".json")  # extensions of captions in a tar, in order of preference
 JSON_FIELD = "caption"
 
 _INDEX = "tar index 2"  # raise it when `TarIndex.to_bytes` changes
-_THREADS = 8  # that read headers: on network file systems most of the time is waiting
+_THREADS = 8  # that read tar headers: on a network file system they mostly wait
 
 
 class WebDataset:
-    """The samples of tars, read-only, by the key `name-of-the-tar/name-of-the-member`.
+    """The samples of tars, read-only. A key is the tar's name without .tar, a slash, and the member's name.
 
-    `pictures` are the endings of pictures, in lower case. Headers are read once, when a tar is first needed, and what they say is
-    kept in the folder `indices`, if there is one: other processes and later runs read that instead.
+    `pictures` are the extensions of images, in lower case. The headers of a tar are read when it is first needed. With a folder `indices`,
+    they are stored there, and other processes and later runs read them from it.
     """
 
     def __init__(self, shards: Sequence[Path], pictures: Collection[str], indices: Path | None = None) -> None:
@@ -50,10 +50,10 @@ class WebDataset:
         self.name = str(shards[0]) if len(shards) == 1 else f"{len(shards):,} tars from {shards[0]} on"
 
     def list(self) -> Iterator[Entry]:
-        """Every picture, caption and stray member, tar after tar by name. DataError for a tar that is not there or none."""
+        """Every image, caption and unrelated member, by tar and name. DataError if a file is missing or is not a tar."""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="tars") as pool:
             shards = iter(self._shards.items())
-            # A few tars ahead: their indices are kept, the lists made of them are not.
+            # A few tars ahead: their indices stay in memory, their lists of members do not.
             while ahead := list(itertools.islice(shards, _THREADS)):
                 for (name, shard), _ in zip(ahead, pool.map(lambda item: item[1].index, ahead), strict=True):
                     yield from shard.entries(name)
@@ -72,7 +72,7 @@ class WebDataset:
     def _find(self, key: str) -> tuple[_Shard, str]:
         shard, _, name = key.partition("/")
         if shard not in self._shards:
-            raise FileNotFoundError(f"no tar is called {shard}")
+            raise FileNotFoundError(f"there is no tar named {shard}")
         return self._shards[shard], name
 
 
@@ -97,7 +97,7 @@ class _Shard:
             return self._index
 
     def _recalled(self) -> TarIndex:
-        """The index from the memo, where the tar is still the same; else read anew and stored there."""
+        """The index from the memo if the tar is unchanged, else from the tar."""
         assert self._memo is not None
         name, inputs = f"index of {self.path.absolute()}", digest_of(_INDEX, sys.byteorder, file_state(self.path))
         stored = self._memo.load_bytes(name, inputs)
@@ -112,7 +112,7 @@ class _Shard:
         modified = index.version.modified_ns
 
         def entry(name: str, member: Member, problem: str) -> Entry:
-            # The place tells a member from one that had its name in an earlier tar of the same time.
+            # With the offset, so that a member of the same name in a replaced tar of the same time counts as changed.
             return Entry(f"{shard}/{name}", member.size, modified, f"{index.version.size}:{member.offset}", problem)
 
         if index.damage:
@@ -124,7 +124,7 @@ class _Shard:
             yield entry(member.name, member, member.problem)
 
     def member(self, name: str) -> Member:
-        """The member behind a shown name: its own, or where a caption that is shown as .txt stands."""
+        """The member of a listed name. For a .txt it may be the .caption or .json that holds the caption."""
         stem, ending = posixpath.splitext(name)
         names = _caption_names(stem) if ending == CAPTION else (name,)
         for candidate in names:
@@ -138,7 +138,7 @@ class _Shard:
 
 
 def _shown(members: Sequence[Member], pictures: Collection[str]) -> Iterator[tuple[str, Member, str]]:
-    """The members of one sample as they are listed: (name, member, problem)."""
+    """The members of one sample as they are listed: name, member, reason why it is left out."""
     by_name = {member.name: member for member in members}
     stems = {name: stem for name in by_name for stem, ending in [_split(name)] if ending in pictures}
     plain = {name for name, stem in stems.items() if stem == _sample(name)}
@@ -152,21 +152,21 @@ def _shown(members: Sequence[Member], pictures: Collection[str]) -> Iterator[tup
     for name, member in by_name.items():
         ending = _split(name)[1]
         if ending in PICKLED:
-            yield name, member, f"pickled: {ending} can hold code and is never read"
+            yield name, member, f"pickled: a {ending} file may contain code, and is never read"
         elif name in stems and name not in used:
-            yield name, member, f"beside the picture: {min(plain)} is the picture of this sample"
+            yield name, member, f"extra image: {min(plain)} is the image of this sample"
         elif name not in captions and (name in used or not stems or ending == CAPTION):
             yield name, member, ""
 
 
 def _caption_names(stem: str) -> Iterator[str]:
-    """Where the caption of a picture may stand, the first that is there: under its own name, or that of its sample."""
+    """The members that may hold the caption of an image, in order of preference: with its own name, then with that of its sample."""
     for name in dict.fromkeys((stem, _sample(stem))):
         yield from (name + ending for ending in CAPTIONS)
 
 
 def _sample(name: str) -> str:
-    """A member's name up to the first dot of its last part, a leading one aside."""
+    """A member's name up to the first dot of its last part. A leading dot does not count."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last[:1] + last[1:].partition(".")[0]
 
@@ -177,11 +177,11 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _caption_in(data: bytes, name: str) -> bytes:
-    """The caption in a sample's JSON. FileNotFoundError, which leaves the picture out and names the member, where there is none."""
+    """The caption in a sample's JSON. FileNotFoundError if it has none; the image is then left out with this message."""
     try:
         caption = json.loads(data)[JSON_FIELD]
     except (ValueError, KeyError, TypeError, RecursionError):
         caption = None
     if not isinstance(caption, str):
-        raise FileNotFoundError(f'{name} is no JSON with a text under "{JSON_FIELD}"')
+        raise FileNotFoundError(f'{name} has no text for "{JSON_FIELD}"')
     return caption.encode("utf-8", "surrogatepass")

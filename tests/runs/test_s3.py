@@ -138,4 +138,4 @@ def test_keys_of_the_dataloader_file_work_and_are_written_nowhere(
 
 def test_a_bucket_that_cannot_be_entered_is_refused_with_its_remedy(remote: Trainer, s3: S3Server) -> None:
     point_to(remote, "nobodys-bucket", s3.url)
-    assert "there is no such bucket; correct aws_bucket_name" in refusal(remote.run())
+    assert "the bucket does not exist; correct aws_bucket_name" in refusal(remote.run())

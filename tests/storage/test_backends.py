@@ -140,7 +140,7 @@ def test_a_folder_that_may_not_be_read_or_not_be_entered_is_named(tmp_path: Path
         ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], preexec_fn=obey_modes, capture_output=True, text=True)
     finally:
         (tmp_path / "closed").chmod(0o755)
-    told = f"DataError: {tmp_path / 'closed'} cannot be listed: Permission denied. Every folder below {tmp_path} must be one"
+    told = f"DataError: {tmp_path / 'closed'} cannot be listed: Permission denied. You need permission to read and enter"
     assert told in ended.stderr
 
 

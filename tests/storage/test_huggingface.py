@@ -114,7 +114,7 @@ def test_a_data_set_in_the_hubs_cache_is_found_by_its_id(tmp_path: Path) -> None
     (repository / "refs" / "main").write_text("a" * 40)
     parquet(repository / "snapshots" / ("a" * 40))
     assert files(HuggingFaceSource("someone/pictures")) == EXPECTED
-    with pytest.raises(DataError, match="fetch it first: hf download someone/others --repo-type dataset"):
+    with pytest.raises(DataError, match="download it first: hf download someone/others --repo-type dataset"):
         list(HuggingFaceSource("someone/others").list())
     with pytest.raises(DataError, match="/no/where does not exist"):
         list(HuggingFaceSource("/no/where").list())
@@ -183,7 +183,7 @@ def test_pictures_that_a_row_names_by_path_are_read_from_there(tmp_path: Path) -
     assert [source.read("0000000.jpg"), source.read("0000001.jpg")] == PICTURES[:2]
     sizes = {entry.key: entry.size for entry in source.list() if entry.key.endswith("jpg")}
     assert list(sizes.values()) == [len(PICTURES[0]), len(PICTURES[1]), 0, 0, 0]
-    for row, said in ((2, "is not the name of a file inside"), (3, "has only the address https://somewhere/x.png"), (4, "No such file")):
+    for row, said in ((2, "is not the name of a file inside"), (3, "has only the URL https://somewhere/x.png"), (4, "No such file")):
         with pytest.raises(FileNotFoundError, match=said):
             source.read(f"{row:07}.jpg")
 
@@ -224,11 +224,11 @@ def test_a_data_set_that_is_not_whole_or_not_one_is_refused(tmp_path: Path) -> N
     pictures.mkdir()
     (pictures / "a.png").write_bytes(PICTURES[0])
     for path, said in (
-        (lacking, "lacks 1 of 2 files of the data set, such as number 0; fetch it again"),
-        (double, "there is more than one data set in .*double/data, .*double/other"),
+        (lacking, "lacks 1 of 2 files of the dataset, such as number 0; download it again"),
+        (double, "there is more than one dataset in .*double/data, .*double/other"),
         (mixed, "holds both .parquet and .arrow files"),
-        (damaged, "mine.parquet cannot be opened as a data set: "),
-        (pictures, 'holds no .parquet or .arrow files; pictures in a folder are "type": "local"'),
+        (damaged, "mine.parquet cannot be opened as a dataset: "),
+        (pictures, 'holds no .parquet or .arrow files; images in a folder are "type": "local"'),
     ):
         with pytest.raises(DataError, match=said):
             list(HuggingFaceSource(str(path)).list())

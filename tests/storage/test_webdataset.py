@@ -96,7 +96,7 @@ def test_the_caption_of_a_picture_is_shown_beside_it(tmp_path: Path, members: di
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"caption": 7}', b"\xff", b"[" * 100_000])
 def test_a_json_without_a_caption_is_named(tmp_path: Path, content: bytes) -> None:
     source = opened(write_tar(tmp_path / "s.tar", {"a.jpg": b"1", "a.json": content}))
-    with pytest.raises(FileNotFoundError, match='a.json is no JSON with a text under "caption"'):
+    with pytest.raises(FileNotFoundError, match='a.json has no text for "caption"'):
         source.read("s/a.txt")
 
 
@@ -105,7 +105,7 @@ def test_further_pictures_of_a_sample_and_pickles_are_left_out_by_name(tmp_path:
     assert listed(write_tar(tmp_path / "s.tar", dict.fromkeys(names, b"1"))) == {
         "s/a.jpg": "",
         "s/a.txt": "",
-        "s/a.mask.png": "beside the picture",
+        "s/a.mask.png": "extra image",
         "s/a.pyd": "pickled",
         "s/b.v2.jpg": "",
         "s/b.v2.txt": "",  # b.txt, of the sample's one picture
@@ -137,7 +137,7 @@ def test_what_is_no_plain_file_inside_the_tar_is_listed_with_its_reason(tmp_path
     again = next(key for key in listed(path) if "again" in key)
     assert listed(path) == {
         "s/a.jpg": "",
-        again: "a second one",
+        again: "duplicate name",
         "s/link.jpg": "a link",
         "s/hard.jpg": "a link",
         "s/pipe.jpg": "not a plain file",
@@ -169,7 +169,7 @@ def test_a_damaged_header_in_the_middle_is_told(tmp_path: Path) -> None:
     data[1024 + 20] ^= 0xFF
     path.write_bytes(data)
     assert [(entry.key, entry.problem) for entry in opened(path).list()] == [
-        ("s.tar", "damaged tar: no header at byte 1024; what comes before is used"),
+        ("s.tar", "damaged tar: no header at byte 1024; the members before that are used"),
         ("s/a.jpg", ""),
     ]
 
@@ -180,7 +180,7 @@ def test_what_is_no_plain_tar_is_refused_by_name(tmp_path: Path) -> None:
     page = tmp_path / "page.tar"
     page.write_bytes(b"<html>" * 200)
     for path, said in (
-        (packed, "packed.tar is compressed with gzip; unpack it"),
+        (packed, "packed.tar is compressed with gzip; decompress it"),
         (page, "page.tar is not a tar"),
         (tmp_path / "gone.tar", "gone.tar cannot be read: No such file"),
         (tmp_path, "Is a directory"),
