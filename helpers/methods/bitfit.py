@@ -12,7 +12,7 @@ from helpers.protocols import Parts, Trainable
 
 def refusals(settings: Settings) -> Iterator[str]:
     if settings["train_text_encoder"]:
-        yield "--freeze_unet_strategy=bitfit trains only biases of the network, and so not with --train_text_encoder; remove one."
+        yield "--freeze_unet_strategy=bitfit trains only biases of the network: it cannot be used with --train_text_encoder; remove one."
 
 
 class BitFit(FullFineTune):

@@ -35,8 +35,8 @@ def test_a_run_starts_where_a_lora_of_either_layout_ended(layout: str, chosen: d
     """Which layers, rank, scale and magnitudes are the file's."""
     first = written(family, tmp_path, **chosen)
     path = tmp_path / FILES[layout]
-    told = read_lora_file(path)
-    settings = {name: getattr(told, name) for name in ("lora_rank", "lora_alpha", "use_dora", "use_rslora")}
+    found = read_lora_file(path)
+    settings = {name: getattr(found, name) for name in ("lora_rank", "lora_alpha", "use_dora", "use_rslora")}
     _, second = attached(family, init_lora=path, **settings)
     difference = (ask(family, second.denoiser) - ask(family, first.denoiser)).abs().max()
     assert difference < 5e-6

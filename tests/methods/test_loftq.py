@@ -134,7 +134,7 @@ def test_it_begins_the_same_whatever_was_drawn_before_and_draws_nothing_itself(r
 
 
 class Shown(Reporter):
-    """Keeps what bars are told."""
+    """Keeps the progress of every bar."""
 
     def __init__(self) -> None:
         self.bars: dict[str, list[int]] = {}

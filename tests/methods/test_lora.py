@@ -109,8 +109,8 @@ def test_merging_a_file_gives_the_weights_that_were_trained(file: str, family: S
     else:
         a, b = tensors[f"unet.{layer}.lora_A.weight"], tensors[f"unet.{layer}.lora_B.weight"]
         with safe_open(path, "pt") as opened:
-            told = json.loads(opened.metadata()["lora_adapter_metadata"])
-        factor = told["unet.lora_alpha"] / told["unet.r"]
+            metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+        factor = metadata["unet.lora_alpha"] / metadata["unet.r"]
     adapted = trainable.denoiser.get_submodule(layer).eval()
     base = adapted.get_base_layer().weight
     with torch.no_grad():

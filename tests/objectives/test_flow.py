@@ -107,7 +107,7 @@ def test_the_shift_is_that_of_the_paper() -> None:
     assert torch.equal(shifted(t, 1.0), t)
 
 
-def test_what_is_shifted_is_also_told_to_the_network_and_the_sampler() -> None:
+def test_network_and_sampler_use_the_shifted_timesteps() -> None:
     """The models' own shift of 3, or another; once, in the noise and in the timestep alike."""
     by_shift = {shift: flow(weighting_scheme="uniform", flow_shift=shift) for shift in (None, 1.0, 6.0)}
     plain = by_shift[1.0].corrupt(LATENTS, draws()).timesteps.double() / 1000
@@ -122,7 +122,7 @@ def test_what_is_shifted_is_also_told_to_the_network_and_the_sampler() -> None:
         assert objective.scheduler_config["shift"] == objective.identity["flow_shift"] == a
 
 
-def test_timesteps_are_told_in_float32() -> None:
+def test_the_network_gets_timesteps_in_float32() -> None:
     """In bfloat16 they would be multiples of four above 512, and half of a timestep off in the middle."""
     timesteps = flow().corrupt(torch.zeros(64, 1, 1, 1), draws(64)).timesteps
     assert timesteps.dtype == torch.float32
