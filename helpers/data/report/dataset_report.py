@@ -1,4 +1,4 @@
-"""What became of the files of every data set: for people one line and a page, for programs dataset_report.json."""
+"""The dataset report: how many files were found, used and left out, and why. One line for the console, dataset_report.json for programs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from helpers.data.ports import CaptionLengths
 
 REPORT = "dataset_report.json"
-MOST_CAPTIONS_COUNTED = 20_000  # of a data set: seconds of work; of more captions every n-th is counted
-MOST_SHARED_CAPTIONS = 100  # that are listed
-SIZE_EDGES = (0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 128)  # megapixels; nothing above 128 is trained on
-ASPECT_EDGES = tuple(round(2 ** (exponent / 8), 3) for exponent in range(-17, 18, 2))  # width / height; 1 is the middle of a bin
+MOST_CAPTIONS_COUNTED = 20_000  # tokenized per dataset, which takes seconds; if there are more captions, every n-th is taken
+MOST_SHARED_CAPTIONS = 100  # listed per dataset
+SIZE_EDGES = (0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 128)  # megapixels; larger images are left out
+ASPECT_EDGES = tuple(round(2 ** (exponent / 8), 3) for exponent in range(-17, 18, 2))  # width / height; 1 is in the middle of a bin
 
 
 def dataset_report(
@@ -34,14 +34,15 @@ def dataset_report(
     faceless: Mapping[str, NDArray[np.int64]] | None = None,
     failed: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
-    """The content of dataset_report.json but for captions' lengths, data sets in the order of `results`, which is the plan's.
+    """The content of dataset_report.json, except for captions. `results` are in the order of the plan's datasets.
 
-    `faceless` holds, for the data sets that are cut around faces, the catalogue's rows of the images in which none was found.
-    `failed` are images of the plan that turned out not to be encodable, by catalogue row, as "kind: detail". `upscaled` counts images
-    resized to more pixels than they have; `cropped_share` is the mean share of a resized image's area that the cut removes, from 0 to 1.
-    `sizes` and `aspects` are histograms of the files' own megapixels and width / height: bin i counts what is in
-    [edges[i], edges[i + 1]), and the outer bins also what lies beyond. `copies` are keys of equal bytes among the images whose bytes
-    have been read; of `unread` ones nobody knows.
+    `faceless`: for datasets cropped around faces, the catalogue rows of images without a detected face.
+    `failed`: images of the plan that could not be encoded, catalogue row => reason as "kind: detail".
+
+    In the result, `upscaled` counts images that are enlarged. `cropped_share` is the mean share of a resized image's area that is cropped
+    away, from 0 to 1. `sizes` and `aspects` are histograms of the files' megapixels and width / height: bin i counts values in [edges[i],
+    edges[i + 1]), and the first and last bin also those beyond. `copies` are groups of files with equal bytes, among the files that have
+    been read; `unread` counts the others.
     """
     failed = failed or {}
     usable = ~np.isin(plan.columns["row"], list(failed))
@@ -52,15 +53,15 @@ def dataset_report(
     rows = plan.columns[usable]
     entries = []
     for index, result in enumerate(results):
-        mine = rows[rows["dataset"] == index]
-        entries.append(_entry(result, mine, plan, catalogue, lost.get(result.dataset, [])))
+        own = rows[rows["dataset"] == index]
+        entries.append(_entry(result, own, plan, catalogue, lost.get(result.dataset, [])))
         if faceless and result.dataset in faceless:
-            entries[-1]["without_a_face"] = int(np.isin(mine["row"], faceless[result.dataset]).sum())
+            entries[-1]["without_a_face"] = int(np.isin(own["row"], faceless[result.dataset]).sum())
     return {"datasets": entries}
 
 
 def _entry(result: ScanResult, rows: NDArray[Any], plan: BucketPlan, catalogue: Catalogue, lost: list[dict[str, str]]) -> dict[str, Any]:
-    """One data set: `rows` of the plan that are used, `lost` after the scan."""
+    """The entry of one dataset. `rows` are its rows of the plan, `lost` the images that failed after the scan."""
     counts = np.bincount(rows["shape"], minlength=len(plan.shapes))
     areas = np.array([shape.area for shape in plan.shapes], np.float64)
     kept = areas[rows["shape"]] / (rows["resized_width"].astype(np.float64) * rows["resized_height"])
@@ -88,21 +89,21 @@ def _histogram(values: NDArray[np.float64], edges: Sequence[float]) -> dict[str,
 
 
 def lost_line(failed: Mapping[int, str]) -> str:
-    """One line for the console about images that turned out not to be encodable."""
+    """One line for the console about images that could not be encoded."""
     kinds = Counter(reason.partition(":")[0] for reason in failed.values())
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     return f"{len(failed):,} more left out, found while encoding ({counts}); {REPORT} names them"
 
 
 def caption_report(dataset: str, catalogue: Catalogue, lengths: CaptionLengths, memo: Memo) -> dict[str, Any]:
-    """The distinct captions of a data set: how long they are in tokens, as [[length, captions of this length], ...], and the most shared.
+    """The distinct captions of a dataset: their lengths in tokens, and the captions that most images share.
 
-    `counted` of the `distinct` ones are measured, every n-th in their order where they are many; `truncated` of these are longer than the
-    `limit` that the text encoders read, None where that is all.
+    `tokens` is [[length, number of captions], ...] for `counted` of the `distinct` captions; if there are many, every n-th is counted.
+    `truncated` of these are longer than the text encoders' `limit`, which is None if there is no limit.
     """
     distinct, step, captions = 0, 1, list[str]()
-    shared: list[tuple[int, str]] = []  # a heap whose first is the least shared
-    for caption, images in catalogue.caption_counts(dataset):  # one pass: sorting a million takes seconds
+    shared: list[tuple[int, str]] = []  # a heap; the first is the least shared
+    for caption, images in catalogue.caption_counts(dataset):  # a single pass: the query takes seconds for a million captions
         if distinct % step == 0:
             captions.append(caption)
             if len(captions) > MOST_CAPTIONS_COUNTED:
@@ -129,7 +130,7 @@ def _tally(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def conditions_report(results: Sequence[ScanResult], catalogue: Catalogue) -> list[dict[str, Any]]:
-    """What became of the files of data sets of conditions; those whose image is left out count as used."""
+    """The entries of datasets of conditioning images. A conditioning image counts as used even if its image is left out."""
     return [
         {
             "id": result.dataset,
@@ -153,7 +154,7 @@ def summary(result: ScanResult, buckets: int | None = None) -> str:
 
 
 def cut_off_line(count: int) -> str:
-    """One line for the console on captions of which the end is not seen."""
+    """One line for the console about captions that are cut off."""
     are = "is" if count == 1 else "are"
     return f"{count:,} caption{'s' if count != 1 else ''} {are} longer than the text encoders read, and {are} cut off"
 
