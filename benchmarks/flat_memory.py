@@ -32,7 +32,7 @@ from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.data.prepare import prepare_data
 from helpers.families import FAMILIES
-from helpers.families.tiny import SdxlSizes, write_sdxl
+from helpers.families.miniatures.sdxl import SdxlSizes, write_sdxl
 from helpers.protocols import Reporter
 from helpers.setup.datasets import data_settings, workers
 from helpers.training.runtime import start_runtime

@@ -245,8 +245,8 @@ def write_refiner(folder: Path) -> Path:
     """A refiner with the VAE and the second text encoder of the demo model, and a random U-Net."""
     from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
+    from helpers.families.miniatures.parts import save_pipeline
     from helpers.families.miniatures.sd import TIME_ID_WIDTH
-    from helpers.families.tiny import save_pipeline
 
     base = StableDiffusionXLPipeline.from_pretrained(MODEL, local_files_only=True, add_watermarker=False)
     absent: Any = None

@@ -125,7 +125,7 @@ def answer(*arguments: str, code: int) -> float:
 
 def cached_run(folder: Path, images: int) -> list[str]:
     """Cache everything in a process of its own => the flags of the run."""
-    from helpers.families.tiny import write_sdxl
+    from helpers.families.miniatures.sdxl import write_sdxl
 
     model = write_sdxl(folder / "model")
     run_settings(folder, model, write_thumbnails(folder / "images", images), 64)

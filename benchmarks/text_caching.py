@@ -26,7 +26,7 @@ from helpers.data.encode.common import EncodeOptions
 from helpers.data.encode.texts import CaptionEncoder
 from helpers.data.ports import TextEncoders
 from helpers.families import FAMILIES
-from helpers.families.tiny import SdxlSizes, write_sdxl
+from helpers.families.miniatures.sdxl import SdxlSizes, write_sdxl
 
 MOST_OF_BARE = 1.2  # time of caching, relative to bare encoding
 BATCH = 16

@@ -36,7 +36,7 @@ from helpers.data.batches import Batch
 from helpers.data.prepare import prepare_data
 from helpers.data.training_data import TrainingData
 from helpers.families import FAMILIES
-from helpers.families.tiny import SdxlSizes, write_sdxl
+from helpers.families.miniatures.sdxl import SdxlSizes, write_sdxl
 from helpers.methods import METHODS
 from helpers.objectives import OBJECTIVES
 from helpers.protocols import ModelFamily, Reporter

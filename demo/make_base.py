@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo import autoencoder, text_encoders
 from demo.drawings import VOCABULARY
-from helpers.families.tiny import SdxlSizes, build_sdxl, save_sdxl
+from helpers.families.miniatures.sdxl import SdxlSizes, build_sdxl, save_sdxl
 
 SIZES = SdxlSizes(
     unet_channels=(32, 64, 64),

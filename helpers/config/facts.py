@@ -38,6 +38,23 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Miniature:
+    """A tiny model of a family: its real architecture and file layout, random weights (helpers/families/tiny.py).
+
+    The rest is what tests expect of it: trained on four samples again and again, `learns_in` steps bring the loss below `learns_to`,
+    at `rate` times the usual learning rates.
+    """
+
+    name: str  # by which it is written
+    writer: str  # "package.module:function": (folder, seed=) => the folder
+    learns_in: int = 60
+    learns_to: float = 0.03
+    rate: float = 1.0
+    drops_to_zeros: bool = False  # a dropped caption is zeros, not the empty caption
+    kohya: bool = False  # its LoRA is written in kohya's layout too
+
+
+@dataclass(frozen=True)
 class FamilyFacts(Facts):
     """What a family of base models declares beside that.
 
@@ -62,6 +79,7 @@ class FamilyFacts(Facts):
     encoders_apart: bool = False  # a caption can be dropped for one text encoder and kept for another
     controlnet: bool = False  # a ControlNet can be trained for its networks
     edge: int | None = None  # the shorter edge in pixels that all its base models are made for
+    miniatures: tuple[Miniature, ...] = ()  # one for each variant of the architecture
 
     def objective_for(self, settings: Settings) -> str:
         """The objective under these settings."""

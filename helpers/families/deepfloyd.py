@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from helpers.config.facts import FamilyFacts, Settings
+from helpers.config.facts import FamilyFacts, Miniature, Settings
 from helpers.data.ports import CaptionLengths, ImageCodec, LatentSpec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
@@ -166,6 +166,7 @@ class StageOne(DeepFloyd):
         wrapper="./train_sd2x.sh",
         setting="MODEL_TYPE='deepfloyd-lora' or 'deepfloyd-full'",
         pipelines=("IFPipeline",),
+        miniatures=(Miniature("deepfloyd_1", "helpers.families.miniatures.deepfloyd:write_deepfloyd_1"),),
         defaults={
             **OF_BOTH,
             "resolution": float(EDGE),
@@ -203,6 +204,7 @@ class StageTwo(DeepFloyd):
         wrapper="./train_sd2x.sh",
         setting="MODEL_TYPE='deepfloyd-stage2-lora' or 'deepfloyd-stage2'",
         pipelines=("IFSuperResolutionPipeline",),
+        miniatures=(Miniature("deepfloyd_2", "helpers.families.miniatures.deepfloyd:write_deepfloyd_2"),),
         defaults={**OF_BOTH, "resolution": float(QUARTER * EDGE), "validation_guidance": 4.0, "validation_num_inference_steps": 50},
         options=OPTIONS,
         model_types=_model_types("deepfloyd-stage2", "deepfloyd-stage2-lora", "deepfloyd_2"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.declare import option
-from helpers.config.facts import FamilyFacts, Settings
+from helpers.config.facts import FamilyFacts, Miniature, Settings
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import peft_lora
@@ -60,6 +60,10 @@ class HunyuanDiT:
         wrapper="./train_sdxl.sh",
         setting="HUNYUAN_DIT='true'",
         pipelines=("HunyuanDiTPipeline",),
+        miniatures=(
+            Miniature("hunyuan_dit", "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit"),
+            Miniature("hunyuan_dit_11", "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit_11", rate=0.5),
+        ),
         section=HunyuanOptions,
         options=frozenset({"sdxl_original_size", "pretrained_t5_model_name_or_path"}),
         judge=_judge,

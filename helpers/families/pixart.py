@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from helpers.config.declare import option
-from helpers.config.facts import FamilyFacts, Settings
+from helpers.config.facts import FamilyFacts, Miniature, Settings
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import peft_lora
@@ -186,6 +186,7 @@ class PixArtAlpha(PixArt):
         wrapper="./train_sdxl.sh",
         setting="PIXART_ALPHA='true'",
         pipelines=("PixArtAlphaPipeline",),
+        miniatures=(Miniature("pixart_alpha", "helpers.families.miniatures.pixart:write_pixart_alpha"),),
         section=PixArtOptions,
         options=OPTIONS,
         judge=_judge,
@@ -205,6 +206,7 @@ class PixArtSigma(PixArt):
         wrapper="./train_sdxl.sh",
         setting="PIXART_SIGMA='true'",
         pipelines=("PixArtSigmaPipeline",),
+        miniatures=(Miniature("pixart_sigma", "helpers.families.miniatures.pixart:write_pixart_sigma"),),
         section=PixArtOptions,
         options=OPTIONS,
         judge=_judge,

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.facts import FamilyFacts, Settings
+from helpers.config.facts import FamilyFacts, Miniature, Settings
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
@@ -50,6 +50,10 @@ class StableDiffusion:
         title="Stable Diffusion 1 and 2",
         wrapper="./train_sd2x.sh",
         pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+        miniatures=(
+            Miniature("sd1", "helpers.families.miniatures.sd:write_sd1", kohya=True),
+            Miniature("sd2", "helpers.families.miniatures.sd:write_sd2", kohya=True),
+        ),
         options=UNET_OPTIONS | {"long_captions"},
         img2img=True,
         controlnet=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.declare import option
-from helpers.config.facts import FamilyFacts, Settings
+from helpers.config.facts import FamilyFacts, Miniature, Settings
 from helpers.config.options import OPTIONS
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.errors import ModelError
@@ -104,6 +104,10 @@ class StableDiffusion3:
         defaults={"aspect_bucket_alignment": 64},
         wrapper="./train_sd3.sh",
         pipelines=("StableDiffusion3Pipeline",),
+        miniatures=(
+            Miniature("sd3", "helpers.families.miniatures.sd3:write_sd3", learns_in=90, learns_to=0.1, drops_to_zeros=True),
+            Miniature("sd35", "helpers.families.miniatures.sd3:write_sd35", learns_in=90, learns_to=0.1, drops_to_zeros=True),
+        ),
         section=SD3Options,
         options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path"}),
         objective="flow",

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.facts import FamilyFacts
+from helpers.config.facts import FamilyFacts, Miniature
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
@@ -40,6 +40,7 @@ class SDXL:
         pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
         accepts=sdxl_inputs.has_first_encoder,
         section=sdxl_inputs.SDXLOptions,
+        miniatures=(Miniature("sdxl", "helpers.families.miniatures.sdxl:write_sdxl", kohya=True, drops_to_zeros=True),),
         options=UNET_OPTIONS | {"long_captions"},
         img2img=True,
         controlnet=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.declare import option
-from helpers.config.facts import FamilyFacts
+from helpers.config.facts import FamilyFacts, Miniature
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import unet_lora
@@ -57,6 +57,7 @@ class SDXLRefiner:
         accepts=lambda index: not sdxl_inputs.has_first_encoder(index),
         selectable=False,
         section=RefinerOptions,
+        miniatures=(Miniature("sdxl_refiner", "helpers.families.miniatures.sd:write_sdxl_refiner", kohya=True, drops_to_zeros=True),),
         options=UNET_OPTIONS | {"sdxl_original_size", "long_captions"},
         img2img=True,
     )

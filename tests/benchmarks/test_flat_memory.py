@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import flat_memory
 from benchmarks.material import write_photographs
-from helpers.families.tiny import SdxlSizes, write_sdxl
+from helpers.families.miniatures.sdxl import SdxlSizes, write_sdxl
 
 STEPS = 240
 # KiB per step. The pools of allocators are still filling. With new crops in each epoch, encoding is ahead by a varying amount, some MB.

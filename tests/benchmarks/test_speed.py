@@ -30,7 +30,7 @@ from benchmarks import (
 from benchmarks.material import caption, run_settings, write_photographs
 from benchmarks.measure import in_turns
 from helpers.families import FAMILIES
-from helpers.families.tiny import SdxlSizes, write_sdxl
+from helpers.families.miniatures.sdxl import SdxlSizes, write_sdxl
 from tests.storage.s3_server import S3Server
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ from PIL import Image
 from demo import autoencoder, make_base, text_encoders
 from demo.drawings import CONCEPT, VOCABULARY, Scene, draw, random_scene
 from helpers.config.options import CacheOptions, ModelOptions
+from helpers.families.miniatures.sdxl import SdxlSizes, build_sdxl
 from helpers.families.sdxl import SDXL
-from helpers.families.tiny import SdxlSizes, build_sdxl
 
 MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
 

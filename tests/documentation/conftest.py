@@ -86,16 +86,16 @@ def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Miniatures in place of the models that the pages name."""
-    from helpers.families import tiny
     from helpers.families.miniatures import deepfloyd as tiny_deepfloyd
     from helpers.families.miniatures import hunyuan_dit as tiny_hunyuan
     from helpers.families.miniatures import pixart as tiny_pixart
     from helpers.families.miniatures import sd as tiny_sd
     from helpers.families.miniatures import sd3 as tiny_sd3
+    from helpers.families.miniatures import sdxl as tiny_sdxl
 
     folder = tmp_path_factory.mktemp("models")
     return {
-        SDXL_ON_THE_HUB: tiny.write_sdxl(folder / "sdxl"),
+        SDXL_ON_THE_HUB: tiny_sdxl.write_sdxl(folder / "sdxl"),
         REFINER_ON_THE_HUB: tiny_sd.write_sdxl_refiner(folder / "refiner"),
         SD3_ON_THE_HUB: tiny_sd3.write_sd3(folder / "sd3"),
         SD2_ON_THE_HUB: tiny_sd.write_sd2(folder / "sd2"),

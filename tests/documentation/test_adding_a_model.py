@@ -17,7 +17,7 @@ from tests.documentation.pages import ROOT, Page
 PAGE = Page.named("documentation/ADDING_A_MODEL.md")
 PIECES = re.findall(r"^`([\w./]+)`([^\n]*):\n\n```(python|diff)\n(.*?)^```$", PAGE.text, re.MULTILINE | re.DOTALL)
 COPIED = ("helpers", "tests", "toolkit")  # the folders that the page writes to, and the programs that import them
-SPARED = "tests/families/test_handed_over.py"  # it goes through all families: SIMPLETUNER_TEST_LONG=1 runs it here too
+SPARED = "tests/families/test_exports.py"  # it goes through all families: SIMPLETUNER_TEST_LONG=1 runs it here too
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from helpers.choices import known_axes
 from helpers.config.options import OPTIONS, AdapterOptions, CacheOptions, ModelOptions
 from helpers.config.read import read_config
+from helpers.families.miniatures.sdxl import write_sdxl
 from helpers.families.sdxl import SDXL
-from helpers.families.tiny import write_sdxl
 from helpers.methods.lycoris import Lycoris
 from tests.documentation.pages import Page
 

@@ -11,7 +11,7 @@ import pytest
 from helpers.choices import known_axes
 from helpers.config.options import OPTIONS
 from helpers.config.read import read_config
-from helpers.families.tiny import SDXL_SCHEDULE
+from helpers.families.miniatures.sdxl import SDXL_SCHEDULE
 from helpers.objectives import OBJECTIVES
 from helpers.objectives.weights import loss_weight
 from tests.documentation.pages import Page

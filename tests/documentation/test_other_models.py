@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from helpers.families.miniatures.sd3 import TEXT_WIDTH, t5_encoder, t5_tokenizer
+from helpers.families.miniatures.sd3 import TEXT_WIDTH
+from helpers.families.miniatures.t5 import t5_encoder, t5_tokenizer
 from tests.documentation.conftest import Followed, new_reader
 from tests.documentation.pages import Page
 

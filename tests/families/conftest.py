@@ -16,15 +16,14 @@ from helpers.config.options import CacheOptions, ModelOptions, ObjectiveOptions
 from helpers.data.base.draws import StepDraws
 from helpers.data.base.sample import Geometry, Size
 from helpers.data.batches import Batch
-from helpers.families import FAMILIES
+from helpers.families import FAMILIES, family_facts
 from helpers.families.tiny import MINIATURES
 from helpers.objectives import OBJECTIVES
 from helpers.protocols import ModelFamily, Objective
 
 CPU = torch.device("cpu")
-CLIP_ALONE = ("sd1", "sd2", "sdxl", "sdxl_refiner")  # miniatures that ask the noise or the velocity of diffusion, and read CLIP
-PEFT_ALONE = ("pixart_sigma", "pixart_alpha", "hunyuan_dit", "hunyuan_dit_11")  # those whose pipelines have no loader for LoRA files
-PIXELS = ("deepfloyd_1", "deepfloyd_2")  # those without a VAE
+EXPECTED = {miniature.name: miniature for facts in family_facts().values() for miniature in facts.miniatures}
+FAMILY_OF = {miniature.name: facts.name for facts in family_facts().values() for miniature in facts.miniatures}
 CAPTIONS = ("a red circle", "a photo of a cat on the sea", "", "blue square")
 GEOMETRY = Geometry(Size(1920, 1157), Size(1394, 840), top=36, left=25, target=Size(1344, 768))
 
@@ -88,7 +87,17 @@ def open_family(name: str, model: Path, cache: Path, **options: Any) -> ModelFam
 
 def family_name(miniature: str) -> str:
     """The registry's name of a miniature's family."""
-    return {"sd1": "sd2x", "sd2": "sd2x", "sd35": "sd3", "hunyuan_dit_11": "hunyuan_dit"}.get(miniature, miniature)
+    return FAMILY_OF[miniature]
+
+
+def miniatures_of(wanted: Callable[[Any], bool]) -> tuple[str, ...]:
+    """The miniatures of the families whose class fulfils a condition."""
+    return tuple(name for name in MINIATURES if wanted(FAMILIES[family_name(name)]))
+
+
+CLIP_ALONE = miniatures_of(lambda family: "long_captions" in family.facts.options)  # they predict noise or velocity, and read CLIP
+PEFT_ALONE = miniatures_of(lambda family: not family.loads_lora)  # those whose pipelines have no loader for LoRA files
+PIXELS = miniatures_of(lambda family: hasattr(family, "latents"))  # without a VAE: latents are known before a base model is open
 
 
 @pytest.fixture(params=MINIATURES)

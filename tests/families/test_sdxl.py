@@ -20,9 +20,9 @@ from helpers.data.batches import Batch
 from helpers.data.plan.buckets import geometry
 from helpers.data.plan.targets import ResolutionRule
 from helpers.errors import ModelError
+from helpers.families.miniatures.sdxl import write_sdxl
 from helpers.families.networks.sdxl_inputs import SDXLOptions
 from helpers.families.sdxl import SDXL
-from helpers.families.tiny import write_sdxl
 
 CPU = torch.device("cpu")
 CUT = Geometry(Size(1920, 1157), Size(1394, 840), top=36, left=25, target=Size(1344, 768))

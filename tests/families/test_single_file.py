@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.errors import ModelError
 from helpers.families.loading.recognise import recognise
-from helpers.families.tiny import SdxlSizes, write_sdxl
+from helpers.families.miniatures.sdxl import SdxlSizes, write_sdxl
 from tests.families.conftest import CPU, Tried, family_name, open_family
 from tests.families.original_layout import write_single_file
 

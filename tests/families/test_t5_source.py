@@ -19,8 +19,8 @@ from helpers.choices import known_axes
 from helpers.config.options import AdapterOptions
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, ModelError
-from helpers.families.miniatures.pixart import t5_config, t5_tokenizer
-from helpers.families.tiny import WORDS
+from helpers.families.miniatures.parts import WORDS
+from helpers.families.miniatures.t5 import t5_config, unigram_tokenizer
 from helpers.methods.full import FullFineTune
 from helpers.protocols import ModelFamily
 from tests.families.conftest import CPU, Tried, family_name, open_family
@@ -40,7 +40,7 @@ class Other:
 
     @classmethod
     def of(cls, width: int) -> Other:
-        tokenizer = t5_tokenizer([*WORDS, "harbour"])
+        tokenizer = unigram_tokenizer([*WORDS, "harbour"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
             return cls(T5EncoderModel(t5_config(len(tokenizer), width)).eval(), tokenizer)

@@ -9,12 +9,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
-from helpers.families import tiny
+from helpers.families.miniatures.clip import word_vocabulary
+from helpers.families.miniatures.sdxl import write_sdxl
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_sdxl(tmp_path_factory.mktemp("tiny"), seed=3)
+    return write_sdxl(tmp_path_factory.mktemp("tiny"), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +43,19 @@ def test_latents_are_an_eighth_of_the_picture(pipeline: StableDiffusionXLPipelin
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder: Path, tmp_path: Path) -> None:
-    assert weights_digest(tiny.write_sdxl(tmp_path / "same", seed=3)) == weights_digest(folder)
-    assert weights_digest(tiny.write_sdxl(tmp_path / "other", seed=4)) != weights_digest(folder)
+    assert weights_digest(write_sdxl(tmp_path / "same", seed=3)) == weights_digest(folder)
+    assert weights_digest(write_sdxl(tmp_path / "other", seed=4)) != weights_digest(folder)
 
 
 def test_writing_a_miniature_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
-    tiny.write_sdxl(tmp_path)
+    write_sdxl(tmp_path)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_every_word_of_the_vocabulary_is_one_token_even_when_words_share_pieces() -> None:
     words = ["an", "orange", "triangle", "range", "ran", "strange", "angel", "naïve"]
-    vocab, merges = tiny.word_vocabulary(words)
+    vocab, merges = word_vocabulary(words)
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
     assert [len(tokenizer.tokenize(word)) for word in words] == [1] * len(words)
 
@@ -81,6 +82,6 @@ def test_the_old_tokenizer_files_give_the_same_ids_as_the_new_one(folder: Path, 
 
 
 def test_schedule_settings_replace_the_usual_ones(tmp_path: Path) -> None:
-    tiny.write_sdxl(tmp_path, scheduler={"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    write_sdxl(tmp_path, scheduler={"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     assert (config["prediction_type"], config["rescale_betas_zero_snr"], config["beta_end"]) == ("v_prediction", True, 0.012)

@@ -1,10 +1,18 @@
-"""Names of the original SDXL code, as kohya-style files carry them. The expected names are those of published SDXL LoRAs."""
+"""Names of U-Net layers in kohya's layout. The expected names of SDXL's are those of published LoRAs."""
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
+from pathlib import Path
 
+import pytest
+import torch
+from safetensors import safe_open
+
+from helpers.config.options import AdapterOptions
 from helpers.families.lora.unet_names import original_name
+from helpers.methods.lora import Lora
+from tests.families.conftest import Tried
 
 SDXL_LEVELS = (True, True, False)  # up blocks, of which the last has no attention
 
@@ -34,3 +42,27 @@ def test_names_of_sdxl(module: str, name: str) -> None:
 def test_what_the_layout_has_no_name_for_is_an_error() -> None:
     with pytest.raises(KeyError):
         original_name("class_embedding", 2, SDXL_LEVELS)
+
+
+WRITTEN = {
+    "sd1": ("down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", "stable-diffusion-v1/lora", "sd_v1"),
+    "sd2": ("mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0", "stable-diffusion-v2-768-v/lora", "sd_v2_v"),
+    "sdxl": ("input_blocks_3_1_transformer_blocks_0_attn1_to_q", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
+    "sdxl_refiner": (
+        "up_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k",
+        "stable-diffusion-xl-v1-refiner/lora",
+        "sdxl_refiner_v1-0",
+    ),
+}
+
+
+@pytest.mark.parametrize("tried", WRITTEN, indirect=True)
+def test_a_kohya_file_has_the_names_that_its_readers_know_and_says_what_it_is_for(tried: Tried, tmp_path: Path) -> None:
+    name, *described = WRITTEN[tried.miniature]
+    method = Lora(dataclasses.replace(AdapterOptions(), lora_rank=4), tried.family)
+    _, path = method.save(method.attach(tried.family.load(torch.float32)), tmp_path)
+    with safe_open(path, "pt") as file:
+        assert {f"lora_unet_{name}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")} <= set(file.keys())
+        metadata = file.metadata()
+    assert [metadata[key] for key in ("modelspec.architecture", "ss_base_model_version")] == described
+    assert metadata["modelspec.resolution"] == "64x64"

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.config.options import CacheOptions, ModelOptions
+from helpers.families.miniatures.sdxl import write_sdxl
 from helpers.families.sdxl import SDXL
-from helpers.families.tiny import write_sdxl
 
 # What the network is asked: two noisy latents with their conditioning.
 QUESTION = {

@@ -18,7 +18,7 @@ from PIL import Image
 
 from helpers.config.options import CheckpointOptions
 from helpers.errors import StorageError
-from helpers.families.tiny import write_sdxl
+from helpers.families.miniatures.sdxl import write_sdxl
 from helpers.protocols import StepResult
 from helpers.reporting.records import METRICS, Records
 from helpers.storage.atomic import verify_manifest

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.families.tiny import write_sdxl
+from helpers.families.miniatures.sdxl import write_sdxl
 from tests.runs.conftest import Ended, Trainer
 
 SameWeights = Callable[[Ended, Ended], bool]

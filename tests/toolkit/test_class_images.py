@@ -14,8 +14,9 @@ from PIL import Image
 from transformers import T5EncoderModel
 
 from helpers.errors import EXIT_FINISHED, EXIT_REFUSED
-from helpers.families.miniatures.pixart import t5_config, write_pixart_sigma
+from helpers.families.miniatures.pixart import write_pixart_sigma
 from helpers.families.miniatures.sd3 import write_sd3, write_sd35
+from helpers.families.miniatures.t5 import t5_config
 from helpers.families.tiny import MINIATURES
 from toolkit.datasets import class_images
 

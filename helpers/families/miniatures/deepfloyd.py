@@ -9,8 +9,8 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from transformers import T5EncoderModel
 
-from helpers.families.miniatures.pixart import t5_config, t5_tokenizer
-from helpers.families.tiny import WORDS
+from helpers.families.miniatures.parts import WORDS
+from helpers.families.miniatures.t5 import t5_config, unigram_tokenizer
 
 TEXT_WIDTH = 32
 COSINE: dict[str, Any] = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
@@ -45,7 +45,7 @@ def write_deepfloyd_2(folder: str | Path, *, seed: int = 0) -> Path:
 
 def _parts() -> dict[str, Any]:
     """All but the network. No safety checker and no watermark, as many a copy."""
-    tokenizer = t5_tokenizer(WORDS)
+    tokenizer = unigram_tokenizer(WORDS)
     return {
         "tokenizer": tokenizer,
         "text_encoder": T5EncoderModel(t5_config(len(tokenizer), TEXT_WIDTH)),

@@ -11,8 +11,9 @@ import torch
 from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
 from transformers import BertConfig, BertModel, BertTokenizer, T5EncoderModel
 
-from helpers.families.miniatures.pixart import t5_config, t5_tokenizer
-from helpers.families.tiny import SDXL_SCHEDULE, WORDS, small_vae
+from helpers.families.miniatures.parts import WORDS, small_vae
+from helpers.families.miniatures.sdxl import SDXL_SCHEDULE
+from helpers.families.miniatures.t5 import t5_config, unigram_tokenizer
 
 TEXT_WIDTH = 32
 HEADS, HEAD_WIDTH = 4, 16
@@ -33,7 +34,7 @@ def _write(folder: str | Path, seed: int, *, told_sizes: bool, beta_end: float) 
     schedule = {**SDXL_SCHEDULE, "beta_end": beta_end, "prediction_type": "v_prediction"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        bert_words, t5_pieces = bert_tokenizer(WORDS), t5_tokenizer(WORDS)
+        bert_words, t5_pieces = bert_tokenizer(WORDS), unigram_tokenizer(WORDS)
         pipeline = HunyuanDiTPipeline(
             vae=small_vae(scale=0.13025),
             text_encoder=BertModel(_bert_config(len(bert_words))),

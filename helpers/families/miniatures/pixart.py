@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5EncoderModel
 
-from helpers.families.tiny import WORDS, small_vae
+from helpers.families.miniatures.parts import WORDS, small_vae
+from helpers.families.miniatures.t5 import t5_config, unigram_tokenizer
 
 TEXT_WIDTH = 32
 HEADS, HEAD_WIDTH = 3, 16  # together a multiple of 3: height, width and aspect have a third of the embedding each
-SPACE = "▁"  # SentencePiece's mark for the beginning of a word
 
 
 def write_pixart_sigma(folder: str | Path, *, seed: int = 0) -> Path:
@@ -40,7 +39,7 @@ def write_pixart_alpha(folder: str | Path, *, seed: int = 0) -> Path:
 def _write(folder: str | Path, seed: int, pipeline: Callable[..., Any], *, sample_size: int, told_sizes: bool, scale: float) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = t5_tokenizer(WORDS)
+        tokenizer = unigram_tokenizer(WORDS)
         vae: AutoencoderKL = small_vae(scale=scale)
         parts = pipeline(
             tokenizer=tokenizer,
@@ -65,15 +64,3 @@ def _transformer(sample_size: int, told_sizes: bool) -> PixArtTransformer2DModel
         sample_size=sample_size,
         use_additional_conditions=told_sizes,
     )
-
-
-def t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
-    """A unigram tokenizer as T5's, in which each of `words` is one token; other text falls apart into characters."""
-    whole = ["<pad>", "</s>", "<unk>", *(SPACE + word for word in words)]
-    characters = [SPACE, *string.ascii_lowercase, *string.digits, *string.punctuation]
-    return T5Tokenizer(vocab=[*((piece, 0.0) for piece in whole), *((piece, -1.0) for piece in characters)], extra_ids=0)
-
-
-def t5_config(tokens: int, width: int) -> T5Config:
-    """A small encoder with the feed-forward layers of T5 1.1, which PixArt and Stable Diffusion 3 use."""
-    return T5Config(vocab_size=tokens, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")

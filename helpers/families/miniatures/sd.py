@@ -18,7 +18,9 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from helpers.families.tiny import EOS, SDXL_SCHEDULE, WORDS, clip_config, clip_tokenizer, save_pipeline, small_vae, word_vocabulary
+from helpers.families.miniatures.clip import EOS, clip_config, clip_tokenizer, word_vocabulary
+from helpers.families.miniatures.parts import WORDS, save_pipeline, small_vae
+from helpers.families.miniatures.sdxl import SDXL_SCHEDULE
 
 WIDTH = 32  # of the text encoders
 TIME_ID_WIDTH = 8

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModelWithProjection
 
-from helpers.families.tiny import EOS, WORDS, clip_config, clip_tokenizer, save_pipeline, small_vae, word_vocabulary
+from helpers.families.miniatures.clip import EOS, clip_config, clip_tokenizer, word_vocabulary
+from helpers.families.miniatures.parts import WORDS, save_pipeline, small_vae
+from helpers.families.miniatures.t5 import t5_encoder, t5_tokenizer
 
 CLIP_WIDTHS = (24, 32)
 TEXT_WIDTH = 64  # T5's; wider than both CLIP encoders together, as in the real ones
@@ -25,32 +26,6 @@ def write_sd3(folder: str | Path, *, seed: int = 0) -> Path:
 def write_sd35(folder: str | Path, *, seed: int = 0) -> Path:
     """A miniature of Stable Diffusion 3.5 medium, whose T5 somebody left out."""
     return _write(folder, seed, with_t5=False, **SD35)
-
-
-def t5_tokenizer(words: Sequence[str] = WORDS) -> T5TokenizerFast:
-    """T5's tokenizer over a vocabulary in which each of `words` is one token, and others are spelt in letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-'"
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    return T5TokenizerFast(
-        vocab=[*pieces, *((f"▁{word}", -2.0) for word in words if len(word) > 1), *((letter, -5.0) for letter in letters)], extra_ids=0
-    )
-
-
-def t5_encoder(tokens: int, width: int) -> T5EncoderModel:
-    """A small encoder of T5 1.1 over a vocabulary of `tokens`."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=tokens,
-            d_model=width,
-            d_kv=16,
-            d_ff=2 * width,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    )
 
 
 def _write(folder: str | Path, seed: int, *, with_t5: bool, **transformer: Any) -> Path:

@@ -27,10 +27,11 @@ from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, UserError
-from helpers.families import tiny
 from helpers.families.miniatures import pixart as tiny_pixart
 from helpers.families.miniatures import sd as tiny_sd
 from helpers.families.miniatures import sd3 as tiny_sd3
+from helpers.families.miniatures import sdxl as tiny_sdxl
+from helpers.families.miniatures import t5 as tiny_t5
 from helpers.reporting import Reporters
 from helpers.training.memory import choose_attention
 from helpers.training.stopping import StopRequest
@@ -148,7 +149,7 @@ def build_lab(folder: Path) -> Lab:
     for name in ("cache", "runs"):
         (folder / name).mkdir(parents=True)  # made by the first run otherwise, and seen as its effect
     for seed, name in enumerate(("model", "other")):
-        tiny.write_sdxl(folder / name, seed=seed, sizes=tiny.SdxlSizes(unet_transformers=(1, 1, 1)))
+        tiny_sdxl.write_sdxl(folder / name, seed=seed, sizes=tiny_sdxl.SdxlSizes(unet_transformers=(1, 1, 1)))
     tiny_sd.write_sdxl_refiner(folder / "refiner")
     tiny_sd3.write_sd3(folder / "sd3")
     _write_t5(folder / "t5")
@@ -298,10 +299,10 @@ def refusal(lab: Lab, flags: Flags) -> str:
 
 def _write_t5(folder: Path) -> None:
     """A T5 for `sd3`, with other weights than its own."""
-    tokenizer = tiny_sd3.t5_tokenizer()
+    tokenizer = tiny_t5.t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        tiny_sd3.t5_encoder(len(tokenizer), tiny_sd3.TEXT_WIDTH).save_pretrained(folder)
+        tiny_t5.t5_encoder(len(tokenizer), tiny_sd3.TEXT_WIDTH).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
