@@ -57,7 +57,7 @@ class SDXLRefiner:
         accepts=lambda index: not sdxl_inputs.has_first_encoder(index),
         selectable=False,
         section=RefinerOptions,
-        miniatures=(Miniature("sdxl_refiner", "helpers.families.miniatures.sd:write_sdxl_refiner", kohya=True, drops_to_zeros=True),),
+        miniatures=(Miniature("sdxl_refiner", "helpers.families.miniatures.sd:write_sdxl_refiner", kohya=True),),
         options=UNET_OPTIONS | {"sdxl_original_size", "long_captions"},
         img2img=True,
     )
