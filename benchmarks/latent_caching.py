@@ -81,7 +81,8 @@ class Bench:
         cpu = torch.device("cpu")
         self.settings = DataSettings(folder, folder, folder, cpu, seed=0, batch_size=1, vae_batch_size=BATCH)
         self.codec = SharedCodec(self, cpu)  # type: ignore[arg-type]  # asks for nothing but `image_codec`
-        self.codec.hold()
+        self.held = self.codec.held()
+        self.held.__enter__()  # the codec stays loaded
 
     @contextmanager
     def image_codec(self, device: torch.device) -> Iterator[VaeCodec]:

@@ -58,11 +58,11 @@ def cached(folder: Path, encoders: TextEncoders, captions: Sequence[str]) -> flo
     with tempfile.TemporaryDirectory(dir=folder) as place:
         cache = Cache(Path(place))
         began = time.perf_counter()
-        encoder, options = CaptionEncoder(cache, encoders), EncodeOptions(batch_size=BATCH)
-        totals = encoder.encode(encoder.pending(captions, options), options)
+        encoder = CaptionEncoder(cache, encoders, EncodeOptions(batch_size=BATCH))
+        encoder.encode(encoder.pending(captions))
         seconds = time.perf_counter() - began
         cache.close()
-    assert totals.encoded == len(captions)
+    assert encoder.totals.encoded == len(captions)
     return seconds
 
 

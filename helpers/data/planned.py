@@ -13,7 +13,7 @@ from helpers.config.datasets import DatasetConfig
 from helpers.data.base.sample import Sample
 from helpers.data.base.workers import Workers
 from helpers.data.catalogue.catalogue import Catalogue
-from helpers.data.encode.companions import CompanionKind
+from helpers.data.encode.companions import Kind
 from helpers.data.order.epoch_order import EpochOrder, Share
 from helpers.data.order.steps import Steps
 from helpers.data.plan.buckets import BucketPlan, plan
@@ -28,7 +28,7 @@ class PlannedData:
 
     datasets: Sequence[DatasetConfig]  # of images, in the order of the plan
     sources: Mapping[str, SourceBackend]  # of these datasets and of their companions' datasets, by id
-    companions: Sequence[tuple[CompanionKind, ...]]  # for each dataset, what its images have beside them
+    companions: Sequence[tuple[Kind, ...]]  # of the images of each dataset
     catalogue: Catalogue
     plan: BucketPlan  # of epoch 0
     seed: int

@@ -64,9 +64,9 @@ class Encoders:
 
 def test_the_cache_holds_only_what_is_seen_of_a_caption(tmp_path: Path) -> None:
     cache, encoders, options = Cache(tmp_path), Encoders(), EncodeOptions(batch_size=2, cache_dtype="bf16")
-    encoder = CaptionEncoder(cache, encoders)
-    encoder.encode([["a red circle", "blue"]], options)
-    encoder.store(None, {name: tensor[0] for name, tensor in encoders.encode(["x y"]).items()}, options)
+    encoder = CaptionEncoder(cache, encoders, options)
+    encoder.encode([["a red circle", "blue"]])
+    encoder.store(None, {name: tensor[0] for name, tensor in encoders.encode(["x y"]).items()})
     for caption, length in (("a red circle", 3), ("blue", 1), (None, 2)):
         found = cache.get(text_key(caption, "words", "bf16"))
         assert found is not None

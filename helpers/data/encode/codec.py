@@ -4,60 +4,53 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from helpers.data.base.sample import Size
+
 if TYPE_CHECKING:
-    from helpers.data.ports import ImageCodec, ModelEncoders
+    from helpers.data.ports import ModelEncoders
 
 
 class SharedCodec:
     """The family's image codec (such as its VAE). Safe to use from several threads; they encode one after the other.
 
-    It is opened by the first `hold`, loads its weights when it first encodes, and is closed by the last `release`. `fingerprint` is known
-    without loading weights.
+    Its weights are loaded by the first `encode` while somebody holds it, and freed when nobody does. `fingerprint` is known without them.
     """
 
     def __init__(self, family: ModelEncoders, device: torch.device) -> None:
+        self.most_at_once: dict[Size, int] = {}  # images of a size, where more of them ran out of memory
         self._family = family
         self._device = device
         self._lock = threading.RLock()
         self._holders = 0
-        self._opened: AbstractContextManager[ImageCodec] | None = None
-        self._most_at_once: dict[torch.Size, int] = {}  # images of a shape, since more of them ran out of memory
+        self._opened = ExitStack()
 
     @cached_property
     def fingerprint(self) -> str:
         with self._family.image_codec(self._device) as codec:
             return codec.fingerprint
 
-    def hold(self) -> None:
-        """Keep the codec open until `release`."""
-        with self._lock:
-            if self._opened is None:
-                self._opened = self._family.image_codec(self._device)
-                self._codec = self._opened.__enter__()
-            self._holders += 1
-
-    def release(self) -> None:
-        with self._lock:
-            self._holders -= 1
-            if self._opened is not None and not self._holders:
-                del self._codec
-                self._opened.__exit__(None, None, None)
-                self._opened = None
-
     @contextmanager
     def held(self) -> Iterator[None]:
-        self.hold()
+        """Keep the codec open; any number of holders at the same time."""
+        with self._lock:
+            if not self._holders:
+                self._codec = self._opened.enter_context(self._family.image_codec(self._device))
+            self._holders += 1
         try:
             yield
         finally:
-            self.release()
+            with self._lock:
+                self._holders -= 1
+                if not self._holders:
+                    del self._codec
+                    self._opened.close()
 
     def load(self) -> None:
         """Load the weights now, in this thread: while libraries load weights, they change state of the whole process."""
@@ -74,10 +67,3 @@ class SharedCodec:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return None
-
-    def batch_limit(self, image: Tensor) -> int | None:
-        """The most images of this size to encode at once; None where no limit is known."""
-        return self._most_at_once.get(image.shape)
-
-    def limit_batches(self, image: Tensor, limit: int) -> None:
-        self._most_at_once[image.shape] = limit

@@ -6,6 +6,7 @@ where one member is missing, its whole batch is encoded and only the missing mem
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter, deque
@@ -58,20 +59,10 @@ class EncodeTotals:
     encoding_seconds: float = 0.0
     waiting_seconds: float = 0.0  # until images were read, decoded and resized
 
-    def to_json(self) -> str:
-        return json.dumps({**vars(self), "why": list(self.why.items())})
-
-    @staticmethod
-    def from_json(text: str) -> EncodeTotals:
-        values = json.loads(text)
-        return EncodeTotals(**{**values, "why": Counter(dict(values["why"]))})
-
-    def add(self, other: EncodeTotals) -> None:
-        self.encoded += other.encoded
-        self.why += other.why
-        self.failed += other.failed
-        self.encoding_seconds += other.encoding_seconds
-        self.waiting_seconds += other.waiting_seconds
+    def count(self, fact: str) -> None:
+        """Count one encoded record; `fact` is what `Cache.changed_fact` said of it."""
+        self.encoded += 1
+        self.why[REASONS[fact]] += 1
 
     def describe(self, needed: int, encoder: str) -> str:
         """One line, such as `377 needed, 300 cached; 77 encoded in 41 s (1.9/s, limited by encoding): 70 new, 7 changed image`."""
@@ -84,19 +75,18 @@ class EncodeTotals:
         return f"{line}; {self.encoded:,} encoded in {seconds:.0f} s ({self.encoded / seconds:,.1f}/s, limited by {limit}): {reasons}"
 
 
-def totals_of_all(totals: Sequence[EncodeTotals], workers: Workers) -> EncodeTotals:
-    """The sum of this process's totals, and then over all processes; every process must call it.
-
-    Times are those of the slowest process, since all work at the same time.
-    """
-    mine, total = EncodeTotals(), EncodeTotals()
-    for part in totals:
-        mine.add(part)
-    shares = [EncodeTotals.from_json(text) for text in workers.gather(mine.to_json())]
-    for share in shares:
-        total.add(share)
-    total.encoding_seconds = max(share.encoding_seconds for share in shares)
-    total.waiting_seconds = max(share.waiting_seconds for share in shares)
+def totals_of_all(mine: Sequence[EncodeTotals], workers: Workers) -> EncodeTotals:
+    """The sum of this process's totals and those of all others, each of which must call this. All work at the same time, so the
+    seconds are those of the slowest process."""
+    texts = workers.gather(json.dumps([vars(part) for part in mine]))
+    shares = [[EncodeTotals(**values) for values in json.loads(text)] for text in texts]
+    total = EncodeTotals()
+    for part in itertools.chain(*shares):
+        total.encoded += part.encoded
+        total.why.update(part.why)
+        total.failed += part.failed
+    total.encoding_seconds = max(sum(part.encoding_seconds for part in share) for share in shares)
+    total.waiting_seconds = max(sum(part.waiting_seconds for part in share) for share in shares)
     return total
 
 

@@ -11,9 +11,7 @@ bytes would be many times the size of the latents.
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,79 +20,39 @@ from PIL import Image
 from torch import Tensor
 
 from helpers.config.datasets import DatasetConfig
-from helpers.data.base.images import cut_out, decode, pixels_of, require_size
-from helpers.data.base.sample import Geometry, Sample
+from helpers.data.base.images import decode
+from helpers.data.base.sample import Geometry
 from helpers.data.ports import ModelEncoders, reads_conditions
-from helpers.errors import StorageError
-from helpers.storage.backend import SourceBackend
 
-CONDITION = "condition"  # a role
-VERSION = 1  # raise this whenever the tensor made of the same file and cut changes
-FILTERS = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
+IMAGE, CONDITION = "image", "condition"  # roles
+VERSION = 1  # raise this whenever another tensor is made of the same companion and cut
 
 
 @dataclass(frozen=True)
-class CompanionKind:
-    """A companion that every image of a dataset has."""
+class Kind:
+    """What kind of file an image, or a companion of it, is."""
 
-    role: str  # name of its tensor in the record, and of its fact
+    role: str  # of a companion, the name of its tensor in the record
     dataset: str  # id of the dataset it is read from
-    filter: str  # how it is resized: lanczos or nearest
-    as_latents: bool  # whether the network reads VAE latents or pixels
+    filter: str = "lanczos"  # how it is resized: lanczos or nearest
+    as_latents: bool = True  # whether the network reads VAE latents or pixels
 
     @property
     def fact(self) -> str:
-        """All that its tensor depends on besides the file, the cut and the codec."""
+        """All that a companion's tensor depends on besides the file, the cut and the codec."""
         return f"{'latents' if self.as_latents else 'pixels'} {self.filter} v{VERSION}"
 
     def blank(self, latents: Tensor, geometry: Geometry) -> Tensor:
-        """Zeros of the shape that it has beside latents (C, h, w): the same, or (3, H, W)."""
+        """Zeros in place of a companion of blank latents (C, h, w): the same, or (3, H, W)."""
         return latents if self.as_latents else torch.zeros(3, geometry.target.height, geometry.target.width)
 
 
-@dataclass
-class Companion:
-    """One companion of one image, until it is in a record."""
-
-    kind: CompanionKind
-    row: int  # in the catalogue
-    sample: Sample
-    content: str = ""  # SHA-256 in hex, once read
-    data: bytes | None = None  # the file, until it is decoded
-    tensor: Tensor | None = None  # (3, H, W) in [-1, 1] where it is to be encoded, else what `packed` returns
-
-    def read(self, source: SourceBackend) -> str:
-        """Read the file. Returns the reason why that is not possible, or "". Raises StorageError where the store fails."""
-        try:
-            self.data = source.read(self.sample.key)
-        except (FileNotFoundError, PermissionError) as error:
-            return f"{self.kind.role} cannot be opened: {error.strerror or error}"
-        except OSError as error:
-            raise StorageError(f"{source.name}: {self.sample.key} could not be read: {error.strerror or error}") from error
-        self.content = hashlib.sha256(self.data).hexdigest()
-        return ""
-
-    def decode(self, geometry: Geometry) -> None:
-        """Decode the file that was read and cut it as `geometry` cuts the image. Raises ImageError."""
-        data, self.data = self.data, None
-        assert data is not None
-        size, nearest = self.sample.size, self.kind.filter == "nearest"
-        require_size(data, size)
-        image = cut_out(decode(data, None if nearest else geometry.resized), size, geometry, FILTERS[self.kind.filter])
-        self.tensor = pixels_of(image) if self.kind.as_latents else packed(image)
-
-
-def companions_of(dataset: DatasetConfig, family: ModelEncoders) -> tuple[CompanionKind, ...]:
-    """What the images of a dataset have beside them."""
+def companions_of(dataset: DatasetConfig, family: ModelEncoders) -> tuple[Kind, ...]:
+    """The companions that every image of a dataset has."""
     of = dataset.condition
     if of is None:
         return ()
-    return (CompanionKind(CONDITION, of.id, of.resize_filter, reads_conditions(family) and family.condition_as_latents),)
-
-
-def facts_of(companions: Sequence[CompanionKind]) -> Mapping[str, str]:
-    """What the companions add to the facts of a record."""
-    return {companion.role: companion.fact for companion in companions}
+    return (Kind(CONDITION, of.id, of.resize_filter, reads_conditions(family) and family.condition_as_latents),)
 
 
 def packed(image: Image.Image) -> Tensor:

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -60,7 +61,7 @@ class LatentEncoder:
         self._present: list[EpochLatents] = []  # what the epoch needs that training begins in
         self._repairing = threading.Lock()
         self._needs_thread = False
-        self._holds_codec = False  # for the thread, already loaded
+        self._held_for_thread = ExitStack()  # the codec, loaded
         self._thread: threading.Thread | None = None
         # Shared with the thread:
         self._stopped = threading.Event()
@@ -100,8 +101,7 @@ class LatentEncoder:
         """Load the codec if something is left to encode while training runs."""
         self._needs_thread = any(self.store.redrawn) or self._is_incomplete
         if self._needs_thread:
-            self._holds_codec = True
-            self.codec.hold()
+            self._held_for_thread.enter_context(self.codec.held())
             self.codec.load()
 
     def _look_up(self) -> None:
@@ -191,9 +191,7 @@ class LatentEncoder:
         except BaseException as error:
             self._error = error
         finally:
-            if self._holds_codec:
-                self._holds_codec = False
-                self.codec.release()
+            self._held_for_thread.close()
             self.has_finished = True
             with self._writer.wrote:
                 self._writer.wrote.notify_all()

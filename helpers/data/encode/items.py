@@ -6,111 +6,138 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from PIL.Image import Resampling
 from torch import Tensor
 
-from helpers.data.base.images import ImageError, cut, decode, require_size
+from helpers.data.base.images import ImageError, cut_out, decode, pixels_of, require_size
 from helpers.data.base.sample import Geometry, Sample
-from helpers.data.encode.companions import Companion
+from helpers.data.encode.companions import IMAGE, Kind, packed
 from helpers.data.encode.keys import cuts, latents_key
 from helpers.data.encode.store import Unit
 from helpers.errors import StorageError
 from helpers.storage.backend import SourceBackend
 
+Sources = Mapping[str, SourceBackend]  # by id of the dataset
+
+FILTERS = {"lanczos": Resampling.LANCZOS, "nearest": Resampling.NEAREST}
+
+
+class UnusableFile(Exception):
+    """A file that cannot become part of a record. The message says why, in words for the user."""
+
+
+@dataclass
+class ItemFile:
+    """The file of an image, or of a companion of it."""
+
+    kind: Kind
+    row: int  # in the catalogue
+    sample: Sample
+    data: bytes = b""  # until it is decoded
+    content: str = ""  # SHA-256 in hex, once read
+    tensor: Tensor | None = None  # (3, H, W) in [-1, 1] where it is to be encoded, else what `packed` returns
+
+    def read(self, sources: Sources) -> None:
+        """Read the whole file. Raises UnusableFile, or StorageError where the store fails."""
+        source = sources[self.kind.dataset]
+        try:
+            self.data = source.read(self.sample.key)
+        except (FileNotFoundError, PermissionError) as error:
+            raise UnusableFile(f"{self._name}cannot be opened: {error.strerror or error}") from error
+        except OSError as error:
+            raise StorageError(f"{source.name}: {self.sample.key} could not be read: {error.strerror or error}") from error
+        self.content = hashlib.sha256(self.data).hexdigest()
+
+    def decode(self, geometry: Geometry) -> None:
+        """Decode and cut what was read. Raises UnusableFile."""
+        size, resized = self.sample.size, None if self.kind.filter == "nearest" else geometry.resized
+        try:
+            # Before decoding: a JPEG may be decoded at half its size, which then looks like that of an image half as large.
+            require_size(self.data, size)
+            image = cut_out(decode(self.data, resized), size, geometry, FILTERS[self.kind.filter])
+        except ImageError as error:
+            raise UnusableFile(f"{self._name}{error}") from error
+        self.tensor = pixels_of(image) if self.kind.as_latents else packed(image)
+        self.data = b""
+
+    @property
+    def _name(self) -> str:
+        return "" if self.kind.role == IMAGE else f"{self.kind.role} "
+
 
 @dataclass
 class EncodeItem:
-    """One image of a unit. Each stage fills in what the next one needs; `problem` says why it has no record, in words for the user."""
+    """One image of a unit with its companions. Each stage fills in what the next one needs."""
 
     planned: int  # row in the plan
-    row: int  # in the catalogue
-    sample: Sample
     geometry: Geometry
     cut: str  # what of the geometry is part of the key
-    companions: list[Companion] = field(default_factory=list)
-    content: str = ""  # SHA-256 of the file in hex, once read
+    files: list[ItemFile]  # the image itself, then its companions
     facts: dict[str, str] = field(default_factory=dict)
     key: bytes = b""
     is_missing: bool = False  # from the cache
-    pixels: Tensor | None = None  # (3, H, W) in [-1, 1]; None where nothing of its unit is to be encoded, and where there is a problem
+    is_ready: bool = False  # to be encoded: every file has its tensor
     record: dict[str, Tensor] | None = None
-    problem: str = ""
+    problem: str = ""  # why it has no record, in words for the user
     is_undecodable: bool = False  # so no other machine could encode it either
 
-    def read(self, sources: Mapping[str, SourceBackend]) -> bytes:
-        """The file; reads the companions too. Without content, or with a problem, where one cannot be read. StorageError of a store."""
-        for companion in self.companions:
-            self.problem = self.problem or companion.read(sources[companion.kind.dataset])
-        source = sources[self.sample.dataset]
-        try:
-            data = source.read(self.sample.key)
-        except (FileNotFoundError, PermissionError) as error:
-            self.problem = f"cannot be opened: {error.strerror or error}"
-            return b""
-        except OSError as error:
-            raise StorageError(f"{source.name}: {self.sample.key} could not be read: {error.strerror or error}") from error
-        self.content = hashlib.sha256(data).hexdigest()
-        return data
+    @property
+    def image(self) -> ItemFile:
+        return self.files[0]
 
     @property
     def contents(self) -> list[tuple[int, str]]:
-        """(catalogue row, content) of each file that was read: the image's, then its companions'."""
-        files = [(self.row, self.content), *((companion.row, companion.content) for companion in self.companions)]
-        return [(row, content) for row, content in files if content]
+        """(catalogue row, content) of each file that was read."""
+        return [(file.row, file.content) for file in self.files if file.content]
 
-    def decode(self, data: bytes) -> None:
-        """Decode and cut the image and its companions."""
-        try:
-            # Before decoding: a JPEG may be decoded at half its size, which then looks like that of an image half as large.
-            require_size(data, self.geometry.original)
-            self.pixels = cut(decode(data, self.geometry.resized), self.geometry)
-        except ImageError as error:
-            self._fail(str(error))
-            return
-        for companion in self.companions:
+    def read(self, sources: Sources) -> None:
+        for file in self.files:
             try:
-                companion.decode(self.geometry)
-            except ImageError as error:
-                self._fail(f"{companion.kind.role} {error}")
-                return
+                file.read(sources)
+            except UnusableFile as error:
+                self.problem = self.problem or str(error)
 
-    def _fail(self, problem: str) -> None:
-        self.problem, self.is_undecodable, self.pixels = problem, True, None
+    def decode(self) -> None:
+        try:
+            for file in self.files:
+                file.decode(self.geometry)
+            self.is_ready = True
+        except UnusableFile as error:
+            self.problem, self.is_undecodable = str(error), True
 
     def free(self) -> None:
-        """Let go of pixels and file contents."""
-        self.pixels = None
-        for companion in self.companions:
-            companion.data = companion.tensor = None
+        """Let go of file contents and pixels."""
+        self.is_ready = False
+        for file in self.files:
+            file.data, file.tensor = b"", None
 
 
-def load(unit: Unit, sources: Mapping[str, SourceBackend]) -> list[EncodeItem]:
-    """The images of a unit, read from `sources` (by id of the dataset), and where one of them is not cached, decoded and cut."""
-    items = [_item(unit, int(row), of_row) for row, of_row in zip(unit.rows, cuts(unit.latents.plan, unit.rows), strict=True)]
-    files: dict[int, bytes] = {}
+def load(unit: Unit, sources: Sources) -> list[EncodeItem]:
+    """The images of a unit, read, and where one of them is not cached, decoded and cut."""
+    items = [_item(unit, int(row), cut) for row, cut in zip(unit.rows, cuts(unit.latents.plan, unit.rows), strict=True)]
     for item in items:
-        data = item.read(sources)
+        item.read(sources)
         if not item.problem:
-            item.facts = unit.latents.facts(unit.dataset, " ".join(content for _, content in item.contents), item.cut)
+            item.facts = unit.latents.facts(unit.dataset, " ".join(file.content for file in item.files), item.cut)
             item.key = latents_key(item.facts)
-            files[item.planned] = data
     readable = [item for item in items if not item.problem]
     for item, location in zip(readable, unit.cache.find(item.key for item in readable), strict=True):
         item.is_missing = not location["shard"]
     if any(item.is_missing for item in readable):
         for item in readable:
-            item.decode(files.pop(item.planned))
-    if not any(item.is_missing and item.pixels is not None for item in items):
+            item.decode()
+    if not any(item.is_missing and item.is_ready for item in items):
         for item in items:
             item.free()
     return items
 
 
-def _item(unit: Unit, planned: int, of_row: str) -> EncodeItem:
-    latents, catalogue = unit.latents, unit.latents.data.catalogue
+def _item(unit: Unit, planned: int, cut: str) -> EncodeItem:
+    latents, data = unit.latents, unit.latents.data
     row = int(latents.plan.columns["row"][planned])
-    companions = [
-        Companion(kind, paired, catalogue.sample(paired))
-        for kind in latents.data.companions[unit.dataset]
-        if (paired := catalogue.condition_row(row)) is not None
-    ]
-    return EncodeItem(planned, row, catalogue.sample(row), latents.plan.geometry(planned), of_row, companions)
+    files = [ItemFile(Kind(IMAGE, data.datasets[unit.dataset].id), row, data.catalogue.sample(row))]
+    for kind in data.companions[unit.dataset]:
+        companion = data.catalogue.condition_row(row)
+        assert companion is not None, "the scan leaves out images without a companion"
+        files.append(ItemFile(kind, companion, data.catalogue.sample(companion)))
+    return EncodeItem(planned, latents.plan.geometry(planned), cut, files)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from helpers.data.base.images import PIXELS_VERSION
 from helpers.data.base.sample import Sample
 from helpers.data.cache.cache import record_key
-from helpers.data.encode.companions import CompanionKind, facts_of
+from helpers.data.encode.companions import Kind
 from helpers.data.plan.buckets import BucketPlan
 
 Rows = NDArray[np.int64]
@@ -36,13 +36,14 @@ def latents_subject(sample: Sample) -> str:
     return f"{sample.dataset}/{sample.key}"
 
 
-def latents_facts(content: str, cut: str, encoder: str, cache_dtype: str, companions: Sequence[CompanionKind] = ()) -> dict[str, str]:
+def latents_facts(content: str, cut: str, encoder: str, cache_dtype: str, companions: Sequence[Kind] = ()) -> dict[str, str]:
     """All that a record of latents depends on.
 
     `content` is what `Catalogue.content` returns, `cut` an element of `cuts`, `encoder` the fingerprint of the codec, `companions` those
     of the dataset's images.
     """
-    return {"image": content, "encoder": encoder, "geometry": cut, "precision": cache_dtype, **facts_of(companions)}
+    facts = {"image": content, "encoder": encoder, "geometry": cut, "precision": cache_dtype}
+    return facts | {companion.role: companion.fact for companion in companions}
 
 
 def latents_key(facts: Mapping[str, str]) -> bytes:

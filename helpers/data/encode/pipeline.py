@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -13,11 +13,13 @@ from types import TracebackType
 from torch import Tensor
 
 from helpers.data.base.prefetch import read_ahead
+from helpers.data.base.sample import Sample
 from helpers.data.cache.cache import Cache, Writer
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.encode.codec import SharedCodec
-from helpers.data.encode.common import REASONS, EncodeOptions, EncodeTotals, background_writes, is_finite, stored
-from helpers.data.encode.items import EncodeItem, load
+from helpers.data.encode.common import EncodeOptions, EncodeTotals, background_writes, is_finite, stored
+from helpers.data.encode.companions import IMAGE
+from helpers.data.encode.items import EncodeItem, Sources, load
 from helpers.data.encode.keys import latents_subject
 from helpers.data.encode.store import Unit
 from helpers.errors import Interrupted
@@ -29,8 +31,6 @@ IDLE_SECONDS = 0.02
 
 OUT_OF_MEMORY = "out of memory: the image alone does not fit while it is encoded"
 NOT_FINITE = "not finite: the VAE's output does not fit the cache's precision; use --vae_dtype=fp32 and --cache_dtype=fp32"
-
-Sources = Mapping[str, SourceBackend]  # by id of the dataset
 
 
 def encode_units(units: Iterable[Unit | None], codec: SharedCodec, writer: RecordWriter, options: EncodeOptions) -> EncodeTotals:
@@ -94,7 +94,7 @@ class RecordWriter:
             item.record = None
             if item.problem:
                 totals.failed += 1
-                self._catalogue.add_failure(unit.latents.number, item.row, item.problem, item.is_undecodable)
+                self._catalogue.add_failure(unit.latents.number, item.image.row, item.problem, item.is_undecodable)
         with self.wrote:
             self.wrote.notify_all()
 
@@ -119,9 +119,8 @@ class RecordWriter:
             writer.__exit__(kind, error, trace)
 
     def _add(self, unit: Unit, item: EncodeItem, record: dict[str, Tensor], totals: EncodeTotals) -> None:
-        subject, writer = latents_subject(item.sample), self.writer(unit.cache)
-        totals.why[REASONS[unit.cache.changed_fact(subject, item.facts)]] += 1
-        totals.encoded += 1
+        subject, writer = latents_subject(item.image.sample), self.writer(unit.cache)
+        totals.count(unit.cache.changed_fact(subject, item.facts))
         writer.add(item.key, record, subject, item.facts)
         self._unsealed[unit.latents.number, item.planned] = (writer, item.key, writer.sealed)
 
@@ -145,14 +144,14 @@ def _may_be_open(writer: Writer, key: bytes, sealed: int) -> bool:
 
 
 def _encode(items: Sequence[EncodeItem], codec: SharedCodec, cache_dtype: str) -> None:
-    """Give each item that has pixels its record, in fewer batches where memory does not suffice for one."""
-    left = [item for item in items if item.pixels is not None]
+    """Give each item that is ready its record, in smaller batches if memory does not suffice for one."""
+    left = [item for item in items if item.is_ready]
     while left:
-        assert left[0].pixels is not None
-        part = left[: codec.batch_limit(left[0].pixels) or len(left)]
-        tensors = _encoded(part, codec)
+        shape = left[0].geometry.target
+        part = left[: codec.most_at_once.get(shape, len(left))]
+        tensors = _tensors(part, codec)
         if tensors is None and len(part) > 1:
-            codec.limit_batches(left[0].pixels, len(part) // 2)
+            codec.most_at_once[shape] = len(part) // 2
             continue
         for i, item in enumerate(part):
             if tensors is not None:
@@ -164,49 +163,46 @@ def _encode(items: Sequence[EncodeItem], codec: SharedCodec, cache_dtype: str) -
         item.free()  # the writer may be some batches behind
 
 
-def _encoded(items: Sequence[EncodeItem], codec: SharedCodec) -> dict[str, Tensor | Sequence[Tensor]] | None:
-    """The tensors of items that have pixels, by name; None where memory does not suffice."""
-    encoded = codec.encode([item.pixels for item in items if item.pixels is not None])
-    if encoded is None:
-        return None
-    tensors: dict[str, Tensor | Sequence[Tensor]] = {**encoded}
-    for i, companion in enumerate(items[0].companions):
-        of_all = [tensor for item in items if (tensor := item.companions[i].tensor) is not None]
-        if not companion.kind.as_latents:
-            tensors[companion.kind.role] = of_all
+def _tensors(items: Sequence[EncodeItem], codec: SharedCodec) -> dict[str, Sequence[Tensor] | Tensor] | None:
+    """What the records of some items hold, by name; None if memory does not suffice."""
+    tensors: dict[str, Sequence[Tensor] | Tensor] = {}
+    for i, file in enumerate(items[0].files):
+        of_all = [tensor for item in items if (tensor := item.files[i].tensor) is not None]
+        if not file.kind.as_latents:
+            tensors[file.kind.role] = of_all
             continue
-        latents = codec.encode(of_all)
-        if latents is None:
+        encoded = codec.encode(of_all)
+        if encoded is None:
             return None
-        tensors[companion.kind.role] = latents["mean"]
+        tensors |= encoded if file.kind.role == IMAGE else {file.kind.role: encoded["mean"]}
     return tensors
 
 
 @contextmanager
 def _sources_ahead(units: Iterable[Unit | None]) -> Iterator[Mapping[int, Sources]]:
-    """What each dataset (by its index) reads from: remote sources read ahead, where it is known which units will be asked for."""
-    ahead: dict[int, Sources] = {}
+    """What each dataset (by its index) reads from: remote sources read ahead, if it is known which units will be asked for."""
+    by_dataset: dict[int, list[Unit]] = {}
+    for unit in units if isinstance(units, Sequence) else ():
+        by_dataset.setdefault(unit.dataset, []).append(unit)
     with ExitStack() as stack:
-        if isinstance(units, Sequence):
-            by_dataset: dict[int, list[Unit]] = {}
-            for unit in units:
-                if unit is not None:
-                    by_dataset.setdefault(unit.dataset, []).append(unit)
-            for dataset, own in by_dataset.items():
-                data = own[0].latents.data
-                names = [data.datasets[dataset].id, *(kind.dataset for kind in data.companions[dataset])]
-                ahead[dataset] = {name: stack.enter_context(read_ahead(data.sources[name], _keys(own, i))) for i, name in enumerate(names)}
-        yield ahead
+        yield {dataset: dict(_ahead(own, stack)) for dataset, own in by_dataset.items()}
 
 
-def _keys(units: Sequence[Unit], which: int) -> Iterator[str]:
-    """The files of units in the order in which `load` reads them: the images themselves (0), or their companions (from 1)."""
-    for unit in units:
-        for row in unit.latents.plan.columns["row"][unit.rows].tolist():
-            if which == 0:
-                yield unit.latents.data.catalogue.sample(row).key
-            elif (companion := unit.latents.data.catalogue.condition(row)) is not None:
-                yield companion.key
+def _ahead(units: Sequence[Unit], stack: ExitStack) -> Iterator[tuple[str, SourceBackend]]:
+    """By their ids, the sources that units of one dataset are read from: its own, and those of its companions."""
+    data, dataset = units[0].latents.data, units[0].dataset
+
+    def keys(of: Callable[[int], Sample | None]) -> Iterator[str]:
+        """The files in the order in which `load` reads them."""
+        for unit in units:
+            for row in unit.latents.plan.columns["row"][unit.rows].tolist():
+                if (sample := of(row)) is not None:
+                    yield sample.key
+
+    images = data.datasets[dataset].id
+    yield images, stack.enter_context(read_ahead(data.sources[images], keys(data.catalogue.sample)))
+    for kind in data.companions[dataset]:
+        yield kind.dataset, stack.enter_context(read_ahead(data.sources[kind.dataset], keys(data.catalogue.condition)))
 
 
 def _loaded(

@@ -16,7 +16,7 @@ from helpers.data.base.padding import without_padding
 from helpers.data.base.progress import bar
 from helpers.data.base.workers import Workers
 from helpers.data.cache.cache import Cache, DamagedRecordError, Writer
-from helpers.data.encode.common import REASONS, EncodeOptions, EncodeTotals, background_writes, is_finite, stored, totals_of_all
+from helpers.data.encode.common import EncodeOptions, EncodeTotals, background_writes, is_finite, stored, totals_of_all
 from helpers.data.encode.keys import text_key, text_subject
 from helpers.data.planned import PlannedData
 from helpers.data.report.dataset_report import cut_off_line
@@ -34,65 +34,69 @@ log = logging.getLogger(__name__)
 
 
 class CaptionEncoder:
-    """Encodes captions into one cache, in batches that do not depend on what is missing. Needs no encoder where nothing is."""
+    """Encodes captions into one cache, in batches that do not depend on what is missing, and counts them in `totals`.
 
-    def __init__(self, cache: Cache, encoders: TextEncoders) -> None:
-        self.cache = cache
-        self.encoders = encoders
+    The encoders are used for missing captions only.
+    """
 
-    def batches(self, captions: Sequence[str], batch_size: int) -> list[Sequence[str]]:
+    def __init__(self, cache: Cache, encoders: TextEncoders, options: EncodeOptions) -> None:
+        self.totals = EncodeTotals()
+        self._cache = cache
+        self._encoders = encoders
+        self._options = options
+
+    def batches(self, captions: Sequence[str]) -> list[Sequence[str]]:
         """The batches of distinct captions, whose order must always be the same, such as sorted."""
-        return [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
+        size = self._options.batch_size
+        return [captions[start : start + size] for start in range(0, len(captions), size)]
 
-    def pending(self, captions: Sequence[str], options: EncodeOptions) -> list[Sequence[str]]:
+    def pending(self, captions: Sequence[str]) -> list[Sequence[str]]:
         """This process's batches in which a caption is missing."""
-        mine = self.batches(captions, options.batch_size)[options.workers.rank :: options.workers.world_size]
-        return [batch for batch in mine if self._missing(batch, options)]
+        workers = self._options.workers
+        return [batch for batch in self.batches(captions)[workers.rank :: workers.world_size] if self._missing(batch)]
 
-    def encode(self, batches: Sequence[Sequence[str]], options: EncodeOptions) -> EncodeTotals:
+    def encode(self, batches: Sequence[Sequence[str]]) -> None:
         """Encode what is missing of some batches.
 
         Raises DataError when the encoders return values that are not finite, and Interrupted, after sealing what is done, when stopped.
         """
-        totals = EncodeTotals()
-        with Writer(self.cache, options.workers.rank) as writer, background_writes() as write:
+        with Writer(self._cache, self._options.workers.rank) as writer, background_writes() as write:
             for captions in batches:
                 started = time.monotonic()
-                missing = self._missing(captions, options)
-                encoded = self.encoders.encode(captions)
-                tensors = {name: stored(tensor, options.cache_dtype).cpu() for name, tensor in encoded.items()}
-                totals.encoding_seconds += time.monotonic() - started
-                records = [(captions[i], {name: tensor[i] for name, tensor in tensors.items()}) for i in missing]
-                write(self._store, writer, records, options, totals)
-                options.progress(len(captions))
-                if options.workers.should_stop():
+                missing = self._missing(captions)
+                tensors = self._stored(self._encoders.encode(captions))
+                self.totals.encoding_seconds += time.monotonic() - started
+                write(self._store, writer, [(captions[i], {name: tensor[i] for name, tensor in tensors.items()}) for i in missing])
+                self._options.progress(len(captions))
+                if self._options.workers.should_stop():
                     raise Interrupted("stopped while captions were encoded; encoded captions are kept, start again to continue")
-        return totals
 
-    def store(self, caption: str | None, tensors: Mapping[str, Tensor], options: EncodeOptions) -> None:
+    def store(self, caption: str | None, tensors: Mapping[str, Tensor]) -> None:
         """Store tensors that were encoded elsewhere, such as the unconditional (None)."""
-        record = {name: stored(tensor, options.cache_dtype).cpu() for name, tensor in tensors.items()}
-        with Writer(self.cache, options.workers.rank) as writer:
-            self._store(writer, [(caption, record)], options, EncodeTotals())
+        with Writer(self._cache, self._options.workers.rank) as writer:
+            self._store(writer, [(caption, self._stored(tensors))])
 
-    def _missing(self, captions: Sequence[str], options: EncodeOptions) -> list[int]:
+    def _missing(self, captions: Sequence[str]) -> list[int]:
         """Positions of the captions that have no record."""
-        located = self.cache.find(text_key(caption, self.encoders.fingerprint, options.cache_dtype) for caption in captions)
+        located = self._cache.find(map(self._key, captions))
         return np.flatnonzero(located["shard"] == 0).tolist()
 
-    def _store(
-        self, writer: Writer, records: Sequence[tuple[str | None, dict[str, Tensor]]], options: EncodeOptions, totals: EncodeTotals
-    ) -> None:
-        facts = {"encoder": self.encoders.fingerprint, "precision": options.cache_dtype}
+    def _stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: stored(tensor, self._options.cache_dtype).cpu() for name, tensor in tensors.items()}
+
+    def _store(self, writer: Writer, records: Sequence[tuple[str | None, dict[str, Tensor]]]) -> None:
+        facts = {"encoder": self._encoders.fingerprint, "precision": self._options.cache_dtype}
         for caption, record in records:
             if not is_finite(record):
                 raise DataError(
                     f"The text tensors of {(caption or '')[:80]!r} do not fit the cache's precision; use --cache_dtype=bf16 or fp32."
                 )
             subject = text_subject(caption)
-            totals.why[REASONS[self.cache.changed_fact(subject, facts)]] += 1
-            totals.encoded += 1
-            writer.add(text_key(caption, self.encoders.fingerprint, options.cache_dtype), without_padding(record), subject, facts)
+            self.totals.count(self._cache.changed_fact(subject, facts))
+            writer.add(self._key(caption), without_padding(record), subject, facts)
+
+    def _key(self, caption: str | None) -> bytes:
+        return text_key(caption, self._encoders.fingerprint, self._options.cache_dtype)
 
 
 class TextStore:
@@ -140,30 +144,30 @@ class TextStore:
                 cached = memo.load_value("captions", inputs)  # number of captions of the datasets, if all are known to be cached
                 wanted = [self._captions(index) if cached is None else [] for index in range(len(datasets))]
                 wanted.append(self._extra)
-                into = [CaptionEncoder(cache, encoders) for cache in self._caches]
-                totals = [self._encode(encoder, captions) for encoder, captions in zip(into, wanted, strict=True)]
+                mine = [self._encode(*each, encoders) for each in zip(self._caches, wanted, strict=True)]
                 self._encode_unconditional(encoders)
             truncated = sum(map(int, self._workers.gather(str(encoders.truncated))))
         if cached is None:
             cached = sum(map(len, wanted[:-1]))
             if self._workers.is_first:
                 memo.save_value("captions", inputs, cached)
-        total = totals_of_all(totals, self._workers)
-        self._report.chapter("text", total.describe(cached + len(self._extra), "the text encoders"))
+        totals = totals_of_all(mine, self._workers)
+        self._report.chapter("text", totals.describe(cached + len(self._extra), "the text encoders"))
         self._report_truncated(truncated)
         self.unconditional = self.read(None)
 
-    def _encode(self, encoder: CaptionEncoder, captions: Sequence[str]) -> EncodeTotals:
-        pending = encoder.pending(captions, self._options)
-        if not pending:
-            return EncodeTotals()
-        with bar(self._report, "encode captions", sum(map(len, pending)), "captions") as progress:
-            return encoder.encode(pending, dataclasses.replace(self._options, progress=progress))
+    def _encode(self, cache: Cache, captions: Sequence[str], encoders: TextEncoders) -> EncodeTotals:
+        encoder = CaptionEncoder(cache, encoders, self._options)
+        if pending := encoder.pending(captions):
+            with bar(self._report, "encode captions", sum(map(len, pending)), "captions") as progress:
+                encoder = CaptionEncoder(cache, encoders, dataclasses.replace(self._options, progress=progress))
+                encoder.encode(pending)
+        return encoder.totals
 
     def _encode_unconditional(self, encoders: TextEncoders) -> None:
         cache = self._caches[EXTRA]
         if self._workers.is_first and not cache.find([self._key(None)])["shard"][0]:
-            CaptionEncoder(cache, encoders).store(None, self._family.unconditional(encoders), self._options)
+            CaptionEncoder(cache, encoders, self._options).store(None, self._family.unconditional(encoders))
 
     def _report_live_text(self) -> None:
         """Say that captions are encoded in every step, and how many are too long."""
@@ -214,14 +218,13 @@ class TextStore:
 
     def _repair(self, caption: str | None, dataset: int) -> None:
         """Encode a caption again in the batch it was encoded in. One thread at a time loads the text encoders."""
-        options = dataclasses.replace(self._options, workers=Workers(self._workers.rank))
+        options = dataclasses.replace(self._options, workers=Workers(self._workers.rank))  # which nobody stops
         with self._repairing, self._family.text_encoders(self._settings.device) as encoders:
-            encoder = CaptionEncoder(self._caches[dataset], encoders)
+            encoder = CaptionEncoder(self._caches[dataset], encoders, options)
             if caption is None:
-                encoder.store(None, self._family.unconditional(encoders), options)
+                encoder.store(None, self._family.unconditional(encoders))
             else:
-                batches = encoder.batches(self._captions(dataset), options.batch_size)
-                encoder.encode([batch for batch in batches if caption in batch], options)
+                encoder.encode([batch for batch in encoder.batches(self._captions(dataset)) if caption in batch])
 
     def _captions(self, dataset: int) -> list[str]:
         """The distinct captions of a dataset, sorted."""
