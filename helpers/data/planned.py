@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from helpers.config.datasets import DatasetConfig
 from helpers.data.base.sample import Sample
-from helpers.data.base.workers import Workers
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.encode.companions import Kind
 from helpers.data.order.epoch_order import EpochOrder, Share
 from helpers.data.order.steps import Steps
 from helpers.data.plan.buckets import BucketPlan, plan
 from helpers.data.planning import columns_of, plan_inputs
-from helpers.data.settings import DataSettings
+from helpers.data.settings import DataContext
 from helpers.storage.backend import SourceBackend
 
 
@@ -60,8 +59,9 @@ class PlannedData:
         return self.catalogue.sample(int(self.plan.columns["row"][row]))
 
 
-def steps_of(data: PlannedData, settings: DataSettings, workers: Workers) -> Steps:
+def steps_of(data: PlannedData, context: DataContext) -> Steps:
     """The order of training. It covers the whole plan: images that turn out not to be encodable leave their places empty."""
+    settings, workers = context.settings, context.workers
     shares = [Share(dataset.repeats, dataset.probability, dataset.ignore_epochs) for dataset in data.datasets]
     shapes = data.shapes_of if any(dataset.redraws_aspects for dataset in data.datasets) else data.plan.columns["shape"]
     order = EpochOrder(shapes, data.plan.columns["dataset"], shares, settings.batch_size, data.seed)

@@ -18,10 +18,9 @@ from helpers.data.fingerprint import DataFingerprint
 from helpers.data.planned import PlannedData, steps_of
 from helpers.data.report.dataset_report import mix_summary
 from helpers.data.scanning import Scanner
-from helpers.data.settings import DataSettings
+from helpers.data.settings import DataContext, DataSettings
 from helpers.data.surveying import Surveyor
 from helpers.data.training_data import CachedRecords, TrainingData
-from helpers.storage.memo import Memo
 
 if TYPE_CHECKING:
     from helpers.data.ports import DataReporter, ModelEncoders
@@ -35,13 +34,14 @@ def prepare_data(
     Raises DataError where training cannot start from these datasets, StorageError where a store fails, and Interrupted when the user
     asked to stop; what has been encoded by then is kept.
     """
-    data, found = Scanner(datasets, settings, family, workers, report).run()
-    surveyor = Surveyor(data, found, family, settings, workers, report)
+    context = DataContext(settings, family, workers, report)
+    scanner = Scanner(datasets, context)
+    data = scanner.run()
+    surveyor = Surveyor(data, scanner, context)
     surveyor.describe()
 
-    steps = steps_of(data, settings, workers)
-    encoder = LatentEncoder(data, steps, family, settings, workers, report)
-    texts = TextStore(data, family, settings, workers, report)
+    steps = steps_of(data, context)
+    encoder, texts = LatentEncoder(data, steps, context), TextStore(data, context)
     if settings.behind:
         texts.encode()
         encoder.locate()
@@ -56,7 +56,7 @@ def prepare_data(
     records = CachedRecords(data, family, encoder, texts)
     maker = BatchMaker(records, settings.seed, settings.caption_dropout, settings.encoders_apart)
     fixed = _fixed(data, settings, encoder.codec.fingerprint, texts.fingerprint)
-    fingerprint = DataFingerprint(data, fixed, Memo(settings.cache_dir / "memo") if workers.is_first else None)
+    fingerprint = DataFingerprint(data, fixed, context.memo if workers.is_first else None)
     return TrainingData(records, steps, maker, fingerprint, _undecodable(data, settings), surveyor)
 
 
@@ -64,8 +64,9 @@ def survey_data(
     datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelEncoders, workers: Workers, report: DataReporter
 ) -> None:
     """Scan, plan and report as `prepare_data` does, and encode nothing. Raises the same errors."""
-    data, found = Scanner(datasets, settings, family, workers, report).run()
-    Surveyor(data, found, family, settings, workers, report).describe(anew=True)
+    context = DataContext(settings, family, workers, report)
+    scanner = Scanner(datasets, context)
+    Surveyor(scanner.run(), scanner, context).describe(anew=True)
 
 
 def _undecodable(data: PlannedData, settings: DataSettings) -> dict[str, Sequence[str]]:

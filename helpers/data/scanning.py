@@ -6,16 +6,13 @@ The first process does the work and writes catalogue and plan into CACHE_DIR; th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helpers.config.datasets import DatasetConfig
 from helpers.data.base.progress import late_bar
-from helpers.data.base.workers import Workers
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.faces import find_faces
 from helpers.data.catalogue.scan import Refreshed, ScanOptions, ScanResult, judge, refresh, scan
@@ -33,71 +30,56 @@ from helpers.data.planning import (
     save_plan,
     without_a_face,
 )
-from helpers.data.settings import DataSettings
+from helpers.data.settings import DataContext
 from helpers.data.sources import open_source
-from helpers.storage.memo import Memo
-
-if TYPE_CHECKING:
-    from helpers.data.ports import DataReporter, ModelEncoders
-
-
-@dataclass
-class ScanResults:
-    """What the scan found, for the report. Empty in other processes than the first."""
-
-    images: list[ScanResult] = field(default_factory=list)  # for each dataset
-    conditions: list[ScanResult] = field(default_factory=list)  # for each dataset of conditions
-    faceless: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # see `without_a_face`
 
 
 class Scanner:
-    """Scans and plans the datasets of a run. A start from which nothing changed opens no image."""
+    """Scans and plans the datasets of a run, and keeps for the report what it found. If nothing changed, a start opens no image."""
 
-    def __init__(
-        self, datasets: Sequence[DatasetConfig], settings: DataSettings, family: ModelEncoders, workers: Workers, report: DataReporter
-    ) -> None:
+    def __init__(self, datasets: Sequence[DatasetConfig], context: DataContext) -> None:
+        self.results: list[ScanResult] = []  # of each dataset; empty in other processes than the first, like what follows
+        self.conditions: list[ScanResult] = []  # of each dataset of conditions
+        self.faceless: Mapping[str, NDArray[np.int64]] = {}  # what `without_a_face` returns
         self._datasets = datasets
         self._conditions = conditions_of(datasets)
         self._sources = {dataset.id: open_source(dataset) for dataset in (*datasets, *self._conditions.values())}
-        self._settings = settings
-        self._family = family
-        self._workers = workers
-        self._report = report
+        self._context = context
+        self._settings = context.settings
+        self._workers = context.workers
 
-    def run(self) -> tuple[PlannedData, ScanResults]:
+    def run(self) -> PlannedData:
         """Raises DataError where no image of a dataset can be trained on, StorageError, and Interrupted when stopped."""
-        folder, results = self._settings.cache_dir, ScanResults()
+        folder = self._settings.cache_dir
         with self._workers.phase():
             if self._workers.is_first:
                 catalogue = Catalogue(folder / "catalogue.sqlite")
                 catalogue.forget_failures()
-                results = self._scan_all(catalogue)
-                results.faceless = self._make_plan(catalogue, folder / "plan")
+                self._scan_all(catalogue)
+                self.faceless = self._make_plan(catalogue, folder / "plan")
         if not self._workers.is_first:
             catalogue = Catalogue(folder / "catalogue.sqlite")
-        companions = [companions_of(dataset, self._family) for dataset in self._datasets]
-        data = PlannedData(self._datasets, self._sources, companions, catalogue, load_plan(folder / "plan"), self._settings.seed)
-        return data, results
+        companions = [companions_of(dataset, self._context.family) for dataset in self._datasets]
+        return PlannedData(self._datasets, self._sources, companions, catalogue, load_plan(folder / "plan"), self._settings.seed)
 
-    def _scan_all(self, catalogue: Catalogue) -> ScanResults:
+    def _scan_all(self, catalogue: Catalogue) -> None:
         refreshed = {name: self._refresh_conditions(name, catalogue) for name in self._conditions}  # first: images are paired with them
-        images = [self._scan(dataset, catalogue) for dataset in self._datasets]
-        conditions = [self._judge_conditions(name, found, catalogue) for name, found in refreshed.items()]
+        self.results = [self._scan(dataset, catalogue) for dataset in self._datasets]
+        self.conditions = [self._judge_conditions(name, found, catalogue) for name, found in refreshed.items()]
         for dataset in self._datasets:
             if dataset.crop and dataset.crop_style == "face":
                 self._find_faces(dataset, catalogue)
-        return ScanResults(images, conditions)
 
     def _scan(self, dataset: DatasetConfig, catalogue: Catalogue) -> ScanResult:
         left_out = self._settings.undecodable
-        with late_bar(self._report, f"scan {dataset.id}", "files") as progress:
+        with late_bar(self._context.report, f"scan {dataset.id}", "files") as progress:
             options = ScanOptions(None, progress, self._workers.should_stop, dataset.trusts_listing)
             undecodable = None if left_out is None else left_out.get(dataset.id, ())
             return scan(self._sources[dataset.id], rules_of(dataset, self._settings.seed), catalogue, options, undecodable)
 
     def _refresh_conditions(self, name: str, catalogue: Catalogue) -> Refreshed:
         conditions = self._conditions[name]
-        with late_bar(self._report, f"scan {name}", "files") as progress:
+        with late_bar(self._context.report, f"scan {name}", "files") as progress:
             options = ScanOptions(None, progress, self._workers.should_stop, conditions.trusts_listing)
             return refresh(self._sources[name], rules_of_conditions(conditions, self._datasets), catalogue, options)
 
@@ -107,7 +89,7 @@ class Scanner:
         return judge(self._sources[name], rules, catalogue, found, options, undecodable=())
 
     def _find_faces(self, dataset: DatasetConfig, catalogue: Catalogue) -> None:
-        with late_bar(self._report, f"find faces {dataset.id}", "images") as progress:
+        with late_bar(self._context.report, f"find faces {dataset.id}", "images") as progress:
             find_faces(
                 self._sources[dataset.id],
                 dataset.id,
@@ -120,7 +102,7 @@ class Scanner:
     def _make_plan(self, catalogue: Catalogue, folder: Path) -> dict[str, NDArray[np.int64]]:
         """Write the plan of epoch 0, unless the one on disk was made from the same inputs. Returns what `without_a_face` returns."""
         has_faces = any(dataset.crop and dataset.crop_style == "face" for dataset in self._datasets)
-        inputs, memo = plan_inputs(self._datasets, catalogue, self._settings.seed), Memo(self._settings.cache_dir / "memo")
+        inputs, memo = plan_inputs(self._datasets, catalogue, self._settings.seed), self._context.memo
         if not has_faces and memo.load_value("plan", inputs) is not None and has_plan(folder):
             return {}
         columns = [columns_of(dataset, catalogue, self._settings.seed) for dataset in self._datasets]

@@ -1,4 +1,4 @@
-"""What the preparation of data is told, as plain values."""
+"""What the preparation of data gets from the run: settings as plain values, and the run's other parts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from helpers.data.base.workers import Workers
 from helpers.data.encode.common import EncodeOptions, available_threads
 from helpers.data.order.epoch_order import FROM_THE_BEGINNING, OrderStart
+from helpers.data.ports import DataReporter, ModelEncoders
+from helpers.storage.memo import Memo
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the preparation of data needs to know besides the data sets."""
+    """Settings of the preparation of data, besides the datasets."""
 
     output_dir: Path  # dataset_report.json goes here
     cache_dir: Path  # the catalogue and the plan go here
@@ -38,7 +40,22 @@ class DataSettings:
     # By data set, the images that were left out as undecodable when the run began; None for a run that begins now.
     undecodable: Mapping[str, Sequence[str]] | None = None
 
-    def encode_options(self, batch_size: int, workers: Workers) -> EncodeOptions:
-        """How one of these processes encodes."""
-        threads = max(1, self.threads // workers.world_size)
-        return EncodeOptions(batch_size, self.cache_dtype, threads, workers)
+
+@dataclass(frozen=True)
+class DataContext:
+    """What a run gives to everything that prepares its data."""
+
+    settings: DataSettings
+    family: ModelEncoders
+    workers: Workers
+    report: DataReporter
+
+    @property
+    def memo(self) -> Memo:
+        """Results of earlier starts."""
+        return Memo(self.settings.cache_dir / "memo")
+
+    def encode_options(self, batch_size: int) -> EncodeOptions:
+        """How this process encodes."""
+        settings, workers = self.settings, self.workers
+        return EncodeOptions(batch_size, settings.cache_dtype, max(1, settings.threads // workers.world_size), workers)

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helpers.data.base.workers import Workers
 from helpers.data.planned import PlannedData
 from helpers.data.planning import restricted
 from helpers.data.report.dataset_report import REPORT, caption_report, conditions_report, dataset_report, lost_line, summary
 from helpers.data.report.survey import Survey
 from helpers.data.report.thumbnails import thumbnails
-from helpers.data.scanning import ScanResults
-from helpers.data.settings import DataSettings
+from helpers.data.scanning import Scanner
+from helpers.data.settings import DataContext
 from helpers.storage.atomic import write_json
-from helpers.storage.memo import Memo, digest_of
-
-if TYPE_CHECKING:
-    from helpers.data.ports import DataReporter, ModelEncoders
+from helpers.storage.memo import digest_of
 
 
 class Surveyor:
     """Describes the data once it is planned, and again when encoding found images that cannot be decoded. Only the first process does."""
 
-    def __init__(
-        self, data: PlannedData, found: ScanResults, family: ModelEncoders, settings: DataSettings, workers: Workers, report: DataReporter
-    ) -> None:
+    def __init__(self, data: PlannedData, scanner: Scanner, context: DataContext) -> None:
         self._data = data
-        self._found = found
-        self._family = family
-        self._settings = settings
-        self._workers = workers
-        self._report = report
-        self._memo = Memo(settings.cache_dir / "memo")
-        self._path = settings.output_dir / REPORT
+        self._scanner = scanner
+        self._context = context
+        self._workers = context.workers
+        self._report = context.report
+        self._memo = context.memo
+        self._path = context.settings.output_dir / REPORT
         # What the report on disk knows of:
         self._failed: dict[int, str] = {}  # images that could not be encoded: catalogue row => reason
         self._unread = 0  # images whose bytes nobody has read
@@ -66,37 +58,37 @@ class Surveyor:
     def _is_known(self) -> bool:
         """Whether the report of an earlier start is on disk and still true."""
         known = self._memo.load_value("survey", self._inputs())
-        if known is None or self._found.faceless or not (self._path.is_file() and self._path.with_suffix(".html").is_file()):
+        if known is None or self._scanner.faceless or not (self._path.is_file() and self._path.with_suffix(".html").is_file()):
             return False
         self._unread = known["unread"]
         return True
 
     def _write(self, failed: Mapping[int, str]) -> None:
         data, plan = self._data, self._data.plan
-        report = dataset_report(self._found.images, plan, data.catalogue, self._found.faceless, failed)
-        if self._found.conditions:
-            report["conditions"] = conditions_report(self._found.conditions, data.catalogue)
-        lengths = self._family.caption_lengths()
+        report = dataset_report(self._scanner.results, plan, data.catalogue, self._scanner.faceless, failed)
+        if self._scanner.conditions:
+            report["conditions"] = conditions_report(self._scanner.conditions, data.catalogue)
+        lengths = self._context.family.caption_lengths()
         for entry in report["datasets"]:
             entry["captions"] = caption_report(entry["id"], data.catalogue, lengths, self._memo)
         self._failed, self._unread = dict(failed), self._count_unread()
         write_json(self._path, report)
         trained = restricted(plan, np.flatnonzero(~np.isin(plan.columns["row"], list(failed)))) if failed else plan
         sources = [data.sources[dataset.id] for dataset in data.datasets]
-        threads = self._settings.threads
+        threads = self._context.settings.threads
         self._report.surveyed(Survey(report, lambda: thumbnails(trained, sources, data.catalogue, self._memo, threads)))
         if not failed:
             self._memo.save_value("survey", self._inputs(), {"unread": self._unread})
 
     def _report_lines(self) -> None:
         columns = self._data.plan.columns
-        for index, result in enumerate(self._found.images):
+        for index, result in enumerate(self._scanner.results):
             shapes = np.bincount(columns["shape"][columns["dataset"] == index])
             self._report.chapter("dataset", summary(result, int(np.count_nonzero(shapes))))
-            if faceless := len(self._found.faceless.get(result.dataset, ())):
+            if faceless := len(self._scanner.faceless.get(result.dataset, ())):
                 text = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
                 self._report.chapter("faces", f"{result.dataset}: {text}")
-        for result in self._found.conditions:
+        for result in self._scanner.conditions:
             self._report.chapter("conditions", summary(result))
 
     def _report_unread_captions(self) -> None:

@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -26,11 +25,8 @@ from helpers.data.encode.walk import Walk
 from helpers.data.order.epoch_order import MicroBatch, OrderStart
 from helpers.data.order.steps import Steps
 from helpers.data.planned import PlannedData
-from helpers.data.settings import DataSettings
+from helpers.data.settings import DataContext
 from helpers.errors import DataError, Interrupted
-
-if TYPE_CHECKING:
-    from helpers.data.ports import DataReporter, ModelEncoders
 
 POLL_SECONDS = 0.05  # between two looks for what another process encodes
 SHARE_SECONDS = 2.0  # until what has been encoded is visible to other processes
@@ -46,18 +42,16 @@ class LatentEncoder:
     is in. `read` may be called from any thread.
     """
 
-    def __init__(
-        self, data: PlannedData, steps: Steps, family: ModelEncoders, settings: DataSettings, workers: Workers, report: DataReporter
-    ) -> None:
-        self.codec = SharedCodec(family, settings.device)
-        self.store = LatentStore(data, self.codec, settings, workers, report)
+    def __init__(self, data: PlannedData, steps: Steps, context: DataContext) -> None:
+        self.codec = SharedCodec(context.family, context.settings.device)
+        self.store = LatentStore(data, self.codec, context)
         self.has_finished = False  # the thread has encoded everything
         self._data = data
         self._steps = steps
-        self._settings = settings
-        self._workers = workers
-        self._report = report
-        self._options = settings.encode_options(settings.vae_batch_size, workers)
+        self._settings = context.settings
+        self._workers = context.workers
+        self._report = context.report
+        self._options = context.encode_options(context.settings.vae_batch_size)
         self._present: list[EpochLatents] = []  # what the epoch needs that training begins in
         self._repairing = threading.Lock()
         self._needs_thread = False
@@ -66,7 +60,7 @@ class LatentEncoder:
         # Shared with the thread:
         self._stopped = threading.Event()
         self._error: BaseException | None = None
-        self._walk = Walk(self.store, workers)
+        self._walk = Walk(self.store, self._workers)
         self._writer = RecordWriter(data.catalogue, self._options)
         self._reached = 0  # the epoch that training is in
 

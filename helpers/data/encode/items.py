@@ -22,10 +22,6 @@ Sources = Mapping[str, SourceBackend]  # by id of the dataset
 FILTERS = {"lanczos": Resampling.LANCZOS, "nearest": Resampling.NEAREST}
 
 
-class UnusableFile(Exception):
-    """A file that cannot become part of a record. The message says why, in words for the user."""
-
-
 @dataclass
 class ItemFile:
     """The file of an image, or of a companion of it."""
@@ -37,28 +33,30 @@ class ItemFile:
     content: str = ""  # SHA-256 in hex, once read
     tensor: Tensor | None = None  # (3, H, W) in [-1, 1] where it is to be encoded, else what `packed` returns
 
-    def read(self, sources: Sources) -> None:
-        """Read the whole file. Raises UnusableFile, or StorageError where the store fails."""
+    def read(self, sources: Sources) -> str:
+        """Read the whole file. Returns why that is not possible, or "". Raises StorageError where the store fails."""
         source = sources[self.kind.dataset]
         try:
             self.data = source.read(self.sample.key)
         except (FileNotFoundError, PermissionError) as error:
-            raise UnusableFile(f"{self._name}cannot be opened: {error.strerror or error}") from error
+            return f"{self._name}cannot be opened: {error.strerror or error}"
         except OSError as error:
             raise StorageError(f"{source.name}: {self.sample.key} could not be read: {error.strerror or error}") from error
         self.content = hashlib.sha256(self.data).hexdigest()
+        return ""
 
-    def decode(self, geometry: Geometry) -> None:
-        """Decode and cut what was read. Raises UnusableFile."""
+    def decode(self, geometry: Geometry) -> str:
+        """Decode and cut what was read. Returns why that is not possible, or ""."""
         size, resized = self.sample.size, None if self.kind.filter == "nearest" else geometry.resized
         try:
             # Before decoding: a JPEG may be decoded at half its size, which then looks like that of an image half as large.
             require_size(self.data, size)
             image = cut_out(decode(self.data, resized), size, geometry, FILTERS[self.kind.filter])
         except ImageError as error:
-            raise UnusableFile(f"{self._name}{error}") from error
+            return f"{self._name}{error}"
         self.tensor = pixels_of(image) if self.kind.as_latents else packed(image)
         self.data = b""
+        return ""
 
     @property
     def _name(self) -> str:
@@ -91,19 +89,12 @@ class EncodeItem:
         return [(file.row, file.content) for file in self.files if file.content]
 
     def read(self, sources: Sources) -> None:
-        for file in self.files:
-            try:
-                file.read(sources)
-            except UnusableFile as error:
-                self.problem = self.problem or str(error)
+        problems = [file.read(sources) for file in self.files]
+        self.problem = next(filter(None, problems), "")
 
     def decode(self) -> None:
-        try:
-            for file in self.files:
-                file.decode(self.geometry)
-            self.is_ready = True
-        except UnusableFile as error:
-            self.problem, self.is_undecodable = str(error), True
+        self.problem = next(filter(None, (file.decode(self.geometry) for file in self.files)), "")
+        self.is_ready, self.is_undecodable = not self.problem, bool(self.problem)
 
     def free(self) -> None:
         """Let go of file contents and pixels."""

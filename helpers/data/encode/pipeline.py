@@ -25,8 +25,6 @@ from helpers.data.encode.store import Unit
 from helpers.errors import Interrupted
 from helpers.storage.backend import SourceBackend
 
-CONTENTS_PER_COMMIT = 256
-CONTENTS_SECONDS = 1.0  # no content hash waits longer for its commit while others follow
 IDLE_SECONDS = 0.02
 
 OUT_OF_MEMORY = "out of memory: the image alone does not fit while it is encoded"
@@ -72,8 +70,6 @@ class RecordWriter:
         self._writers: dict[int, Writer] = {}
         # Records that may not be sealed yet: (number of the epoch, row of the plan) => writer, key, and how many shards it had sealed.
         self._unsealed: dict[tuple[int, int], tuple[Writer, bytes, int]] = {}
-        self._contents: list[tuple[int, str]] = []
-        self._committed = time.monotonic()
 
     def writer(self, cache: Cache) -> Writer:
         if id(cache) not in self._writers:
@@ -83,7 +79,8 @@ class RecordWriter:
 
     def keep(self, unit: Unit, items: Sequence[EncodeItem], totals: EncodeTotals) -> None:
         """Write the missing records of a unit, and record the content hashes and the failures of its images."""
-        self._add_contents(items)
+        if contents := [content for item in items for content in item.contents]:
+            self._catalogue.set_content(contents)
         self._unsealed = {place: opened for place, opened in self._unsealed.items() if _may_be_open(*opened)}
         for item in items:
             if item.is_missing and item.record is not None:
@@ -104,8 +101,7 @@ class RecordWriter:
         return None if found is None else found[0].get(found[1])
 
     def flush(self) -> None:
-        """Seal and commit everything."""
-        self._commit_contents()
+        """Seal everything."""
         self._drop_given_up()
         for writer in self._writers.values():
             writer.seal()
@@ -114,7 +110,6 @@ class RecordWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._commit_contents()
         for writer in self._writers.values():
             writer.__exit__(kind, error, trace)
 
@@ -126,17 +121,6 @@ class RecordWriter:
 
     def _drop_given_up(self) -> None:
         self._writers = {key: writer for key, writer in self._writers.items() if not writer.cache.given_up}
-
-    def _add_contents(self, items: Sequence[EncodeItem]) -> None:
-        self._contents += [content for item in items for content in item.contents]
-        if len(self._contents) >= CONTENTS_PER_COMMIT or time.monotonic() - self._committed > CONTENTS_SECONDS:
-            self._commit_contents()
-
-    def _commit_contents(self) -> None:
-        if self._contents:
-            self._catalogue.set_content(self._contents)
-        self._contents = []
-        self._committed = time.monotonic()
 
 
 def _may_be_open(writer: Writer, key: bytes, sealed: int) -> bool:

@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +24,9 @@ from helpers.data.encode.common import is_finite
 from helpers.data.encode.keys import Rows, cuts, latents_facts, latents_key
 from helpers.data.plan.buckets import BucketPlan
 from helpers.data.planned import PlannedData
-from helpers.data.settings import DataSettings
+from helpers.data.settings import DataContext, DataSettings
 from helpers.data.sources import CachePlace, epoch_prefix, latents_place, open_caches
-from helpers.storage.memo import Memo, digest_of
-
-if TYPE_CHECKING:
-    from helpers.data.base.workers import Workers
-    from helpers.data.ports import DataReporter
+from helpers.storage.memo import digest_of
 
 EVERY_EPOCH = -1  # stands for the number of an epoch where latents serve all epochs
 
@@ -160,15 +156,14 @@ class EpochLatents:
 class LatentStore:
     """The latents of all epochs. Safe to use from several threads. Opens no cache before it is asked for its latents."""
 
-    def __init__(self, data: PlannedData, codec: SharedCodec, settings: DataSettings, workers: Workers, report: DataReporter) -> None:
+    def __init__(self, data: PlannedData, codec: SharedCodec, context: DataContext) -> None:
         self.data = data
         self.redrawn = [dataset.vae_cache_clear_each_epoch for dataset in data.datasets]
         self.is_remote = False  # whether latents are read from a network
         self._codec = codec
-        self._settings = settings
-        self._workers = workers
-        self._report = report
-        self._memo = Memo(settings.cache_dir / "memo")
+        self._context = context
+        self._settings = context.settings
+        self._memo = context.memo
         self._lock = threading.RLock()
         self._epochs: dict[int, EpochLatents] = {}
 
@@ -209,7 +204,7 @@ class LatentStore:
 
     def remove_before(self, epoch: int) -> None:
         """Remove the cache folders of this run's earlier epochs. Only the first process does anything."""
-        if not self._workers.is_first:
+        if not self._context.workers.is_first:
             return
         redrawn = [dataset for dataset in self.data.datasets if dataset.vae_cache_clear_each_epoch]
         for folder in {latents_place(dataset, self._settings.cache_dir).folder for dataset in redrawn}:
@@ -223,7 +218,7 @@ class LatentStore:
         Does nothing while some are missing, and in other processes than the first.
         """
         latents = self._epochs.get(EVERY_EPOCH)
-        if latents is None or not self._workers.is_first or latents.is_incomplete or latents.failed.any():
+        if latents is None or not self._context.workers.is_first or latents.is_incomplete or latents.failed.any():
             return
         inputs = self._inputs(latents)
         if self._memo.load_bytes("locations", inputs) is None:
@@ -233,7 +228,7 @@ class LatentStore:
         plan = self.data.plan if number == EVERY_EPOCH else self.data.plan_of(number)
         indices = [index for index, redrawn in enumerate(self.redrawn) if redrawn == (number != EVERY_EPOCH)]
         places = [self._place(self.data.datasets[index], number) for index in indices]
-        caches = open_caches(places, self._report)
+        caches = open_caches(places, self._context.report)
         self.is_remote = self.is_remote or any(cache.remote for cache in caches)
         latents = EpochLatents(number, self.data, plan, dict(zip(indices, caches, strict=True)), self._codec, self._settings)
         known = self._memo.load_bytes("locations", self._inputs(latents)) if number == EVERY_EPOCH else None

@@ -20,13 +20,13 @@ from helpers.data.encode.common import EncodeOptions, EncodeTotals, background_w
 from helpers.data.encode.keys import text_key, text_subject
 from helpers.data.planned import PlannedData
 from helpers.data.report.dataset_report import cut_off_line
-from helpers.data.settings import DataSettings
+from helpers.data.settings import DataContext
 from helpers.data.sources import extra_texts_place, open_caches, texts_place
 from helpers.errors import DataError, Interrupted
-from helpers.storage.memo import Memo, digest_of
+from helpers.storage.memo import digest_of
 
 if TYPE_CHECKING:
-    from helpers.data.ports import DataReporter, ModelEncoders, TextEncoders
+    from helpers.data.ports import TextEncoders
 
 EXTRA = -1  # stands for the index of a dataset: captions of no dataset, such as validation prompts, and the unconditional
 
@@ -105,19 +105,19 @@ class TextStore:
     First `encode`; then `read` from any thread. Where the text encoders are trained, nothing is cached and nothing can be read.
     """
 
-    def __init__(self, data: PlannedData, family: ModelEncoders, settings: DataSettings, workers: Workers, report: DataReporter) -> None:
-        self.is_cached = not settings.live_text
+    def __init__(self, data: PlannedData, context: DataContext) -> None:
+        self.is_cached = not context.settings.live_text
         self.fingerprint = ""  # of the text encoders, once `encode` was called
         self.unconditional: dict[str, Tensor] = {}  # what a dropped caption becomes; likewise, and empty where encoders are trained
         self._data = data
-        self._family = family
-        self._settings = settings
-        self._workers = workers
-        self._report = report
-        self._options = settings.encode_options(settings.text_batch_size, workers)
-        self._extra = sorted({"", *settings.extra_captions})
+        self._family = context.family
+        self._settings = context.settings
+        self._workers = context.workers
+        self._report = context.report
+        self._memo = context.memo
+        self._options = context.encode_options(context.settings.text_batch_size)
+        self._extra = sorted({"", *context.settings.extra_captions})
         self._caches: list[Cache] = []  # of each dataset, and last of the extra captions
-        self._memo = Memo(settings.cache_dir / "memo")
         self._repairing = threading.Lock()
 
     @property
