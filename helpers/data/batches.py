@@ -25,21 +25,21 @@ Item = TypeVar("Item")
 class Batch:
     """One micro-batch, on the CPU. B samples, all of one shape; B is at least 1.
 
-    Samples that were planned and cannot be had are not among them. Where none of a micro-batch can, one sample of zeros and weight 0
-    stands in, because every process has to go through the network in every round.
+    Images that could not be encoded are left out. If that is all of a micro-batch, it holds one sample of zeros with weight 0 instead,
+    because every process has to run the network in every accumulation step.
     """
 
     latents: Tensor  # (B, C, h, w) float32
-    # What the family's text encoders gave, each (B, ...), in the dtype of the cache (masks: base/padding.py). Empty where they are trained.
+    # The text encoders' output, each (B, ...), in the dtype of the cache (masks: base/padding.py). Empty where the encoders are trained.
     text: dict[str, Tensor]
-    captions: tuple[str, ...]  # trained under; "" where the caption was dropped and the text is the family's unconditional
+    captions: tuple[str, ...]  # "" where the caption was dropped and the text is the family's unconditional
     samples: tuple[Sample, ...]
     geometry: tuple[Geometry, ...]
     loss_weight: Tensor  # (B,) float32, of the data set
     draws: StepDraws  # the randomness of these samples in this step
     epoch: int  # from 0
     dropped: tuple[bool, ...] = ()  # which captions were
-    # Of each caption the encoders that were not told of it, where each is told by itself (`EncodersApart`); empty where all are told alike.
+    # For each caption the text encoders that dropped it, where they drop captions independently (`EncodersApart`); else empty.
     dropped_encoders: tuple[tuple[str, ...], ...] = ()
     stands_in: bool = False
     condition: Tensor | None = None  # (B, 3, H, W) in [0, 1], or (B, C, h, w) where the network reads latents; None where there are none
@@ -51,17 +51,17 @@ class Batch:
 
     @property
     def global_samples(self) -> int:
-        """Samples planned for the whole step, over all processes and rounds: the divisor of the loss."""
+        """Samples planned for the whole step, over all processes and accumulation steps: the divisor of the loss."""
         return self.draws.step_samples
 
     @property
     def size(self) -> int:
-        """Samples that count."""
+        """Samples, without the one that stands in."""
         return 0 if self.stands_in else len(self.samples)
 
 
 class TrainingRecords(Protocol):
-    """Everything that is known of the rows of a plan."""
+    """What `BatchMaker` reads about the rows of a plan."""
 
     def sample(self, row: int) -> Sample: ...
 
@@ -70,41 +70,41 @@ class TrainingRecords(Protocol):
     def loss_weight(self, row: int) -> float: ...
 
     def latents(self, row: int, epoch: int) -> dict[str, Tensor] | None:
-        """What the image codec gave for the row, without a batch dimension: "mean", and "std" where latents are sampled.
+        """The record of a row, without a batch dimension: "mean", "std" where latents are sampled, and "condition" where images have one.
 
-        Beside them "condition", as it is kept, where the images have one. None where the image turned out to be one that cannot be encoded.
+        None if the image cannot be encoded.
         """
         ...
 
     def blank_latents(self, row: int, epoch: int) -> dict[str, Tensor]:
-        """Zeros of the shape that the row's latents have."""
+        """A record of zeros, of the shapes that the row's record has."""
         ...
 
     def text(self, row: int, draw: CaptionDraw) -> Mapping[str, Tensor]:
-        """What the text encoders gave for a caption of the row, without a batch dimension."""
+        """The text tensors of a caption of the row, without a batch dimension."""
         ...
 
 
 @dataclass(frozen=True)
 class CaptionDraw:
-    """What the network is told by words in one appearance of a sample."""
+    """The caption of one appearance of a sample."""
 
-    caption: str | None  # None where it was dropped, and the family's unconditional stands for it
-    without: tuple[str, ...] = ()  # the text encoders that were not told of it; all of them where it was dropped
+    caption: str | None  # None if it was dropped: then the family's unconditional takes its place
+    without: tuple[str, ...] = ()  # the text encoders that dropped it; all of them if it was dropped
 
 
 class BatchMaker:
-    """Makes batches of micro-batches; the choice and the dropping of captions are drawn by address."""
+    """Makes the batch of a micro-batch. Captions are chosen and dropped by addressed draws."""
 
     def __init__(self, records: TrainingRecords, seed: int, caption_dropout: float = 0.0, encoders_apart: Sequence[str] = ()) -> None:
-        """`encoders_apart` are the text encoders that a caption is kept from each by itself; none where it is dropped as a whole."""
+        """`encoders_apart` are the text encoders that drop captions independently; empty where a caption is dropped for all at once."""
         self.records = records
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.encoders_apart = encoders_apart
 
     def keeping_captions(self) -> BatchMaker:
-        """The same, with the captions that it would drop."""
+        """The same without caption dropout."""
         return BatchMaker(self.records, self.seed, 0.0, self.encoders_apart)
 
     def make(self, micro: MicroBatch, step: int) -> Batch:
@@ -114,8 +114,8 @@ class BatchMaker:
         if not there:
             return self._stand_in(micro, step)
         samples = tuple(self.records.sample(int(micro.samples[i])) for i in there)
-        told = [self._told(sample, micro.epoch, int(micro.repeats[i])) for i, sample in zip(there, samples, strict=True)]
-        return self._batch(micro, step, there, [record for record in latents if record is not None], samples, told)
+        draws = [self._draw_caption(sample, micro.epoch, int(micro.repeats[i])) for i, sample in zip(there, samples, strict=True)]
+        return self._batch(micro, step, there, [record for record in latents if record is not None], samples, draws)
 
     def _stand_in(self, micro: MicroBatch, step: int) -> Batch:
         row = int(micro.samples[0])
@@ -130,28 +130,28 @@ class BatchMaker:
         there: Sequence[int],
         latents: Sequence[Mapping[str, Tensor]],
         samples: tuple[Sample, ...],
-        told: Sequence[CaptionDraw],
+        captions: Sequence[CaptionDraw],
     ) -> Batch:
         rows = [int(micro.samples[i]) for i in there]
         draws = StepDraws(self.seed, step, tuple(micro.places[i] for i in there), micro.step_samples)
         return Batch(
             latents=_latents(latents, draws),
-            text=stacked([self.records.text(row, words) for row, words in zip(rows, told, strict=True)]),
-            captions=tuple(words.caption or "" for words in told),
+            text=stacked([self.records.text(row, draw) for row, draw in zip(rows, captions, strict=True)]),
+            captions=tuple(draw.caption or "" for draw in captions),
             samples=samples,
             geometry=tuple(self.records.geometry(row, micro.epoch) for row in rows),
             loss_weight=torch.tensor([self.records.loss_weight(row) for row in rows], dtype=torch.float32),
             draws=draws,
             epoch=micro.epoch,
-            dropped=tuple(words.caption is None for words in told),
-            dropped_encoders=tuple(words.without for words in told) if self.encoders_apart else (),
+            dropped=tuple(draw.caption is None for draw in captions),
+            dropped_encoders=tuple(draw.without for draw in captions) if self.encoders_apart else (),
             condition=_condition(latents),
         )
 
-    def _told(self, sample: Sample, epoch: int, repeat: int) -> CaptionDraw:
-        """The caption for one appearance of a sample, and who is not told of it.
+    def _draw_caption(self, sample: Sample, epoch: int, repeat: int) -> CaptionDraw:
+        """The caption for one appearance of a sample, and which encoders drop it.
 
-        Each of n encoders is left out at the nth root of the rate, so that all of them are at the rate itself.
+        Each of n encoders drops it at the nth root of the rate, so that all of them drop it together at the rate itself.
         """
         address = (self.seed, epoch, sample.dataset, sample.key, repeat)
         encoders = self.encoders_apart or ("all",)
@@ -180,8 +180,7 @@ def _condition(records: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
 def prefetched(produce: Callable[[], Iterator[Item]], ahead: int) -> Generator[Item, None, None]:
     """The items of `produce()`, made in a background thread that stays at most `ahead` items in front of the reader.
 
-    An error in the thread is raised here, in its place among the items. Closing the iterator, as leaving a `for` loop does,
-    ends the thread.
+    An error in the thread is raised here, in its place among the items. Closing the iterator ends the thread.
     """
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=max(ahead, 1))
     closed = threading.Event()

@@ -31,7 +31,7 @@ _TABLES = "plan.json"
 
 
 def rules_of(dataset: DatasetConfig, seed: int = 0) -> DatasetRules:
-    """What a configured data set says of sizes, cuts and captions; `seed` is what shuffled captions are drawn from."""
+    """The rules of a configured dataset for sizes, cuts and captions. Shuffled captions are drawn from `seed`."""
     resolution = ResolutionRule(
         resolution=dataset.resolution,
         resolution_type=cast(Literal["area", "pixel"], dataset.resolution_type),
@@ -60,19 +60,19 @@ def rules_of(dataset: DatasetConfig, seed: int = 0) -> DatasetRules:
 
 
 def rules_of_conditions(conditions: DatasetConfig, datasets: Sequence[DatasetConfig]) -> DatasetRules:
-    """What is asked of a data set of conditions: that its pictures can be read, and that an image of `datasets` has their name."""
+    """The rules for a dataset of conditioning images: each must be readable, and an image of `datasets` must have its name."""
     users = (dataset.id for dataset in datasets if dataset.condition is not None and dataset.condition.id == conditions.id)
-    captions = CaptionRule("instanceprompt", instance_prompt="condition")  # nobody reads it: what is used has one
+    captions = CaptionRule("instanceprompt", instance_prompt="condition")  # nobody reads it, but only images with a caption are in use
     return DatasetRules(conditions.id, ResolutionRule(), captions, conditions_for=tuple(users))
 
 
 def conditions_of(datasets: Sequence[DatasetConfig]) -> dict[str, DatasetConfig]:
-    """The data sets of conditions that some data sets name, by id."""
+    """The datasets of conditioning images that some datasets name, by id."""
     return {dataset.condition.id: dataset.condition for dataset in datasets if dataset.condition is not None}
 
 
 def _tables(dataset: DatasetConfig) -> tuple[TableRule, ...]:
-    """The tables that a data set takes sizes or captions from; one where both stand in the same."""
+    """The tables that a dataset takes sizes or captions from; a single one if it has both."""
     return tuple(
         _table(dataset, kind, table, captions=kind == dataset.caption_table, sizes=kind == dataset.metadata_backend)
         for kind, table in dataset.tables_in_use.items()
@@ -94,7 +94,7 @@ def _table(dataset: DatasetConfig, kind: str, table: TableConfig, *, captions: b
 
 
 def _table_path(dataset: DatasetConfig, table: TableConfig) -> str:
-    """As a `TableRule` has it: a key where the table lies in the data set's folder, and then no stray file of it; else absolute."""
+    """The path for a `TableRule`: a key if the table is in the dataset's folder (so that it is not a stray file there), else absolute."""
     if dataset.instance_data_dir is None:
         return table.path
     folder = os.path.abspath(dataset.instance_data_dir)
@@ -103,9 +103,9 @@ def _table_path(dataset: DatasetConfig, table: TableConfig) -> str:
 
 
 def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int, epoch: int = 0) -> DatasetColumns:
-    """The usable images of a data set, with what is drawn of each cut drawn for (seed, data set, key), and the faces that were found.
+    """The images of a dataset that are in use, with the draws for their cuts, and the faces that were found.
 
-    Where the data set is redrawn each epoch, for (seed, epoch, data set, key).
+    The address of a draw is (seed, dataset, key); where cuts are redrawn each epoch, (seed, epoch, dataset, key).
     """
     rule = rules_of(dataset).resolution
     columns = catalogue.columns(dataset.id)
@@ -133,19 +133,22 @@ def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int, epoch: i
 
 
 def without_a_face(columns: Sequence[DatasetColumns]) -> dict[str, NDArray[np.int64]]:
-    """Of every data set that is cut around faces: the catalogue's rows of the images in which none was found."""
+    """For every dataset that is cut around faces, the catalogue rows of the images in which none was found."""
     return {of.dataset: of.rows[np.isnan(of.face_x)] for of in columns if of.rule.style == "face" and of.face_x is not None}
 
 
 def plan_inputs(datasets: Sequence[DatasetConfig], catalogue: Catalogue, seed: int) -> str:
-    """A digest of everything that the plan depends on: the images in use, and what the data sets say of them."""
-    listed: dict[str, Any] = {"preserve_data_backend_cache": False, "skip_file_discovery": ""}  # how they were found is not what they are
+    """A digest of everything that the plan depends on: the images in use, and the settings of their datasets."""
+    listed: dict[str, Any] = {
+        "preserve_data_backend_cache": False,
+        "skip_file_discovery": "",
+    }  # how they are found
     said = [dataclasses.asdict(dataclasses.replace(dataset, **listed)) for dataset in datasets]
     return digest_of(said, [catalogue.revision(dataset.id) for dataset in datasets], seed)
 
 
 def save_plan(plan: BucketPlan, folder: Path) -> None:
-    """Put a plan where `load_plan` finds it. StorageError when it cannot be written."""
+    """Write a plan for `load_plan`. Raises StorageError."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = io.BytesIO()
     np.save(columns, plan.columns, allow_pickle=False)
@@ -154,19 +157,19 @@ def save_plan(plan: BucketPlan, folder: Path) -> None:
 
 
 def has_plan(folder: Path) -> bool:
-    """Whether `load_plan` finds one there."""
+    """Whether a folder has a plan."""
     return (folder / _COLUMNS).is_file() and (folder / _TABLES).is_file()
 
 
 def load_plan(folder: Path) -> BucketPlan:
-    """The plan in a folder; its columns are mapped, so that the processes of a machine share their memory."""
+    """The plan in a folder. Its columns are memory-mapped, so the processes of a machine share their memory."""
     tables = json.loads((folder / _TABLES).read_bytes())
     columns = np.load(folder / _COLUMNS, mmap_mode="r", allow_pickle=False)
     return BucketPlan(tuple(tables["datasets"]), tuple(Size(*shape) for shape in tables["shapes"]), columns)
 
 
 def restricted(plan: BucketPlan, rows: NDArray[np.int64]) -> BucketPlan:
-    """A plan of some of a plan's rows, as it would have been made for these alone."""
+    """The plan of some rows alone."""
     if len(rows) == len(plan):
         return plan  # which stays mapped
     columns = plan.columns[rows]

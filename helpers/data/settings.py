@@ -21,23 +21,23 @@ class DataSettings:
 
     output_dir: Path  # dataset_report.json goes here
     cache_dir: Path  # the catalogue and the plan go here
-    text_cache_dir: Path  # for the extra captions and the unconditional
+    text_cache_dir: Path  # of the extra captions and the unconditional
     device: torch.device  # that encodes
     seed: int
     batch_size: int
     accumulation: int = 1  # micro-batches of one process in a step
     caption_dropout: float = 0.0
-    encoders_apart: Sequence[str] = ()  # text encoders that a caption is kept from each by itself
+    encoders_apart: Sequence[str] = ()  # text encoders that drop captions independently
     cache_dtype: str = "auto"  # auto, fp16, bf16 or fp32
     vae_batch_size: int = 4
     text_batch_size: int = 16
-    threads: int = field(default_factory=available_threads)  # that read, decode and resize, over all processes
-    extra_captions: Sequence[str] = ()  # that the run needs besides those of the data, such as validation prompts
-    live_text: bool = False  # the text encoders are trained, and captions encoded in every step: none is cached
-    behind: bool = False  # encode latents while training runs
-    step: int = 0  # training begins with, counted from 0
+    threads: int = field(default_factory=available_threads)  # that read, decode and resize images, over all processes
+    extra_captions: Sequence[str] = ()  # besides those of the datasets, such as validation prompts
+    live_text: bool = False  # the text encoders are trained: captions are encoded in every step and none is cached
+    behind: bool = False  # encode latents while training runs, not before
+    step: int = 0  # that training starts or resumes with, counted from 0
     order: OrderStart = FROM_THE_BEGINNING
-    # By data set, the images that were left out as undecodable when the run began; None for a run that begins now.
+    # By dataset, the images that were left out as undecodable when the run began; None for a new run.
     undecodable: Mapping[str, Sequence[str]] | None = None
 
 

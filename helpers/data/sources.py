@@ -1,4 +1,4 @@
-"""Where a data set's files and its caches are: one opener for each `type` of the dataloader JSON."""
+"""Where the files and the caches of a dataset are: one opener for each `type` of the dataloader JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def open_source(dataset: DatasetConfig) -> SourceBackend:
-    """The files of a data set, read-only. Nothing is listed or opened yet."""
+    """The files of a dataset, read-only. Lists and opens nothing."""
     return _OPENERS[dataset.type](dataset)
 
 
@@ -40,7 +40,7 @@ def _webdataset(dataset: DatasetConfig) -> SourceBackend:
 
 
 def _aws(dataset: DatasetConfig) -> SourceBackend:
-    from helpers.storage.s3 import S3Source  # with boto3: a quarter of a second that local data sets need not wait
+    from helpers.storage.s3 import S3Source  # imports boto3: a quarter of a second that local datasets need not wait
 
     return S3Source(_address(dataset, dataset.aws_data_prefix or ""))
 
@@ -55,14 +55,14 @@ _OPENERS: dict[str, Callable[[DatasetConfig], SourceBackend]] = {
 
 @dataclass(frozen=True)
 class CachePlace:
-    """Where a cache is: in a folder, or in a bucket with its index and copies of some of its shards in the folder."""
+    """Where a cache is: a folder, or a bucket with the index and copies of some shards in the folder."""
 
     folder: Path
     bucket: S3Address | None = None
     limit_bytes: int | None = None  # of the copies
 
     def open(self) -> Cache:
-        """StorageError, or DataError where the bucket's settings are wrong."""
+        """Raises StorageError, or DataError if the settings of the bucket are wrong."""
         if self.bucket is None:
             return Cache(self.folder)
         from helpers.storage.s3 import S3Backend
@@ -70,7 +70,7 @@ class CachePlace:
         return Cache(self.folder, RemoteShards(S3Backend(self.bucket), self.folder, self.limit_bytes))
 
     def store(self) -> SourceBackend | None:
-        """Where shards are that the folder has no copy of, to be read only; None where there is no such place."""
+        """The bucket, read-only; None for a cache in a folder."""
         if self.bucket is None:
             return None
         from helpers.storage.s3 import S3Source
@@ -92,22 +92,22 @@ def open_caches(places: Iterable[CachePlace], report: DataReporter) -> list[Cach
 
 
 def latents_place(dataset: DatasetConfig, cache_dir: Path) -> CachePlace:
-    """Where the latents of a data set are kept; `cache_dir` is the run's."""
+    """The cache of a dataset's latents; `cache_dir` is the run's."""
     if dataset.latents_prefix:
         return _in_bucket(dataset, dataset.latents_prefix, cache_dir)
     return CachePlace(dataset.cache_dir_vae.absolute())
 
 
 def epoch_prefix(output_dir: Path, seed: int) -> str:
-    """How the folders are named, before the number, that hold the latents of one epoch of a run.
+    """How the names of the folders start that hold the latents of single epochs of a run; the number of the epoch follows.
 
-    They lie in the folder of those of every epoch, which other runs may share.
+    They are in the folder of the latents that serve every epoch, which other runs may share.
     """
     return f"epoch-{record_key(str(output_dir.absolute()), str(seed)).hex()[:12]}-"
 
 
 def texts_place(dataset: DatasetConfig, cache_dir: Path) -> CachePlace:
-    """Where the embeddings of a data set's captions are kept; `cache_dir` is the run's."""
+    """The cache of the text tensors of a dataset's captions; `cache_dir` is the run's."""
     entry = dataset.text_entry
     if entry is not None:
         return _in_bucket(entry, entry.aws_data_prefix or "", cache_dir)
@@ -115,9 +115,9 @@ def texts_place(dataset: DatasetConfig, cache_dir: Path) -> CachePlace:
 
 
 def extra_texts_place(datasets: Iterable[DatasetConfig], text_cache_dir: Path, cache_dir: Path) -> CachePlace:
-    """Where the embeddings of captions that are no data set's are kept, such as validation prompts; the folders are the run's.
+    """The cache of captions that belong to no dataset, such as validation prompts; the folders are the run's.
 
-    Beside those of the data where these are in a bucket by default, or else another machine would have to encode them.
+    If the default cache of captions is in a bucket, it is that one: else another machine would have to encode them again.
     """
     by_default = (dataset for dataset in datasets if dataset.text_entry is not None and dataset.text_entry.default)
     dataset = next(by_default, None)
