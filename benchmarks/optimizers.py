@@ -1,7 +1,7 @@
 """What optimizers cost: time of a step, and memory per weight.
 
-    python -m benchmarks.optimizers              the optimizers with a name of their own
-    python -m benchmarks.optimizers soap came    others, by their names
+    python -m benchmarks.optimizers                           the optimizers with a name of their own
+    python -m benchmarks.optimizers came torch.optim:RAdam    some, by name or class
 
 The tensors are like those of a medium-sized U-Net: many small ones (biases, norms), convolutions, matrices. Every optimizer gets the same
 weights and gradients, in its training precision: bfloat16 for adamw_bf16, otherwise float32. Its time is compared with torch's AdamW
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Figure, compared, conclude, in_turns, parser
-from helpers.config.optimizers import ADAM_DEFAULTS, ADAM_FORMS, ADAPTIVE_RATE, OPTIMIZERS
+from helpers.config.optimizers import ADAMW_DEFAULTS, FINDS_RATE, IS_ADAMW, OPTIMIZERS
 from helpers.config.options import OptimizerOptions
 from helpers.training import adamw_bf16
 from helpers.training.optimizers import NamedOptimizer
@@ -40,13 +40,13 @@ class Stepping:
     def __init__(self, name: str, blocks: int, device: torch.device) -> None:
         torch.manual_seed(0)
         self.dtype = torch.bfloat16 if name == "adamw_bf16" else torch.float32
-        self.rate = 1.0 if name in ADAPTIVE_RATE else 1e-4
+        self.rate = 1.0 if name in FINDS_RATE else 1e-4
         self.parameters = {
             f"{block}.{number}": nn.Parameter(torch.randn(shape, device=device, dtype=self.dtype) / 10)
             for block in range(blocks)
             for number, shape in enumerate(BLOCK)
         }
-        settings: dict[str, Any] = {"optimizer": name, **(ADAM_DEFAULTS if name in ADAM_FORMS else {})}
+        settings: dict[str, Any] = {"optimizer": name, **(ADAMW_DEFAULTS if name in IS_ADAMW else {})}
         options = dataclasses.replace(OptimizerOptions(), **settings)
         self.optimizer = NamedOptimizer(options, self.parameters, self.rate)
         self.gradients = [torch.randn_like(parameter) / 100 for parameter in self.parameters.values()]
@@ -109,12 +109,12 @@ def one_by_one(stepping: Stepping) -> Callable[[], float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
-    options.add_argument("names", nargs="*", help="optimizers (default: those with a name of their own)")
+    options.add_argument("names", nargs="*", help="optimizers, by name or module:Class (default: those with a name of their own)")
     options.add_argument("--blocks", type=int, default=16, help="number of blocks of 1.4 M weights in 11 tensors (default 16)")
     chosen = options.parse_args(arguments)
     warnings.simplefilter("ignore")  # warnings of libraries about their own code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    names = chosen.names or [name for name in OPTIMIZERS if name != "auto"]
+    names = chosen.names or list(OPTIMIZERS)
     return conclude(list(figures(names, chosen.blocks, chosen.rounds, device or torch.device("cpu"))), chosen.rounds)
 
 

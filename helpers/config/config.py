@@ -11,6 +11,7 @@ from typing import Any
 from helpers.config.axes import Axes
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import Option, by_name, masked, options_of, show
+from helpers.config.effect import Readers, unread
 from helpers.config.facts import FamilyFacts, family_problems, with_origin
 from helpers.config.options import (
     SECTIONS,
@@ -30,7 +31,7 @@ from helpers.config.options import (
     TextEncoderOptions,
     ValidationOptions,
 )
-from helpers.config.sources import DEFAULT
+from helpers.config.sources import DEFAULT, Rank, Setting
 from helpers.errors import ConfigError
 
 __all__ = ["DEFAULT", "Config"]
@@ -63,7 +64,7 @@ class Config:
     family_name: str  # key of the families registry: "sdxl"
     method_name: str  # key of the methods registry: "full", "bitfit", "lora", "lycoris" or "controlnet"
     objective_name: str  # key of the objectives registry: "diffusion" or "flow"
-    given: frozenset[str]  # options that somebody set: a flag, a variable, a preset, or the family, method or objective
+    ranks: Mapping[str, Rank]  # option -> how strong the source of its value is
     origins: Mapping[str, str]  # option -> "--seed", "TRAINING_SEED (sdxl-env.sh:12)", "demo/lora.json", "family sdxl", "default" ...
     notes: tuple[str, ...]  # sentences to say aloud at the start
     passed_variables: tuple[str, ...] = ()  # variables of the env file that are not ours, for the debug log
@@ -82,6 +83,16 @@ class Config:
         """Every option as it is declared, by name."""
         return by_name(type(chosen) for chosen in self._sections)
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Options that somebody set: a flag, a variable, a preset, or the family, method or objective."""
+        return frozenset(name for name, rank in self.ranks.items() if rank > Rank.DECLARED)
+
+    @property
+    def said(self) -> frozenset[str]:
+        """Options that the user set: a flag or a variable."""
+        return frozenset(name for name, rank in self.ranks.items() if rank >= Rank.VARIABLE)
+
     def values(self) -> dict[str, Any]:
         """The effective value of every option, by name."""
         return {item.name: getattr(chosen, item.name) for chosen in self._sections for item in options_of(type(chosen))}
@@ -92,7 +103,7 @@ class Config:
         options = self.options
         for name, value in self.values().items():
             if name in self.given and value != options[name].default and not options[name].alias_of:
-                by_origin.setdefault(self.origins[name], []).append(f"{name} {_on_one_line(masked(show(value)))}")
+                by_origin.setdefault(self.origins[name], []).append(f"{name} {on_one_line(masked(show(value)))}")
         return " · ".join(f"{', '.join(told)} ({origin})" for origin, told in by_origin.items()) or "all settings are the defaults"
 
     def to_json(self) -> dict[str, Any]:
@@ -101,7 +112,7 @@ class Config:
             "family": self.family_name,
             "method": self.method_name,
             "objective": self.objective_name,
-            "settings": {name: {"value": _plain(value), "origin": self.origins[name]} for name, value in self.values().items()},
+            "settings": {name: {"value": plain(value), "origin": self.origins[name]} for name, value in self.values().items()},
             "datasets": [_entry(dataset) for dataset in self.datasets],
             "conditioning": [_entry(conditions) for conditions in self.conditioning],
             "text_caches": [_entry(text) for text in self.text_caches],
@@ -120,7 +131,8 @@ class Config:
         own = tuple(with_values(chosen) for chosen in self.model.family_sections)
         sections["model"] = dataclasses.replace(sections["model"], family_sections=own)
         origins = {**self.origins, **dict.fromkeys(values, origin)}
-        return dataclasses.replace(self, origins=origins, given=self.given | values.keys(), **sections)
+        ranks = {**self.ranks, **{name: max(self.ranks[name], Rank.FAMILY) for name in values}}
+        return dataclasses.replace(self, origins=origins, ranks=ranks, **sections)
 
     def of_family(self, family: FamilyFacts) -> Config:
         """The same Config for another family than was asked for, which the base model turned out to be of.
@@ -134,13 +146,20 @@ class Config:
             raise ConfigError(*(with_origin(problem, given) for problem in problems))
         return config
 
-    def of_other_families(self, axes: Axes) -> Iterator[str]:
-        """One sentence for every setting that somebody made and that only other families than this one read."""
-        family, values = axes.families[self.family_name], self.values()
-        for name, item in axes.options.items():
-            if name in self.given and values[name] != item.default and not family.reads(item):
-                readers = " and ".join(reader.title for reader in axes.readers(item))
-                yield f"{self.origins[name]} does nothing for {family.title}, only for {readers}."
+    def unread(self, axes: Axes) -> list[str]:
+        """One sentence for every variable that the run's family does not read. ConfigError for flags that it does not read.
+
+        For a family that the base model was found to be of; what no family with the same wrapper reads was found before.
+        """
+        readers, values = Readers(axes, (axes.families[self.family_name],), self.objective_name), self.values()
+        sentences = [
+            unread(item, reason, Setting(values[name], self.origins[name], self.ranks[name]))
+            for name, item in axes.options.items()
+            if name in self.said and values[name] != item.default and not item.alias_of and (reason := readers.not_for(item))
+        ]
+        if refused := [sentence for sentence, is_refusal in sentences if is_refusal]:
+            raise ConfigError(*refused)
+        return [sentence for sentence, _ in sentences]
 
 
 def _entry(entry: Entry | TableConfig) -> dict[str, Any]:
@@ -153,23 +172,23 @@ def _telling(entry: Entry | TableConfig) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(entry):
         item = declared.get(field.name)
         if item is None or not (item.secret or item.does_nothing or item.not_yet):
-            yield field.name, _plain(getattr(entry, field.name))
+            yield field.name, plain(getattr(entry, field.name))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, Path | str):
         return masked(str(value))
     if isinstance(value, Entry):
         return value.id  # it has a place of its own
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, TableConfig):
         return _entry(value)
     return value
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     """A prompt may have many lines; the first 80 characters tell which it is."""
     shown = " ".join(text.split())
     return shown if len(shown) <= 80 else shown[:79] + "…"

@@ -23,6 +23,19 @@ _URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 Needs = tuple[tuple[str, tuple[Any, ...]], ...]
 
+# What `on_resume` says of most options that may change.
+FROM_HERE = " from step {step} on"
+ROUNDING = " from step {step} on, which changes results by rounding errors at most"
+WITH_THE_DATA = "; the data is compared with the checkpoint's by itself"
+WITH_THE_WEIGHTS = "; the weights of the base model are compared with the checkpoint's by themselves"
+
+
+class AnyBut(tuple[Any, ...]):
+    """In `needs`: every value except these."""
+
+    def __contains__(self, value: object) -> bool:
+        return not super().__contains__(value)
+
 
 @dataclass(frozen=True)
 class Declared:
@@ -38,16 +51,17 @@ class Declared:
     _: KW_ONLY
     env: str | tuple[str, ...] | None = None  # historic variables, accepted beside the field's name in capitals; (): flag only
     choices: tuple[str, ...] = ()
-    more_choices: tuple[str, ...] = ()  # further choices, too many to list beside the usual ones
-    refused: Mapping[str, str] = field(default_factory=dict)  # names that users may try -> why they are no choice
+    check_other: Callable[[str], None] | None = None  # for values that are no choice: ValueError says why this one cannot be used
+    names_code: bool = False  # a value may name Python code: only flags and env files, which are the user's own, may set it
     synonyms: Mapping[str, str] = field(default_factory=dict)  # other spellings of choices -> the choice
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
-    # What changes when a run is resumed with another value. "" (the default): nothing may, the resume is refused. Otherwise the end
-    # of the sentence "learning_rate was 0.0001 and is 5e-05 ...", in which {step} stands for the checkpoint's step.
+    # Whether a resumed run may have another value. "" (the default): no, it is refused. Otherwise yes, and this is the end of the
+    # sentence "learning_rate was 0.0001 and is 5e-05 ...", in which {step} stands for the checkpoint's step.
     on_resume: str = ""
     needs: Needs = ()  # (option, its values) that must all hold for this option to have an effect
+    argument: str = ""  # the argument of the optimizer that it sets, which --optimizer_args could set too
     objective: str = ""  # the only objective that reads it, by its name in the registry
     some_families: bool = False  # only families that name it in their facts read it; options of a family's own section need not say so
     not_yet: bool = False
@@ -133,13 +147,12 @@ class Option(Declared):
 
     def check(self, value: Any) -> None:
         """ValueError unless the value is one of the choices and within the declared range."""
-        known = (*self.choices, *self.more_choices)
         for item in value if isinstance(value, tuple) else (value,):
-            if item in self.refused:
-                raise ValueError(f"{item} cannot be used here: {self.refused[item]}")
-            if known and item is not None and item not in known:
-                more = f" or {len(self.more_choices)} more" if self.more_choices else ""
-                raise ValueError(f"{item!r} is not one of {', '.join(self.choices)}{more}{did_you_mean(str(item), known)}")
+            if not self.choices or item is None or item in self.choices:
+                continue
+            if self.check_other is None:
+                raise ValueError(f"{item!r} is not one of {', '.join(self.choices)}{did_you_mean(str(item), self.choices)}")
+            self.check_other(item)
         if not isinstance(value, int | float) or isinstance(value, bool):
             return
         if isinstance(value, float) and not math.isfinite(value):

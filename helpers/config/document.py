@@ -7,11 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from helpers.config.axes import Axes
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
-from helpers.config.declare import Option, options_of, show
+from helpers.config.declare import WITH_THE_DATA, WITH_THE_WEIGHTS, AnyBut, Option, options_of, show
 from helpers.config.options import VARIABLES, WITHOUT_EFFECT, IgnoredOptions, Variable
 from helpers.config.sources import ABBREVIATIONS
 
 _NOT_YET = "*Not available yet.*"
+
+_HEAD = ("Option", "Variable", "Default", "What it does", "On resume")
+_ON_RESUME = {"": "fixed", WITH_THE_DATA: "with the same data", WITH_THE_WEIGHTS: "with the same weights"}
 
 _INTRODUCTION = """\
 # Options
@@ -24,12 +27,18 @@ set by `--use_ema`, `--use_ema=true` or `USE_EMA='true'`, and turned off by `--n
 `USE_EMA='false'`; 1/0, yes/no and on/off are accepted too. A variable that is empty counts as not set. Flags are
 written out in full{abbreviation}.
 
-The strongest setting counts: a flag, then `TRAINER_EXTRA_ARGS`, then a variable, then the demo's preset, then what the
-model family, method or objective prefers, then the default of this page. A run begins by saying every setting that is
-not the default and where it came from, and keeps all of them in `OUTPUT_DIR/config.json`. Relative paths mean the
-directory you called from.
+If a setting is made more than once, the strongest source wins: a flag, then `TRAINER_EXTRA_ARGS`, then a variable, then
+the demo's preset, then the default of the model family, method or objective, then the default on this page. At its
+start, a run lists every setting that is not the default, with its source. `OUTPUT_DIR/config.json` has all of them.
+Relative paths start at the directory you called from.
 
-What is *not available yet* is refused by name when it is set to anything but its default.
+**On resume**: *fixed* settings cannot change when a run resumes; a different value is refused. Settings that *may change*
+take effect from the checkpoint on, and the change is reported. *With the same data* and *with the same weights*: the
+setting may change, but images, captions, latents and text embeddings, or the weights of the base model, must be the same.
+Settings without effect on a run may always change.
+
+A variable that the chosen model family does not use is ignored with one line, because an env file may serve several
+families. A flag that it does not use is refused. An option that is *not available yet* is refused unless it has its default.
 """
 
 
@@ -73,7 +82,7 @@ def _page(axes: Axes) -> Iterator[str]:
         if section is IgnoredOptions:
             yield from _table(("Option", "Variable", "What it did", "Why it does nothing"), map(_ignored_row, _options(axes, section)))
         else:
-            yield from _table(("Option", "Variable", "Default", "What it does"), map(_option_row, _options(axes, section)))
+            yield from _table(_HEAD, (_option_row(axes, item) for item in _options(axes, section)))
     yield "## Variables that are no options\n"
     yield from _table(("Variable", "What it does"), map(_variable_row, VARIABLES))
     yield "These are accepted and do nothing:\n"
@@ -98,8 +107,21 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     yield ""
 
 
-def _option_row(item: Option) -> tuple[str, ...]:
-    return f"`{item.flag}`", _variables(item), _code_or_words(item), _explained(item)
+def _option_row(axes: Axes, item: Option) -> tuple[str, ...]:
+    on_resume = f"as `--{item.alias_of[0]}`" if item.alias_of else _ON_RESUME.get(item.on_resume, "may change")
+    explained = " ".join(part for part in (_explained(item), *_conditions(axes, item)) if part)
+    return f"`{item.flag}`", _variables(item), _code_or_words(item), explained, on_resume
+
+
+def _conditions(axes: Axes, item: Option) -> Iterator[str]:
+    """What the option needs to have an effect: other settings, an objective, a family."""
+    for name, values in item.needs:
+        choices = " or ".join(f"`{show(value)}`" for value in values)
+        yield f"{'Not with' if isinstance(values, AnyBut) else 'Only with'} `--{name}` {choices}."
+    if item.objective:
+        yield f"Only for {axes.objectives[item.objective].title}."
+    elif len(readers := axes.readers(item)) < len(axes.families):
+        yield f"Only for {', '.join(family.title for family in readers)}."
 
 
 def _ignored_row(item: Option) -> tuple[str, ...]:

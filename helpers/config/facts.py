@@ -35,6 +35,7 @@ class Facts:
     defaults: Settings = field(default_factory=dict)
     _: KW_ONLY
     judge: Callable[[Settings], Iterable[str]] = no_objection
+    instead: Mapping[str, str] = field(default_factory=dict)  # option of another objective => what to use here
 
 
 @dataclass(frozen=True)

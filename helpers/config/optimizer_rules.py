@@ -5,50 +5,39 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
+from helpers.config.declare import options_of
+from helpers.config.effect import unmet_need
 from helpers.config.libraries import lacking
 from helpers.config.optimizers import (
-    ADAM_DEFAULTS,
-    ADAM_FORMS,
-    ADAPTIVE_RATE,
-    AVERAGING,
-    LIBRARIES,
+    ADAMW_DEFAULTS,
+    AUTO,
+    AVERAGES,
+    FINDS_RATE,
+    IS_ADAMW,
+    class_of,
     parse_optimizer_args,
 )
+from helpers.config.options import OptimizerOptions
 from helpers.config.sources import Rank, Setting, said_by
 
 CONSTANT = ("constant", "constant_with_warmup")
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.01, 100.0  # beyond them a learning rate cannot have been meant as a factor to an estimated one
 LARGE_RATE = 0.1  # of an optimiser that does not estimate it
-# The flags of the June 2024 release that set what --optimizer_args can set too.
-ARGUMENT_OF = {
-    "adam_beta1": "betas",
-    "adam_beta2": "betas",
-    "adam_weight_decay": "weight_decay",
-    "adam_epsilon": "eps",
-    "prodigy_beta3": "beta3",
-    "prodigy_decouple": "decouple",
-    "prodigy_use_bias_correction": "use_bias_correction",
-    "prodigy_safeguard_warmup": "safeguard_warmup",
-    "prodigy_learning_rate": "d_coef",
-    "prodigy_weight_decay": "weight_decay",
-    "prodigy_epsilon": "eps",
-    "adafactor_relative_step": "relative_step",
-}
 
 
 def settle_optimizer(chosen: dict[str, Setting]) -> None:
     """Fill in what depends on the optimiser, where nobody has said it."""
     name = chosen["optimizer"].value
-    if name in ADAM_FORMS:
-        for option, value in ADAM_DEFAULTS.items():
+    if name in IS_ADAMW:
+        for option, value in ADAMW_DEFAULTS.items():
             if chosen[option].value is None:
                 chosen[option] = Setting(value, f"optimizer {name}", Rank.DECLARED)
     if name == "adafactor":
         _prefer(chosen, "max_grad_norm", 0.0)  # it clips its own updates
-    if name in ADAPTIVE_RATE:
+    if name in FINDS_RATE:
         _prefer(chosen, "learning_rate", 1.0)
         _prefer(chosen, "lr_scheduler", "constant")
-    if name in AVERAGING:
+    if name in AVERAGES:
         _prefer(chosen, "lr_scheduler", "constant_with_warmup")
     if name == "dadaptation":
         told, replaced = chosen["dadaptation_learning_rate"], chosen["learning_rate"]
@@ -71,14 +60,14 @@ def optimizer_problems(chosen: Mapping[str, Setting]) -> Iterator[str]:
         yield "--optimizer=adamw_bf16 trains bf16 weights; it needs --mixed_precision=bf16, or choose --optimizer=adamw."
     if name.startswith("paged_") and chosen["optimizer_cpu_offload"].value:
         yield f"{said_by(chosen, 'optimizer_cpu_offload')}: {name} moves its state out of the way by itself; leave one of them out."
-    if chosen["lr_scale"].value and (name in ADAPTIVE_RATE or chosen["adafactor_relative_step"].value):
+    if chosen["lr_scale"].value and (name in FINDS_RATE or chosen["adafactor_relative_step"].value):
         yield f"{said_by(chosen, 'lr_scale')}: {name} finds its learning rate by itself, of steps of any size; remove it."
-    if name in AVERAGING and chosen["use_ema"].value:
+    if name in AVERAGES and chosen["use_ema"].value:
         yield f"{said_by(chosen, 'use_ema')}: --optimizer={name} averages the weights itself; leave one of them out."
 
 
 def _arguments(chosen: Mapping[str, Setting]) -> Iterator[str]:
-    setting, name = chosen["optimizer_args"], chosen["optimizer"].value
+    setting = chosen["optimizer_args"]
     try:
         arguments = parse_optimizer_args(setting.value)
     except ValueError as error:
@@ -86,15 +75,15 @@ def _arguments(chosen: Mapping[str, Setting]) -> Iterator[str]:
         return
     if "lr" in arguments:
         yield f"{setting.origin}: the learning rate is --learning_rate, not lr=; move it there."
-    for option, argument in ARGUMENT_OF.items():
-        of_another = option.startswith(("prodigy_", "adafactor_")) and not option.startswith(name)
-        if argument in arguments and chosen[option].rank > Rank.PRESET and not of_another:
-            yield f"{setting.origin} sets {argument}, and so does {chosen[option].origin}; remove one."
+    values = {option: setting.value for option, setting in chosen.items()}
+    for item in options_of(OptimizerOptions):
+        if item.argument in arguments and chosen[item.name].rank > Rank.PRESET and not unmet_need(item, values):
+            yield f"{setting.origin} sets {item.argument}, and so does {chosen[item.name].origin}; remove one."
 
 
 def _rate(chosen: Mapping[str, Setting]) -> Iterator[str]:
     name, rate = chosen["optimizer"].value, chosen["learning_rate"].value
-    if name in ADAPTIVE_RATE and not SMALLEST_FACTOR <= rate <= LARGEST_FACTOR:
+    if name in FINDS_RATE and not SMALLEST_FACTOR <= rate <= LARGEST_FACTOR:
         finer = {"prodigy": " and tune it by --prodigy_learning_rate", "dadaptation": " as --dadaptation_learning_rate"}.get(name, "")
         yield (
             f"{said_by(chosen, 'learning_rate')}: {rate:g} is a factor to the learning rate that {name} finds by itself; say 1{finer}, "
@@ -106,7 +95,7 @@ def _rate(chosen: Mapping[str, Setting]) -> Iterator[str]:
             f"{said_by(chosen, 'text_encoder_lr')}: adafactor sets its own rate with its relative step, for the text encoders too; "
             "leave one of them out."
         )
-    if name in ADAPTIVE_RATE and of_text is not None and not SMALLEST_FACTOR <= of_text <= LARGEST_FACTOR:
+    if name in FINDS_RATE and of_text is not None and not SMALLEST_FACTOR <= of_text <= LARGEST_FACTOR:
         yield (
             f"{said_by(chosen, 'text_encoder_lr')}: {of_text:g} is a factor to the learning rate that {name} finds for the text encoders "
             "by itself; leave it out, or choose another --optimizer."
@@ -116,15 +105,12 @@ def _rate(chosen: Mapping[str, Setting]) -> Iterator[str]:
 def optimizer_notes(chosen: Mapping[str, Setting]) -> Iterator[str]:
     """What can be meant, and probably is not."""
     name, rate, shape = chosen["optimizer"].value, chosen["learning_rate"], chosen["lr_scheduler"]
-    if name in ADAPTIVE_RATE and not 0.1 < rate.value <= 10:
+    if name in FINDS_RATE and not 0.1 < rate.value <= 10:
         yield f"{rate.origin}: {name} finds its learning rate by itself, and {rate.value:g} of it is far from the usual 1."
-    if (name in ADAM_FORMS - ADAPTIVE_RATE - AVERAGING or "lion" in name) and name not in ADAPTIVE_RATE and rate.value >= LARGE_RATE:
+    if (name in IS_ADAMW - FINDS_RATE - AVERAGES or "lion" in name) and name not in FINDS_RATE and rate.value >= LARGE_RATE:
         yield f"{rate.origin}: {rate.value:g} is a very high learning rate for {name}, which hardly ever learns above 0.01."
-    if name in AVERAGING and shape.value not in CONSTANT:
+    if name in AVERAGES and shape.value not in CONSTANT:
         yield f"{shape.origin}: {name} averages instead of lowering its learning rate; constant_with_warmup is usual, not {shape.value}."
-    if name == "prodigy":
-        for setting in (chosen[option] for option in ("adam_weight_decay", "adam_epsilon") if chosen[option].rank > Rank.PRESET):
-            yield f"{setting.origin} does nothing while optimizer is prodigy, which has a --prodigy_ option for it."
     if _relative_steps(chosen):
         for setting in (chosen[option] for option in ("learning_rate", "lr_scheduler") if chosen[option].rank > Rank.PRESET):
             yield f"{setting.origin} does nothing while adafactor takes relative steps."
@@ -132,7 +118,7 @@ def optimizer_notes(chosen: Mapping[str, Setting]) -> Iterator[str]:
 
 def highest_rate(optimizer: str, optimizer_args: str | None, adafactor_relative_step: bool, rate: float) -> str:
     """The peak of a learning rate in words: for some optimisers it is a factor to what they find, or means nothing."""
-    if optimizer in ADAPTIVE_RATE:
+    if optimizer in FINDS_RATE:
         return f"up to {rate:g} times the learning rate that {optimizer} finds for them"
     if _takes_relative_steps(optimizer, optimizer_args, adafactor_relative_step):
         return "the learning rate that adafactor sets by its relative step"
@@ -154,5 +140,9 @@ def _takes_relative_steps(optimizer: str, optimizer_args: str | None, asked: boo
 
 def missing_library(chosen: Mapping[str, Setting]) -> Iterator[str]:
     name = chosen["optimizer"].value
-    if name in LIBRARIES and (lacks := lacking(name, *LIBRARIES[name])):
+    if name == AUTO:
+        return
+    found = class_of(name)
+    module = found.place.partition(":")[0].partition(".")[0]
+    if found.package and (lacks := lacking(name, module, found.package)):
         yield f"{said_by(chosen, 'optimizer')}: {lacks}, or choose another."

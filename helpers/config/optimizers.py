@@ -1,84 +1,98 @@
-"""The optimisers by name: which library has them, what they make of the learning rate, and which cannot work here.
-
-Names only, so that a slip of the finger is answered before torch is imported; helpers/training/optimizers.py makes them.
-"""
+"""The optimizers by name, and how any other is written. Nothing is imported, so a mistake is reported before torch is loaded."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-OPTIMIZERS = (
-    "auto",
-    "adamw",
-    "adamw_bf16",
-    "adamw8bit",
-    "paged_adamw",
-    "paged_adamw8bit",
-    "adafactor",
-    "lion",
-    "lion8bit",
-    "paged_lion8bit",
-    "prodigy",
-    "dadaptation",
-    "schedulefree",
+from helpers.config.suggest import did_you_mean
+
+_CLASS = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
+# Where a class is looked for whose name a user gives alone: (module to import it from, folder of its package that defines it).
+_SEARCHED = (
+    ("torch.optim", "torch/optim"),
+    ("bitsandbytes.optim", "bitsandbytes/optim"),
+    ("pytorch_optimizer", "pytorch_optimizer/optimizer"),
+    ("schedulefree", "schedulefree"),
+    ("prodigyopt", "prodigyopt"),
 )
 
-# The others that pytorch-optimizer 4.1 has; its adamw, adafactor, lion and prodigy are named above.
-_MORE = """
-    a2grad accsgd adabelief adabound adadelta adagc adai adalite adam adamax adamc adamg adamod adamp adams adamwsn adan adanorm adapnm
-    adasmooth adatam ademamix adopt aggmo aida alice amos ano apollodqn avagrad bcos came dadaptadagrad dadaptadam dadaptadan
-    dadaptlion dadaptsgd dash diffgrad dualadam emofact emolynx emonavi exadam fadam flashadamw focus fromage ftrl grams
-    gravity grokfastadamw kate lamb laprop lars madgrad mars msvag nadam nero novograd padam pid pnm qhadam qhm racs radam
-    ranger rmsprop rose sara schedulefreeadamw schedulefreeradam schedulefreesgd scion scionlight sgd sgdp sgdsai sgdw shampoo signsgd
-    simplifiedademamix sm3 soap spam splus srmm stableadamw swats tam tiger vsgd yogi
-"""
-PYTORCH_OPTIMIZER = tuple(_MORE.split())
 
-_MATRICES = "it updates matrices and other weights by different rules, and has to be told which is which group by group"
-_CLOSURE = "it computes the loss several times in a step, and here a step has one gradient"
-_SECOND_ORDER = "it needs the gradient of the gradient, which would double memory and time of every step"
-_IN_BACKWARD = "it updates the weights while the gradient is computed, so nothing could be clipped, accumulated or shared by processes"
-_OBJECTS = "it keeps objects in its state that a checkpoint of tensors and numbers cannot hold"
-_HIDDEN_STATE = "it keeps a state that it does not show, so a resumed run would go another way"
-_OWN_RATE = "it sets its learning rate itself from its earlier ones, which --lr_scheduler would overwrite"
-REFUSED = {
-    **dict.fromkeys(("adago", "adamuon", "distributedmuon", "muon", "muonclip", "normuon"), _MATRICES),
-    **dict.fromkeys(("alig", "bsam", "lbfgs"), _CLOSURE),
-    **dict.fromkeys(("adahessian", "sophiah"), _SECOND_ORDER),
-    **dict.fromkeys(("adalomo", "lomo"), _IN_BACKWARD),
-    **dict.fromkeys(("adashift", "conda", "scalableshampoo"), _OBJECTS),
-    **dict.fromkeys(("magma", "stablespam"), _HIDDEN_STATE),
-    **dict.fromkeys(("asgd", "ranger21"), _OWN_RATE),
-    **dict.fromkeys(("apollo", "fira", "galore"), "it has to be told group by group which weights have how low a rank, and else is Adam"),
-    "adammini": "it has to be told the blocks of a language model",
-    "demo": "it exchanges compressed gradients itself, and here processes have shared them already",
-    "kron": "it draws from a random generator that the seed of a run does not reach",
-    "lorarite": "it takes weights for the two matrices of an adapter by the order they come in",
-    "spectralsphere": "it takes matrices only",
+@dataclass(frozen=True)
+class NamedClass:
+    """An optimizer that has a name here."""
+
+    place: str  # module:Class
+    package: str = ""  # to install for it, if it is not installed anyway
+    is_adamw: bool = False  # a variant of AdamW: --adam_beta1 and its like have AdamW's defaults
+    finds_rate: bool = False  # it estimates the step size; the learning rate is a factor on the estimate, usually 1
+    averages: bool = False  # it trains one set of weights and exports another, their average
+
+
+OPTIMIZERS: Mapping[str, NamedClass] = {
+    "adamw": NamedClass("torch.optim:AdamW", is_adamw=True),
+    "adamw_bf16": NamedClass("helpers.training.adamw_bf16:AdamWBF16", is_adamw=True),
+    "adamw8bit": NamedClass("bitsandbytes.optim:AdamW8bit", "bitsandbytes", is_adamw=True),
+    "paged_adamw8bit": NamedClass("bitsandbytes.optim:PagedAdamW8bit", "bitsandbytes", is_adamw=True),
+    "adafactor": NamedClass("transformers.optimization:Adafactor"),
+    "prodigy": NamedClass("prodigyopt:Prodigy", "prodigyopt", is_adamw=True, finds_rate=True),
+    "dadaptation": NamedClass("pytorch_optimizer:DAdaptAdam", "pytorch-optimizer", is_adamw=True, finds_rate=True),
+    "lion": NamedClass("pytorch_optimizer:Lion", "pytorch-optimizer"),
+    "lion8bit": NamedClass("bitsandbytes.optim:Lion8bit", "bitsandbytes"),
+    "came": NamedClass("pytorch_optimizer:CAME", "pytorch-optimizer"),
+    "schedulefree_adamw": NamedClass("schedulefree:AdamWScheduleFree", "schedulefree", is_adamw=True, averages=True),
+    "sgd": NamedClass("torch.optim:SGD"),
 }
+AUTO = "auto"  # adamw_bf16 or adamw, as the method decides
+NAMES = (AUTO, *OPTIMIZERS)
+IS_ADAMW = frozenset((AUTO, *(name for name, known in OPTIMIZERS.items() if known.is_adamw)))
+FINDS_RATE = frozenset(name for name, known in OPTIMIZERS.items() if known.finds_rate)
+AVERAGES = frozenset(name for name, known in OPTIMIZERS.items() if known.averages)
+ADAMW_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 
-LIBRARIES = {  # optimiser => module, package
-    **dict.fromkeys(("adamw8bit", "paged_adamw", "paged_adamw8bit", "lion8bit", "paged_lion8bit"), ("bitsandbytes", "bitsandbytes")),
-    **dict.fromkeys(("lion", "dadaptation", *PYTORCH_OPTIMIZER), ("pytorch_optimizer", "pytorch-optimizer")),
-    "prodigy": ("prodigyopt", "prodigyopt"),
-    "schedulefree": ("schedulefree", "schedulefree"),
-}
 
-# They estimate the size of a step themselves; the learning rate is a factor to it, 1 where all goes well.
-ADAPTIVE_RATE = frozenset(("prodigy", "dadaptation", *(name for name in PYTORCH_OPTIMIZER if name.startswith("dadapt"))))
-# They train one set of weights and mean another, an average.
-AVERAGING = frozenset(("schedulefree", "splus", *(name for name in PYTORCH_OPTIMIZER if name.startswith("schedulefree"))))
-# Forms of AdamW, which take its settings and defaults.
-ADAM_FORMS = frozenset(
-    ("auto", "adamw", "adamw_bf16", "adamw8bit", "paged_adamw", "paged_adamw8bit", "prodigy", "dadaptation", "schedulefree")
-)
-ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
+def class_of(optimizer: str) -> NamedClass:
+    """The class that a value of --optimizer other than auto stands for: of the table, or as the user wrote it."""
+    return OPTIMIZERS.get(optimizer) or NamedClass(optimizer, optimizer.partition(":")[0].partition(".")[0])
+
+
+def check_class(text: str) -> None:
+    """ValueError unless `text`, which is no name of the table, is of the form module:Class; it says what to write instead."""
+    if _CLASS.fullmatch(text):
+        return
+    names = ", ".join(NAMES)
+    if found := find_class(text):
+        raise ValueError(f"{text!r} is not one of {names}; write it by its class: --optimizer={found}")
+    hint = did_you_mean(text, NAMES)
+    raise ValueError(f"{text!r} is not one of {names}{hint}; write any other by its class, as in torch.optim:RAdam")
+
+
+def find_class(name: str) -> str | None:
+    """`soap` => `pytorch_optimizer:SOAP`: the class of an installed optimizer library with that name, letter case and _ aside.
+
+    Reads the libraries' source files: importing one would import torch.
+    """
+    wanted = name.replace("_", "").lower()
+    for module, folder in _SEARCHED:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+        if spec is None or spec.origin is None:
+            continue
+        root = Path(spec.origin).parent.parent
+        for file in sorted((root / folder).rglob("*.py")):
+            for found in re.findall(r"^class (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
+                if found.lower() == wanted:
+                    return f"{module}:{found}"
+    return None
 
 
 def parse_optimizer_args(text: str | None) -> dict[str, Any]:
-    """`"betas=0.9,0.99 amsgrad=true name=x"` => arguments: numbers, true/false, none, tuples of them where a comma stands, or words.
+    """`"betas=0.9,0.99 amsgrad=true name=x"` => arguments: numbers, true/false, none, tuples if there is a comma, otherwise words.
 
     ValueError says what cannot be read.
     """
@@ -88,7 +102,7 @@ def parse_optimizer_args(text: str | None) -> dict[str, Any]:
         if not equals or not key.isidentifier():
             raise ValueError(f"{word!r} is not of the form key=value")
         if key in arguments:
-            raise ValueError(f"{key} stands there twice")
+            raise ValueError(f"{key} is given twice")
         arguments[key] = _value(value)
     return arguments
 

@@ -14,12 +14,14 @@ from helpers.config.dataloader import read_dataloader
 from helpers.config.datasets import DataConfig
 from helpers.config.declare import masked, options_of
 from helpers.config.document import help_text
+from helpers.config.effect import Readers, leave_out_unread, without_effect
 from helpers.config.env_file import EnvFile, read_env_file
 from helpers.config.facts import Facts, FamilyFacts, family_problems, size_notes, with_origin
+from helpers.config.optimizer_rules import optimizer_notes
 from helpers.config.options import SECTIONS, VARIABLES, WITHOUT_EFFECT
 from helpers.config.rules import impossible
-from helpers.config.settle import Chosen, chosen_method, settle, take_switches, without_effect
-from helpers.config.sources import REPOSITORY, Options, Rank, from_extra_args, from_flags, from_preset, from_variables, strongest
+from helpers.config.settle import Chosen, chosen_method, settle, take_switches
+from helpers.config.sources import REPOSITORY, Options, Rank, Setting, from_extra_args, from_flags, from_preset, from_variables, strongest
 from helpers.errors import ConfigError
 
 
@@ -45,6 +47,8 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], axes: Axes) -> 
     problems += take_switches(options, chosen)  # one of them may name the family
     names = _names(chosen, axes)
     choices = _facts_of(names, axes)
+    unread = list(leave_out_unread(Readers.of(axes, names["family"], names["objective"]), chosen))
+    problems += [sentence for sentence, is_refusal in unread if is_refusal]
     problems += settle(chosen, choices)
     problems += _unavailable(options, chosen)
     data = _data(chosen)
@@ -62,8 +66,8 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], axes: Axes) -> 
         method_name=names["method"],
         objective_name=names["objective"],
         origins={name: setting.origin for name, setting in chosen.items()},
-        given=frozenset(given),
-        notes=tuple(_notes(axes, chosen, choices, data, env_file)),
+        ranks={name: setting.rank for name, setting in chosen.items()},
+        notes=(*(sentence for sentence, _ in unread), *_notes(axes, chosen, choices, data, env_file)),
         passed_variables=tuple(env_file.unknown(known_variables(options))),
     )
 
@@ -141,11 +145,24 @@ def _sections(axes: Axes, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _notes(axes: Axes, chosen: Chosen, choices: Sequence[tuple[str, Facts]], data: DataConfig, env_file: EnvFile) -> Iterator[str]:
-    yield from without_effect(axes.options, chosen)
+    yield from without_effect(axes, chosen)
+    yield from optimizer_notes(chosen)
+    yield from _of_another_place(chosen)
     yield from data.notes
     yield from _size_notes(choices, data)
     yield from _variables_without_effect(env_file)
     yield from env_file.maybe_misspelt(known_variables(axes.options))
+
+
+def _of_another_place(chosen: Mapping[str, Setting]) -> Iterator[str]:
+    """What says where to find a base model that is found elsewhere."""
+    model = Path(chosen["pretrained_model_name_or_path"].value or "").expanduser()
+    if not chosen["pretrained_model_name_or_path"].value or not model.exists():
+        return
+    if chosen["revision"].value is not None:
+        yield f"{chosen['revision'].origin} does nothing: the base model is on this machine, and not on the hub."
+    if chosen["single_file_config"].value is not None and model.is_dir():
+        yield f"{chosen['single_file_config'].origin} does nothing: the base model is a folder, and no single file."
 
 
 def _size_notes(choices: Sequence[tuple[str, Facts]], data: DataConfig) -> Iterator[str]:

@@ -16,6 +16,7 @@ from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCache
 from helpers.config.declare import options_of
 from helpers.config.json_file import read_json
 from helpers.config.options import SECTIONS
+from helpers.config.sources import Rank
 from helpers.errors import ConfigError
 
 CONFIG = "config.json"
@@ -70,7 +71,7 @@ def _config(content: Mapping[str, Any], axes: Axes) -> Config:
         family_name=content["family"],
         method_name=content["method"],
         objective_name=content["objective"],
-        given=frozenset(settings),
+        ranks=dict.fromkeys(settings, Rank.VARIABLE),
         origins={name: setting["origin"] for name, setting in settings.items()},
         notes=(),
     )

@@ -3,58 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.config.declare import options_of, show
+from helpers.config.declare import show
+from helpers.config.effect import Chosen
 from helpers.config.facts import Facts
 from helpers.config.lora_file import LoraFile, read_lora_file
-from helpers.config.optimizer_rules import optimizer_notes, settle_optimizer
-from helpers.config.options import OPTIONS, AdapterOptions
+from helpers.config.optimizer_rules import settle_optimizer
 from helpers.config.sources import Options, Rank, Setting
 
-Chosen = dict[str, Setting]
 DEFAULT_SNR_GAMMA = 5.0  # Hang et al. (2023), section 4
 
-ADAPTER_OPTIONS = tuple(item.name for item in options_of(AdapterOptions))
-FREEZING = ("freeze_encoder_strategy", "freeze_encoder_before", "freeze_encoder_after")
-TEXT_ENCODER_OPTIONS = (*FREEZING, "freeze_encoder", "text_encoder_lr", "text_encoder_limit")
 WITHOUT_DROPOUT = {"lora_algorithm": ("lokr", "loha"), "lora_init_type": ("pissa", "olora")}  # where its default is 0
-
-# What has an effect only beside another setting: (options, the other, the values of it that they need).
-DEPENDENT: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
-    (ADAPTER_OPTIONS, "model_type", ("lora",)),
-    (("controlnet_model_name_or_path",), "controlnet", (True,)),
-    (("lokr_factor",), "lora_algorithm", ("lokr",)),
-    (("training_scheduler_timestep_spacing",), "model_type", ("full",)),  # it stands in the scheduler of an exported pipeline
-    (("logit_mean", "logit_std"), "weighting_scheme", ("logit_normal",)),
-    (("mode_scale",), "weighting_scheme", ("mode",)),
-    (TEXT_ENCODER_OPTIONS, "train_text_encoder", (True,)),
-    ((*FREEZING, "freeze_encoder"), "model_type", ("full",)),
-    (FREEZING, "freeze_encoder", (True,)),
-    (("freeze_encoder_before",), "freeze_encoder_strategy", ("before", "between", "outside")),
-    (("freeze_encoder_after",), "freeze_encoder_strategy", ("after", "between", "outside")),
-    (("cache_dir_text",), "train_text_encoder", (False,)),
-    (("huber_delta",), "loss", ("huber",)),
-    (("snr_weight",), "loss_weighting", ("none",)),
-    (("soft_min_snr_sigma_data",), "loss_weighting", ("soft_min_snr",)),
-    (("timestep_bias_multiplier",), "timestep_bias_strategy", ("earlier", "later", "range")),
-    (("timestep_bias_portion",), "timestep_bias_strategy", ("earlier", "later")),
-    (("timestep_bias_begin", "timestep_bias_end"), "timestep_bias_strategy", ("range",)),
-    (("noise_offset", "noise_offset_probability"), "offset_noise", (True,)),
-    (("ema_decay", "ema_device", "ema_cpu_only", "ema_update_interval"), "use_ema", (True,)),
-    (("adafactor_relative_step",), "optimizer", ("adafactor",)),
-    (tuple(name for name in OPTIONS if name.startswith("prodigy_")), "optimizer", ("prodigy",)),
-    (("dadaptation_learning_rate",), "optimizer", ("dadaptation",)),
-    (("lr_warmup_steps",), "lr_scheduler", tuple(name for name in OPTIONS["lr_scheduler"].choices if name != "constant")),
-    (("lr_power",), "lr_scheduler", ("polynomial",)),
-    (("lr_num_cycles",), "lr_scheduler", ("cosine_with_restarts",)),
-    (("lr_end",), "lr_scheduler", ("linear", "sine", "cosine", "cosine_with_restarts", "polynomial")),
-    (("push_checkpoints_to_hub", "hub_model_id"), "push_to_hub", (True,)),
-    (("validation_seed",), "validation_randomize", (False,)),
-    (("validation_torch_compile_mode",), "validation_torch_compile", (True,)),
-)
 
 
 def chosen_method(chosen: Chosen) -> str:
@@ -196,34 +158,3 @@ def _cache_folders(chosen: Chosen) -> None:
 def _take_folder(chosen: Chosen, name: str, folder: Path, origin: str) -> None:
     if chosen[name].value is None:
         chosen[name] = Setting(folder, origin, Rank.DECLARED)
-
-
-def without_effect(options: Options, chosen: Mapping[str, Setting]) -> Iterator[str]:
-    """One sentence for every setting the user made that changes nothing."""
-    for item in options.values():
-        setting = chosen[item.name]
-        if item.does_nothing and setting.value != item.default:
-            yield f"{setting.origin} does nothing: {item.does_nothing}."
-    for names, other, needed in DEPENDENT:
-        if chosen[other].value in needed:
-            continue
-        for name, setting in ((name, chosen[name]) for name in names):
-            if setting.rank > Rank.PRESET and setting.value is not None and (setting.value or OPTIONS[name].default):
-                yield f"{setting.origin} does nothing while {other} is {_word(chosen[other].value)}."
-    yield from _of_another_place(chosen)
-    yield from optimizer_notes(chosen)
-
-
-def _of_another_place(chosen: Mapping[str, Setting]) -> Iterator[str]:
-    """What says where to find a base model that is found elsewhere."""
-    model = Path(chosen["pretrained_model_name_or_path"].value or "").expanduser()
-    if not chosen["pretrained_model_name_or_path"].value or not model.exists():
-        return
-    if chosen["revision"].value is not None:
-        yield f"{chosen['revision'].origin} does nothing: the base model is on this machine, and not on the hub."
-    if chosen["single_file_config"].value is not None and model.is_dir():
-        yield f"{chosen['single_file_config'].origin} does nothing: the base model is a folder, and no single file."
-
-
-def _word(value: Any) -> str:
-    return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)

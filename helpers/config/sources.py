@@ -62,6 +62,8 @@ class Source:
     def take(self, item: Option, text: str, origin: str, rank: Rank) -> None:
         """Set the option to what `text` stands for, or note why it cannot be."""
         try:
+            if item.names_code and rank < Rank.VARIABLE and text not in item.choices:
+                raise ValueError(f"{text!r} names Python code, which only a flag or the env file may do")
             self.settings[item.name] = Setting(item.parse(text), origin, rank)
         except ValueError as error:
             self.problems.append(f"{origin}: {error}.")

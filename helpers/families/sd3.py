@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.declare import option
 from helpers.config.facts import FamilyFacts, Miniature, Settings
-from helpers.config.options import OPTIONS
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.errors import ModelError
 from helpers.families.loading.base_model import BaseModel
@@ -35,7 +34,6 @@ CLIP_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 T5_FOLDERS = ("text_encoder_3", "tokenizer_3")
 T5_LENGTH = 256  # tokens, as the pipeline of diffusers
 LONGEST_T5 = 512  # that the pipeline takes
-FLOW_OPTIONS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift")
 # What --sd3_uses_diffusion trains: the schedule of SDXL that ends in pure noise, as flow matching does.
 DIFFUSION_SCHEDULE: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
@@ -62,9 +60,6 @@ def _judge(settings: Settings) -> Iterable[str]:
 
 
 def _judge_diffusion(settings: Settings) -> Iterable[str]:
-    for name in FLOW_OPTIONS:
-        if settings[name] != OPTIONS[name].default:
-            yield f"--{name} is for flow matching, and --sd3_uses_diffusion trains by diffusion; remove one of them."
     sampler = settings["validation_noise_scheduler"]
     if sampler not in SCALE_NOTHING:
         yield (

@@ -6,9 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.declare import show
 from helpers.config.facts import Facts, Settings
-from helpers.config.options import OPTIONS
 from helpers.errors import ConfigError
 from helpers.objectives.losses import weighted_loss
 from helpers.objectives.timesteps import uniform_numbers
@@ -23,26 +21,21 @@ if TYPE_CHECKING:
 LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # above it, or below -1, the function of mode sampling is not monotone
 SAMPLERS: Mapping[str, str] = {"euler": "FlowMatchEulerDiscreteScheduler"}
 # Options of diffusion => why flow matching does not have them, and what to use instead.
-REFUSED: Mapping[str, str] = {
+INSTEAD: Mapping[str, str] = {
     "prediction_type": "flow matching always predicts the velocity, noise - image",
     "rescale_betas_zero_snr": "the schedule of flow matching always ends in pure noise",
-    "loss_weighting": "min-SNR (--snr_gamma) and the others weight timesteps of a diffusion schedule; use --weighting_scheme",
-    "snr_weight": "it scales the loss where min-SNR does not; change --learning_rate",
+    "loss_weighting": "it weights timesteps of a diffusion schedule; use --weighting_scheme",
+    "snr_gamma": "it weights timesteps of a diffusion schedule; use --weighting_scheme",
+    "snr_weight": "it scales the loss; change --learning_rate",
     "offset_noise": "flow matching can already generate images of any brightness",
-    "input_perturbation": "it is an option of diffusion",
     "timestep_bias_strategy": "it selects timesteps of a diffusion schedule; use --weighting_scheme and --logit_mean",
     "training_scheduler_timestep_spacing": "a flow schedule has only one spacing; use --flow_shift",
     "inference_scheduler_timestep_spacing": "a flow schedule has only one spacing; use --flow_shift",
     "refiner_training": "it selects timesteps of a diffusion schedule; use --logit_mean and --logit_std",
-    "refiner_training_strength": "it belongs to --refiner_training",
-    "refiner_training_invert_schedule": "it belongs to --refiner_training",
 }
 
 
 def _judge(settings: Settings) -> Iterable[str]:
-    for name, reason in REFUSED.items():
-        if settings[name] not in (OPTIONS[name].default, False):
-            yield f"--{name}={show(settings[name])} is not for flow matching: {reason}. Remove it."
     if settings["validation_noise_scheduler"] not in SAMPLERS:
         yield (
             f"--validation_noise_scheduler={settings['validation_noise_scheduler']} is for diffusion models; "
@@ -63,7 +56,7 @@ class FlowMatching:
     `scheduler_config` is the base model's (diffusers' names). --flow_shift replaces its shift.
     """
 
-    facts = Facts(name="flow", title="flow matching", judge=_judge)
+    facts = Facts(name="flow", title="flow matching", judge=_judge, instead=INSTEAD)
     samplers = SAMPLERS
 
     def __init__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any]) -> None:

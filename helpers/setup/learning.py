@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from helpers.config.optimizer_rules import highest_rate
@@ -80,11 +81,15 @@ def _weights_dtype(run: Run) -> torch.dtype:
 
 
 def _schedule(run: Run, total: int) -> Schedule:
-    """The learning-rate schedule. Says so if a new length changes its curve."""
+    """The learning-rate schedule. Reports by how much new settings or a new length change the rate of the next step."""
     schedule, checkpoint = Schedule.create(run.config.schedule, total), run.start.checkpoint
-    if checkpoint and schedule.depends_on_length and total != (planned := checkpoint.content["total_steps"]):
-        curve = f"--lr_scheduler={schedule.name} was planned over {planned:,} steps and now covers {total:,}"
-        run.report.chapter("", f"the learning rate changes: {curve}")
+    if checkpoint:
+        kept = {name: value for name, value in checkpoint.content["settings"].items() if name in vars(run.config.schedule)}
+        planned = Schedule.create(dataclasses.replace(run.config.schedule, **kept), checkpoint.content["total_steps"])
+        now, then = schedule(run.state.updates), planned(run.state.updates)
+        if now != then:
+            next_step = f"step {run.state.step + 1:,} has the learning rate {now:.3g}"
+            run.report.chapter("", f"{next_step}; with the settings and the length of {checkpoint.name} it would be {then:.3g}")
     return schedule
 
 

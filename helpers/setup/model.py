@@ -42,7 +42,7 @@ def resolve_base_model(config: Config, runtime: Runtime, report: Reporters) -> C
         defaults = [f"{name} {show(value)}" for name, value in family.defaults.items() if name not in config.given]
         config = config.of_family(family)
         report.chapter("model", " · ".join((f"{family.title}, by its model_index.json", *defaults)))
-    for note in config.of_other_families(axes):
+    for note in config.unread(axes):
         report.chapter("", note)
     return config
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.declare import options_of
+from helpers.choices import known_axes
+from helpers.config.resume import compare, run_settings
 from helpers.setup.run import Run, StartPoint
 from helpers.training.checkpoints import Checkpointer
 from helpers.training.state import TrainState, resume_accumulation
@@ -32,55 +31,28 @@ def find_start(config: Config, runtime: Runtime, report: Reporters) -> StartPoin
         seed = config.run.seed if config.run.seed > 0 else runtime.gather(1 + secrets.randbelow(2**31))[0]
         return StartPoint(None, TrainState(seed), asked)
     report.chapter("checkpoint", f"resuming from {checkpoint.name}")
-    accumulation, note = resume_accumulation(checkpoint.content["batch"], asked, runtime.world_size, checkpoint.name)
-    if note:
-        report.chapter("", note)
+    accumulation = resume_accumulation(checkpoint.content["batch"], asked, runtime.world_size, checkpoint.name)
     return StartPoint(checkpoint, TrainState.from_json(checkpoint.content["state"]), accumulation)
 
 
 def check_start(run: Run) -> None:
-    """A resumed run must have the settings that its checkpoint was trained with; in a new one the method must fit the network.
+    """A resumed run may change only what its options' declarations allow, which is reported; in a new one the method must fit.
 
     Raises CheckpointError or ConfigError, before hours of caching.
     """
-    if run.start.checkpoint:
-        run.start.checkpoint.require_same_run(identity(run))
-    else:
+    checkpoint = run.start.checkpoint
+    if checkpoint is None:
         run.method.check(run.family.load(None))
+        return
+    changes = compare(checkpoint.content["settings"], settings(run), run.config, known_axes(), checkpoint.step)
+    changes.refuse(checkpoint.name)
+    for sentence in changes.allowed:
+        run.report.chapter("", sentence)
 
 
-def identity(run: Run) -> dict[str, Any]:
-    """The settings that may not change on resume, besides the data: JSON values by option name."""
-    config = run.config
-    adapter = dataclasses.asdict(config.adapter) if config.model.model_type == "lora" else {}
-    encoders = dataclasses.asdict(config.text_encoder) if config.text_encoder.train_text_encoder else {}
-    text = {name: value for name, value in encoders.items() if name != "text_encoder_lr"}  # may change, like the learning rate
-    if config.model.controlnet:
-        adapter = {"controlnet_model_name_or_path": config.model.controlnet_model_name_or_path}
-    loss = dataclasses.asdict(config.objective)
-    own = {item.name for chosen in config.model.family_sections for item in options_of(type(chosen)) if not item.alias_of}
-    sampling_only = ("inference_scheduler_timestep_spacing", "training_scheduler_timestep_spacing")
-    values = {
-        "model": run.family.identity,
-        "model_family": config.family_name,
-        "model_type": config.method_name,
-        "seed": config.run.seed,
-        "train_batch_size": config.data.train_batch_size,
-        "caption_dropout_probability": config.data.caption_dropout_probability,
-        **{name: value for name, value in config.values().items() if name in own},
-        "tokenizer_max_length": config.model.tokenizer_max_length,
-        "long_captions": config.model.long_captions,
-        "latent_sampling": config.cache.latent_sampling,
-        "mixed_precision": config.run.mixed_precision,
-        "optimizer": config.optimizer.optimizer,
-        "optimizer_args": config.optimizer.optimizer_args,
-        "base_quantization": config.run.base_quantization,
-        "use_ema": config.ema.use_ema,
-        **adapter,
-        **text,
-        **{name: value for name, value in {**loss, **run.objective.identity}.items() if name not in sampling_only},
-    }
-    return json.loads(json.dumps(values, default=str))  # as a checkpoint holds them: tuples become lists
+def settings(run: Run) -> dict[str, Any]:
+    """Every setting with an effect on this run, as its checkpoints keep it, with what the base model and the objective decided."""
+    return run_settings(run.config, known_axes(), {"base_model_hash": run.family.identity, **run.objective.identity})
 
 
 def set_newer_aside(run: Run) -> None:
@@ -99,7 +71,7 @@ def position(run: Run, data: TrainingData, learner: Learner, total: int) -> dict
         "total_steps": total,
         **({"text_encoder_stop": learner.engine.text_stop} if learner.trainable.text_encoders else {}),
         "untouched_epoch": data.untouched_epoch(state.step, state.order),
-        "identity": identity(run),
+        "settings": settings(run),
         "data": data.fingerprint(),
         "undecodable": data.undecodable,
         "batch": {"gradient_accumulation_steps": run.start.accumulation, "processes": run.runtime.world_size},

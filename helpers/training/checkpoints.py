@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from helpers.errors import CheckpointError, StorageError
 from helpers.storage.atomic import MANIFEST, atomic_folder, remove_leftovers, verify_manifest, write_json, write_manifest
 from helpers.storage.tensors import save_tensors
-from helpers.training.state import require_same
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +43,6 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.content["state"]["step"])
-
-    def require_same_run(self, identity: Mapping[str, Any]) -> None:
-        """Raises CheckpointError that names every setting which differs from the run that saved this."""
-        require_same(self.content["identity"], identity, self.name, "Set them back, or choose another --output_dir for a new run.")
 
     def changed_data(self, data: Mapping[str, str], accepted: bool) -> list[str]:
         """The parts of the data's fingerprint that have changed. Raises CheckpointError that names them, unless `accepted`."""

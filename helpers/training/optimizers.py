@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,25 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from helpers.config.declare import options_of
 from helpers.config.libraries import install
-from helpers.config.optimizers import AVERAGING, LIBRARIES, PYTORCH_OPTIMIZER, parse_optimizer_args
+from helpers.config.optimizers import OPTIMIZERS, class_of, parse_optimizer_args
 from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
-from helpers.training.adamw_bf16 import AdamWBF16
 from helpers.training.optimizer_state import collect_state, restore_state, varying_entries
 
 if TYPE_CHECKING:
     from helpers.config.options import OptimizerOptions
 
-BITSANDBYTES = {
-    "adamw8bit": "AdamW8bit",
-    "paged_adamw": "PagedAdamW",
-    "paged_adamw8bit": "PagedAdamW8bit",
-    "lion8bit": "Lion8bit",
-    "paged_lion8bit": "PagedLion8bit",
-}
-# Arguments that the trainer passes itself.
-OURS = ("params", "lr")
+OURS = ("params", "lr")  # arguments that the trainer passes itself
+TRIAL_SHAPES = {"matrix": (8, 4), "kernel": (4, 4, 3, 3), "bias": (8,)}
 
 
 class NamedOptimizer:
@@ -45,9 +39,9 @@ class NamedOptimizer:
     def __init__(self, options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float) -> None:
         self.name = options.optimizer
         self.parameters = parameters
-        self.averages = options.optimizer in AVERAGING
         self.stepped = copies_on_cpu(parameters) if options.optimizer_cpu_offload else parameters  # the weights that steps change
         self.torch_optimizer = create_optimizer(options, self.stepped, rate)
+        self.averages = all(callable(getattr(self.torch_optimizer, mode, None)) for mode in ("train", "eval"))  # schedule-free
         # A loss scaler finds the gradients through an optimizer; an offloaded one does not hold those of the network.
         self.over_gradients = torch.optim.SGD(parameters.values(), lr=0.0) if self.offloaded else self.torch_optimizer
         if self.averages:
@@ -155,17 +149,47 @@ def copies_on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parame
 
 
 def check_optimizer(options: OptimizerOptions, rate: float, device: torch.device) -> None:
-    """Take a trial step with a few weights, so that an error shows before hours of caching. Raises ConfigError."""
-    shapes = {"matrix": (8, 4), "kernel": (4, 4, 3, 3), "bias": (8,)}
-    parameters = {name: nn.Parameter(torch.full(shape, 0.5, device=device)) for name, shape in shapes.items()}
-    for parameter in parameters.values():
-        parameter.grad = torch.full_like(parameter, 0.1)
-    optimizer = NamedOptimizer(options, parameters, rate)
+    """Take a few steps with a few weights, so that an unsuitable optimizer is found before hours of caching. Raises ConfigError.
+
+    Half-way one optimizer is replaced by a new one with its state, as in a resumed run; both must end with the same weights.
+    """
+    whole, resumed = _trial_weights(device), _trial_weights(device)
+    optimizer = NamedOptimizer(options, whole, rate)
     try:
-        optimizer.step(rate)
-        optimizer.state()
-    except Exception as error:  # libraries raise all kinds
+        _trial_step(optimizer, rate)
+        tensors, values = optimizer.state()
+        for name, tensor in {name: parameter.detach() for name, parameter in whole.items()}.items():
+            resumed[name].data.copy_(tensor)
+        again = NamedOptimizer(options, resumed, rate)
+        again.restore({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(values)))
+        for each in (optimizer, again):
+            _trial_step(each, rate)
+    except ConfigError:
+        raise
+    except Exception as error:  # the library's own, of any kind
         raise ConfigError(f"--optimizer={options.optimizer} cannot train here{_with(options)}: {error}") from error
+    if any(not torch.equal(whole[name], resumed[name]) for name in whole):
+        raise ConfigError(
+            f"--optimizer={options.optimizer} cannot be used: its state does not hold all that its next step depends on, so a resumed run "
+            "would differ. Choose another."
+        )
+
+
+def _trial_weights(device: torch.device) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.full(shape, 0.5, device=device)) for name, shape in TRIAL_SHAPES.items()}
+
+
+def _trial_step(optimizer: NamedOptimizer, rate: float) -> None:
+    """One step along fixed gradients, with the random numbers that the engine gives each step. ConfigError if it sets its own rate."""
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.linspace(-0.1, 0.2, parameter.numel(), device=parameter.device).reshape(parameter.shape)
+    devices = [parameter.device for parameter in optimizer.parameters.values() if parameter.device.type == "cuda"]
+    with torch.random.fork_rng(devices[:1]):
+        torch.manual_seed(0)
+        optimizer.step(rate)
+    [group] = optimizer.torch_optimizer.param_groups
+    if group["lr"] is not None and float(group["lr"]) != rate:
+        raise ConfigError(f"--optimizer={optimizer.name} sets its learning rate itself, against --lr_scheduler. Choose another.")
 
 
 def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float) -> Optimizer:
@@ -174,7 +198,7 @@ def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Para
     Raises ConfigError for arguments that it does not have or refuses.
     """
     name, weights = options.optimizer, list(parameters.values())
-    make = _class_of(name)
+    make = _import_class(name)
     known = [argument for argument, kind in inspect.signature(make).parameters.items() if _can_be_given(argument, kind)]
     arguments = _chosen_arguments(options, make)
     if name == "adamw":
@@ -206,31 +230,18 @@ def _with(options: OptimizerOptions) -> str:
     return f" with --optimizer_args={options.optimizer_args!r}" if options.optimizer_args else ""
 
 
-def _class_of(name: str) -> Callable[..., Optimizer]:
-    """Raises ConfigError that names the package, if it cannot be imported."""
-    if name == "adamw":
-        return torch.optim.AdamW
-    if name == "adamw_bf16":
-        return AdamWBF16
-    if name == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor
-    module_name, package = LIBRARIES[name]
+def _import_class(name: str) -> Callable[..., Optimizer]:
+    """ConfigError if the class cannot be imported, naming the package to install, or is not a torch optimizer."""
+    known = class_of(name)
+    module, _, attribute = known.place.partition(":")
     try:
-        module = importlib.import_module("bitsandbytes.optim" if name in BITSANDBYTES else module_name)
-        if name in BITSANDBYTES:
-            return getattr(module, BITSANDBYTES[name])
-        if name == "prodigy":
-            return module.Prodigy
-        if name == "schedulefree":
-            return module.AdamWScheduleFree
-        return module.load_optimizer("dadaptadam" if name == "dadaptation" else name)
-    except (ImportError, AttributeError, NotImplementedError) as error:
-        raise ConfigError(
-            f"--optimizer={name} needs the library {package}, which cannot be used here ({error}): "
-            f"{install(package)}, or use adamw or adamw_bf16."
-        ) from error
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing runs the library's code, which may fail in any way
+        remedy = f"{install(known.package)}, or choose adamw or adamw_bf16" if name in OPTIMIZERS else "check module and class"
+        raise ConfigError(f"--optimizer={name}: {known.place} cannot be imported ({error}); {remedy}.") from error
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ConfigError(f"--optimizer={name}: {found!r} is not a class of torch optimizers. Name one.")
+    return found
 
 
 def _chosen_arguments(options: OptimizerOptions, make: Callable[..., Optimizer]) -> dict[str, Any]:
@@ -240,16 +251,9 @@ def _chosen_arguments(options: OptimizerOptions, make: Callable[..., Optimizer])
     """
     name = options.optimizer
     if name == "prodigy":
-        return {
-            "betas": (options.adam_beta1, options.adam_beta2),
-            "beta3": options.prodigy_beta3,
-            "eps": options.prodigy_epsilon,
-            "weight_decay": options.prodigy_weight_decay,
-            "decouple": options.prodigy_decouple,
-            "use_bias_correction": options.prodigy_use_bias_correction,
-            "safeguard_warmup": options.prodigy_safeguard_warmup,
-            "d_coef": options.prodigy_learning_rate,
-        }
+        own = [item for item in options_of(type(options)) if item.name.startswith("prodigy_")]
+        betas = {"betas": (options.adam_beta1, options.adam_beta2)}
+        return betas | {item.argument: getattr(options, item.name) for item in own}
     arguments = _adam_arguments(options, make)
     if name == "dadaptation":
         arguments["weight_decouple"] = True
@@ -280,8 +284,3 @@ def _adam_arguments(options: OptimizerOptions, make: Callable[..., Optimizer]) -
         raise ConfigError(f"--adam_beta{1 if betas[0] is not None else 2}: {options.optimizer} {reason}.")
     arguments["betas"] = tuple(mine if mine is not None else its for mine, its in zip(betas, usual, strict=True))
     return arguments
-
-
-def names() -> tuple[str, ...]:
-    """The names of all optimizers."""
-    return ("adamw", "adamw_bf16", "adafactor", *dict.fromkeys((*LIBRARIES, *PYTORCH_OPTIMIZER)))

@@ -45,11 +45,6 @@ class Schedule:
             return self.rate * (step + 1) / self.warmup_steps
         return _SHAPES[self.name](self, step)
 
-    @property
-    def depends_on_length(self) -> bool:
-        """Whether a run of another length has other learning rates at the same steps."""
-        return self.name in ("linear", "cosine", "cosine_with_restarts", "polynomial")
-
     def progress(self, step: int) -> float:
         """p in [0, 1]: the position of step t between the end of the warm-up (0) and the end of the run (1)."""
         length = max(1, self.total_steps - self.warmup_steps)

@@ -51,25 +51,17 @@ class TrainState:
         return cls(**{**values, "order": OrderStart(**values["order"])})
 
 
-def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], checkpoint: str, remedy: str) -> None:
-    """CheckpointError that names every setting which differs from the checkpoint's."""
-    names = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
-    if names:
-        differences = "; ".join(f"{name} was {stored.get(name)!r} and is now {current.get(name)!r}" for name in names)
-        raise CheckpointError(f"{checkpoint} was saved with other settings: {differences}. {remedy}")
-
-
-def resume_accumulation(stored: Mapping[str, int] | None, accumulation: int, world_size: int, checkpoint: str) -> tuple[int, str | None]:
-    """Micro-batches per process and step that keep the global batch of a resumed run, and a note for the user if that changed.
+def resume_accumulation(stored: Mapping[str, int] | None, accumulation: int, world_size: int, checkpoint: str) -> int:
+    """Micro-batches per process and step that keep the global batch of a resumed run.
 
     `stored` holds "gradient_accumulation_steps" and "processes" of the checkpoint, or is None for a new run. CheckpointError if the
     global batch cannot be kept.
     """
     if stored is None:
-        return accumulation, None
+        return accumulation
     per_step = stored["gradient_accumulation_steps"] * stored["processes"]
     if accumulation * world_size == per_step:
-        return accumulation, None
+        return accumulation
     if accumulation != stored["gradient_accumulation_steps"]:
         raise CheckpointError(
             f"{checkpoint} was trained with {per_step} micro-batches per step, but --gradient_accumulation_steps={accumulation} on "
@@ -81,7 +73,4 @@ def resume_accumulation(stored: Mapping[str, int] | None, accumulation: int, wor
             f"{checkpoint} was trained with {per_step} micro-batches per step, which {world_size} processes cannot share evenly: "
             f"resume on a number of processes that divides {per_step}."
         )
-    return per_step // world_size, (
-        f"gradient_accumulation_steps becomes {per_step // world_size}: this run started on {stored['processes']} process(es) "
-        f"and resumes on {world_size}, with the same {per_step} micro-batches per step"
-    )
+    return per_step // world_size

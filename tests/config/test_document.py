@@ -29,6 +29,18 @@ def test_options_md_has_a_row_for_every_option_and_variable() -> None:
     assert all(f"`{name}`" in page for name in known_variables(known_axes().options))
 
 
+def test_options_md_tells_what_may_change_on_resume_and_what_an_option_needs() -> None:
+    page = options_page(known_axes())
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `--")}
+    assert rows["--adam_beta1"].endswith("| fixed |") and rows["--learning_rate"].endswith("| may change |")
+    assert rows["--resolution"].endswith("| with the same data |") and rows["--revision"].endswith("| with the same weights |")
+    assert rows["--use_8bit_adam"].endswith("| as `--optimizer` |")
+    assert "Only with `--model_type` `lora`. Only with `--lora_algorithm` `lokr`. |" in rows["--lokr_factor"]
+    assert "Not with `--lr_scheduler` `constant`. |" in rows["--lr_warmup_steps"]
+    assert "Only for flow matching. |" in rows["--flow_shift"]
+    assert "Only for SDXL, SDXL refiner, Hunyuan-DiT. |" in rows["--sdxl_original_size"]
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_variable_of_an_example_is_known(name: str, repository: Path) -> None:
     text = (repository / name).read_text(encoding="utf-8")

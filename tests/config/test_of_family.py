@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.choices import known_axes
 from helpers.config.axes import Axes
 from helpers.config.config import Config
 from helpers.config.declare import option
@@ -35,7 +36,7 @@ REFINER = FamilyFacts(
     section=RefinerOptions,
     model_types={"refiner-lora": {"model_family": "refiner", "model_type": "lora"}},
 )
-AXES = Axes({"base": BASE, "refiner": REFINER})
+AXES = Axes({"base": BASE, "refiner": REFINER}, objectives=known_axes().objectives)
 Read = Callable[..., Config]
 
 
@@ -59,11 +60,13 @@ def test_pictures_from_pictures_are_refused_where_the_family_makes_none(read: Re
     assert config.of_family(dataclasses.replace(REFINER, img2img=True)).validation.validation_using_datasets
 
 
-def test_a_setting_that_only_another_family_knows_is_named(read: Read) -> None:
-    config = read("--score=5", facts=AXES)
-    assert list(config.of_other_families(AXES)) == ["--score does nothing for the base, only for the refiner."]
-    assert list(config.of_family(REFINER).of_other_families(AXES)) == []
-    assert list(read(facts=AXES).of_other_families(AXES)) == []
+def test_a_setting_that_only_another_family_reads_is_left_out_or_refused(read: Read) -> None:
+    only = "is for the refiner, not for the base"
+    assert read(SCORE="5", facts=AXES).unread(AXES) == [f"SCORE does nothing here: it {only}."]
+    with pytest.raises(ConfigError, match=f"^--score {only}. Remove it.$"):
+        read("--score=5", facts=AXES).unread(AXES)
+    assert read("--score=5", facts=AXES).of_family(REFINER).unread(AXES) == []
+    assert read(facts=AXES).unread(AXES) == []
 
 
 def test_an_option_of_a_family_is_read_like_any_other(read: Read, refuse: Callable[..., str]) -> None:

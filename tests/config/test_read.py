@@ -183,9 +183,28 @@ def test_every_choice_may_refuse_settings(refuse: Refuse) -> None:
 
 
 def test_a_refusal_says_who_set_what_it_is_about(refuse: Refuse) -> None:
-    told = refuse("--model_family=sd3", "--offset_noise", MIN_SNR_GAMMA="5", facts=known_axes()).splitlines()
-    assert told[0].startswith("MIN_SNR_GAMMA: --loss_weighting=min_snr is not for flow matching:")
-    assert told[1].startswith("--offset_noise=true is not for flow matching:")
+    refused = refuse("--model_family=sd3", "--sd3_uses_diffusion", VALIDATION_NOISE_SCHEDULER="euler")
+    assert refused.startswith("VALIDATION_NOISE_SCHEDULER: --validation_noise_scheduler=euler cannot sample with --sd3_uses_diffusion")
+
+
+def test_what_the_run_does_not_read_is_refused_as_a_flag_and_left_out_as_a_variable(read: Read, refuse: Refuse) -> None:
+    """An env file may serve several families; a flag was meant for this run."""
+    trained = "is for diffusion, and Stable Diffusion 3 is trained by flow matching"
+    refused = refuse("--model_family=sd3", "--offset_noise")
+    assert refused == f"--offset_noise {trained} (flow matching can already generate images of any brightness). Remove it."
+    config = read("--model_family=sd3", MIN_SNR_GAMMA="5", OFFSET_NOISE="true")
+    assert (config.objective.snr_gamma, config.objective.offset_noise, config.objective.loss_weighting) == (None, False, "none")
+    assert [note.partition(" (")[0] for note in config.notes] == [
+        f"MIN_SNR_GAMMA does nothing here: it {trained}",
+        f"OFFSET_NOISE does nothing here: it {trained}",
+    ]
+    assert refuse("--logit_mean=1").startswith("--logit_mean is for flow matching, and SDXL is trained by diffusion.")
+    assert refuse(TRAINER_EXTRA_ARGS="--sd3_caption_dropout=together").startswith(
+        "--sd3_caption_dropout in TRAINER_EXTRA_ARGS is for Stable Diffusion 3, not for SDXL."
+    )
+    [note] = read("--model_family=sd3", SDXL_ORIGINAL_SIZE="intermediary").notes
+    assert note.startswith("SDXL_ORIGINAL_SIZE does nothing here: it is for SDXL")
+    assert read("--data_aesthetic_score=5").model  # SDXL's wrapper trains its refiner too: that is known when the base model is
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.config.resume import Changes
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, scan
@@ -22,7 +23,7 @@ from helpers.errors import UserError
 from helpers.storage.local import LocalSource
 from helpers.training.lock import lock_folder
 from helpers.training.runtime import resolve_precision
-from helpers.training.state import TrainState, require_same
+from helpers.training.state import TrainState
 from tests.documentation.pages import ROOT, Page
 
 
@@ -70,7 +71,7 @@ def said(tmp_path: Path) -> str:
         wrong_settings(tmp_path),
         pictures_without_captions(tmp_path),
         refusal(lambda: lock_folder(tmp_path, "--output_dir")),
-        refusal(lambda: require_same({"lora_rank": 16}, {"lora_rank": 8}, "checkpoint-150", "")),
+        refusal(lambda: Changes(["lora_rank was 16 and is now 8"]).refuse("checkpoint-150")),
         resolve_precision("bf16", False, torch.device("cpu"))[1] or "",
         refusal(lambda: TrainState(seed=1).advance(False, 0, []), Exception),
         wrapper,

@@ -192,26 +192,14 @@ def test_mode_scales_whose_function_turns_back_are_refused(scale: float, refused
     assert bool((drawn.diff() > 1e-9).any()) == refused
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"prediction_type": "v_prediction"},
-        {"rescale_betas_zero_snr": True},
-        {"loss_weighting": "min_snr", "snr_gamma": 5.0},
-        {"snr_weight": 2.0},
-        {"offset_noise": True},
-        {"input_perturbation": 0.1},
-        {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0},
-        {"training_scheduler_timestep_spacing": "leading"},
-        {"inference_scheduler_timestep_spacing": "leading"},
-        {"refiner_training": True},
-        {"validation_noise_scheduler": "ddim"},
-    ],
-    ids=lambda setting: next(iter(setting)),
-)
-def test_what_only_diffusion_has_is_refused_with_a_reason(setting: dict[str, object]) -> None:
-    [problem] = judged(**setting)
-    assert problem.startswith(f"--{next(iter(setting))}=") and len(problem.split()) > 7
+def test_a_sampler_of_diffusion_models_is_refused_with_a_reason() -> None:
+    [problem] = judged(validation_noise_scheduler="ddim")
+    assert problem.startswith("--validation_noise_scheduler=ddim") and len(problem.split()) > 7
+
+
+def test_what_to_use_instead_is_named_for_options_of_diffusion_alone() -> None:
+    """An option with `objective="diffusion"` is refused or left out when the settings are read (tests/config/test_read.py)."""
+    assert {OPTIONS[name].objective for name in FlowMatching.facts.instead} == {"diffusion"}
 
 
 def test_defaults_are_accepted_and_so_is_what_says_the_same() -> None:

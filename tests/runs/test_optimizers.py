@@ -1,4 +1,4 @@
-"""Whole runs with optimisers that keep more than moments: stopped, gone on, on two processes, they end in the same bytes."""
+"""Whole runs with optimizers that keep more than moments: stopped, gone on, on two processes, they end in the same bytes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LORA = "pytorch_lora_weights.safetensors"
 LONG = bool(os.environ.get("SIMPLETUNER_TEST_LONG"))
 TWO = {"TRAINING_NUM_PROCESSES": "2"}
 SETTINGS = {
-    "schedulefree": {"learning_rate": 1e-2, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
+    "schedulefree_adamw": {"learning_rate": 1e-2, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
     "prodigy": {"learning_rate": 1, "optimizer_args": "d0=1e-4"},
     "adafactor": {"adafactor_relative_step": True, "learning_rate": None, "lr_scheduler": None},
     "adamw8bit": {"lora_rank": 64},
-    "soap": {},
+    "pytorch_optimizer:SOAP": {},
 }
 
 
@@ -34,7 +34,7 @@ def usual(name: str) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS if LONG else ["schedulefree", "prodigy"])
+@pytest.mark.parametrize("name", SETTINGS if LONG else ["schedulefree_adamw", "prodigy"])
 def test_begun_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_bytes(name: str, trainer: Trainer) -> None:
     undisturbed = trainer.finish("undisturbed", **usual(name))
     trainer.wrapper = "train_sdxl.sh"
@@ -46,7 +46,7 @@ def test_begun_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_byte
 
 @pytest.fixture
 def averaged(trainer: Trainer) -> Ended:
-    return trainer.finish(**usual("schedulefree") | {"validation_prompt": "a red circle", "learning_rate": 5e-2})
+    return trainer.finish(**usual("schedulefree_adamw") | {"validation_prompt": "a red circle", "learning_rate": 5e-2})
 
 
 def test_schedule_free_hands_over_the_average_and_trains_on_from_other_weights(averaged: Ended) -> None:
@@ -60,7 +60,7 @@ def test_schedule_free_hands_over_the_average_and_trains_on_from_other_weights(a
     assert sum(tensor.double().abs().sum() for tensor in trained.values()) != sum(tensor.double().abs().sum() for tensor in saved.values())
 
 
-def test_arguments_that_an_optimiser_does_not_have_are_refused_before_anything_is_cached(trainer: Trainer) -> None:
+def test_arguments_that_an_optimizer_does_not_have_are_refused_before_anything_is_cached(trainer: Trainer) -> None:
     ended = trainer.run(optimizer="lion", optimizer_args="weight_decy=1")
     assert "lion has no argument weight_decy (did you mean weight_decay?)" in refusal(ended)
     assert not (ended.folder / "cache" / "latents").exists()
@@ -69,4 +69,4 @@ def test_arguments_that_an_optimiser_does_not_have_are_refused_before_anything_i
 def test_the_arguments_of_a_run_stay_what_they_are(trainer: Trainer) -> None:
     trainer.finish(optimizer="lion", max_train_steps=2, validation_prompt=None, learning_rate=1e-3)
     ended = trainer.run(optimizer="lion", max_train_steps=4, optimizer_args="betas=0.8,0.9", learning_rate=1e-3)
-    assert "optimizer_args was None and is now 'betas=0.8,0.9'" in refusal(ended)
+    assert "optimizer_args was none and is now betas=0.8,0.9" in refusal(ended)

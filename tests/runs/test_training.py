@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from helpers.families.miniatures.sdxl import write_sdxl
 from tests.runs.conftest import Ended, Trainer
+from tests.runs.evidence import refusal, unwrapped
 
 SameWeights = Callable[[Ended, Ended], bool]
 pytestmark = pytest.mark.slow
@@ -102,10 +103,25 @@ def test_fp16_on_a_cpu_is_refused(trainer: Trainer) -> None:
     assert "fp16 does not work on a CPU" in ended.said
 
 
-def test_a_longer_run_says_that_its_learning_rate_changes(trainer: Trainer) -> None:
+def test_a_longer_run_says_how_its_learning_rate_changes(trainer: Trainer) -> None:
     trainer.finish(max_train_steps=2, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
     longer = trainer.finish(max_train_steps=4, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
-    assert "the learning rate changes: --lr_scheduler=cosine was planned over 2 steps and now covers 4" in longer.said
+    assert "max_train_steps was 2 and is 4, so the run gets another length" in longer.said
+    # Half-way down the cosine over 4 steps; that over 2 steps has ended.
+    assert "step 3 has the learning rate 0.005; with the settings and the length of checkpoint-2 it would be 0" in unwrapped(longer.said)
+
+
+def test_a_change_of_schedule_is_reported_with_the_rates_of_both(trainer: Trainer) -> None:
+    trainer.finish(max_train_steps=2, lr_scheduler="constant")
+    longer = trainer.finish(max_train_steps=4, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
+    said = unwrapped(longer.said)
+    assert "lr_scheduler was constant and is cosine from step 2 on" in said
+    assert "step 3 has the learning rate 0.005; with the settings and the length of checkpoint-2 it would be 0.01" in said
+
+
+def test_a_setting_of_the_optimizer_cannot_change(trainer: Trainer) -> None:
+    trainer.finish(max_train_steps=2, adam_beta1=0.9)
+    assert "adam_beta1 was 0.9 and is now 0.5" in refusal(trainer.run(max_train_steps=4, adam_beta1=0.5))
 
 
 def test_a_drawn_seed_is_kept_for_the_next_life(trainer: Trainer) -> None:

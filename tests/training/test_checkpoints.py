@@ -37,7 +37,7 @@ class OneWeight:
 
 def save(target: Checkpointer, *steps: int) -> None:
     for step in steps:
-        target.save(step, OneWeight(step), {"state": {"step": step}, "identity": {}, "data": {}})
+        target.save(step, OneWeight(step), {"state": {"step": step}, "settings": {}, "data": {}})
 
 
 def there(folder: Path) -> list[str]:
@@ -158,16 +158,8 @@ def test_damaged_folders_do_not_count_and_are_not_removed(tmp_path: Path) -> Non
     assert there(tmp_path) == ["checkpoint-10", "checkpoint-15", "checkpoint-5"]
 
 
-def test_differences_are_named_all_at_once(tmp_path: Path) -> None:
-    content = {"identity": {"seed": 1, "lora_rank": 16}, "data": {"plan": "a"}, "state": {"step": 5}}
-    checkpoint = Checkpoint(tmp_path / "checkpoint-5", content)
-    with pytest.raises(CheckpointError, match="seed was 1 and is now 2; lora_rank was 16 and is now 8"):
-        checkpoint.require_same_run({"seed": 2, "lora_rank": 8})
-    checkpoint.require_same_run({"seed": 1, "lora_rank": 16})
-
-
 def test_changed_data_is_named_and_must_be_accepted(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path / "checkpoint-5", {"identity": {}, "data": {"plan": "a", "captions": "c"}, "state": {"step": 5}})
+    checkpoint = Checkpoint(tmp_path / "checkpoint-5", {"settings": {}, "data": {"plan": "a", "captions": "c"}, "state": {"step": 5}})
     with pytest.raises(CheckpointError, match=r"has changed since checkpoint-5: plan.*--accept_changed_data"):
         checkpoint.changed_data({"plan": "b", "captions": "c"}, accepted=False)
     assert checkpoint.changed_data({"plan": "b", "captions": "c"}, accepted=True) == ["plan"]

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helpers.config.declare import option
+from helpers.config.declare import FROM_HERE, ROUNDING, option
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
     """Launch: how many processes train together."""
 
-    training_num_processes: int = option(1, "Processes in all, usually one a GPU.", at_least=1)
-    training_num_machines: int = option(1, "Machines that train together.", at_least=1)
-    accelerate_extra_args: str = option("", "More arguments of accelerate launch, split by the shell's rules.")
+    training_num_processes: int = option(1, "Processes in all, usually one a GPU.", at_least=1, on_resume=FROM_HERE)
+    training_num_machines: int = option(1, "Machines that train together.", at_least=1, on_resume=FROM_HERE)
+    accelerate_extra_args: str = option("", "More arguments of accelerate launch, split by the shell's rules.", on_resume=FROM_HERE)
     training_dynamo_backend: str = option(
         "no",
         "Compile the network for training by this back end of torch.compile, as accelerate names it; then a resumed run only nearly equals"
         " an undisturbed one.",
+        on_resume=ROUNDING,
     )
 
 

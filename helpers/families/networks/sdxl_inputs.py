@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from helpers.config.declare import option
+from helpers.config.declare import FROM_HERE, option
 from helpers.data.base.sample import Geometry
 from helpers.families.networks import condition
 from helpers.families.text import clip_states
@@ -28,7 +28,7 @@ class SDXLOptions:
         "The original size that the network gets: the file's after EXIF rotation, or the resized image's (intermediary).",
         choices=("file", "intermediary"),
     )
-    enable_watermark: bool = option(False, "Keep SDXL's invisible watermark in the exported pipeline.", not_yet=True)
+    enable_watermark: bool = option(False, "Keep SDXL's invisible watermark in the exported pipeline.", not_yet=True, on_resume=FROM_HERE)
 
 
 def has_first_encoder(index: Mapping[str, Any]) -> bool:
