@@ -51,7 +51,7 @@ ALLOWED = {
 # Libraries beside the standard one that a light part may use; it may name the types of any other.
 LIGHT = {
     "errors": set(),
-    "config": {"pydantic", "json5"},
+    "config": set(),
     "storage": {"boto3", "botocore", "datasets", "huggingface_hub", "pyarrow", "safetensors", "urllib3"},
     "ranks": set(),
     "library_settings": set(),

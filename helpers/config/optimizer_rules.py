@@ -58,7 +58,7 @@ def optimizer_problems(chosen: Mapping[str, Setting]) -> Iterator[str]:
     name = chosen["optimizer"].value
     if name == "adamw_bf16" and chosen["mixed_precision"].value == "fp16":
         yield "--optimizer=adamw_bf16 trains bf16 weights; it needs --mixed_precision=bf16, or choose --optimizer=adamw."
-    if name.startswith("paged_") and chosen["optimizer_cpu_offload"].value:
+    if "paged" in name.lower() and chosen["optimizer_cpu_offload"].value:
         yield f"{said_by(chosen, 'optimizer_cpu_offload')}: {name} moves its state out of the way by itself; leave one of them out."
     if chosen["lr_scale"].value and (name in FINDS_RATE or chosen["adafactor_relative_step"].value):
         yield f"{said_by(chosen, 'lr_scale')}: {name} finds its learning rate by itself, of steps of any size; remove it."

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from helpers.choices import known_axes
-from helpers.config.optimizers import OPTIMIZERS, PYTORCH_OPTIMIZER, REFUSED
+from helpers.config.optimizers import OPTIMIZERS
 from helpers.config.read import known_variables, read_config
 from helpers.training.optimizers import create_optimizer
 from tests.documentation.pages import Page
@@ -23,7 +26,7 @@ EXAMPLES = PAGE.blocks("bash")
 
 def test_the_table_holds_every_optimiser_that_has_a_name_of_its_own() -> None:
     [table] = PAGE.tables()
-    assert {row[0].strip(" `") for row in table[1:] if not set(row[0]) <= set("-: ")} == set(OPTIMIZERS) - {"auto"}
+    assert {row[0].strip(" `") for row in table[1:] if not set(row[0]) <= set("-: ")} == set(OPTIMIZERS)
 
 
 def test_flags_variables_and_names_exist() -> None:
@@ -33,17 +36,18 @@ def test_flags_variables_and_names_exist() -> None:
     assert {name for span in spans for name in re.findall(r"\b[A-Z][A-Z0-9_]{4,}\b", span)} - {"NAME"} <= known_variables(
         known_axes().options
     )
-    named = {span.partition("=")[2] for span in spans if span.startswith("--optimizer=")}
-    assert named and named <= {*OPTIMIZERS, *PYTORCH_OPTIMIZER}
-    refused = re.findall(r"`(\w+)`", PAGE.section("Any optimizer of pytorch").text.rpartition("Some cannot work here")[2])
-    assert refused and set(refused) <= REFUSED.keys()
+
+
+def test_every_class_on_the_page_is_one() -> None:
+    classes = {span for span in PAGE.spans() if re.fullmatch(r"[a-z][\w.]*:[A-Z]\w*", span)}
+    assert len(classes) >= 3
+    for text in classes:
+        module, _, name = text.partition(":")
+        assert issubclass(getattr(importlib.import_module(module), name), torch.optim.Optimizer)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_an_example_can_be_trained_with(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from torch import nn
-
     (tmp_path / "images").mkdir()
     (tmp_path / "data.json").write_text(json.dumps([{"id": "pictures", "instance_data_dir": "images"}]))
     monkeypatch.chdir(tmp_path)
