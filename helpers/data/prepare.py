@@ -42,7 +42,7 @@ def prepare_data(
 
     steps = steps_of(data, context)
     encoder, texts = LatentEncoder(data, steps, context), TextStore(data, context)
-    if settings.behind:
+    if settings.encode_while_training:
         texts.encode()
         encoder.locate()
     else:

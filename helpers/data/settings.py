@@ -34,7 +34,7 @@ class DataSettings:
     threads: int = field(default_factory=available_threads)  # that read, decode and resize images, over all processes
     extra_captions: Sequence[str] = ()  # besides those of the datasets, such as validation prompts
     live_text: bool = False  # the text encoders are trained: captions are encoded in every step and none is cached
-    behind: bool = False  # encode latents while training runs, not before
+    encode_while_training: bool = False  # latents, each a little before it is needed; else all before training
     step: int = 0  # that training starts or resumes with, counted from 0
     order: OrderStart = FROM_THE_BEGINNING
     # By dataset, the images that were left out as undecodable when the run began; None for a new run.

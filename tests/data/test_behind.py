@@ -73,14 +73,14 @@ def workers_of_codec() -> list[threading.Thread]:
 def test_behind_training_the_same_batches_come_as_after_caching(place: Place, other: Place, changed: dict[str, object]) -> None:
     cached = seen(place.prepare(**changed).steps(0, 40))
     before = tree_hash(place.data)
-    data = other.prepare(ToyFamily(Slow()), behind=True, **changed)
+    data = other.prepare(ToyFamily(Slow()), encode_while_training=True, **changed)
     assert seen(data.steps(0, 40)) == cached
     assert tree_hash(place.data) == before and not workers_of_codec()
 
 
 def test_the_first_step_waits_for_its_own_batches_only(place: Place) -> None:
     codec = Slow(0.1)
-    data = place.prepare(ToyFamily(codec), behind=True)
+    data = place.prepare(ToyFamily(codec), encode_while_training=True)
     steps = data.steps(0, 100)
     next(steps)
     assert len(codec.batches) <= 1 + 2 + 3 * 2  # to warm up; of this step; of those made ahead of it
@@ -90,26 +90,26 @@ def test_the_first_step_waits_for_its_own_batches_only(place: Place) -> None:
 
 def test_what_training_never_needs_is_not_encoded_and_what_it_needed_is_kept(place: Place) -> None:
     codec = Slow(0.05)
-    data = place.prepare(ToyFamily(codec), behind=True)
+    data = place.prepare(ToyFamily(codec), encode_while_training=True)
     assert len(list(data.steps(0, 2))) == 2
     encoded = sum(codec.batches[1:])
     assert encoded < 20
     story = Story()
-    place.prepare(story=story, behind=True)
+    place.prepare(story=story, encode_while_training=True)
     assert f"latents: 20 needed, {encoded} cached; the rest is encoded while training runs" in story.lines
 
 
 def test_a_cache_that_is_complete_loads_no_codec_and_starts_no_thread(place: Place) -> None:
     expected = seen(place.prepare().steps(0, 10))
     family, story = ToyFamily(), Story()
-    data = place.prepare(family, story=story, behind=True)
+    data = place.prepare(family, story=story, encode_while_training=True)
     assert seen(data.steps(0, 10)) == expected and not family.codec.batches
     assert "latents: 20 needed, 20 cached" in story.lines
 
 
 def test_captions_are_all_encoded_before_the_first_step(place: Place) -> None:
     family = ToyFamily()
-    place.prepare(family, behind=True)
+    place.prepare(family, encode_while_training=True)
     assert len(family.encoders.encoded) == 21
 
 
@@ -117,7 +117,7 @@ def test_captions_are_all_encoded_before_the_first_step(place: Place) -> None:
 def test_stopped_and_started_again_and_again_the_same_batches_come(place: Place, other: Place, changed: dict[str, object]) -> None:
     expected = [seen(iter([step])) for step in place.prepare(**changed).steps(0, 30)]
     for first in range(0, 30, 7):
-        steps = other.prepare(ToyFamily(Slow(0.005)), behind=first % 2 == 0, step=first, **changed).steps(first, 30)
+        steps = other.prepare(ToyFamily(Slow(0.005)), encode_while_training=first % 2 == 0, step=first, **changed).steps(first, 30)
         for step in range(first, min(first + 7, 30)):
             assert seen(iter([next(steps)])) == expected[step]
         steps.close()  # in the middle of encoding
@@ -137,7 +137,7 @@ def test_broken_images_leave_their_places_empty_in_both_ways_and_are_reported_at
     broken = break_pixels(place, 3, 4, 11)
     cached = seen(place.prepare(batch_size=1).steps(0, 30))
     story = Story()
-    data = other.prepare(story=story, behind=True, batch_size=1)
+    data = other.prepare(story=story, encode_while_training=True, batch_size=1)
     assert other.report()["used"] == 20
     assert seen(data.steps(0, 30)) == cached
     assert sum(1 for batch in cached if batch[5]) > 2  # type: ignore[index]  # stand-ins, at one image a batch
@@ -149,9 +149,9 @@ def test_broken_images_leave_their_places_empty_in_both_ways_and_are_reported_at
 
 def test_the_next_new_run_leaves_broken_images_out_and_a_resumed_one_keeps_its_plan(place: Place) -> None:
     break_pixels(place, 3, 4)
-    first = place.prepare(behind=True)
+    first = place.prepare(encode_while_training=True)
     expected = seen(first.steps(0, 20))
-    anew = place.prepare(behind=True)
+    anew = place.prepare(encode_while_training=True)
     assert seen(anew.steps(0, 20)) == expected  # no checkpoint: killed before, a run begins as it began
     first.remember_undecodable()
     resumed = place.prepare(step=5, undecodable=first.undecodable)
@@ -166,7 +166,7 @@ def test_the_next_new_run_leaves_broken_images_out_and_a_resumed_one_keeps_its_p
 
 def test_a_data_set_of_which_nothing_can_be_encoded_stops_training_by_name(place: Place) -> None:
     break_pixels(place, *range(20))
-    data = place.prepare(behind=True)
+    data = place.prepare(encode_while_training=True)
     with pytest.raises(DataError, match="'toys': none of its 20 images .* could be encoded; picture_00.png: unreadable"):
         list(data.steps(0, 10**6))
     assert not workers_of_codec()
@@ -183,7 +183,7 @@ class Breaking(ConvCodec):
 
 
 def test_what_fails_in_the_thread_fails_in_training(place: Place) -> None:
-    data = place.prepare(ToyFamily(Breaking()), behind=True)
+    data = place.prepare(ToyFamily(Breaking()), encode_while_training=True)
     with pytest.raises(RuntimeError, match="device lost"):
         list(data.steps(0, 30))
     assert not workers_of_codec()
@@ -198,12 +198,16 @@ class Small(ConvCodec):
 
 def test_a_batch_that_does_not_fit_is_halved_behind_training_too(place: Place) -> None:
     codec = Small()
-    samples = [sample for step in place.prepare(ToyFamily(codec), behind=True, vae_batch_size=5).steps(0, 11) for sample in step[0].samples]
+    samples = [
+        sample
+        for step in place.prepare(ToyFamily(codec), encode_while_training=True, vae_batch_size=5).steps(0, 11)
+        for sample in step[0].samples
+    ]
     assert len({sample.key for sample in samples}) == 20 and max(codec.batches) == 2
 
 
 def test_a_store_that_fails_stops_training_in_a_sentence(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = place.prepare(ToyFamily(Slow()), behind=True)
+    data = place.prepare(ToyFamily(Slow()), encode_while_training=True)
 
     def read(self: LocalSource, key: str) -> bytes:
         raise OSError(5, "Input/output error")
@@ -235,7 +239,7 @@ def in_step(ranks: list[TrainingData], steps: int) -> list[list[object]]:
 
 
 @pytest.mark.parametrize("changed", [{}, REDRAWN], ids=["plain", "redrawn"])
-@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("encode_while_training", [True, False])
 def test_two_processes_encode_disjoint_shares_and_find_the_others_records(
     place: Place, other: Place, behind: bool, changed: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +247,7 @@ def test_two_processes_encode_disjoint_shares_and_find_the_others_records(
     break_pixels(place, 7)
     alone = seen(place.prepare(accumulation=2, **changed).steps(0, 16))
     families = [ToyFamily(Slow(0.01)), ToyFamily(Slow(0.01))]
-    ranks = together(other, 2, families.__getitem__, behind=behind, **changed)
+    ranks = together(other, 2, families.__getitem__, encode_while_training=behind, **changed)
     assert all(isinstance(data, TrainingData) for data in ranks), ranks
     one, two = in_step(ranks, 16)  # type: ignore[arg-type]
     assert [batch for pair in zip(one, two, strict=True) for batch in pair] == alone
@@ -289,7 +293,7 @@ def test_shapes_are_drawn_anew_for_each_epoch_and_each_picture_has_its_turn(plac
     found = shapes(place.prepare(**RESHAPED), 5)
     assert all(len(epoch) == 20 for epoch in found)
     assert found[0] != found[1] != found[2]
-    assert shapes(other.prepare(behind=True, **RESHAPED), 5) == found
+    assert shapes(other.prepare(encode_while_training=True, **RESHAPED), 5) == found
 
 
 def test_shapes_may_stay_while_cuts_are_drawn_anew(place: Place, other: Place) -> None:
@@ -335,7 +339,7 @@ def test_the_fingerprint_tells_sets_that_are_redrawn(place: Place) -> None:
 
 def begun(place: Place) -> TrainingData:
     """A run that has read some of its images, and not all."""
-    data = place.prepare(ToyFamily(Slow(0.05)), behind=True)
+    data = place.prepare(ToyFamily(Slow(0.05)), encode_while_training=True)
     assert len(list(data.steps(0, 2))) == 2
     assert "images_unread" in data.fingerprint()
     return data
@@ -344,14 +348,14 @@ def begun(place: Place) -> TrainingData:
 def test_unread_images_may_change_and_read_ones_may_not(place: Place) -> None:
     data = begun(place)
     held = json.loads(json.dumps(data.fingerprint()))
-    trained = {sample.key for step in place.prepare(behind=True).steps(0, 2) for sample in step[0].samples}
+    trained = {sample.key for step in place.prepare(encode_while_training=True).steps(0, 2) for sample in step[0].samples}
     assert place.prepare().fingerprint(like=held) == held  # everything is read now
     never = min({f"picture_{number:02}.png" for number in range(20)} - read_by(held, place))
     picture(place.data / never, seed=99, size=(96, 64) if int(never[8:10]) % 3 else (64, 96))
-    assert place.prepare(behind=True).fingerprint(like=held) == held
+    assert place.prepare(encode_while_training=True).fingerprint(like=held) == held
     key = min(trained)
     picture(place.data / key, seed=98, size=(96, 64) if int(key[8:10]) % 3 else (64, 96))
-    changed = place.prepare(behind=True).fingerprint(like=held)
+    changed = place.prepare(encode_while_training=True).fingerprint(like=held)
     assert {name for name in held if changed[name] != held[name]} == {"images"}
 
 
@@ -369,11 +373,11 @@ def test_read_images_that_were_only_touched_are_the_same(place: Place) -> None:
     held = begun(place).fingerprint()
     for path in place.data.glob("*.png"):
         os.utime(path, (1, 1))
-    assert place.prepare(behind=True).fingerprint(like=held) == held
+    assert place.prepare(encode_while_training=True).fingerprint(like=held) == held
 
 
 def test_the_cache_is_sound_after_it_was_filled_behind_training(place: Place) -> None:
-    list(place.prepare(ToyFamily(Slow(0.01)), behind=True).steps(0, 11))
+    list(place.prepare(ToyFamily(Slow(0.01)), encode_while_training=True).steps(0, 11))
     assert not Cache(place.output / "cache" / "latents").notes
     family = ToyFamily()
     place.prepare(family)
@@ -386,7 +390,7 @@ def test_the_meeting_point_of_threads_is_not_needed_by_the_encoding(place: Place
     meeting = Gathering(1)
     gather = meeting.of(0)
     workers = Workers(0, 1, lambda text: calls.append(text) or gather(text))  # type: ignore[func-returns-value]
-    data = place.prepare(ToyFamily(Slow(0.01)), workers, behind=True)
+    data = place.prepare(ToyFamily(Slow(0.01)), workers, encode_while_training=True)
     before = len(calls)
     list(data.steps(0, 11))
     assert len(calls) == before
@@ -402,7 +406,7 @@ def test_copies_of_an_image_give_the_same_batches_in_both_ways_and_after_damage(
             (place.data / f"{copy}_{number}.png").write_bytes((place.data / f"picture_{number:02}.png").read_bytes())
             (place.data / f"{copy}_{number}.txt").write_text(f"caption of {copy} {number}")
     cached = seen(place.prepare().steps(0, 30))
-    assert seen(other.prepare(ToyFamily(Slow(0.005)), behind=True).steps(0, 30)) == cached
+    assert seen(other.prepare(ToyFamily(Slow(0.005)), encode_while_training=True).steps(0, 30)) == cached
     damage(place.output, "latents")
     assert seen(place.prepare(step=0).steps(0, 30)) == cached
     damage(other.output, "latents")

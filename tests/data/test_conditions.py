@@ -82,7 +82,7 @@ class Paired:
         return self.root / "conditions"
 
     def prepare(self, family: ToyFamily | None = None, story: Story | None = None, nearest: bool = False, **changed: Any) -> TrainingData:
-        in_settings = {name: changed.pop(name) for name in ("behind", "undecodable", "seed") if name in changed}
+        in_settings = {name: changed.pop(name) for name in ("encode_while_training", "undecodable", "seed") if name in changed}
         cache = self.root / "output" / "cache"
         plain = {"caption_strategy": "instanceprompt", "instance_prompt": "a condition", "dataset_type": "conditioning"}
         conditions = dataset(self.conditions, cache, id="edges", resize_filter="nearest" if nearest else "lanczos", **plain)
@@ -269,7 +269,7 @@ def test_a_second_start_reads_nothing_and_gives_the_same_batches(paired: Paired)
 
 
 def test_conditions_that_are_encoded_behind_training_are_the_same(paired: Paired) -> None:
-    behind = by_key(paired.prepare(behind=True, crop=True, flip=True))
+    behind = by_key(paired.prepare(encode_while_training=True, crop=True, flip=True))
     cached = by_key(paired.prepare(crop=True, flip=True))
     assert behind.keys() == cached.keys() and all(torch.equal(behind[key], cached[key]) for key in cached)
 

@@ -1,1 +1,1 @@
-"""Images to latents and captions to text embeddings, before training or behind it."""
+"""Images to latents and captions to text tensors in caches, before training or while it runs."""
