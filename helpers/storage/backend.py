@@ -32,8 +32,14 @@ class Entry:
     key: str  # path relative to the root, with "/"
     size: int  # bytes
     modified_ns: int  # nanoseconds since 1970 by the store's clock; only compared for equality
-    etag: str = ""  # the store's own version mark, if it has one
+    etag: str = ""  # what else changes with the content: the store's version mark, or change time and inode
     problem: str = ""  # the reason why it cannot be used, as "kind: detail", if the listing already shows one
+    is_folder: bool = False  # a system folder that was not entered, for the report; never a folder of files
+
+
+def skipped_folder(key: str) -> Entry:
+    """The entry of a system folder that was not entered."""
+    return Entry(f"{key}/", 0, 0, is_folder=True)
 
 
 class SourceBackend(Protocol):
@@ -45,7 +51,10 @@ class SourceBackend(Protocol):
         ...
 
     def list(self) -> Iterator[Entry]:
-        """Every file once, in an order that depends only on the names. DataError if the place does not exist."""
+        """Every file once, and every system folder that is not entered, in an order that depends only on the names.
+
+        DataError if the place does not exist.
+        """
         ...
 
     def open(self, key: str) -> BinaryIO:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from helpers.errors import DataError
 from helpers.storage.backend import Entry
+from helpers.storage.memo import file_state
 
 DEFAULT_SPLIT = "train"
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")  # tried in this order if none is configured
@@ -76,8 +77,8 @@ class HuggingFaceSource:
         for start in range(0, len(opened.images), _ROWS):
             images = list(_image_facts(opened, start))
             captions = _texts(opened, start) if opened.captions is not None else [None] * len(images)
-            for row, ((size, modified), caption) in enumerate(zip(images, captions, strict=True), start):
-                yield Entry(f"{row:07}.jpg", size, modified, f"{opened.etag} {opened.image_column}")
+            for row, ((size, modified, etag), caption) in enumerate(zip(images, captions, strict=True), start):
+                yield Entry(f"{row:07}.jpg", size, modified, f"{opened.etag} {opened.image_column}{etag}")
                 if caption is not None:
                     yield Entry(f"{row:07}.txt", len(caption), 0, f"{opened.etag} {opened.caption_column}")
 
@@ -231,7 +232,7 @@ def _check_shards(files: Sequence[Path]) -> None:
 
 def _etag(folder: Path, files: Sequence[Path]) -> str:
     """A hash that changes with any file that the rows come from."""
-    facts = [(path.relative_to(folder.parent).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts = [(path.relative_to(folder.parent).as_posix(), *file_state(path)) for path in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -267,8 +268,8 @@ def _described(kind: Any) -> str:
     return str(getattr(kind, "dtype", None) or type(kind).__name__)
 
 
-def _image_facts(opened: _Opened, start: int) -> Iterator[tuple[int, int]]:
-    """Size and modification time of the images of some rows. Images stored as bytes are not read for this."""
+def _image_facts(opened: _Opened, start: int) -> Iterator[tuple[int, int, str]]:
+    """Size, modification time and etag of the images of some rows. Images stored as bytes are not read for this."""
     import pyarrow.compute as pc
     import pyarrow.types as kinds
 
@@ -284,14 +285,14 @@ def _image_facts(opened: _Opened, start: int) -> Iterator[tuple[int, int]]:
         lengths, paths = lengths_of(column), [None] * len(column)
     for length, path in zip(lengths, paths, strict=True):
         if length is not None or path is None:
-            yield length or 0, 0
+            yield length or 0, 0, ""
             continue
         try:
             found = _file(opened.folder, path).stat()
         except OSError:
-            yield 0, 0  # reported when it is opened
+            yield 0, 0, ""  # reported when it is opened
         else:
-            yield found.st_size, found.st_mtime_ns
+            yield found.st_size, found.st_mtime_ns, f" {found.st_ctime_ns}-{found.st_ino}"
 
 
 def _file(folder: Path, path: str) -> Path:

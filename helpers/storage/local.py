@@ -11,28 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
 from helpers.errors import DataError
-from helpers.storage.backend import Entry
-
-# Folders of operating systems and tools: thumbnails, recycle bins, snapshots.
-SYSTEM_FOLDERS = frozenset(
-    {
-        ".Spotlight-V100",
-        ".Trashes",
-        ".fseventsd",
-        ".TemporaryItems",
-        ".DocumentRevisions-V100",
-        ".zfs",
-        ".snapshot",
-        ".ipynb_checkpoints",
-        ".git",
-        ".thumbnails",
-        "__MACOSX",
-        "@eaDir",
-        "$RECYCLE.BIN",
-        "System Volume Information",
-        "lost+found",
-    }
-)
+from helpers.storage.backend import Entry, skipped_folder
+from helpers.storage.system_folders import is_system_folder
 
 # Temporary errors: too many open files, a network mount that reconnects. Any other error is raised at once.
 _TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.EAGAIN})
@@ -55,7 +35,7 @@ class LocalSource:
         return str(self.root)
 
     def list(self) -> Iterator[Entry]:
-        """Every regular file: first those in real folders, sorted by name, then those in linked folders, in the order of discovery.
+        """Every regular file and every system folder: first those in real folders, sorted by name, then those in linked folders.
 
         So a file is listed under its real path rather than through a link, and loops of links end.
         """
@@ -90,7 +70,9 @@ def _walk(root: Path, prefix: str, walked: set[tuple[int, int]], linked: list[st
         for entry in _entries(root, folder, walked):
             key = f"{folder}/{entry.name}" if folder else entry.name
             if _is_folder(entry):
-                if entry.name not in SYSTEM_FOLDERS:
+                if is_system_folder(entry.name):
+                    yield skipped_folder(key)
+                else:
                     (linked if entry.is_symlink() else below).append(key)
             elif (listed := _listed(root, key, entry)) is not None:
                 yield listed
@@ -138,7 +120,7 @@ def _listed(root: Path, key: str, entry: os.DirEntry[str]) -> Entry | None:
             raise _not_listed((root / key).parent, root, error) from error
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
         return None
-    return Entry(key, found.st_size, found.st_mtime_ns)
+    return Entry(key, found.st_size, found.st_mtime_ns, etag=f"{found.st_ctime_ns}-{found.st_ino}")
 
 
 def patiently(attempt: Callable[[], _Result]) -> _Result:

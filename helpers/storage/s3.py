@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import posixpath
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +22,11 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from helpers.errors import DataError, StorageError
-from helpers.storage.backend import Entry
-from helpers.storage.local import SYSTEM_FOLDERS
+from helpers.storage.backend import Entry, skipped_folder
 from helpers.storage.retrying import Budget, GaveUp, Patience, patiently
 from helpers.storage.s3_address import S3Address
 from helpers.storage.s3_errors import DamagedBytesError, explained, is_denied, is_missing, is_temporary, is_the_users
+from helpers.storage.system_folders import system_folder_of
 
 READS_AT_ONCE = 32  # by one source: with 200 ms for an answer, 160 objects a second
 _CONNECTIONS = 64  # kept open by one client
@@ -65,17 +64,22 @@ class S3Source:
         return self.address.name
 
     def list(self) -> Iterator[Entry]:
-        """Every object, in S3's order: by the UTF-8 bytes of the keys. Placeholder objects for folders are skipped.
+        """Every object, in S3's order: by the UTF-8 bytes of the keys. Placeholder objects for folders are left out.
 
         DataError if a setting is wrong, StorageError if the store fails.
         """
         folder = self.address.folder
         token: dict[str, str] = {}
+        skipped: set[str] = set()
         while True:
             page = self._list_page(token)
             for item in page.get("Contents", ()):
                 key = item["Key"][len(folder) :]
-                if key and not key.endswith("/") and SYSTEM_FOLDERS.isdisjoint(posixpath.dirname(key).split("/")):
+                system = system_folder_of(key)
+                if system is not None and system not in skipped:
+                    skipped.add(system)
+                    yield skipped_folder(system)
+                if key and not key.endswith("/") and system is None:
                     yield Entry(key, item["Size"], _nanoseconds(item["LastModified"]), item.get("ETag", "").strip('"'))
             if not page.get("IsTruncated"):
                 return

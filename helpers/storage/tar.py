@@ -15,7 +15,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from helpers.errors import DataError
-from helpers.storage.local import SYSTEM_FOLDERS, patiently
+from helpers.storage.local import patiently
+from helpers.storage.system_folders import system_folder_of
 
 _BLOCK = 512  # bytes; headers and contents start at multiples of it
 _END = bytes(_BLOCK)  # the first block after the last member
@@ -89,6 +90,8 @@ class TarIndex:
     members: Members
     problems: tuple[Member, ...]  # members that cannot be used, in the order of the tar
     damage: str = ""  # the reason why the tar was not read to its end, as "kind: detail"
+    skipped_folders: tuple[str, ...] = ()  # system folders, sorted
+    etag: str = ""  # change time and inode of the tar
 
     def to_bytes(self) -> bytes:
         """One line of JSON and the members' arrays, for a memo on this machine."""
@@ -97,6 +100,8 @@ class TarIndex:
             "version": astuple(self.version),
             "problems": [astuple(member) for member in self.problems],
             "damage": self.damage,
+            "skipped_folders": self.skipped_folders,
+            "etag": self.etag,
             "lengths": [len(part) for part in parts],
         }
         return json.dumps(head).encode() + b"\n" + b"".join(parts)
@@ -109,7 +114,8 @@ class TarIndex:
         ends = list(itertools.accumulate(head["lengths"]))
         names, *numbers = (arrays[end - length : end] for end, length in zip(ends, head["lengths"], strict=True))
         members = Members(names, *(array("Q", part) for part in numbers))
-        return cls(Version(*head["version"]), members, tuple(Member(*facts) for facts in head["problems"]), head["damage"])
+        problems = tuple(Member(*facts) for facts in head["problems"])
+        return cls(Version(*head["version"]), members, problems, head["damage"], tuple(head["skipped_folders"]), head["etag"])
 
 
 def read_index(path: Path) -> TarIndex:
@@ -120,20 +126,27 @@ def read_index(path: Path) -> TarIndex:
     good: list[Member] = []
     problems: list[Member] = []
     names: set[str] = set()
+    skipped: set[str] = set()
     damage = ""
     with patiently(lambda: path.open("rb")) as stream:
-        version = _version(os.fstat(stream.fileno()))
+        state = os.fstat(stream.fileno())
+        version = _version(state)
         _refuse_other_formats(path, stream.read(_BLOCK))
         stream.seek(0)
         try:
             for found in _headers(stream):
+                system = system_folder_of(posixpath.normpath(found.name))
+                if system is not None:
+                    skipped.add(system)
+                    continue
                 member = _member(found, version.size, names)
                 if member is not None:
                     names.add(member.name)
                     (problems if member.problem else good).append(member)
         except _Damaged as error:
             damage = str(error)
-    return TarIndex(version, Members.from_members(good), tuple(problems), damage)
+    etag = f"{state.st_ctime_ns}-{state.st_ino}"
+    return TarIndex(version, Members.from_members(good), tuple(problems), damage, tuple(sorted(skipped)), etag)
 
 
 def read_member(path: Path, version: Version, offset: int, size: int) -> bytes:
@@ -215,10 +228,10 @@ def _headers(stream: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
 
 
 def _member(found: tarfile.TarInfo, tar_size: int, names: set[str]) -> Member | None:
-    """The member of a header, with the reason if it cannot be used. None for folders and files in system folders."""
+    """The member of a header, with the reason if it cannot be used. None for folders."""
     name = posixpath.normpath(found.name)
     parts = name.split("/")
-    if found.isdir() or not SYSTEM_FOLDERS.isdisjoint(parts):
+    if found.isdir():
         return None
     problem = ""
     if found.name.startswith("/") or ".." in parts:

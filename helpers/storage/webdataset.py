@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from helpers.errors import DataError
-from helpers.storage.backend import Entry
+from helpers.storage.backend import Entry, skipped_folder
 from helpers.storage.memo import Memo, digest_of, file_state
 from helpers.storage.tar import Member, Section, TarIndex, read_index, read_member
 
@@ -32,7 +32,7 @@ CAPTION = ".txt"  # the extension under which every caption is listed
 CAPTIONS = (CAPTION, ".TXT", ".caption", ".json")  # extensions of captions in a tar, in order of preference
 JSON_FIELD = "caption"
 
-_INDEX = "tar index 2"  # raise it when `TarIndex.to_bytes` changes
+_INDEX = "tar index 3"  # raise it when `TarIndex.to_bytes` changes
 _THREADS = 8  # that read tar headers: on a network file system they mostly wait
 
 
@@ -113,15 +113,17 @@ class _Shard:
 
         def entry(name: str, member: Member, problem: str) -> Entry:
             # With the offset, so that a member of the same name in a replaced tar of the same time counts as changed.
-            return Entry(f"{shard}/{name}", member.size, modified, f"{index.version.size}:{member.offset}", problem)
+            return Entry(f"{shard}/{name}", member.size, modified, f"{index.version.size}:{member.offset}:{index.etag}", problem)
 
         if index.damage:
-            yield Entry(f"{shard}.tar", index.version.size, modified, problem=index.damage)
+            yield Entry(f"{shard}.tar", index.version.size, modified, index.etag, index.damage)
         for _, members in itertools.groupby(index.members, key=lambda member: _sample(member.name)):
             for name, member, problem in _shown(list(members), self._pictures):
                 yield entry(name, member, problem)
         for member in index.problems:
             yield entry(member.name, member, member.problem)
+        for folder in index.skipped_folders:
+            yield skipped_folder(f"{shard}/{folder}")
 
     def member(self, name: str) -> Member:
         """The member of a listed name. For a .txt it may be the .caption or .json that holds the caption."""

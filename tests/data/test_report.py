@@ -55,6 +55,7 @@ def test_the_report_adds_up_and_names_every_file_left_out(tmp_path: Path) -> Non
         "cropped_share": round(1 - 1216 / 1248, 4),
         "copies": [],
         "unread": 2,
+        "skipped_folders": [],
     }
     assert wide["buckets"] == {"1344x768": 1} and wide["left_out"] == [] and wide["upscaled"] == 0
     for entry in (tall, wide):

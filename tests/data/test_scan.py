@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, ScanOptions, scan
 from helpers.data.plan.targets import ResolutionRule
+from helpers.data.report.dataset_report import summary
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
 from tests.storage.memory import MemoryBackend
@@ -422,3 +424,75 @@ def test_many_threads_read_where_files_take_long_to_answer_and_few_where_they_do
 def test_left_out_files_are_records(catalogue: Catalogue) -> None:
     scan(MemoryBackend({"a.png": picture(), "b.md": b""}), BY_NAME, catalogue)
     assert list(catalogue.left_out("set")) == [LeftOut("b.md", "not an image: its name ends in .md")]
+
+
+def test_files_of_system_folders_are_not_used_and_the_folders_are_counted(catalogue: Catalogue, tmp_path: Path) -> None:
+    for folder in ("", ".Trash-1000/files", "#recycle", "$Recycle.Bin", ".stversions/.deep", "sub"):
+        (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / folder / "p.png").write_bytes(picture())
+    result = scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue)
+    assert list(catalogue.keys("set")) == ["p.png", "sub/p.png"]
+    assert (result.found, result.used, result.left_out, result.skipped_folders) == (2, 2, 0, 4)
+    assert catalogue.skipped_folders("set") == ["#recycle/", "$Recycle.Bin/", ".Trash-1000/", ".stversions/"]
+    assert summary(result) == "set: 2 files = 2 used + 0 left out · 4 system folders not read"
+    again = scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue)
+    assert (again.opened, again.new, again.skipped_folders) == (0, 0, 4)
+    (tmp_path / "data" / "#recycle" / "p.png").unlink()
+    (tmp_path / "data" / "#recycle").rmdir()
+    assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue).skipped_folders == 3
+
+
+def test_a_dataset_of_nothing_but_system_folders_says_so(catalogue: Catalogue, tmp_path: Path) -> None:
+    (tmp_path / "data" / ".Trash-1000").mkdir(parents=True)
+    (tmp_path / "data" / ".Trash-1000" / "p.png").write_bytes(picture())
+    with pytest.raises(DataError, match=r"no files in .*data outside of system folders, such as \.Trash-1000/, which are not read"):
+        scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue)
+
+
+def exchange(one: Path, other: Path) -> None:
+    one.rename(one.with_name("aside"))
+    other.rename(one)
+    one.with_name("aside").rename(other)
+
+
+@pytest.mark.parametrize("how", ["rename", "write", "copy"])
+def test_a_file_of_the_same_size_and_time_is_read_again_after_a_change(
+    catalogue: Catalogue, tmp_path: Path, how: str
+) -> None:
+    """As unpacked archives, `cp -a` and container images leave files: all of one time."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, size in (("a", (40, 30)), ("b", (30, 40))):
+        (folder / f"{name}.bmp").write_bytes(picture(*size, format="BMP").ljust(5000, b"\0"))
+        (folder / f"{name}.txt").write_text(f"caption {name}")
+
+    def same_time() -> None:
+        for path in folder.iterdir():
+            os.utime(path, ns=(0, 1_700_000_000_000_000_000))
+
+    same_time()
+    scan(LocalSource(folder), RULES, catalogue)
+    catalogue.set_content((row, str(row)) for row in catalogue.columns("set").rows.tolist())
+    if how == "rename":
+        exchange(folder / "a.bmp", folder / "b.bmp")
+        exchange(folder / "a.txt", folder / "b.txt")
+    elif how == "write":
+        for ending in (".bmp", ".txt"):
+            one, other = (folder / f"a{ending}").read_bytes(), (folder / f"b{ending}").read_bytes()
+            (folder / f"a{ending}").write_bytes(other)
+            (folder / f"b{ending}").write_bytes(one)
+    else:
+        subprocess.run(["cp", "-a", folder, tmp_path / "copy"], check=True)
+        shutil.rmtree(folder)
+        (tmp_path / "copy").rename(folder)
+        exchange(folder / "a.bmp", folder / "b.bmp")
+        exchange(folder / "a.txt", folder / "b.txt")
+    same_time()
+    result = scan(LocalSource(folder), RULES, catalogue)
+    found = [catalogue.sample(row) for row in catalogue.columns("set").rows.tolist()]
+    assert [(sample.key, sample.size, sample.captions) for sample in found] == [
+        ("a.bmp", Size(30, 40), ("caption b",)),
+        ("b.bmp", Size(40, 30), ("caption a",)),
+    ]
+    assert list(catalogue.contents("set")) == [None, None]  # so that the bytes are hashed again
+    assert (result.changed, scan(LocalSource(folder), RULES, catalogue).changed) == (4, 0)

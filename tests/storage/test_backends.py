@@ -18,7 +18,7 @@ from tests.storage.memory import MemoryBackend
 
 
 def keys(source: SourceBackend) -> list[str]:
-    return [entry.key for entry in source.list()]
+    return [entry.key for entry in source.list() if not entry.is_folder]
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -76,9 +76,19 @@ def test_the_real_folder_wins_over_a_link_to_it(tmp_path: Path) -> None:
     assert keys(LocalSource(tmp_path)) == ["z/x.jpg"]
 
 
+# Linux desktops, Synology, QNAP, Windows, Syncthing, Dropbox, Picasa, Resilio, ZFS, macOS, Jupyter, Git, chkdsk: in any letter case.
+SYSTEM_FOLDERS = (
+    *("$RECYCLE.BIN", "$Recycle.Bin", "#recycle", "#Recycle", "@Recycle", "@eaDir", "@EADIR", ".@__thumb", ".Trash-1000", ".Trashes"),
+    *(".stversions", ".dropbox.cache", ".picasaoriginals", ".sync", ".zfs", ".snapshots", "#snapshot", ".ipynb_checkpoints", ".git"),
+    *("__MACOSX", "System Volume Information", "SYSTEM VOLUME INFORMATION", "lost+found", "FOUND.000", "RECYCLER", "x.png/.hidden"),
+)
+
+
 def test_system_folders_folders_named_like_images_and_pipes_are_not_files(tmp_path: Path) -> None:
-    for folder in ("x.png", ".ipynb_checkpoints", "@eaDir", "__MACOSX"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "x.png").mkdir()
+    (tmp_path / "x.png" / "inside.jpg").write_bytes(b"")
+    for folder in SYSTEM_FOLDERS:
+        (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "inside.jpg").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe.jpg")
     with socket.socket(socket.AF_UNIX) as server:
@@ -89,6 +99,8 @@ def test_system_folders_folders_named_like_images_and_pipes_are_not_files(tmp_pa
         finally:
             os.chdir(here)
         assert keys(LocalSource(tmp_path)) == ["x.png/inside.jpg"]
+    skipped = [entry.key for entry in LocalSource(tmp_path).list() if entry.is_folder]
+    assert skipped == sorted(f"{folder}/" for folder in SYSTEM_FOLDERS if "/" not in folder) + ["x.png/.hidden/"]
 
 
 @pytest.mark.parametrize("name", ["with space.jpg", "new\nline.jpg", "quote'\".jpg", "ünï☃.jpg", "-dash.jpg", "x" * 251 + ".jpg", "*.jpg"])
@@ -142,6 +154,15 @@ def test_a_folder_that_may_not_be_read_or_not_be_entered_is_named(tmp_path: Path
         (tmp_path / "closed").chmod(0o755)
     told = f"DataError: {tmp_path / 'closed'} cannot be listed: Permission denied. You need permission to read and enter"
     assert told in ended.stderr
+
+
+def test_a_system_folder_that_may_not_be_read_stops_nothing(tmp_path: Path) -> None:
+    """As the recycle bin of another user on a shared disk."""
+    (tmp_path / ".Trash-1001").mkdir(mode=0o000)
+    (tmp_path / "a.jpg").write_bytes(b"")
+    script = "import sys; from helpers.storage.local import LocalSource; print([e.key for e in LocalSource(sys.argv[1]).list()])"
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], preexec_fn=obey_modes, capture_output=True, text=True)
+    assert ended.stdout == "['.Trash-1001/', 'a.jpg']\n"
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE])

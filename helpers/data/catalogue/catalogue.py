@@ -58,9 +58,11 @@ CREATE TABLE marks (dataset TEXT PRIMARY KEY, mark TEXT NOT NULL);  -- see `Cata
 CREATE TABLE joined (dataset TEXT PRIMARY KEY, stated TEXT NOT NULL, counts TEXT NOT NULL);  -- the tables, as they were last read
 """
 # pairs: the conditioning image of each image that has one. Both are rows of `files`; `version` is the conditioning image's `file_version`
-# when they were paired. failures: images that could not be encoded in this start of a run, which is how its processes tell each other.
+# when they were paired. skipped: system folders that were not entered. failures: images that could not be encoded in this start of a
+# run, which is how its processes tell each other.
 _LATER_TABLES = """
 CREATE TABLE IF NOT EXISTS pairs (id INTEGER PRIMARY KEY, condition INTEGER NOT NULL, version TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS skipped (dataset TEXT NOT NULL, folder TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS failures (pass INTEGER, id INTEGER, reason TEXT NOT NULL, undecodable INTEGER NOT NULL, PRIMARY KEY (pass, id));
 """
 # The content of a sample: the hash of the image, then that of its conditioning image where it has one. NULL while one is unknown.
@@ -236,6 +238,10 @@ class Catalogue:
         query = "SELECT key, left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key"
         for key, reason in self._database.rows(query, dataset):
             yield LeftOut(key, reason)
+
+    def skipped_folders(self, dataset: str) -> list[str]:
+        """System folders that the last scan found and did not enter, sorted."""
+        return [folder for (folder,) in self._database.rows("SELECT folder FROM skipped WHERE dataset = ? ORDER BY folder", dataset)]
 
     def totals(self, dataset: str) -> tuple[int, Counter[str]]:
         """From the last scan: the number of images in use, and the number of files left out for each kind of reason."""

@@ -28,14 +28,17 @@ class Listing:
         """List the source. Errors of the source are passed on."""
         self._kept: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(folder))  # noqa: SIM115  # closed by __exit__
         self._lengths: list[int] = []  # of the blocks, in bytes
+        self.folders: list[str] = []  # system folders that were not entered
         hashed = hashlib.blake2b(digest_size=16)
         for entries in _blocks(backend.list()):
+            self.folders += [_storable(e.key) for e in entries if e.is_folder]
             # A name cannot contain a zero byte, so it can separate the fields.
-            text = "".join(f"{e.key}\0{e.size}\0{e.modified_ns}\0{e.etag}\0{e.problem}\0" for e in entries)
+            text = "".join(f"{e.key}\0{e.size}\0{e.modified_ns}\0{e.etag}\0{e.problem}\0" for e in entries if not e.is_folder)
             block = text.encode("utf-8", "surrogateescape")
             hashed.update(block)
             self._kept.write(block)
             self._lengths.append(len(block))
+        hashed.update("\0".join(["", *self.folders]).encode())
         self.digest = hashed.hexdigest()
 
     def __enter__(self) -> Listing:
@@ -62,10 +65,8 @@ def _row(key: str, size: int, modified_ns: int, etag: str, found: str) -> Row:
     """`kind` is given by the extension. `problem` is what the source `found`, or that the file is neither image nor caption."""
     stem, ending = posixpath.splitext(key)
     kind, problem = "other", None
-    try:
-        key.encode()
-    except UnicodeEncodeError:  # with the invalid bytes as \xNN: neither SQLite nor JSON can hold such a name
-        shown = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    shown = _storable(key)
+    if shown != key:
         return shown, kind, shown, size, modified_ns, etag, "file name is not UTF-8: rename the file"
     if found:
         problem = found
@@ -76,3 +77,8 @@ def _row(key: str, size: int, modified_ns: int, etag: str, found: str) -> Row:
     else:
         problem = f"not an image: its name ends in {ending}" if ending else "not an image: its name has no ending"
     return key, kind, stem, size, modified_ns, etag, problem
+
+
+def _storable(name: str) -> str:
+    r"""A name with its bytes that are not UTF-8 as \xNN: neither SQLite nor JSON can hold them."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -87,6 +87,7 @@ class ScanResult:
     removed: int
     opened: int  # files read by this scan; 0 if nothing has changed
     tables: tuple[JoinedTable, ...] = ()
+    skipped_folders: int = 0  # system folders, such as recycle bins, that were not entered
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,15 @@ def judge(
     left_out = kinds.total()
     if not used:
         raise DataError(_nothing_left(backend, rules.dataset, catalogue, kinds))
-    return ScanResult(rules.dataset, used + left_out, used, left_out, dict(kinds.most_common()), **vars(refreshed))
+    return ScanResult(
+        dataset=rules.dataset,
+        found=used + left_out,
+        used=used,
+        left_out=left_out,
+        kinds=dict(kinds.most_common()),
+        skipped_folders=len(catalogue.skipped_folders(rules.dataset)),
+        **vars(refreshed),
+    )
 
 
 # -- 1. compare the listing with the catalogue -------------------------------------------------------------------------------
@@ -161,6 +170,8 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
     with Listing(backend, catalogue.path.parent) as listing, catalogue.transaction() as database:
         if database.execute("SELECT digest FROM listings WHERE dataset = ?", (dataset,)).fetchone() == (listing.digest,):
             return 0, 0, 0
+        database.execute("DELETE FROM skipped WHERE dataset = ?", (dataset,))
+        database.executemany("INSERT INTO skipped VALUES (?, ?)", ((dataset, folder) for folder in listing.folders))
         database.execute("DROP TABLE IF EXISTS temp.listed")
         database.execute(
             "CREATE TEMP TABLE listed"
@@ -432,7 +443,9 @@ def same_shape(image: Size, other: Size) -> bool:
 
 def _nothing_left(backend: SourceBackend, dataset: str, catalogue: Catalogue, kinds: Counter[str]) -> str:
     if not kinds:
-        return f"dataset {dataset!r}: there are no files in {backend.name}; put images there, or correct the path."
+        folders = catalogue.skipped_folders(dataset)
+        but = f" outside of system folders, such as {folders[0]}, which are not read" if folders else ""
+        return f"dataset {dataset!r}: there are no files in {backend.name}{but}; put images there, or correct the path."
     first = next(catalogue.left_out(dataset))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     return (

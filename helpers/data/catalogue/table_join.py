@@ -73,7 +73,7 @@ def _version(backend: SourceBackend, dataset: str, path: str, catalogue: Catalog
             found = os.stat(path)
         except OSError as error:
             raise DataError(f"dataset {dataset!r}: the table {path} cannot be opened: {error.strerror}; check its path.") from error
-        return found.st_size, found.st_mtime_ns, ""
+        return found.st_size, found.st_mtime_ns, f"{found.st_ctime_ns}-{found.st_ino}"
     with catalogue.transaction() as database:
         listed = database.execute("SELECT size, modified_ns, etag FROM files WHERE dataset = ? AND key = ?", (dataset, path)).fetchone()
     if listed is None:

@@ -43,6 +43,7 @@ def dataset_report(
     away, from 0 to 1. `sizes` and `aspects` are histograms of the files' megapixels and width / height: bin i counts values in [edges[i],
     edges[i + 1]), and the first and last bin also those beyond. `copies` are groups of files with equal bytes, among the files that have
     been read; `unread` counts the others.
+    `skipped_folders` are system folders, such as recycle bins, that were not read.
     """
     failed = failed or {}
     usable = ~np.isin(plan.columns["row"], list(failed))
@@ -80,6 +81,7 @@ def _entry(result: ScanResult, rows: NDArray[Any], plan: BucketPlan, catalogue: 
         "aspects": _histogram(width / height, ASPECT_EDGES),
         "copies": list(catalogue.copies(result.dataset)),
         "unread": catalogue.unread(result.dataset),
+        "skipped_folders": catalogue.skipped_folders(result.dataset),
     }
 
 
@@ -147,6 +149,8 @@ def summary(result: ScanResult, buckets: int | None = None) -> str:
     line = f"{result.dataset}: {result.found:,} files = {result.used:,} used + {result.left_out:,} left out"
     if result.kinds:
         line += " (" + ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) + ")"
+    if result.skipped_folders:
+        line += f" · {result.skipped_folders:,} system folder{'s' if result.skipped_folders > 1 else ''} not read"
     for table in result.tables:
         if stray := table.unnamed + table.without_image:
             line += f" · {stray:,} of {table.rows:,} rows of {table.path} name no image"
