@@ -122,7 +122,7 @@ class Ours:
 
     def __init__(self, config: Config, runtime: Runtime, family: ModelFamily, data: TrainingData) -> None:
         self.runtime, self.family, self.data = runtime, family, data
-        self.objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config)
+        self.objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config, family.latents.patch)
         method = METHODS[config.method_name](config.adapter, family)
         optimizer = config.replaced("settled", optimizer=method.default_optimizer("no")).optimizer
         trainable = method.attach(family.load(method.weights_dtype("no", optimizer.optimizer)))

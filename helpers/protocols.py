@@ -401,8 +401,8 @@ class ObjectiveClass(Protocol):
     @property
     def facts(self) -> Facts: ...
 
-    def __call__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any]) -> Objective:
-        """`scheduler_config` is the base model's. Raises ConfigError for options that do not fit it."""
+    def __call__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any], patch: int = 1) -> Objective:
+        """`scheduler_config` is the base model's, `patch` the edge of a token in latents. Raises ConfigError if the options do not fit."""
         ...
 
 

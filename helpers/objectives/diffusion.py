@@ -86,7 +86,7 @@ class Diffusion:
 
     facts = Facts(name="diffusion", title="diffusion", judge=_judge)
 
-    def __init__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any]) -> None:
+    def __init__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any], patch: int = 1) -> None:
         from diffusers import DDPMScheduler
 
         self.options = options

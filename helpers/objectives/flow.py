@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
-from helpers.errors import ConfigError
 from helpers.objectives.losses import weighted_loss
 from helpers.objectives.timesteps import uniform_numbers
 from helpers.protocols import Corrupted
@@ -19,6 +18,15 @@ if TYPE_CHECKING:
     from helpers.data.base.draws import StepDraws
 
 LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # above it, or below -1, the function of mode sampling is not monotone
+# Of FlowMatchEulerDiscreteScheduler, where a base model's scheduler does not say otherwise.
+DYNAMIC: Mapping[str, Any] = {
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "time_shift_type": "exponential",
+}
+DEFAULTS: Mapping[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, **DYNAMIC}
 SAMPLERS: Mapping[str, str] = {"euler": "FlowMatchEulerDiscreteScheduler"}
 # Options of diffusion => why flow matching does not have them, and what to use instead.
 INSTEAD: Mapping[str, str] = {
@@ -53,23 +61,26 @@ class FlowMatching:
     losses have weight 1; a --weighting_scheme draws the timesteps it prefers more often. The network's timestep is s times the number of
     steps of the schedule (1000), in float32: bfloat16 would round it to multiples of 4.
 
-    `scheduler_config` is the base model's (diffusers' names). --flow_shift replaces its shift.
+    `scheduler_config` is the base model's (diffusers' names). --flow_shift replaces its shift. Where it says `use_dynamic_shifting`, the
+    shift depends on the number of tokens of the image, squares of `patch` x `patch` latent pixels (`dynamic_shift`).
     """
 
     facts = Facts(name="flow", title="flow matching", judge=_judge, instead=INSTEAD)
     samplers = SAMPLERS
 
-    def __init__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any]) -> None:
+    def __init__(self, options: ObjectiveOptions, scheduler_config: Mapping[str, Any], patch: int = 1) -> None:
         self.options = options
         self.scheduler_config = _effective_schedule(options, scheduler_config)
-        self.shift = float(self.scheduler_config["shift"])
+        self.patch = patch
         self.steps: int = self.scheduler_config["num_train_timesteps"]
-        self.identity = {"flow_shift": self.shift}
+        self.dynamic: bool = self.scheduler_config["use_dynamic_shifting"]
+        self.identity = {"flow_shift": {name: self.scheduler_config[name] for name in DYNAMIC} if self.dynamic else self.shift(0)}
 
     def corrupt(self, latents: Tensor, draws: StepDraws) -> Corrupted:
         """latents (B, C, h, w), float32 => the network's input and target, on the same device."""
         noise = draws.normal("noise", *latents.shape[1:]).to(latents.device)
-        sigmas = self.sigmas(draws).float()
+        tokens = (latents.shape[2] // self.patch) * (latents.shape[3] // self.patch)
+        sigmas = self.sigmas(draws, tokens).float()
         timesteps = (sigmas * self.steps).to(latents.device)
         share = sigmas.to(latents.device).view(-1, 1, 1, 1)
         return Corrupted(
@@ -79,9 +90,13 @@ class FlowMatching:
             weight=timesteps.new_ones(timesteps.shape),
         )
 
-    def sigmas(self, draws: StepDraws) -> Tensor:
-        """(B,) noise levels in [0, 1], float64, stratified over all samples of the step (`uniform_numbers`)."""
-        return shifted(timesteps(uniform_numbers(self.options, draws), self.options), self.shift)
+    def sigmas(self, draws: StepDraws, tokens: int = 0) -> Tensor:
+        """(B,) noise levels in [0, 1] for images of so many tokens, float64, stratified over the step's samples (`uniform_numbers`)."""
+        return shifted(timesteps(uniform_numbers(self.options, draws), self.options), self.shift(tokens))
+
+    def shift(self, tokens: int) -> float:
+        """The schedule's shift for an image of so many tokens."""
+        return dynamic_shift(self.scheduler_config, tokens) if self.dynamic else float(self.scheduler_config["shift"])
 
     def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
         """(B,) mean distances over channels and pixels, float32."""
@@ -96,6 +111,17 @@ def timesteps(u: Tensor, options: ObjectiveOptions) -> Tensor:
 def shifted(t: Tensor, shift: float) -> Tensor:
     """Esser et al. (2024), section 5.3.2: t' = a t / (1 + (a - 1) t), with a = sqrt(m / n) to go from n pixels to m."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def dynamic_shift(schedule: Mapping[str, Any], tokens: int) -> float:
+    """The shift for an image of so many tokens, as diffusers' pipelines of FLUX.1 and their scheduler calculate it.
+
+    exp(mu), or mu itself where `time_shift_type` is "linear". mu is linear in the number of tokens, from `base_shift` at
+    `base_image_seq_len` to `max_shift` at `max_image_seq_len`.
+    """
+    slope = (schedule["max_shift"] - schedule["base_shift"]) / (schedule["max_image_seq_len"] - schedule["base_image_seq_len"])
+    mu = schedule["base_shift"] + slope * (tokens - schedule["base_image_seq_len"])
+    return mu if schedule["time_shift_type"] == "linear" else math.exp(mu)
 
 
 def _uniform(u: Tensor, options: ObjectiveOptions) -> Tensor:
@@ -128,13 +154,8 @@ SCHEMES: Mapping[str, Callable[[Tensor, ObjectiveOptions], Tensor]] = {
 
 
 def _effective_schedule(options: ObjectiveOptions, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's schedule, with the shift that the user set. Raises ConfigError for a schedule whose shift depends on the image size."""
-    schedule = {"num_train_timesteps": 1000, "shift": 1.0, **{key: value for key, value in model.items() if not key.startswith("_")}}
+    """The model's schedule with the defaults of its class in diffusers, and with the shift that the user set."""
+    schedule = {**DEFAULTS, **{key: value for key, value in model.items() if not key.startswith("_")}}
     if options.flow_shift is not None:
         return {**schedule, "shift": options.flow_shift, "use_dynamic_shifting": False}
-    if schedule.get("use_dynamic_shifting"):
-        raise ConfigError(
-            "The model's scheduler shifts its schedule by the size of each image (use_dynamic_shifting), which cannot be trained: "
-            "set --flow_shift; 3 is usual for images of a megapixel."
-        )
     return schedule

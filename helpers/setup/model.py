@@ -54,7 +54,7 @@ def choose_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]
     if config.text_encoder.train_text_encoder and config.model.model_type == "full":
         assert can_train_text_encoders(family), "the settings refuse --train_text_encoder for other families"
         require_something_to_train(family, config.text_encoder)
-    objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config)
+    objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config, family.latents.patch)
     _require_sampler(config, objective)
     return family, method, objective
 

@@ -41,7 +41,7 @@ class Tried:
         known = {field.name for field in dataclasses.fields(ObjectiveOptions)}
         defaults = {name: value for name, value in self.family.facts.defaults.items() if name in known}
         chosen = dataclasses.replace(ObjectiveOptions(), **{**defaults, **options})
-        return OBJECTIVES[self.family.facts.objective](chosen, self.family.scheduler_config)
+        return OBJECTIVES[self.family.facts.objective](chosen, self.family.scheduler_config, self.family.latents.patch)
 
     def batch(self, captions: Sequence[str] = CAPTIONS, step: int = 3) -> Batch:
         """Fixed latents of 8 x 8 under the captions, all with GEOMETRY."""

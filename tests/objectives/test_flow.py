@@ -12,7 +12,6 @@ import torch
 from helpers.choices import known_axes
 from helpers.config.options import ObjectiveOptions
 from helpers.data.base.draws import StepDraws
-from helpers.errors import ConfigError
 from helpers.objectives.flow import FlowMatching, shifted, timesteps
 
 OPTIONS = known_axes().options
@@ -172,12 +171,42 @@ def test_a_sample_gets_the_same_noise_and_timestep_wherever_it_is_computed() -> 
         assert alone.timesteps[0] == together.timesteps[place]
 
 
-def test_a_schedule_that_shifts_by_the_size_of_pictures_needs_a_shift_of_its_own() -> None:
-    dynamic = {**SD3_SCHEDULE, "use_dynamic_shifting": True}
-    with pytest.raises(ConfigError, match="set --flow_shift"):
-        FlowMatching(ObjectiveOptions(), dynamic)
-    settled = FlowMatching(ObjectiveOptions(flow_shift=2.0), dynamic).scheduler_config
-    assert (settled["shift"], settled["use_dynamic_shifting"]) == (2.0, False)
+DYNAMIC = {**SD3_SCHEDULE, "use_dynamic_shifting": True}
+
+
+@pytest.mark.parametrize(("tokens", "shift"), [(1024, 1.88), (2304, 2.33), (4096, 3.16), (6889, 5.07)])  # 512^2, 768^2, 1024^2, 1328^2
+def test_a_dynamic_shift_grows_with_the_image(tokens: int, shift: float) -> None:
+    assert FlowMatching(ObjectiveOptions(), DYNAMIC).shift(tokens) == pytest.approx(shift, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_dynamic_shift_is_the_one_that_the_scheduler_of_diffusers_samples_with(kind: str) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    schedule = {**DYNAMIC, "time_shift_type": kind, "max_shift": 1.3, "max_image_seq_len": 6400}
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(schedule)
+    levels = [0.9, 0.5, 0.1]
+    theirs.set_timesteps(sigmas=levels, mu=calculate_shift(600, 256, 6400, 0.5, 1.3))
+    ours = shifted(torch.tensor(levels), FlowMatching(ObjectiveOptions(), schedule).shift(600))
+    assert torch.allclose(ours, theirs.sigmas[:-1], rtol=1e-5)
+
+
+def test_each_micro_batch_is_shifted_by_its_own_number_of_tokens() -> None:
+    """Tokens are squares of `patch` latent pixels; the strata stay those of the step."""
+    objective = FlowMatching(ObjectiveOptions(), DYNAMIC, patch=2)
+    wide = objective.corrupt(torch.zeros(4, 16, 64, 96), draws())
+    plain = FlowMatching(ObjectiveOptions(flow_shift=1.0), DYNAMIC).sigmas(draws())
+    factor = math.exp(0.5 + (32 * 48 - 256) * 0.65 / 3840)
+    assert torch.allclose(wide.timesteps.double() / 1000, factor * plain / (1 + (factor - 1) * plain), rtol=1e-5)
+    assert objective.corrupt(torch.zeros(4, 16, 32, 32), draws()).timesteps.max() < wide.timesteps.max()
+
+
+def test_a_shift_that_the_user_sets_replaces_a_dynamic_one_in_training_and_sampling() -> None:
+    objective = FlowMatching(ObjectiveOptions(flow_shift=2.0), DYNAMIC)
+    assert (objective.scheduler_config["shift"], objective.scheduler_config["use_dynamic_shifting"]) == (2.0, False)
+    assert objective.shift(4096) == 2.0 and objective.identity == {"flow_shift": 2.0}
+    assert FlowMatching(ObjectiveOptions(), DYNAMIC).identity != FlowMatching(ObjectiveOptions(), {**DYNAMIC, "max_shift": 1.2}).identity
 
 
 def judged(**settings: object) -> list[str]:
