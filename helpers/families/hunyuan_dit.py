@@ -78,7 +78,7 @@ class HunyuanDiT:
         from helpers.families.text.t5_source import T5Source
 
         self.base = BaseModel.open(self.facts, ("transformer", "vae", *BERT, "scheduler"), options, cache)
-        self.vae = Vae.open(self.base, "transformer", options, cache)
+        self.vae = Vae.open(self.base, self.base.config("transformer")["in_channels"], options, cache)
         self.network = self.base.config("transformer")
         self.t5 = T5Source.open(self.base, "_2", options, width=self.network["cross_attention_dim_t5"])
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")

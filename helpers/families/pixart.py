@@ -68,7 +68,7 @@ class PixArt:
         from helpers.families.text.t5_source import T5Source
 
         self.base = BaseModel.open(self.facts, ("transformer", "vae", "scheduler"), options, cache)
-        self.vae = Vae.open(self.base, "transformer", options, cache)
+        self.vae = Vae.open(self.base, self.base.config("transformer")["in_channels"], options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=PATCH)
         self.scheduler_config = self.base.config("scheduler")

@@ -121,7 +121,7 @@ class StableDiffusion3:
         from helpers.families.loading.vae import Vae
 
         self.base = BaseModel.open(self.facts, ("transformer", "vae", *CLIP_FOLDERS, "scheduler"), options, cache)
-        self.vae = Vae.open(self.base, "transformer", options, cache)
+        self.vae = Vae.open(self.base, self.base.config("transformer")["in_channels"], options, cache)
         self.transformer = self.base.config("transformer")
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])

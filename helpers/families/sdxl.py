@@ -56,7 +56,7 @@ class SDXL:
         from helpers.families.loading.vae import Vae
 
         self.base = BaseModel.open(self.facts, ("unet", "vae", *TEXT, "scheduler"), options, cache)
-        self.vae = Vae.open(self.base, "unet", options, cache)
+        self.vae = Vae.open(self.base, self.base.config("unet")["in_channels"], options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("unet")
         self.latents, self.scheduler_config = self.vae.latents, self.base.config("scheduler")
         self.original_size = options.section(sdxl_inputs.SDXLOptions).sdxl_original_size

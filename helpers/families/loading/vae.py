@@ -38,8 +38,8 @@ class Vae:
     slicing: bool
 
     @classmethod
-    def open(cls, base: BaseModel, network: str, options: ModelOptions, cache: CacheOptions) -> Vae:
-        """Raises ModelError when the VAE is neither a folder here nor on the hub, or is none for `network`, the base model's part."""
+    def open(cls, base: BaseModel, channels: int, options: ModelOptions, cache: CacheOptions) -> Vae:
+        """The VAE for a network that reads latents of so many channels. Raises ModelError where there is none, or another one."""
         named = options.pretrained_vae_model_name_or_path
         found = locate(named, base)
         if named and (problem := components.component_problem(found, base.variant, options.needs_weights)):
@@ -48,12 +48,12 @@ class Vae:
         if (kind := config.get("_class_name", CLASS)) not in (CLASS, f"Flax{CLASS}"):
             raise ModelError(f"{f'{OPTION}: ' if named else ''}{found} holds an {kind}, and only an {CLASS} can be used here.")
         vae = cls(found, config, base, cache.vae_dtype, deviations, cache.vae_tiling, cache.vae_slicing)
-        if (reads := base.config(network)["in_channels"]) != (made := vae.latents.channels):
+        if channels != (made := vae.latents.channels):
             if named:
-                raise ModelError(f"{OPTION}: latents of {found} have {made} channels, and {base.name} reads {reads}: leave it out.")
+                raise ModelError(f"{OPTION}: latents of {found} have {made} channels, and {base.name} reads {channels}: leave it out.")
             raise ModelError(
-                f"{base.name} reads {reads} channels, and its VAE makes {made}: a model that sees more than noisy latents, as those "
-                "for inpainting do, cannot be trained here."
+                f"{base.name} reads {channels} channels, and its VAE makes {made}: a model that gets more than noisy latents, such as one "
+                "for inpainting, cannot be trained."
             )
         return vae
 
