@@ -144,12 +144,15 @@ class ModelFamily(ModelEncoders, Protocol):
         """Call arguments of the pipeline for one prompt, each with a batch dimension of 1."""
         ...
 
-    def kohya_name(self, module: str) -> str | None:
-        """The name of a denoiser module in kohya's LoRA format; None where that format does not know the family."""
+    def kohya_name(self, module: str) -> str | FusedPart | None:
+        """The name of a denoiser module in kohya's LoRA format; None where that format has no name for it."""
         ...
 
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
-        """A LoRA file as diffusers reads it: matrices by their PEFT names, and every alpha in the file."""
+        """A LoRA file as diffusers reads it: matrices by their PEFT names, and every alpha in the file.
+
+        No alphas where diffusers has multiplied the matrices by the scale: alpha / rank.
+        """
         ...
 
     def modelspec(self, kind: str) -> dict[str, str]:
@@ -242,6 +245,15 @@ def can_train_text_encoders(family: ModelFamily) -> TypeGuard[TextTrainingFamily
 
 def can_controlnet(family: ModelFamily) -> TypeGuard[ControlNetFamily]:
     return family.facts.controlnet
+
+
+@dataclass(frozen=True)
+class FusedPart:
+    """A module that kohya's LoRA format has as some of the output rows of a larger layer, as the queries of a layer for q, k and v."""
+
+    layer: str  # the name of the larger layer
+    index: int  # which part of it this module is
+    rows: tuple[int, ...]  # output rows of each part
 
 
 @dataclass(frozen=True)

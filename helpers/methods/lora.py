@@ -42,6 +42,7 @@ ORIGIN = "origin"  # and of the constant pair that subtracts the start
 WEIGHTS_NAME = "pytorch_lora_weights"
 TEXT_ENCODER = "text_encoder"  # prefix of the roles of text encoders, and of their weights' names
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+LARGEST_DIFFERENCE = 1e-5  # of the norm of a layer's change, where a reader applies the scale to the matrices
 LEARNING_RATE = 1e-4  # the declared default is for full fine-tuning
 
 
@@ -81,7 +82,7 @@ class Lora:
     def __init__(self, options: AdapterOptions, family: ModelFamily) -> None:
         self.options = options
         self.family = family
-        self.initial = read_lora(options.init_lora, family) if options.init_lora else None  # weights of --init_lora
+        self.initial = read_lora(options.init_lora, family, self.factor) if options.init_lora else None  # weights of --init_lora
 
     def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
         return frozen_dtype(mixed_precision)
@@ -333,6 +334,8 @@ class Lora:
         import torch
 
         found, alphas = self.family.read_lora(path)
+        if not alphas:  # the reader has applied the scale
+            return self._compare_changes(path, tensors, found)
         wrong = [
             name
             for name in {**found, **tensors}
@@ -343,6 +346,20 @@ class Lora:
                 f"{path} does not hold the trained weights: {len(wrong)} of {len(tensors)} matrices differ "
                 f"({', '.join(sorted(wrong)[:3])}), alpha is {sorted(set(alphas))} instead of {alpha:g}."
             )
+
+    def _compare_changes(self, path: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+        """Raises RuntimeError unless B A of what a reader finds is the scaled B A of what was trained, within 1e-5 of its norm."""
+        import torch
+
+        wrong = []
+        for module in sorted({split_name(name)[0] for name in (*tensors, *found)}):
+            ours, theirs = (_change(weights, module) for weights in (tensors, found))
+            expected = torch.zeros(()) if ours is None else self.factor * ours.cpu()
+            difference = expected - (torch.zeros(()) if theirs is None else theirs)
+            if difference.norm() > LARGEST_DIFFERENCE * expected.norm():
+                wrong.append(module)
+        if wrong:
+            raise RuntimeError(f"{path} does not hold the trained weights: {len(wrong)} layers differ ({', '.join(wrong[:3])}).")
 
     def _kohya_metadata(self) -> dict[str, str]:
         rank = self._rank_in_files
@@ -379,6 +396,14 @@ def require_each_to_fit(targets: Sequence[str], network: nn.Module) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             near = did_you_mean(target, {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
             raise ConfigError(f"--lora_targets: no module name of this model ends with {target}{near}; correct it.")
+
+
+def _change(weights: Mapping[str, Tensor], module: str) -> Tensor | None:
+    """B A of a module (linear layers have matrices, convolutions kernels), None without one."""
+    if f"{module}.lora_A.weight" not in weights:
+        return None
+    down, up = (weights[f"{module}.{name}.weight"].float() for name in ("lora_A", "lora_B"))
+    return up.flatten(1) @ down.flatten(1)
 
 
 def _public_name(parameter: str) -> str:

@@ -76,8 +76,8 @@ def first_matrices(kind: str, layer: str, weight: Tensor, rank: int, factor: flo
     return a.reshape(rank, *weight.shape[1:]).contiguous(), b.reshape(-1, rank, *ones).contiguous()
 
 
-def read_lora(path: Path, family: ModelFamily) -> dict[str, Tensor]:
-    """The weights of a LoRA file in any format that diffusers reads, float32, by their PEFT names.
+def read_lora(path: Path, family: ModelFamily, factor: float) -> dict[str, Tensor]:
+    """The weights of a LoRA file in any format that diffusers reads, float32, by their PEFT names, for training at the scale `factor`.
 
     Raises ConfigError with the reason where the file cannot be read as a LoRA of the family.
     """
@@ -89,7 +89,7 @@ def read_lora(path: Path, family: ModelFamily) -> dict[str, Tensor]:
     except Exception as error:  # the library's own, of any kind
         raise ConfigError(f"{unreadable}: {error}") from error
     try:
-        matrices, _ = family.read_lora(path)
+        matrices, alphas = family.read_lora(path)
     except Exception as error:  # diffusers raises errors of many kinds for a file that it cannot convert
         raise ConfigError(f"{unreadable}; its weights have names such as {min(stored, default='none')}.") from error
     scales = {name: tensor for name, tensor in stored.items() if name.endswith(".dora_scale")}
@@ -100,7 +100,8 @@ def read_lora(path: Path, family: ModelFamily) -> dict[str, Tensor]:
         if module is None:
             raise ConfigError(f"--init_lora: {path} has a dora_scale for {name.partition('.')[0]}, but no LoRA matrices for that layer.")
         matrices[f"{module}.lora_magnitude_vector{'.weight' if module.startswith('text_encoder') else ''}"] = tensor
-    return {name: tensor.float() for name, tensor in matrices.items()}
+    applied = 1.0 if alphas else factor  # a reader without alphas has multiplied the matrices by the scale
+    return {name: tensor.float() / (applied if ".lora_B." in name else 1.0) for name, tensor in matrices.items()}
 
 
 def require_same_layers(path: Path, found: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from helpers.protocols import FusedPart
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,26 +24,59 @@ def split_name(name: str) -> tuple[str, str]:
     return module, f"lora_{ending}"
 
 
-def to_kohya(tensors: Mapping[str, Tensor], factor: float, kohya_name: Callable[[str], str | None]) -> dict[str, Tensor]:
-    """LoRA or DoRA weights by PEFT's names => by kohya's, with `alpha` = `factor` x rank. Empty where the family has no kohya names.
+def to_kohya(tensors: Mapping[str, Tensor], factor: float, kohya_name: Callable[[str], str | FusedPart | None]) -> dict[str, Tensor]:
+    """LoRA or DoRA weights by PEFT's names => by kohya's, with `alpha` = `factor` x rank.
 
-    DoRA's magnitudes (out,) become (out, 1) or, of convolutions, (out, 1, 1, 1).
+    Empty where the format has no name for one of the layers, and for DoRA on parts of fused layers: the magnitudes of the other parts are
+    those of the base model. DoRA's magnitudes (out,) become (out, 1) or, of convolutions, (out, 1, 1, 1).
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, ending = split_name(name)
+        ending = ending.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")  # the name in text encoders
+        modules.setdefault(module, {})[ending] = tensor
+    layers: dict[str, dict[str, Tensor]] = {}
+    fused: dict[str, dict[FusedPart, dict[str, Tensor]]] = {}
+    for module, weights in modules.items():
+        match kohya_name(module):
+            case None:
+                return {}
+            case FusedPart() as part if "lora_magnitude_vector" not in weights:
+                fused.setdefault(part.layer, {})[part] = weights
+            case FusedPart():
+                return {}
+            case name:
+                layers[name] = weights
+    layers |= {name: _fuse(parts) for name, parts in fused.items()}
+    return {f"{name}.{ending}": tensor for name, weights in layers.items() for ending, tensor in _kohya_layer(weights, factor).items()}
+
+
+def _kohya_layer(weights: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The tensors of one layer by the endings of their names in the format."""
+    import torch
+
+    down = weights["lora_A.weight"]
+    shapes = {"lora_magnitude_vector": (-1, *[1] * (down.ndim - 1))}
+    named = {KOHYA_ENDINGS[ending]: tensor.reshape(shapes.get(ending, tensor.shape)) for ending, tensor in weights.items()}
+    return {"alpha": torch.tensor(factor * down.shape[0]), **named}
+
+
+def _fuse(parts: Mapping[FusedPart, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One LoRA for a layer whose parts have each their own: A matrices below one another, B matrices on the diagonal.
+
+    Its rank is the sum of theirs, and its change is exactly theirs: zero for parts that were not trained.
     """
     import torch
 
-    kohya: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        module, ending = split_name(name)
-        renamed = kohya_name(module)
-        if renamed is None:
-            return {}
-        ending = ending.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")  # the name in text encoders
-        if ending == "lora_A.weight":
-            kohya[f"{renamed}.alpha"] = torch.tensor(factor * tensor.shape[0])
-        elif ending == "lora_magnitude_vector":
-            tensor = tensor.reshape(-1, *[1] * (tensors[f"{module}.lora_A.weight"].ndim - 1))
-        kohya[f"{renamed}.{KOHYA_ENDINGS[ending]}"] = tensor
-    return kohya
+    ordered = [(part, parts[part]) for part in sorted(parts, key=lambda part: part.index)]
+    down = torch.cat([weights["lora_A.weight"] for _, weights in ordered])
+    up = down.new_zeros(sum(ordered[0][0].rows), len(down))
+    column = 0
+    for part, weights in ordered:
+        row, rank = sum(part.rows[: part.index]), len(weights["lora_A.weight"])
+        up[row : row + part.rows[part.index], column : column + rank] = weights["lora_B.weight"]
+        column += rank
+    return {"lora_A.weight": down, "lora_B.weight": up}
 
 
 def kohya_metadata(rank: int, alpha: float, algorithm: str) -> dict[str, str]:

@@ -109,7 +109,7 @@ class Lycoris:
         path = folder / f"{WEIGHTS_NAME}{label}.safetensors"
         written = [self._write(own, path, {"format": "pt", "lycoris_config": json.dumps(self._described())})]
         names = {module: self.family.kohya_name(module) for module, _ in tensors}
-        if all(names.values()):
+        if all(isinstance(name, str) for name in names.values()):
             kohya = {f"{names[module]}.{weight}": tensor for (module, weight), tensor in tensors.items()}
             described = kohya_metadata(self.options.lora_rank, self.options.lora_alpha, self.options.lora_algorithm)
             path = folder / f"{WEIGHTS_NAME}{label}.kohya.safetensors"
