@@ -1,6 +1,6 @@
 """Miniature models: the real architecture and file layout of a family, with random weights, in a megabyte or less.
 
-    python -m helpers.families.tiny sdxl /tmp/tiny-sdxl
+    ./simpletuner miniature sdxl /tmp/tiny-sdxl
 
 Tests train them, the embedded default (`demo/`) starts from one, and with them a change can be tried on a family in seconds. Everything
 is made offline and from a seed; the folders load with plain diffusers.

@@ -17,7 +17,7 @@ from helpers.objectives.weights import loss_weight
 from tests.documentation.pages import Page
 
 PAGE = Page.named("documentation/OBJECTIVES.md")
-EXAMPLES = [block.text for block in PAGE.blocks("bash") if "python" not in block.text]
+EXAMPLES = [block.text for block in PAGE.blocks("bash") if "simpletuner" not in block.text]
 TABLES = {table[0][0].strip("` -"): table for table in PAGE.tables()}
 
 
