@@ -41,7 +41,7 @@ def _fetch(name: str, revision: str | None, variant: str | None, without: tuple[
 
 
 def _not_had(option: str, name: str, error: Exception) -> ModelError:
-    """Why a model is not to be had, by its name here or on the hub: offline, the libraries only tell that they were not let ask."""
+    """Explain why the model was not found. Offline, the libraries only report a blocked request."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

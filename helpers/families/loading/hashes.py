@@ -1,4 +1,4 @@
-"""Names for what weights and settings are: other weights or settings have another."""
+"""Content hashes of weights and configs."""
 
 from __future__ import annotations
 
