@@ -88,7 +88,7 @@ def test_live_text_of_untrained_weights_is_what_the_cache_holds(name: str, opene
         cached, unconditional = encoders.encode(captions), family.unconditional(encoders)
     assert live.keys() == cached.keys() == unconditional.keys()
     for key, tensor in live.items():
-        assert torch.equal(tensor[:3], cached[key])
+        torch.testing.assert_close(tensor[:3], cached[key])  # close, not equal: another batch size may use another kernel
         torch.testing.assert_close(tensor[3], unconditional[key])
 
 

@@ -172,13 +172,13 @@ def run(name: str, folder: Path, model: Path, checkout: Path = ROOT) -> Path:
 
 def write_miniature(family: str, folder: Path, checkout: Path = ROOT) -> Path:
     """Write a miniature by the command of `checkout` => the model's folder."""
-    _succeed(run_program(["-m", "helpers.families.tiny", family, str(folder)], checkout, folder.parent, PLAIN))
+    _succeed(run_program(["-m", "helpers.families.tiny", family, str(folder)], folder.parent, PLAIN, checkout))
     return folder
 
 
 def _train(golden: GoldenRun, folder: Path, flags: Sequence[str], checkout: Path) -> None:
     if golden.processes == 1:
-        return _succeed(run_program([str(checkout / "train.py"), *flags], checkout, folder, PLAIN))
+        return _succeed(run_program([str(checkout / "train.py"), *flags], folder, PLAIN, checkout))
     settings = folder / "empty-env.sh"
     settings.touch()
     processes = {"ENV_FILE": str(settings), "SIMPLETUNER_PYTHON": sys.executable, "TRAINING_NUM_PROCESSES": str(golden.processes)}

@@ -1,8 +1,10 @@
-"""Imported once by the server of warm.py: the libraries, and the classes that the trainer takes of them."""
+"""Imported once by the server of warm.py: the libraries, the classes that the trainer takes of them, and the trainer."""
 
 from __future__ import annotations
 
 import gc
+import importlib
+import pkgutil
 
 import accelerate.commands  # noqa: F401
 import matplotlib.backends.backend_agg  # noqa: F401
@@ -16,11 +18,19 @@ from diffusers import (  # noqa: F401
     IFPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel  # noqa: F401
 
+import helpers
+import train  # noqa: F401
+
+for module in pkgutil.walk_packages(helpers.__path__, "helpers."):
+    importlib.import_module(module.name)
 gc.collect()
 gc.freeze()  # the collector need not go through these in every program
