@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from helpers.data.cache.shards import read_header
-from tests.runs.conftest import ROOT, Ended, Trainer
+from tests.harness import ROOT, Ended, Trainer
 
 NOBODY = 65534
 _PR_CAPBSET_DROP = 24  # of <linux/prctl.h>
@@ -24,9 +24,9 @@ def unwrapped(said: str) -> str:
 
 def refusal(ended: Ended) -> str:
     """What a run said that was refused as it should: exit code 2, and no traceback."""
-    assert ended.code == 2, ended.said
-    assert "Traceback" not in ended.said
-    return unwrapped(ended.said)
+    assert ended.code == 2, ended.printed
+    assert "Traceback" not in ended.printed
+    return unwrapped(ended.printed)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, str]]:

@@ -6,13 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.runs.conftest import Ended, Trainer, draw_pictures
+from tests.harness import NO_VALIDATION, Ended, Trainer, draw_images, same_weights
 from tests.runs.evidence import damage_records, refusal, snapshot, unwrapped
 
 SECRETS = {name: f"canary-of-{name.lower()}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "COMET_API_KEY")}
@@ -35,18 +34,18 @@ def no_secret_in(*texts: str | bytes) -> bool:
         ({"crop": "yes"}, {}, 'datasets[0].crop is the text "yes"; it must be'),
         ({"aws_secret_access_key": [SECRETS["AWS_SECRET_ACCESS_KEY"]]}, {}, "aws_secret_access_key"),
         ({}, {"pretrained_model_name_or_path": "./gone"}, "--pretrained_model_name_or_path: there is no folder ./gone; check the path"),
-        ({"instance_data_dir": "images"}, {"output_dir": "images/out"}, "images/out is inside the images of data set 'pictures'"),
-        ({"instance_data_dir": "out/validation_images"}, {"output_dir": "out"}, "out/validation_images is inside the images of data set"),
+        ({"instance_data_dir": "images"}, {"output_dir": "images/out"}, "images/out is inside the images of dataset 'images'"),
+        ({"instance_data_dir": "out/validation_images"}, {"output_dir": "out"}, "out/validation_images is inside the images of dataset"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused_in_a_sentence(
     entry: dict[str, object], flags: dict[str, object], sentence: str, trainer: Trainer
 ) -> None:
     for name in ("images", "out/validation_images"):
-        draw_pictures(trainer.folder / name, count=1)
+        draw_images(trainer.folder / name, count=1)
     before = snapshot(trainer.folder / "images"), snapshot(trainer.folder / "out")
     trainer.dataloader(**entry)
-    said = refusal(trainer.run("new", environ=SECRETS, **flags))
+    said = refusal(trainer.run_plain("new", variables=SECRETS, **flags))
     assert sentence in said
     assert no_secret_in(said)
     assert (snapshot(trainer.folder / "images"), snapshot(trainer.folder / "out")) == before
@@ -62,12 +61,12 @@ def test_an_empty_folder_is_refused(trainer: Trainer) -> None:
     empty.mkdir()
     trainer.dataloader(instance_data_dir=str(empty))
     said = refusal(trainer.run())
-    assert f"dataset 'pictures': there are no files in {empty}; put images there" in said
+    assert f"dataset 'images': there are no files in {empty}; put images there" in said
 
 
 @pytest.mark.slow
 def test_a_folder_of_which_every_image_is_left_out_is_refused(trainer: Trainer) -> None:
-    small = draw_pictures(trainer.folder / "small", count=4)
+    small = draw_images(trainer.folder / "small", count=4)
     (small / "page.jpg").write_text("<!doctype html>")
     before = snapshot(small)
     trainer.dataloader(instance_data_dir=str(small), minimum_image_size=500)
@@ -123,9 +122,9 @@ LEFT_OUT = {
 
 
 def bad_files(folder: Path) -> Path:
-    """Ten good pictures with captions, one of them in a folder that is named like a picture, and all of LEFT_OUT."""
-    draw_pictures(folder, count=9)
-    draw_pictures(folder / "folder.png", count=1)
+    """Ten good images with captions, one of them in a folder that is named like an image, and all of LEFT_OUT."""
+    draw_images(folder, count=9)
+    draw_images(folder / "folder.png", count=1)
     Image.effect_noise((64, 64), 80).convert("RGB").save(folder / "aa_truncated.jpg")
     whole = (folder / "aa_truncated.jpg").read_bytes()
     (folder / "aa_truncated.jpg").write_bytes(whole[: len(whole) * 2 // 3])
@@ -145,7 +144,7 @@ def bad_files(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def beside_bad_files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+def beside_bad_files(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A trainer on `bad_files`, with a batch larger than any bucket, and an undisturbed run of 4 steps in "out"."""
     folder = tmp_path_factory.mktemp("bad")
     settings = {
@@ -155,12 +154,12 @@ def beside_bad_files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> T
         "validation_prompt": ODD,
         "cache_dtype": "fp32",
     }
-    trainer = Trainer(model, bad_files(folder / "pictures"), folder, {**settings, "report_to": "tensorboard"})
+    trainer = Trainer(bad_files(folder / "images"), folder, settings={**settings, "report_to": "tensorboard"})
     trainer.dataloader(caption_strategy="textfile", minimum_image_size=32)
-    before = snapshot(trainer.pictures)
-    ended = trainer.finish(environ=SECRETS)
-    assert snapshot(trainer.pictures) == before, "the data folder was written to"
-    assert no_secret_in(ended.said, *(path.read_bytes() for path in ended.folder.rglob("*") if path.is_file()))
+    before = snapshot(trainer.images)
+    ended = trainer.finish(variables=SECRETS)
+    assert snapshot(trainer.images) == before, "the data folder was written to"
+    assert no_secret_in(ended.printed, *(path.read_bytes() for path in ended.folder.rglob("*") if path.is_file()))
     return trainer
 
 
@@ -199,14 +198,14 @@ def test_captions_and_prompts_arrive_byte_for_byte(undisturbed: Ended) -> None:
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_plan_that_an_undecodable_image_was_part_of(
-    beside_bad_files: Trainer, undisturbed: Ended, same_weights: Callable[[Ended, Ended], bool]
+    beside_bad_files: Trainer, undisturbed: Ended
 ) -> None:
     """Every cached latent is damaged in between; to get the same bytes again, the encoder must be given the same batches."""
     stopped = beside_bad_files.finish("stopped", max_train_steps=2)
     damage_records(stopped.folder / "cache" / "latents")
     resumed = beside_bad_files.finish("stopped")
-    assert "resuming from checkpoint-2" in unwrapped(resumed.said)
-    assert "is encoded again" in unwrapped(resumed.said)
+    assert "resuming from checkpoint-2" in unwrapped(resumed.printed)
+    assert "is encoded again" in unwrapped(resumed.printed)
     assert resumed.rows("samples.jsonl") == undisturbed.rows("samples.jsonl")
     assert same_weights(undisturbed, resumed)
     for name in ("cache/plan/plan.npy", "dataset_report.json"):
@@ -223,12 +222,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_samples_named_and_nothi
     tensors = load_file(weights)
     tensors["conv_in.bias"].fill_(float("nan"))
     save_file(tensors, weights, {"format": "pt"})
-    unwatched: dict[str, Any] = {"validation_prompt": None, "validation_disable_unconditional": True}
-    ended = trainer.run(max_train_steps=9, checkpointing_steps=1, environ=SECRETS, **unwatched)
+    ended = trainer.run(max_train_steps=9, checkpointing_steps=1, variables=SECRETS, **NO_VALIDATION)
     assert ended.code == 1
-    assert "was not finite for 4 steps in a row, the last at step 4 with pictures/a_red_circle_" in unwrapped(ended.said)
-    assert "Traceback" not in ended.said
-    assert no_secret_in(ended.said)
+    assert "was not finite for 4 steps in a row, the last at step 4 with images/a_red_circle_" in unwrapped(ended.printed)
+    assert "Traceback" not in ended.printed
+    assert no_secret_in(ended.printed)
     assert not list(ended.folder.glob("checkpoint-*"))
     assert [(row["step"], row["skipped"]) for row in ended.rows("metrics.jsonl")] == [(1, True), (2, True), (3, True)]
     assert {row["loss"] for row in ended.rows("samples.jsonl")} == {None}

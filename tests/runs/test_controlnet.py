@@ -1,4 +1,4 @@
-"""Whole runs that train a ControlNet: stopped, gone on, on two processes, with pictures that follow conditions, and refused."""
+"""Whole runs that train a ControlNet: stopped, gone on, on two processes, with images that follow conditions, and refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFilter
 
-from tests.runs.conftest import Trainer
+from tests.harness import Trainer
 from tests.runs.evidence import refusal
 from toolkit.cache.command import main as cache
 
@@ -26,10 +26,10 @@ USUAL: dict[str, object] = {
 
 @pytest.fixture
 def steered(trainer: Trainer) -> Trainer:
-    """The pictures' edges at half their size, as another data set."""
+    """The images' edges at half their size, as another data set."""
     edges = trainer.folder / "edges"
     edges.mkdir()
-    for place in trainer.pictures.glob("*.png"):
+    for place in trainer.images.glob("*.png"):
         image = Image.open(place)
         outline = image.filter(ImageFilter.FIND_EDGES).resize((image.width // 2, image.height // 2))
         outline.save(edges / place.with_suffix(".webp").name, lossless=True)
@@ -57,13 +57,12 @@ def test_stopped_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_by
     for path in (undisturbed.folder / "validation_images").glob("step_*.png"):
         width, height = map(int, path.stem.rpartition("_")[2].split("x"))
         assert Image.open(path).size == (2 * width, height), "the condition stands to the left"
-    picture = next(steered.pictures.glob("*.png"))
-    assert cache(["why", str(picture), f"--output_dir={undisturbed.folder}"]) == 0
+    image = next(steered.images.glob("*.png"))
+    assert cache(["why", str(image), f"--output_dir={undisturbed.folder}"]) == 0
     assert cache(["gc", f"--output_dir={undisturbed.folder}"]) == 0
     assert "is current: the next start uses this entry" in (told := capsys.readouterr().out) and "\n0 records, 0.00 MB not needed" in told
-    steered.wrapper = "train_sdxl.sh"
     halves = {**USUAL, "gradient_accumulation_steps": 1}
-    pair = steered.finish("stopped", environ={"TRAINING_NUM_PROCESSES": "2"}, **{**halves, "max_train_steps": 2})
+    pair = steered.finish_on(2, "stopped", **{**halves, "max_train_steps": 2})
     assert bytes_of(pair.folder / "checkpoint-2") == bytes_of(undisturbed.folder / "checkpoint-2")
     resumed = steered.finish("stopped", **halves)
     assert bytes_of(resumed.folder / "checkpoint-4") == kept
@@ -84,4 +83,4 @@ def test_stopped_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_by
     ],
 )
 def test_what_cannot_be_trained_with_a_controlnet_is_refused_at_once(settings: dict[str, object], said: str, steered: Trainer) -> None:
-    assert said in steered.run(**{**USUAL, **settings}).said
+    assert said in steered.run(**{**USUAL, **settings}).printed

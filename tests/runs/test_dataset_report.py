@@ -14,7 +14,7 @@ import pytest
 
 from helpers.data.report.thumbnails import PER_DATASET
 from tests.data.toys import tree_hash
-from tests.runs.conftest import Trainer
+from tests.harness import NO_VALIDATION, Trainer, succeeded
 
 
 @contextmanager
@@ -59,18 +59,17 @@ def hub(model: Path, asked: list[str]) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_the_report_fetches_no_weights_and_changes_no_picture(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_fetches_no_weights_and_changes_no_image(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    before = tree_hash(trainer.pictures)
-    trainer.wrapper = "train_sdxl.sh"
+    before = tree_hash(trainer.images)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with hub(trainer.model, asked) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
-        ended = trainer.finish(pretrained_model_name_or_path="someone/model", dataset_report=True)
+        ended = succeeded(trainer.run_plain(wrapper="train_sdxl.sh", pretrained_model_name_or_path="someone/model", dataset_report=True))
     assert {"model_index.json", "vae/config.json"} < set(asked) and not [name for name in asked if name.endswith(".safetensors")]
-    assert f"{ended.folder / 'dataset_report.html'} to look at" in ended.said.replace("\n" + " " * 11, " ")
-    assert tree_hash(trainer.pictures) == before
+    assert f"{ended.folder / 'dataset_report.html'} to look at" in ended.printed.replace("\n" + " " * 11, " ")
+    assert tree_hash(trainer.images) == before
     [entry] = json.loads((ended.folder / "dataset_report.json").read_text())["datasets"]
     assert entry["used"] == entry["unread"] == entry["captions"]["distinct"] == 14
     page = (ended.folder / "dataset_report.html").read_text(encoding="utf-8")
@@ -82,7 +81,7 @@ def test_the_report_fetches_no_weights_and_changes_no_picture(trainer: Trainer, 
 
 @pytest.mark.slow
 def test_a_run_trains_the_same_after_a_look_at_its_data(trainer: Trainer) -> None:
-    settings = {"max_train_steps": 2, "validation_prompt": None, "validation_disable_unconditional": True}
+    settings = {"max_train_steps": 2, **NO_VALIDATION}
     alone = trainer.finish("alone", **settings)
     trainer.finish("looked_at", dataset_report=True, **settings)
     assert trainer.finish("looked_at", **settings).losses == alone.losses

@@ -7,9 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,33 +20,24 @@ from helpers.protocols import StepResult
 from helpers.reporting.records import METRICS, Records
 from helpers.storage.atomic import verify_manifest
 from helpers.training.checkpoints import Checkpointer
-from tests.runs.conftest import Ended, Trainer
+from tests.harness import Ended, Trainer, same_weights, wait_for
 from tests.runs.evidence import damage_records, flip_byte, refusal, unwrapped
-
-SameWeights = Callable[[Ended, Ended], bool]
+from tests.warm import Program
 
 
 @pytest.fixture
 def resumable(trainer: Trainer, finished: Ended) -> Trainer:
-    """A trainer on pictures of its own, whose "out" is `finished` as it was after step 2."""
-    trainer.pictures = shutil.copytree(trainer.pictures, trainer.folder / "pictures")
+    """A trainer on images of its own, whose "out" is `finished` as it was after step 2."""
+    trainer.images = shutil.copytree(trainer.images, trainer.folder / "images")
     output = shutil.copytree(finished.folder, trainer.folder / "out")
     for step in (4, 6):
         shutil.rmtree(output / f"checkpoint-{step}")
     return trainer
 
 
-def limit_files_of(process: subprocess.Popen[str], size: int) -> None:
+def limit_files_of(process: Program, size: int) -> None:
     """From now on the kernel refuses to let a file of the process grow beyond `size` bytes, as on a full disk."""
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
-    while not path.exists() or (path.is_file() and path.stat().st_size == 0):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, f"{path} never came"
-        time.sleep(0.01)
 
 
 # -- full disks ------------------------------------------------------------------------------------------------------------
@@ -57,7 +45,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_while_caching_and_then_while_saving_costs_only_what_was_not_written(
-    trainer: Trainer, finished: Ended, same_weights: SameWeights
+    trainer: Trainer, finished: Ended
 ) -> None:
     output = trainer.folder / "out"
 
@@ -71,7 +59,7 @@ def test_a_disk_that_fills_up_while_caching_and_then_while_saving_costs_only_wha
     assert "Traceback" not in said
 
     process = trainer.start()
-    wait_for(output / "checkpoint-2", process)
+    wait_for((output / "checkpoint-2").exists, process)
     limit_files_of(process, 600_000)  # weights take 440 kB, the optimiser 890 kB
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1, said
@@ -81,7 +69,7 @@ def test_a_disk_that_fills_up_while_caching_and_then_while_saving_costs_only_wha
     assert not list(output.glob(".checkpoint-*"))
 
     again = trainer.finish()
-    assert "17 needed, 17 cached" in unwrapped(again.said)
+    assert "17 needed, 17 cached" in unwrapped(again.printed)
     assert again.losses == finished.losses
     assert same_weights(finished, again)
 
@@ -99,34 +87,34 @@ def test_metrics_that_cannot_be_written_are_told_in_a_sentence(tmp_path: Path) -
 
 def on_a_failing_disk(call: str, pattern: str, error: str, times: int = 0) -> dict[str, object]:
     """For `Trainer.run`: Python's `call` fails for paths that hold `pattern`; see failing_disk.py."""
-    return {"command": [sys.executable, str(Path(__file__).with_name("failing_disk.py")), call, pattern, error, str(times)]}
+    return {"through": [str(Path(__file__).with_name("failing_disk.py")), call, pattern, error, str(times)]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_cache_that_cannot_be_made_durable_is_told_and_keeps_nothing_of_it(
-    call: str, trainer: Trainer, finished: Ended, same_weights: SameWeights
+    call: str, trainer: Trainer, finished: Ended
 ) -> None:
     cut_short = trainer.run(**on_a_failing_disk(call, "/cache/latents/", "EIO"))
-    assert cut_short.code == 1, cut_short.said
-    assert f"{cut_short.folder / 'cache' / 'latents'}: the cache cannot be written: Input/output error" in unwrapped(cut_short.said)
-    assert "Traceback" not in cut_short.said
+    assert cut_short.code == 1, cut_short.printed
+    assert f"{cut_short.folder / 'cache' / 'latents'}: the cache cannot be written: Input/output error" in unwrapped(cut_short.printed)
+    assert "Traceback" not in cut_short.printed
     assert not list((cut_short.folder / "cache" / "latents").glob("*.safetensors*"))
 
     again = trainer.finish()
-    assert "14 needed, 0 cached" in unwrapped(again.said)
+    assert "14 needed, 0 cached" in unwrapped(again.printed)
     assert same_weights(finished, again)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("call", "pattern"), [("fsync", "/.checkpoint-4."), ("replace", "/checkpoint-4")])
 def test_a_checkpoint_that_cannot_be_made_durable_is_told_and_the_one_before_it_stays(
-    call: str, pattern: str, trainer: Trainer, finished: Ended, same_weights: SameWeights
+    call: str, pattern: str, trainer: Trainer, finished: Ended
 ) -> None:
     cut_short = trainer.run(**on_a_failing_disk(call, pattern, "EIO"))
-    assert cut_short.code == 1, cut_short.said
-    assert "could not be written: Input/output error" in unwrapped(cut_short.said)
-    assert "Traceback" not in cut_short.said
+    assert cut_short.code == 1, cut_short.printed
+    assert "could not be written: Input/output error" in unwrapped(cut_short.printed)
+    assert "Traceback" not in cut_short.printed
     assert [path.name for path in cut_short.folder.glob("*checkpoint-*")] == ["checkpoint-2"]
     assert verify_manifest(cut_short.folder / "checkpoint-2") == []
 
@@ -137,21 +125,21 @@ def test_a_checkpoint_that_cannot_be_made_durable_is_told_and_the_one_before_it_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ["EMFILE", "EIO", "ESTALE"])
-def test_a_picture_that_twice_cannot_be_opened_is_tried_again_and_used(
-    error: str, trainer: Trainer, finished: Ended, same_weights: SameWeights
+def test_an_image_that_twice_cannot_be_opened_is_tried_again_and_used(
+    error: str, trainer: Trainer, finished: Ended
 ) -> None:
     blinked = trainer.run(**on_a_failing_disk("open", "a_red_circle_03.png", error, times=2))
-    assert blinked.code == 0, blinked.said
-    assert "14 files = 14 used + 0 left out" in unwrapped(blinked.said)
+    assert blinked.code == 0, blinked.printed
+    assert "14 files = 14 used + 0 left out" in unwrapped(blinked.printed)
     assert same_weights(finished, blinked)
 
 
 @pytest.mark.slow
-def test_a_picture_that_cannot_be_read_at_all_ends_the_run_in_a_sentence(trainer: Trainer) -> None:
+def test_an_image_that_cannot_be_read_at_all_ends_the_run_in_a_sentence(trainer: Trainer) -> None:
     ended = trainer.run(**on_a_failing_disk("open", "a_red_circle_03.png", "EIO"))
-    assert ended.code == 1, ended.said
-    assert "a_red_circle_03.png could not be read: Input/output error" in unwrapped(ended.said)
-    assert "Traceback" not in ended.said
+    assert ended.code == 1, ended.printed
+    assert "a_red_circle_03.png could not be read: Input/output error" in unwrapped(ended.printed)
+    assert "Traceback" not in ended.printed
 
 
 # -- damaged files -----------------------------------------------------------------------------------------------------------
@@ -178,15 +166,15 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_named_and_the_next_older_
 
 @pytest.mark.slow
 def test_damaged_checkpoints_are_passed_over_and_the_run_still_ends_in_the_same_bytes(
-    trainer: Trainer, finished: Ended, same_weights: SameWeights
+    trainer: Trainer, finished: Ended
 ) -> None:
     output = shutil.copytree(finished.folder, trainer.folder / "out")
     flip_byte(output / "checkpoint-6" / "pytorch_lora_weights.safetensors", -100)
     (output / "checkpoint-4" / "optimizer.safetensors").unlink()
     again = trainer.finish()
-    assert "checkpoint-6 is damaged and is skipped:" in unwrapped(again.said)
-    assert "checkpoint-4 is damaged and is skipped:" in unwrapped(again.said)
-    assert "resuming from checkpoint-2" in unwrapped(again.said)
+    assert "checkpoint-6 is damaged and is skipped:" in unwrapped(again.printed)
+    assert "checkpoint-4 is damaged and is skipped:" in unwrapped(again.printed)
+    assert "resuming from checkpoint-2" in unwrapped(again.printed)
     assert again.rows("samples.jsonl") == finished.rows("samples.jsonl")
     assert again.losses == finished.losses
     assert same_weights(finished, again)
@@ -203,13 +191,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(resumable: Tr
 
 @pytest.mark.slow
 def test_flipped_bytes_in_cached_latents_and_text_are_made_again_and_change_nothing(
-    resumable: Trainer, finished: Ended, same_weights: SameWeights
+    resumable: Trainer, finished: Ended
 ) -> None:
     for cache in ("latents", "text"):
         damage_records(resumable.folder / "out" / "cache" / cache)
     again = resumable.finish()
-    assert "a record has changed since it was written, that of pictures/a_red_circle_" in unwrapped(again.said)
-    assert "a record has changed since it was written, that of the caption" in unwrapped(again.said)
+    assert "a record has changed since it was written, that of images/a_red_circle_" in unwrapped(again.printed)
+    assert "a record has changed since it was written, that of the caption" in unwrapped(again.printed)
     assert again.losses == finished.losses
     assert same_weights(finished, again)
 
@@ -226,7 +214,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_encoded(res
 
 
 def change_image(trainer: Trainer) -> None:
-    Image.new("RGB", (64, 64), "white").save(trainer.pictures / "a_red_circle_00.png")
+    Image.new("RGB", (64, 64), "white").save(trainer.images / "a_red_circle_00.png")
 
 
 def change_captions(trainer: Trainer) -> None:
@@ -234,11 +222,11 @@ def change_captions(trainer: Trainer) -> None:
 
 
 def add_image(trainer: Trainer) -> None:
-    Image.new("RGB", (64, 96), "blue").save(trainer.pictures / "a_blue_picture.png")
+    Image.new("RGB", (64, 96), "blue").save(trainer.images / "a_blue_image.png")
 
 
 def remove_image(trainer: Trainer) -> None:
-    (trainer.pictures / "a_red_circle_01.png").unlink()
+    (trainer.images / "a_red_circle_01.png").unlink()
 
 
 @pytest.mark.slow
@@ -259,15 +247,15 @@ def test_changed_data_is_refused_and_named(change: Callable[[Trainer], None], na
 
 
 @pytest.mark.slow
-def test_accepted_changed_data_begins_with_a_whole_epoch_and_is_itself_exact(resumable: Trainer, same_weights: SameWeights) -> None:
+def test_accepted_changed_data_begins_with_a_whole_epoch_and_is_itself_exact(resumable: Trainer) -> None:
     for change in (change_image, change_captions, add_image, remove_image):
         change(resumable)
     shutil.copytree(resumable.folder / "out", resumable.folder / "twice")
 
     once = resumable.finish(accept_changed_data=True)
-    assert "epoch 1 starts at step 3 on the present data" in unwrapped(once.said)
+    assert "epoch 1 starts at step 3 on the present data" in unwrapped(once.printed)
     rows = [row for row in once.rows("samples.jsonl") if row["step"] in (3, 4, 5)]
-    assert sorted(row["key"] for row in rows) == sorted(path.name for path in resumable.pictures.iterdir())
+    assert sorted(row["key"] for row in rows) == sorted(path.name for path in resumable.images.iterdir())
     assert [row["epoch"] for row in once.rows("metrics.jsonl")] == [0, 0, 1, 1, 1, 2]
 
     resumable.finish("twice", accept_changed_data=True, max_train_steps=4)
@@ -284,7 +272,7 @@ def test_accepted_changed_data_begins_with_a_whole_epoch_and_is_itself_exact(res
 def test_a_second_run_on_the_same_output_folder_is_refused_with_the_first_ones_pid(trainer: Trainer) -> None:
     first = trainer.start()
     try:
-        wait_for(trainer.folder / "out" / ".lock", first)
+        wait_for((trainer.folder / "out" / ".lock").exists, first)
         os.kill(first.pid, signal.SIGSTOP)  # it holds the lock for as long as the second one takes to start
         said = refusal(trainer.run())
         assert f"is in use by another run (pid {first.pid})" in said

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.runs.conftest import Trainer
+from tests.harness import Trainer
 
 METHODS: dict[str, dict[str, object]] = {
     "PiSSA": {"lora_init_type": "pissa", "lora_dropout": 0, "lora_rank": 4},
@@ -33,7 +33,7 @@ def test_a_run_in_two_lives_ends_in_the_same_bytes(method: str, trainer: Trainer
     whole = trainer.finish("whole", max_train_steps=4, **usual)
     trainer.finish(max_train_steps=2, **usual)
     again = trainer.finish(max_train_steps=4, **usual)
-    assert "resuming from checkpoint-2" in again.said
+    assert "resuming from checkpoint-2" in again.printed
     assert again.losses == whole.losses
     kept = sorted(path.relative_to(whole.folder) for path in (whole.folder / "checkpoint-4").rglob("*.safetensors"))
     assert len(kept) >= 3  # the live weights, the average, the optimiser
@@ -56,5 +56,5 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_encoded(
     settings: dict[str, object], says: str, trainer: Trainer
 ) -> None:
     ended = trainer.run(**settings)
-    assert ended.code == 2 and says in ended.said, ended.said
+    assert ended.code == 2 and says in ended.printed, ended.printed
     assert not list(ended.folder.glob("cache/**/*.safetensors"))

@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs.conftest import Ended, Trainer
+from tests.harness import Ended, Trainer
 from tests.runs.evidence import refusal
 
 LORA = "pytorch_lora_weights.safetensors"
 LONG = bool(os.environ.get("SIMPLETUNER_TEST_LONG"))
-TWO = {"TRAINING_NUM_PROCESSES": "2"}
 SETTINGS = {
     "schedulefree_adamw": {"learning_rate": 1e-2, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
     "prodigy": {"learning_rate": 1, "optimizer_args": "d0=1e-4"},
@@ -37,8 +36,7 @@ def usual(name: str) -> dict[str, object]:
 @pytest.mark.parametrize("name", SETTINGS if LONG else ["schedulefree_adamw", "prodigy"])
 def test_begun_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_bytes(name: str, trainer: Trainer) -> None:
     undisturbed = trainer.finish("undisturbed", **usual(name))
-    trainer.wrapper = "train_sdxl.sh"
-    pair = trainer.finish("stopped", environ=TWO, **usual(name) | {"max_train_steps": 2, "gradient_accumulation_steps": 1})
+    pair = trainer.finish_on(2, "stopped", **usual(name) | {"max_train_steps": 2, "gradient_accumulation_steps": 1})
     assert bytes_of(pair.folder / "checkpoint-2") == bytes_of(undisturbed.folder / "checkpoint-2")
     resumed = trainer.finish("stopped", **usual(name) | {"gradient_accumulation_steps": 1})
     assert bytes_of(resumed.folder / "checkpoint-4") == bytes_of(undisturbed.folder / "checkpoint-4")

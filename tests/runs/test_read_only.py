@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.runs.conftest import Ended, Trainer
+from tests.harness import Ended, Trainer, same_weights
 from tests.runs.evidence import can_write_into, make_read_only, refusal, run_obeying_modes, snapshot
 
 
 @pytest.mark.slow
 def test_a_read_only_data_folder_trains_to_the_same_bytes_and_nothing_else_is_written(
-    trainer: Trainer, finished: Ended, same_weights: Callable[[Ended, Ended], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, finished: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cache folders are the default ones."""
-    home, trainer.pictures = tmp_path / "home", shutil.copytree(trainer.pictures, tmp_path / "pictures")
+    home, trainer.images = tmp_path / "home", shutil.copytree(trainer.images, tmp_path / "images")
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
-    make_read_only(trainer.pictures)
-    assert not can_write_into(trainer.pictures)
-    before = snapshot(trainer.pictures)
+    make_read_only(trainer.images)
+    assert not can_write_into(trainer.images)
+    before = snapshot(trainer.images)
     trainer.dataloader()
     beside, model = set(os.listdir(tmp_path)), snapshot(trainer.model)
 
     ended = run_obeying_modes(trainer)
 
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.printed
     assert ended.losses == finished.losses
     assert same_weights(finished, ended)
-    assert snapshot(trainer.pictures) == before
+    assert snapshot(trainer.images) == before
     assert snapshot(trainer.model) == model
     assert set(os.listdir(tmp_path)) - beside == {"out", "here"}
     assert os.listdir(tmp_path / "here") == []
@@ -43,10 +42,10 @@ def test_a_read_only_data_folder_trains_to_the_same_bytes_and_nothing_else_is_wr
 
 @pytest.mark.slow
 def test_images_below_the_output_folder_stay_as_they_are(trainer: Trainer) -> None:
-    trainer.pictures = shutil.copytree(trainer.pictures, trainer.folder / "out" / "pictures")
-    before = snapshot(trainer.pictures)
+    trainer.images = shutil.copytree(trainer.images, trainer.folder / "out" / "images")
+    before = snapshot(trainer.images)
     trainer.finish(max_train_steps=2)
-    assert snapshot(trainer.pictures) == before
+    assert snapshot(trainer.images) == before
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,40 +15,11 @@ from pathlib import Path
 import pytest
 
 from helpers.storage.atomic import verify_manifest
-from tests.runs.conftest import Ended, Trainer
+from tests.harness import Ended, Trainer, free_port, lines, same_weights, succeeded, wait_for, without_loss
 from tests.runs.evidence import refusal, unwrapped
 
-SameWeights = Callable[[Ended, Ended], bool]
+WRAPPER = "train_sdxl.sh"
 TWO = {"TRAINING_NUM_PROCESSES": "2"}
-
-
-@pytest.fixture
-def trainer(trainer: Trainer) -> Trainer:
-    """Everything here goes through the wrapper."""
-    trainer.wrapper = "train_sdxl.sh"
-    return trainer
-
-
-def without_loss(ended: Ended) -> list[dict[str, object]]:
-    return [{key: value for key, value in row.items() if key != "loss"} for row in ended.rows("samples.jsonl")]
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 MOMENTS: dict[str, Callable[[Path], object]] = {
@@ -63,7 +33,7 @@ MOMENTS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_moment_it_ends_in_the_same_bytes(moment: str, trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(moment: str, trainer: Trainer, finished: Ended) -> None:
     process = trainer.start()
     wait_for(lambda: MOMENTS[moment](trainer.folder / "out"), process)
     process.send_signal(signal.SIGKILL)
@@ -75,14 +45,14 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(moment: str, trainer: Tr
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_at_random_it_ends_in_the_same_bytes(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
+def test_killed_again_and_again_at_random_it_ends_in_the_same_bytes(trainer: Trainer, finished: Ended) -> None:
     """SIMPLETUNER_TEST_LONG=1 kills 40 times instead of 4."""
     kills = 40 if os.environ.get("SIMPLETUNER_TEST_LONG") else 4
     chance = random.Random(0)
     for _ in range(kills):
         process = trainer.start()
         try:
-            process.wait(timeout=chance.uniform(2, 9))
+            process.wait(timeout=chance.uniform(0.2, 4))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -94,15 +64,15 @@ def test_killed_again_and_again_at_random_it_ends_in_the_same_bytes(trainer: Tra
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_wrapper_saves_and_exits_75(
-    number: signal.Signals, trainer: Trainer, finished: Ended, same_weights: SameWeights
+    number: signal.Signals, trainer: Trainer, finished: Ended
 ) -> None:
-    process = trainer.start(checkpointing_steps=100)
+    process = trainer.start_plain(wrapper=WRAPPER, checkpointing_steps=100)
     wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 3, process)
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
     again = trainer.finish()
-    assert "resuming from checkpoint-" in again.said
+    assert "resuming from checkpoint-" in again.printed
     assert again.losses == finished.losses
     assert same_weights(finished, again)
 
@@ -132,17 +102,17 @@ def is_saving(out: Path) -> bool:
 def test_a_save_may_take_its_time_and_a_second_signal_does_not_wait_for_it(processes: int, trainer: Trainer) -> None:
     """SIMPLETUNER_TEST_LONG=1 makes the save take 40 seconds, which is more than launchers usually grant."""
     seconds = 40.0 if os.environ.get("SIMPLETUNER_TEST_LONG") else 4.0
-    environ = slow_disk(trainer.folder / "slow", seconds) | {"TRAINING_NUM_PROCESSES": str(processes)}
+    variables = slow_disk(trainer.folder / "slow", seconds) | {"TRAINING_NUM_PROCESSES": str(processes)}
     settings = {"checkpointing_steps": 100, "max_train_steps": 200, "validation_steps": 0}
     out = trainer.folder / "out"
-    process = trainer.start(environ=environ, **settings)
+    process = trainer.start_plain(wrapper=WRAPPER, variables=variables, **settings)
     wait_for(lambda: lines(out / "metrics.jsonl") >= 2, process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
     [checkpoint] = out.glob("checkpoint-*")
 
-    process = trainer.start(environ=environ, **settings)
+    process = trainer.start_plain(wrapper=WRAPPER, variables=variables, **settings)
     wait_for(lambda: lines(out / "metrics.jsonl") >= int(checkpoint.name.split("-")[1]) + 2, process)
     process.send_signal(signal.SIGINT)
     wait_for(lambda: is_saving(out), process)
@@ -155,43 +125,43 @@ def test_a_save_may_take_its_time_and_a_second_signal_does_not_wait_for_it(proce
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_step_as_one_would_accumulate_it(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
-    two = trainer.finish(environ=TWO, gradient_accumulation_steps=1)
+def test_two_processes_share_a_step_as_one_would_accumulate_it(trainer: Trainer, finished: Ended) -> None:
+    two = trainer.finish_on(2, gradient_accumulation_steps=1)
     assert without_loss(two) == without_loss(finished)
     assert two.losses == pytest.approx(finished.losses, rel=1e-6)
     assert same_weights(finished, two)
 
 
 @pytest.mark.slow
-def test_accelerate_launch_by_hand_does_the_same(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
-    trainer.wrapper = ""
+def test_accelerate_launch_by_hand_does_the_same(trainer: Trainer, finished: Ended) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     port = f"--main_process_port={free_port()}"
-    two = trainer.finish(command=[*launch, "--mixed_precision=no", "--dynamo_backend=no", port], gradient_accumulation_steps=1)
+    command = [*launch, "--mixed_precision=no", "--dynamo_backend=no", port]
+    two = succeeded(trainer.run_plain(command=command, gradient_accumulation_steps=1))
     assert without_loss(two) == without_loss(finished)
     assert same_weights(finished, two)
 
 
 @pytest.mark.slow
-def test_two_killed_processes_go_on_as_two_and_stopped_ones_as_one(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
-    process = trainer.start(environ=TWO, gradient_accumulation_steps=1)
+def test_two_killed_processes_go_on_as_two_and_stopped_ones_as_one(trainer: Trainer, finished: Ended) -> None:
+    process = trainer.start_plain(wrapper=WRAPPER, variables=TWO, gradient_accumulation_steps=1)
     wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 3, process)
     process.kill()
     process.wait()
-    process = trainer.start(environ=TWO, gradient_accumulation_steps=1)
+    process = trainer.start_plain(wrapper=WRAPPER, variables=TWO, gradient_accumulation_steps=1)
     wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 4, process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
     alone = trainer.finish(gradient_accumulation_steps=1)
-    assert "gradient_accumulation_steps was 1 and is 2 from step" in unwrapped(alone.said)
+    assert "gradient_accumulation_steps was 1 and is 2 from step" in unwrapped(alone.printed)
     assert without_loss(alone) == without_loss(finished)
     assert alone.losses == pytest.approx(finished.losses, rel=1e-6)
     assert same_weights(finished, alone)
 
 
 @pytest.mark.slow
-def test_validation_leaves_no_trace_in_training(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
+def test_validation_leaves_no_trace_in_training(trainer: Trainer, finished: Ended) -> None:
     unwatched = trainer.finish(validation_prompt=None, validation_disable_unconditional=True)
     assert not (unwatched.folder / "validation_images").exists()
     assert unwatched.losses == finished.losses
@@ -199,25 +169,25 @@ def test_validation_leaves_no_trace_in_training(trainer: Trainer, finished: Ende
 
 
 @pytest.mark.slow
-def test_a_longer_run_goes_on_and_a_finished_one_is_finished(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
+def test_a_longer_run_goes_on_and_a_finished_one_is_finished(trainer: Trainer, finished: Ended) -> None:
     short = trainer.finish(max_train_steps=4)
     assert len(short.losses) == 4
     longer = trainer.finish(max_train_steps=6)
     assert longer.losses == finished.losses
     assert same_weights(finished, longer)
-    assert "has the learning rate" not in longer.said  # a constant one does not
+    assert "has the learning rate" not in longer.printed  # a constant one does not
     before = {path: path.stat().st_mtime_ns for path in longer.folder.glob("checkpoint-*/*")}
     once_more = trainer.finish(max_train_steps=6)
     assert {path: path.stat().st_mtime_ns for path in once_more.folder.glob("checkpoint-*/*")} == before
 
 
 @pytest.mark.slow
-def test_going_on_from_a_named_checkpoint_leaves_the_later_ones_aside(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
+def test_going_on_from_a_named_checkpoint_leaves_the_later_ones_aside(trainer: Trainer, finished: Ended) -> None:
     output = shutil.copytree(finished.folder, trainer.folder / "out")
     back = trainer.finish(resume_from_checkpoint="checkpoint-2", max_train_steps=3)
-    assert "later than checkpoint-2 and set aside: left-checkpoint-6, left-checkpoint-4" in unwrapped(back.said)
+    assert "later than checkpoint-2 and set aside: left-checkpoint-6, left-checkpoint-4" in unwrapped(back.printed)
     again = trainer.finish()
-    assert "resuming from checkpoint-3" in unwrapped(again.said)
+    assert "resuming from checkpoint-3" in unwrapped(again.printed)
     assert same_weights(finished, again)
     assert verify_manifest(output / "left-checkpoint-4") == []
 

@@ -1,16 +1,16 @@
-"""Runs whose pictures and caches are in a bucket: they end as runs from a folder do, and leave the pictures as they were."""
+"""Runs whose images and caches are in a bucket: they end as runs from a folder do, and leave the images as they were."""
 
 from __future__ import annotations
 
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.runs.conftest import Ended, Trainer
+from tests.harness import Ended, Trainer, same_weights, wait_for
 from tests.runs.evidence import refusal, unwrapped
 from tests.storage.fault_proxy import FaultProxy, Request, fault_proxy
 from tests.storage.s3_server import KEY, SECRET, S3Server
@@ -18,20 +18,19 @@ from toolkit.cache.command import main as cache
 
 pytestmark = pytest.mark.slow
 
-SameWeights = Callable[[Ended, Ended], bool]
 
 
 @pytest.fixture
-def bucket(s3: S3Server, pictures: Path) -> str:
-    """With the pictures below `pictures/`."""
+def bucket(s3: S3Server, images: Path) -> str:
+    """With the images below `images/`."""
     name = s3.new_bucket()
-    s3.put_folder(name, "pictures", pictures)
+    s3.put_folder(name, "images", images)
     return name
 
 
 @pytest.fixture
 def remote(trainer: Trainer, bucket: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    """A trainer whose pictures and caches are in the bucket, and whose keys are in the environment."""
+    """A trainer whose images and caches are in the bucket, and whose keys are in the environment."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     point_to(trainer, bucket, s3.url)
@@ -40,7 +39,7 @@ def remote(trainer: Trainer, bucket: str, s3: S3Server, monkeypatch: pytest.Monk
 
 def point_to(trainer: Trainer, bucket: str, url: str, **keys: object) -> None:
     place = {"type": "aws", "aws_bucket_name": bucket, "aws_endpoint_url": url, "aws_region_name": None, **keys}
-    [images] = json.loads(trainer.dataloader(cache_dir_vae="cache/latents", aws_data_prefix="pictures", **place).read_text())
+    [images] = json.loads(trainer.dataloader(cache_dir_vae="cache/latents", aws_data_prefix="images", **place).read_text())
     del images["instance_data_dir"]
     texts = {"id": "texts", "dataset_type": "text_embeds", "aws_data_prefix": "cache/texts", **place}
     (trainer.folder / "dataloader.json").write_text(json.dumps([images, texts]))
@@ -57,7 +56,7 @@ def is_shard(request: Request) -> bool:
 
 
 def test_a_bucket_trains_as_a_folder_does_and_another_machine_encodes_nothing(
-    remote: Trainer, bucket: str, s3: S3Server, finished: Ended, same_weights: SameWeights
+    remote: Trainer, bucket: str, s3: S3Server, finished: Ended
 ) -> None:
     before = s3.contents(bucket)
     ended = remote.finish()
@@ -67,21 +66,17 @@ def test_a_bucket_trains_as_a_folder_does_and_another_machine_encodes_nothing(
     assert {key: facts for key, facts in s3.contents(bucket).items() if key in before} == before
     again = remote.finish("another-machine")
     assert again.losses == finished.losses and same_weights(again, finished)
-    assert "encoded in" not in unwrapped(again.said)
+    assert "encoded in" not in unwrapped(again.printed)
     assert {key: facts for key, facts in s3.contents(bucket).items() if key not in before} == cached
 
 
 def test_a_run_killed_while_it_caches_goes_on(
-    remote: Trainer, bucket: str, proxy: FaultProxy, finished: Ended, same_weights: SameWeights
+    remote: Trainer, bucket: str, proxy: FaultProxy, finished: Ended
 ) -> None:
     point_to(remote, bucket, proxy.url)
     rule = proxy.fail("stall", wants=is_shard)
     process = remote.start()
-    end = time.monotonic() + 120
-    while not rule.met:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_for(lambda: rule.met, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     proxy.heal()
@@ -109,9 +104,9 @@ def look_into_the_caches(output: Path, capsys: pytest.CaptureFixture[str]) -> No
         copy.unlink()
     code, said = tool("verify")
     assert code == 0 and said.count("no problems") == 2, said
-    code, said = tool("why", "pictures/a_red_circle_00.png")
+    code, said = tool("why", "images/a_red_circle_00.png")
     assert code == 0 and "is current" in said and "shard     s3://" in said
-    assert tool("export", "pictures/a_red_circle_00.png", str(output / "exported.png"))[0] == 0
+    assert tool("export", "images/a_red_circle_00.png", str(output / "exported.png"))[0] == 0
     code, said = tool("gc")
     assert code == 2 and "nothing is ever deleted from a bucket" in said
 
@@ -122,7 +117,7 @@ def test_keys_of_the_dataloader_file_work_and_are_written_nowhere(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
     point_to(trainer, bucket, s3.url, aws_access_key_id=KEY, aws_secret_access_key=SECRET)
-    process = trainer.start(max_train_steps=2, validation_prompt=None)
+    process = trainer.start_plain(max_train_steps=2, validation_prompt=None)
     seen = set()
     while process.poll() is None:
         seen.add(Path(f"/proc/{process.pid}/cmdline").read_bytes())

@@ -1,4 +1,4 @@
-"""Whole runs on what is no folder of pictures: stopped in the middle, gone on with, and the source as it was."""
+"""Whole runs on what is no folder of images: stopped in the middle, gone on with, and the source as it was."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from tests.data.toys import tree_hash
-from tests.runs.conftest import Trainer
+from tests.harness import Trainer
 
 pytestmark = pytest.mark.slow
 
 
-def tars(pictures: Path, folder: Path) -> Mapping[str, Any]:
+def tars(images: Path, folder: Path) -> Mapping[str, Any]:
     """As img2dataset writes them: picture, caption and facts of a sample in a row."""
     folder.mkdir()
-    paths = sorted(pictures.iterdir())
+    paths = sorted(images.iterdir())
     for number in range(2):
         with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
             for row, path in enumerate(paths[number::2]):
@@ -33,12 +33,12 @@ def tars(pictures: Path, folder: Path) -> Mapping[str, Any]:
     return {"type": "webdataset", "urls": str(folder / "{00000..00001}.tar")}
 
 
-def parquet(pictures: Path, folder: Path) -> Mapping[str, Any]:
+def parquet(images: Path, folder: Path) -> Mapping[str, Any]:
     import datasets
 
     rows = [
         {"image": {"bytes": path.read_bytes(), "path": path.name}, "text": f"row {n} of 0"}
-        for n, path in enumerate(sorted(pictures.iterdir()))
+        for n, path in enumerate(sorted(images.iterdir()))
     ]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     folder.mkdir()
@@ -48,9 +48,9 @@ def parquet(pictures: Path, folder: Path) -> Mapping[str, Any]:
 
 @pytest.mark.parametrize("write", [tars, parquet])
 def test_a_run_on_tars_and_on_rows_is_stopped_and_goes_on(
-    write: Callable[[Path, Path], Mapping[str, Any]], trainer: Trainer, pictures: Path
+    write: Callable[[Path, Path], Mapping[str, Any]], trainer: Trainer, images: Path
 ) -> None:
-    entry = write(pictures, trainer.folder / "source")
+    entry = write(images, trainer.folder / "source")
     before = tree_hash(trainer.folder / "source")
     trainer.dataloader(instance_data_dir=None, caption_strategy=None, **entry)
     trainer.finish(validation_prompt=None, max_train_steps=2)
@@ -64,7 +64,7 @@ def test_a_run_on_tars_and_on_rows_is_stopped_and_goes_on(
 
 
 def test_a_data_set_that_is_not_there_ends_the_run_with_a_sentence(trainer: Trainer) -> None:
-    trainer.dataloader(type="huggingface", path="someone/pictures", instance_data_dir=None, caption_strategy=None)
+    trainer.dataloader(type="huggingface", path="someone/images", instance_data_dir=None, caption_strategy=None)
     ended = trainer.run()
-    assert ended.code == 2 and "Traceback" not in ended.said
-    assert "download it first: hf download someone/pictures --repo-type dataset" in ended.said
+    assert ended.code == 2 and "Traceback" not in ended.printed
+    assert "download it first: hf download someone/images --repo-type dataset" in ended.printed

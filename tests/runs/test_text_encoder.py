@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.families.miniatures.sd import write_sd2
-from tests.runs.conftest import Ended, Trainer
+from tests.harness import Ended, Trainer
 from tests.runs.evidence import unwrapped
 
 FULL = {
@@ -33,9 +32,9 @@ USUAL: dict[str, object] = {
 
 
 @pytest.fixture(scope="module")
-def trainer(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+def trainer(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     folder = tmp_path_factory.mktemp("runs")
-    return Trainer(write_sd2(folder / "model"), pictures, folder, {**USUAL, **FULL})
+    return Trainer(images, folder, write_sd2(folder / "model"), {**USUAL, **FULL})
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +53,8 @@ def encoder(ended: Ended, folder: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_run_says_what_it_trains_and_caches_no_caption(whole: Ended) -> None:
-    assert "captions are encoded in every step, and none is cached" in unwrapped(whole.said)
-    assert "trained up to step 3, at a learning rate of 0.003 at most" in unwrapped(whole.said)
+    assert "captions are encoded in every step, and none is cached" in unwrapped(whole.printed)
+    assert "trained up to step 3, at a learning rate of 0.003 at most" in unwrapped(whole.printed)
     assert not (whole.folder / "cache" / "text").exists()
 
 
@@ -79,9 +78,8 @@ def test_two_processes_and_a_run_in_two_lives_end_as_one_that_never_stopped(trai
     before = weights(whole.folder / "checkpoint-6")
     assert {name.partition("/")[0] for name in before} == {"optimizer.safetensors", "unet", "unet_ema", "text_encoder", "text_encoder_ema"}
     again = trainer.finish("whole", resume_from_checkpoint="checkpoint-2")
-    assert "resuming from checkpoint-2" in again.said
+    assert "resuming from checkpoint-2" in again.printed
     assert weights(again.folder / "checkpoint-6") == before
-    wrapped = dataclasses.replace(trainer, wrapper="train_sd2x.sh")
-    shared = wrapped.finish("shared", environ={"TRAINING_NUM_PROCESSES": "2"}, gradient_accumulation_steps=1)
+    shared = trainer.finish_on(2, "shared", gradient_accumulation_steps=1)
     assert shared.losses == pytest.approx(whole.losses, rel=1e-4)
     torch.testing.assert_close(encoder(shared, "text_encoder_live"), encoder(whole, "text_encoder_live"), rtol=1e-3, atol=1e-5)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from helpers.families.miniatures.sdxl import write_sdxl
-from tests.runs.conftest import Ended, Trainer
+from tests.harness import Ended, Trainer, same_weights
 from tests.runs.evidence import refusal, unwrapped
 
-SameWeights = Callable[[Ended, Ended], bool]
 pytestmark = pytest.mark.slow
 
 
@@ -50,7 +48,7 @@ def test_captions_are_dropped_at_their_rate_and_the_rest_arrive(trainer: Trainer
     assert {caption for caption in captions if caption} <= {f"a red circle {number:02}" for number in range(14)}
 
 
-def test_gradient_checkpointing_changes_nothing(trainer: Trainer, finished: Ended, same_weights: SameWeights) -> None:
+def test_gradient_checkpointing_changes_nothing(trainer: Trainer, finished: Ended) -> None:
     ended = trainer.finish(gradient_checkpointing=True)
     assert ended.losses == finished.losses
     assert same_weights(finished, ended)
@@ -100,21 +98,21 @@ def test_latents_can_be_drawn_anew_each_time(trainer: Trainer, finished: Ended) 
 def test_fp16_on_a_cpu_is_refused(trainer: Trainer) -> None:
     ended = trainer.run(mixed_precision="fp16")
     assert ended.code == 2
-    assert "fp16 does not work on a CPU" in ended.said
+    assert "fp16 does not work on a CPU" in ended.printed
 
 
 def test_a_longer_run_says_how_its_learning_rate_changes(trainer: Trainer) -> None:
     trainer.finish(max_train_steps=2, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
     longer = trainer.finish(max_train_steps=4, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
-    assert "max_train_steps was 2 and is 4, so the run gets another length" in longer.said
+    assert "max_train_steps was 2 and is 4, so the run gets another length" in longer.printed
     # Half-way down the cosine over 4 steps; that over 2 steps has ended.
-    assert "step 3 has the learning rate 0.005; with the settings and the length of checkpoint-2 it would be 0" in unwrapped(longer.said)
+    assert "step 3 has the learning rate 0.005; with the settings and the length of checkpoint-2 it would be 0" in unwrapped(longer.printed)
 
 
 def test_a_change_of_schedule_is_reported_with_the_rates_of_both(trainer: Trainer) -> None:
     trainer.finish(max_train_steps=2, lr_scheduler="constant")
     longer = trainer.finish(max_train_steps=4, lr_scheduler="cosine", lr_warmup_steps=0, lr_end=0)
-    said = unwrapped(longer.said)
+    said = unwrapped(longer.printed)
     assert "lr_scheduler was constant and is cosine from step 2 on" in said
     assert "step 3 has the learning rate 0.005; with the settings and the length of checkpoint-2 it would be 0.01" in said
 

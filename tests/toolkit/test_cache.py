@@ -27,7 +27,7 @@ from helpers.data.cache.cache import Cache, Writer, record_key
 from helpers.data.cache.index import INDEX
 from helpers.data.cache.remote import RemoteShards
 from helpers.errors import ConfigError
-from tests.runs.conftest import ROOT, Trainer, draw_pictures
+from tests.harness import ROOT, Trainer, draw_images
 from tests.storage.memory import MemoryBackend
 from tests.storage.s3_server import KEY, SECRET
 from toolkit.cache.command import main
@@ -39,9 +39,9 @@ SETTINGS = {"max_train_steps": 1, "checkpointing_steps": 100, "validation_prompt
 def original(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A run of one step on six images, two of them identical."""
     folder = tmp_path_factory.mktemp("original")
-    pictures = draw_pictures(folder / "pictures", 5)
-    shutil.copy(pictures / "a_red_circle_00.png", pictures / "a_copy.png")
-    trainer = Trainer(ROOT / "demo" / "model", pictures, folder, settings=SETTINGS)
+    images = draw_images(folder / "images", 5)
+    shutil.copy(images / "a_red_circle_00.png", images / "a_copy.png")
+    trainer = Trainer(images, folder, settings=SETTINGS)
     trainer.dataloader(crop=False, flip=False)  # so that equal files are cut alike
     trainer.finish(seed=1)
     return trainer
@@ -59,8 +59,8 @@ class Run:
         return self.folder / "out"
 
     @property
-    def pictures(self) -> Path:
-        return self.folder / "pictures"
+    def images(self) -> Path:
+        return self.folder / "images"
 
     @property
     def latents(self) -> Path:
@@ -199,7 +199,7 @@ def leave_unfinished(run: Run) -> None:
 
 
 def flip(run: Run) -> None:
-    run.flip_a_byte("pictures/a_red_circle_03.png")
+    run.flip_a_byte("images/a_red_circle_03.png")
 
 
 @pytest.mark.parametrize(
@@ -226,15 +226,15 @@ def test_damage_is_listed_by_file_and_nothing_is_repaired_in_passing(run: Run, d
 
 def test_a_flipped_byte_has_that_entry_alone_made_again(run: Run, original: Trainer) -> None:
     """In the middle of a run, which reads each record as it needs it; afterwards the cache is sound."""
-    run.flip_a_byte("pictures/a_red_circle_03.png")
-    code, said = run.tool("why", "pictures/a_red_circle_03.png")
+    run.flip_a_byte("images/a_red_circle_03.png")
+    code, said = run.tool("why", "images/a_red_circle_03.png")
     assert code == 1 and "is damaged: the next start encodes it again" in said
-    others = [f"pictures/a_red_circle_{number:02}.png" for number in (0, 1, 2, 4)]
+    others = [f"images/a_red_circle_{number:02}.png" for number in (0, 1, 2, 4)]
     places = {name: run.tool("why", name)[1] for name in others}
-    again = Trainer(original.model, run.pictures, run.folder, settings=original.settings).finish(seed=1, max_train_steps=4)
-    assert "that of pictures/a_red_circle_03.png; it is encoded again" in again.said
+    again = Trainer(run.images, run.folder, settings=original.settings).finish(seed=1, max_train_steps=4)
+    assert "that of images/a_red_circle_03.png; it is encoded again" in again.printed
     assert run.tool("verify")[0] == 0
-    assert run.tool("why", "pictures/a_red_circle_03.png")[0] == 0
+    assert run.tool("why", "images/a_red_circle_03.png")[0] == 0
     assert {name: run.tool("why", name)[1] for name in others} == places
 
 
@@ -242,7 +242,7 @@ def test_a_flipped_byte_has_that_entry_alone_made_again(run: Run, original: Trai
 
 
 def test_a_picture_is_named_by_path_by_key_or_by_data_set_and_key(run: Run) -> None:
-    answers = [run.tool("why", name) for name in (str(run.pictures / "a_copy.png"), "a_copy.png", "pictures/a_copy.png")]
+    answers = [run.tool("why", name) for name in (str(run.images / "a_copy.png"), "a_copy.png", "images/a_copy.png")]
     assert answers[0] == answers[1] == answers[2]
     code, said = answers[0]
     assert code == 0 and "is current: the next start uses this entry" in said
@@ -261,7 +261,7 @@ def test_what_changed_is_named(run: Run) -> None:
 
 
 def test_a_picture_that_was_replaced_is_told_without_touching_the_runs_catalogue(run: Run) -> None:
-    Image.new("RGB", (64, 64), "teal").save(run.pictures / "a_red_circle_04.png")
+    Image.new("RGB", (64, 64), "teal").save(run.images / "a_red_circle_04.png")
     catalogue = (run.output / "cache" / "catalogue.sqlite").read_bytes()
     code, said = run.tool("why", "a_red_circle_04.png")
     assert code == 1 and "with other settings or files (changed image" in said
@@ -269,13 +269,13 @@ def test_a_picture_that_was_replaced_is_told_without_touching_the_runs_catalogue
 
 
 def test_a_file_that_is_left_out_says_why(run: Run) -> None:
-    (run.pictures / "notes.md").write_text("x")
+    (run.images / "notes.md").write_text("x")
     code, said = run.tool("why", "notes.md")
-    assert code == 1 and "notes.md of dataset pictures is left out: not an image" in said
+    assert code == 1 and "notes.md of dataset images is left out: not an image" in said
 
 
 def test_a_new_picture_was_never_encoded(run: Run) -> None:
-    Image.new("RGB", (64, 64), "teal").save(run.pictures / "new_one.png")
+    Image.new("RGB", (64, 64), "teal").save(run.images / "new_one.png")
     code, said = run.tool("why", "new_one.png")
     assert code == 1 and "is not in the cache: it was never encoded" in said
 
@@ -283,7 +283,7 @@ def test_a_new_picture_was_never_encoded(run: Run) -> None:
 @pytest.mark.parametrize("words", [("why", "nothing.png"), ("export", "nothing.png", "out.png")])
 def test_a_file_of_no_data_set_is_refused(run: Run, words: tuple[str, ...]) -> None:
     code, said = run.tool(*words)
-    assert code == 2 and "nothing.png is not a file of the run's datasets (pictures)" in said
+    assert code == 2 and "nothing.png is not a file of the run's datasets (images)" in said
 
 
 @pytest.mark.parametrize("command", ["verify", "stats", "gc"])
@@ -295,14 +295,14 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path, capsys: pytest.Capt
 def test_latents_of_a_set_that_is_cut_anew_each_epoch_are_those_of_the_present_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = Trainer(ROOT / "demo" / "model", draw_pictures(tmp_path / "pictures", 5), tmp_path, settings=SETTINGS)
+    trainer = Trainer(draw_images(tmp_path / "images", 5), tmp_path, settings=SETTINGS)
     trainer.dataloader(vae_cache_clear_each_epoch=True)  # random cuts and mirroring
     trainer.finish(max_train_steps=8, gradient_accumulation_steps=1)
     run = Run(tmp_path, capsys)
     epoch, folder = min((int(path.name.rpartition("-")[2]), path) for path in run.latents.iterdir())  # the next one may be there
     assert epoch >= 1
     code, said = run.tool("why", "a_red_circle_03.png")
-    assert code == 0 and f"dataset pictures, with its crop of epoch {epoch}, is current" in said and str(folder) in said
+    assert code == 0 and f"dataset images, with its crop of epoch {epoch}, is current" in said and str(folder) in said
     assert run.tool("export", "a_red_circle_03.png", str(tmp_path / "out.png"))[0] == 0
     before = content(run.latents)
     for words in (("gc",), ("gc", "--delete")):  # these go with the run's epochs
@@ -324,17 +324,17 @@ def test_what_every_plan_needs_stays(run: Run) -> None:
 def test_records_of_pictures_that_are_gone_go_and_the_rest_reads_the_same(run: Run) -> None:
     kept = {name: said for name in ("a_copy.png", "a_red_circle_01.png") if (said := record(run, name))}
     for number in (2, 3):
-        (run.pictures / f"a_red_circle_{number:02}.png").unlink()
+        (run.images / f"a_red_circle_{number:02}.png").unlink()
     for foreign in ("holiday.safetensors", "notes.txt"):
         (run.latents / foreign).write_text("mine")
     before = content(run.latents)
     code, said = run.tool("gc")
     assert code == 0 and re.search(r"^4 records, .* not needed; --delete deletes them$", said, re.MULTILINE)  # and two captions
     assert content(run.latents) == before  # without --delete nothing changes
-    pictures, bytes_before = content(run.pictures), on_disk(run.latents)
+    images, bytes_before = content(run.images), on_disk(run.latents)
     code, said = run.tool("gc", "--delete")
     assert code == 0 and said.rstrip().endswith("MB deleted")
-    assert on_disk(run.latents) < bytes_before and content(run.pictures) == pictures
+    assert on_disk(run.latents) < bytes_before and content(run.images) == images
     assert (run.latents / "holiday.safetensors").read_text() == (run.latents / "notes.txt").read_text() == "mine"
     assert run.tool("verify")[0] == 0 and "3 records in" in run.tool("verify")[1]
     assert {name: record(run, name) for name in kept} == kept
@@ -342,15 +342,15 @@ def test_records_of_pictures_that_are_gone_go_and_the_rest_reads_the_same(run: R
 
 
 def test_the_negative_prompt_of_pictures_that_begin_with_pictures_stays(run: Run) -> None:
-    """Validation from pictures of the data asks for the negative prompt, even where there is no prompt."""
-    (run.pictures / "a_red_circle_02.png").unlink()
+    """Validation from images of the data asks for the negative prompt, even where there is no prompt."""
+    (run.images / "a_red_circle_02.png").unlink()
     assert "\n2 records," in run.tool("gc")[1]  # its latents, and its caption
     run.change_settings(validation_using_datasets=True, validation_negative_prompt="a red circle 02")
     assert "\n1 records," in run.tool("gc")[1]
 
 
 def record(run: Run, name: str) -> list[float]:
-    """The latents of a picture."""
+    """The latents of an image."""
     code, said = run.tool("why", name)
     assert code == 0, said
     cache = Cache(run.latents)
@@ -394,7 +394,7 @@ def test_nothing_goes_where_not_one_needed_record_is_there(run: Run) -> None:
 
 
 def test_a_cache_in_use_is_not_cleaned_up(run: Run) -> None:
-    (run.pictures / "a_red_circle_02.png").unlink()
+    (run.images / "a_red_circle_02.png").unlink()
     cache = Cache(run.latents)
     try:
         code, said = run.tool("gc", "--delete")
@@ -405,12 +405,12 @@ def test_a_cache_in_use_is_not_cleaned_up(run: Run) -> None:
 
 
 def test_a_shared_cache_keeps_what_the_other_named_run_needs(run: Run) -> None:
-    """`other` trains on one of the pictures, from a folder of its own."""
+    """`other` trains on one of the images, from a folder of its own."""
     other, fewer = run.folder / "other", run.folder / "fewer"
     shutil.copytree(run.output, other, ignore=shutil.ignore_patterns("checkpoint-*", "latents", "text"))
     fewer.mkdir()
-    shutil.copy(run.pictures / "a_red_circle_01.png", fewer)
-    settings = (other / "config.json").read_text().replace(str(run.pictures), str(fewer))
+    shutil.copy(run.images / "a_red_circle_01.png", fewer)
+    settings = (other / "config.json").read_text().replace(str(run.images), str(fewer))
     (other / "config.json").write_text(settings.replace(f'"{run.output / "cache"}"', f'"{other / "cache"}"'))
     run.capture.readouterr()
     assert main(["gc", f"--output_dir={other}"]) == 0
@@ -436,7 +436,7 @@ def test_a_cached_latent_becomes_a_picture_that_resembles_its_source(run: Run, t
     with Image.open(target) as decoded:
         shown = np.asarray(decoded.convert("RGB"), float)
     distances = {}
-    for path in run.pictures.glob("a_red_circle_*.png"):
+    for path in run.images.glob("a_red_circle_*.png"):
         with Image.open(path) as source:
             distances[path.name] = np.abs(shown - np.asarray(source.convert("RGB").resize((64, 64)), float)).mean()
     assert min(distances, key=lambda name: distances[name]) == "a_red_circle_00.png", distances
@@ -460,14 +460,14 @@ def test_saved_settings_come_back_as_they_were(run: Run) -> None:
 
 def everything(folder: Path) -> Path:
     """A dataloader file with every kind of value that an entry can hold."""
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     store = {"type": "aws", "aws_bucket_name": "bucket", "aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
     path = folder / "dataloader.json"
-    images = {"instance_data_dir": str(folder / "pictures")}
+    images = {"instance_data_dir": str(folder / "images")}
     entries = [
         {"id": "shapes", **images, "crop": True, "crop_aspect": "random", "crop_aspect_buckets": [0.5, {"aspect": 1.5, "weight": 2}]},
         {"id": "table", **images, "caption_strategy": "csv", "csv": {"path": str(folder / "a.csv")}, "text_embeds": "here"},
-        {"id": "stored", **store, "cache_dir_vae": "latents", "aws_data_prefix": "pictures"},
+        {"id": "stored", **store, "cache_dir_vae": "latents", "aws_data_prefix": "images"},
         {"id": "tars", "type": "webdataset", "urls": [str(folder / "1.tar")]},
         {"id": "texts", "dataset_type": "text_embeds", **store, "aws_data_prefix": "texts", "default": True},
         {"id": "here", "dataset_type": "text_embeds", "cache_dir": str(folder), "caption_filter_list": ["s/a/b/"]},
