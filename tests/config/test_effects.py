@@ -13,7 +13,7 @@ from helpers.errors import CheckpointError
 from tests.config.effects.keys import DATASET_EFFECTS, TEXT_CACHE_EFFECTS
 from tests.config.effects.lab import ENTRY, Effect, Lab, build_lab, refusal
 from tests.config.effects.options import OPTION_EFFECTS
-from tests.config.effects.sights import exported_scheduler
+from tests.config.effects.probes import exported_scheduler
 from tests.config.test_every_option import values_to_try
 
 OPTIONS = known_axes().options
@@ -68,7 +68,7 @@ def test_a_run_in_less_memory_goes_on_as_if_it_had_not_stopped(flags: tuple[str,
     folder = lab.new_folder()
     lab.run_again((*flags, "--max_train_steps=2"), folder)
     again = lab.run_again((*flags, "--max_train_steps=4"), folder)
-    assert "resuming from checkpoint-2" in " ".join(again.story)
+    assert "resuming from checkpoint-2" in " ".join(again.printed)
     assert [row["loss"] for row in again.rows("metrics.jsonl")] == [row["loss"] for row in whole.rows("metrics.jsonl")]
 
 
@@ -104,9 +104,7 @@ def test_a_run_does_not_go_on_with_another_t5_unless_that_is_accepted(lab: Lab) 
     other = (*of_sd3, "--pretrained_t5_model_name_or_path=t5", "--max_train_steps=2")
     with pytest.raises(CheckpointError, match="text_encoders changed"):
         lab.run_again(other, folder)
-    assert "changed since checkpoint-1 and accepted (text_encoders)" in " ".join(
-        lab.run_again((*other, "--accept_changed_data"), folder).story
-    )
+    assert "changed since checkpoint-1 and accepted (text_encoders)" in lab.run_again((*other, "--accept_changed_data"), folder).printed
 
 
 # -- the table is complete: there is no list of exceptions ------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -83,15 +82,6 @@ def values_to_try(item: Option) -> Iterator[str]:
         yield texts[item.kind]
 
 
-def cases(*, by_variable: bool) -> Iterator[Any]:
-    for item in OPTIONS.values():
-        if item.name in ("pretrained_model_name_or_path", "data_backend_config", "demo"):
-            continue  # tested by name in test_read.py
-        for text in values_to_try(item):
-            for variable in item.variables if by_variable else [""]:
-                yield pytest.param(item, text, variable, id=f"{variable or item.flag}={text}")
-
-
 def read_by(item: Option) -> tuple[str, ...]:
     """The family to ask for, where SDXL does not read the option."""
     asked = known_axes().families["sdxl"]
@@ -120,29 +110,32 @@ def check(item: Option, text: str, said_by: str, read: Callable[[], Config]) -> 
         assert any(note.startswith(f"{said_by} does nothing") for note in config.notes) or not item.does_nothing
 
 
-@pytest.mark.parametrize(("item", "text", "variable"), cases(by_variable=False))
-def test_a_flag_lands_in_its_field_or_is_refused_by_name(item: Option, text: str, variable: str, read: Callable[..., Config]) -> None:
-    companions = COMPANIONS.get((item.name, text), ())
-    check(item, text, item.flag, lambda: read(*read_by(item), *companions, f"{item.flag}={text}"))
+TRIED = [name for name in OPTIONS if name not in ("pretrained_model_name_or_path", "data_backend_config", "demo")]  # see test_read.py
 
 
-@pytest.mark.parametrize(("item", "text", "variable"), cases(by_variable=True))
-def test_a_variable_lands_in_its_field_or_is_refused_by_name(item: Option, text: str, variable: str, read: Callable[..., Config]) -> None:
-    companions = COMPANIONS.get((item.name, text), ())
-    check(item, text, variable, lambda: read(*read_by(item), *companions, **{variable: text}))
+@pytest.mark.parametrize("name", TRIED)
+def test_a_value_lands_in_its_field_or_is_refused_by_name_as_a_flag_and_as_each_variable(name: str, read: Callable[..., Config]) -> None:
+    item = OPTIONS[name]
+    for text in values_to_try(item):
+        companions = COMPANIONS.get((name, text), ())
+        check(item, text, item.flag, lambda: read(*read_by(item), *companions, f"{item.flag}={text}"))  # noqa: B023  # called at once
+        for variable in item.variables:
+            check(item, text, variable, lambda: read(*read_by(item), *companions, **{variable: text}))  # noqa: B023
 
 
-@pytest.mark.parametrize("name", [name for name, item in OPTIONS.items() if item.kind is bool])
-def test_every_switch_can_be_said_in_each_way(name: str) -> None:
+def test_every_switch_can_be_set_in_each_way() -> None:
     from helpers.config.sources import from_flags
 
-    def said(*words: str) -> bool:
+    def value(name: str, *words: str) -> bool:
         source = from_flags(OPTIONS, words)
         assert source.problems == []
         return bool(source.settings[name].value)
 
-    assert all(said(*words) for words in ((f"--{name}",), (f"--{name}=true",), (f"--{name}", "TRUE"), (f"--{name}=Yes",), (f"--{name}=1",)))
-    assert not any(said(*words) for words in ((f"--no-{name}",), (f"--{name}=false",), (f"--{name}", "off"), (f"--{name}=0",)))
+    for name in (name for name, item in OPTIONS.items() if item.kind is bool):
+        for words in ((f"--{name}",), (f"--{name}=true",), (f"--{name}", "TRUE"), (f"--{name}=Yes",), (f"--{name}=1",)):
+            assert value(name, *words), words
+        for words in ((f"--no-{name}",), (f"--{name}=false",), (f"--{name}", "off"), (f"--{name}=0",)):
+            assert not value(name, *words), words
 
 
 def test_every_option_of_the_june_2024_release_is_declared() -> None:

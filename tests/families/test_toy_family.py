@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import train
 from helpers.choices import known_axes
 from helpers.config.read import read_config
 from helpers.families import FAMILIES
-from helpers.reporting import Reporters
-from helpers.training.stopping import StopRequest
-from tests.config.effects.lab import USUAL, alone_in_this_process
-from tests.data.toys import Story, picture
+from tests.config.effects.lab import USUAL
+from tests.data.toys import picture
+from tests.harness import run_here
 
 
 @pytest.mark.parametrize(("method", "made"), [("full", "pipeline/unet"), ("lora", "pytorch_lora_weights.safetensors")])
@@ -27,11 +25,9 @@ def test_a_family_of_one_file_and_one_line_trains(method: str, made: str, tmp_pa
     (tmp_path / "data.json").write_text(json.dumps([{"id": "pictures", "instance_data_dir": "images"}]))
     flags = [*USUAL, f"--model_type={method}", "--lora_targets=conv1", "--lora_alpha=16", "--output_dir=out"]
     config = dataclasses.replace(read_config(flags, {}, known_axes()), family_name="toy")  # a released one is named by --model_family
-    story = Story()
-    with alone_in_this_process():
-        train.train(config, StopRequest(), Reporters(story))
+    printed = run_here(config).printed
     rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and max(row["timestep"] for row in rows) < 50
     assert (tmp_path / "out" / made).exists()
-    assert any(line.startswith("training: Toy") for line in story.lines)
-    assert sum("a toy of one convolution" in line for line in story.lines) == 1
+    assert "\ntraining: Toy" in printed
+    assert printed.count("a toy of one convolution") == 1

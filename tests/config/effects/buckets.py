@@ -6,15 +6,16 @@ import http.server
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from helpers.data.sources import CachePlace, latents_place, open_source, texts_place
 from helpers.errors import DataError
-from helpers.storage.s3 import S3Source
 from tests.config.effects.lab import ENTRY, Effect, Flags, Lab
+
+if TYPE_CHECKING:
+    from helpers.data.sources import CachePlace
 
 BUCKET: dict[str, Any] = {
     "id": "bucket",
@@ -51,7 +52,9 @@ def listening() -> Iterator[tuple[int, list[tuple[str, str]]]]:
 
 
 def request(lab: Lab, flags: Flags) -> object:
-    """The first request for the images of the last data set: host, target, whose it is, and the secret that it is signed with."""
+    """The first request for the images of the last dataset: host, target, whose it is, and the secret that it is signed with."""
+    from helpers.data.sources import open_source
+
     return _request(lambda lab, flags: open_source(lab.config(flags).datasets[-1]), lab, flags)
 
 
@@ -59,6 +62,9 @@ def request_for_texts(lab: Lab, flags: Flags) -> object:
     """The same for the embeddings of its captions."""
 
     def of_texts(lab: Lab, flags: Flags) -> object:
+        from helpers.data.sources import texts_place
+        from helpers.storage.s3 import S3Source
+
         place = texts_place(lab.config(flags).datasets[-1], lab.folder)
         return S3Source(place.bucket) if place.bucket else None
 
@@ -66,6 +72,8 @@ def request_for_texts(lab: Lab, flags: Flags) -> object:
 
 
 def _request(source_of: Callable[[Lab, Flags], Any], lab: Lab, flags: Flags) -> object:
+    from helpers.storage.s3 import S3Source
+
     source = source_of(lab, flags)
     if not isinstance(source, S3Source):
         return None
@@ -81,10 +89,14 @@ def _request(source_of: Callable[[Lab, Flags], Any], lab: Lab, flags: Flags) -> 
 
 
 def copies_of_latents(lab: Lab, flags: Flags) -> CachePlace:
+    from helpers.data.sources import latents_place
+
     return latents_place(lab.config(flags).datasets[-1], lab.folder)
 
 
 def copies_of_texts(lab: Lab, flags: Flags) -> CachePlace:
+    from helpers.data.sources import texts_place
+
     return texts_place(lab.config(flags).datasets[-1], lab.folder)
 
 

@@ -11,7 +11,7 @@ from helpers.config.options.data import TABLES
 from tests.config.effects.buckets import IMAGE_BUCKET_EFFECTS, TEXT_BUCKET_EFFECTS
 from tests.config.effects.lab import ENTRY, SECOND, Effect, conditioned, cropped, refusal
 from tests.config.effects.options import OPTION_EFFECTS
-from tests.config.effects.sights import (
+from tests.config.effects.probes import (
     begun,
     buckets,
     images_used,

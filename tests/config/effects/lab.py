@@ -1,49 +1,33 @@
-"""Where effects are looked at: two miniature models, folders of pictures, and whole runs in this process, a quarter of a second each."""
+"""Where effects are looked at: miniature models, folders of images, and complete runs in this process, a quarter of a second each.
+
+Libraries are imported where they are used: the tables of effects are read while tests are collected.
+"""
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import shutil
 import tarfile
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
-import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-import train
 from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, UserError
-from helpers.families.miniatures import pixart as tiny_pixart
-from helpers.families.miniatures import sd as tiny_sd
-from helpers.families.miniatures import sd3 as tiny_sd3
-from helpers.families.miniatures import sdxl as tiny_sdxl
-from helpers.families.miniatures import t5 as tiny_t5
-from helpers.reporting import Reporters
-from helpers.training.memory import choose_attention
-from helpers.training.stopping import StopRequest
-from tests.data.toys import Story, picture
-from tests.families.original_layout import write_single_file
+from tests.harness import Ended, run_here
 
 Flags = tuple[str, ...]
 SIZES = [(96, 64), (64, 96), (160, 160)]  # trained at 64 pixels, three shapes of two pictures each: three steps an epoch
 ENTRY: Mapping[str, Any] = {"id": "pictures", "instance_data_dir": "images"}
 SECOND: Mapping[str, Any] = {**ENTRY, "id": "second", "instance_data_dir": "other_images"}
 
-# Three deterministic steps of a LoRA without pictures; the flags of an effect come after these, and the later one counts.
+# Three deterministic steps of a LoRA without images; the flags of an effect come after these, and the later one counts.
 USUAL: Flags = (
     "--pretrained_model_name_or_path=model",
     "--data_backend_config=data.json",
@@ -66,24 +50,13 @@ USUAL: Flags = (
 )
 
 
-@dataclass(frozen=True)
-class Ran:
-    """A run that has ended: what it left and what it told."""
-
-    folder: Path
-    story: Sequence[str]
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
-
-
 @dataclass
 class Lab:
-    """Relative paths in flags and data sets are taken from `folder`, which is the working directory of every check."""
+    """Relative paths in flags and datasets are taken from `folder`, which is the working directory of every check."""
 
     folder: Path
     facts: Any = field(default_factory=known_axes)
-    ran: dict[Flags, Ran] = field(default_factory=dict)
+    ran: dict[Flags, Ended] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def config(self, flags: Flags = (), usual: Flags = USUAL) -> Config:
@@ -92,23 +65,15 @@ class Lab:
         variables = dict(word.split("=", 1) for word in said if not word.startswith("--"))
         return read_config([word for word in said if word.startswith("--")], variables, self.facts)
 
-    def run(self, flags: Flags = ()) -> Ran:
+    def run(self, flags: Flags = ()) -> Ended:
         """The run with these flags; the same flags are run once."""
         if flags not in self.ran:
             self.ran[flags] = self.run_again(flags, self.new_folder())
         return self.ran[flags]
 
-    def run_again(self, flags: Flags, output: Path) -> Ran:
+    def run_again(self, flags: Flags, output: Path) -> Ended:
         """A run, or another life of one where `output` is that of an earlier run."""
-        config = self.config((f"--output_dir={output}", *flags))
-        story = Story()
-        with alone_in_this_process():
-            try:
-                train.train(config, StopRequest(), Reporters(story))
-            except BaseException as error:
-                traceback.clear_frames(error.__traceback__)  # they hold the locks on the run's folders
-                raise
-        return Ran(config.run.output_dir, story.lines)
+        return run_here(self.config((f"--output_dir={output}", *flags)))
 
     def new_folder(self) -> Path:
         """A name under `runs` that nothing has yet."""
@@ -121,31 +86,20 @@ class Lab:
         return f"--data_backend_config={path.name}"
 
 
-@contextmanager
-def alone_in_this_process() -> Iterator[None]:
-    """A run sets what belongs to the whole process: accelerate's state, TF32, the garbage collector. It is put back."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            # Half of the time of such a run, and no option changes it.
-            patch.setattr("helpers.reporting.loss_curve.write_loss_curve", lambda folder: None)
-            yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-        choose_attention("auto")
-        gc.unfreeze()
-        gc.enable()
-
-
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other`, `varied`, `refiner`, `sd3`, `alpha` and `sd1` (also as a file), `t5` alone; pictures, tables, LoRAs, files.
+    """Models `model`, `other`, `varied`, `refiner`, `sd3`, `alpha` and `sd1` (also as a file), `t5` alone; images, tables, LoRAs, files.
 
-    The pictures are in `images`, `other_images` and `tagged`, the tables in `tables`.
+    The images are in `images`, `other_images` and `tagged`, the tables in `tables`.
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
-    The same pictures are in the tars `images.tar` and `other_images.tar`, and as splits of a Hugging Face data set in `rows`.
+    The same images are in the tars `images.tar` and `other_images.tar`, and as splits of a Hugging Face dataset in `rows`.
     """
+    from helpers.families.miniatures import pixart as tiny_pixart
+    from helpers.families.miniatures import sd as tiny_sd
+    from helpers.families.miniatures import sd3 as tiny_sd3
+    from helpers.families.miniatures import sdxl as tiny_sdxl
+    from tests.data.toys import picture
+    from tests.families.original_layout import write_single_file
+
     for name in ("cache", "runs"):
         (folder / name).mkdir(parents=True)  # made by the first run otherwise, and seen as its effect
     for seed, name in enumerate(("model", "other")):
@@ -174,7 +128,7 @@ def build_lab(folder: Path) -> Lab:
     reshaped = {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [0.5, 1, 2], "vae_cache_clear_each_epoch": True}
     (folder / "reshaped.json").write_text(json.dumps([{**ENTRY, **reshaped}]))
     (folder / "cropped.json").write_text(json.dumps([{**ENTRY, "crop": True}]))
-    for place in sorted((folder / "images").glob("*.png")):  # conditions of the same names and shapes, one set dark and one light
+    for place in sorted((folder / "images").glob("*.png")):  # conditioning images of the same names and shapes, one set dark and one light
         for name, shade in (("dark", 0), ("light", 200)):
             (folder / name).mkdir(exist_ok=True)
             size = tuple(2 * edge for edge in Image.open(place).size)
@@ -186,19 +140,19 @@ def build_lab(folder: Path) -> Lab:
     return Lab(folder)
 
 
-def _in_a_tar(pictures: Path) -> None:
-    with tarfile.open(pictures.with_suffix(".tar"), "w") as tar:
-        for path in sorted(pictures.iterdir()):
+def _in_a_tar(images: Path) -> None:
+    with tarfile.open(images.with_suffix(".tar"), "w") as tar:
+        for path in sorted(images.iterdir()):
             tar.add(path, path.name)
 
 
 def _as_rows(folder: Path, splits: Mapping[str, Path]) -> None:
-    """Pictures in the columns `image` and `turned`, captions in `text` and `loud`. `other_rows` has the splits exchanged."""
+    """Images in the columns `image` and `turned`, captions in `text` and `loud`. `other_rows` has the splits exchanged."""
     import datasets
 
     tables = {}
-    for name, pictures in splits.items():
-        paths = sorted(map(str, pictures.glob("*.png")))
+    for name, images in splits.items():
+        paths = sorted(map(str, images.glob("*.png")))
         captions = [Path(path).with_suffix(".txt").read_text() for path in paths]
         columns = {"image": paths, "turned": paths[::-1], "text": captions, "loud": [caption.upper() for caption in captions]}
         kinds = {"image": datasets.Image(), "turned": datasets.Image(), "text": datasets.Value("string"), "loud": datasets.Value("string")}
@@ -210,8 +164,11 @@ def _as_rows(folder: Path, splits: Mapping[str, Path]) -> None:
 def _write_tables(folder: Path) -> None:
     """`left` and `right` of each kind: captions of `images`, other ones in the column `other`, half of the names in `file`.
 
-    The sizes of the last picture are missing.
+    The sizes of the last image are missing.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     folder.mkdir()
     for side in ("left", "right"):
         rows = [{"id": f"picture_{index}", "description": f"{side} {index}", "other": f"other {index}"} for index in range(6)]
@@ -227,6 +184,9 @@ def _write_tables(folder: Path) -> None:
 
 def _write_loras(folder: Path) -> None:
     """`lora_0` and `lora_1`: of rank 2, on the layers that usual runs train, with different weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     base = load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
@@ -257,27 +217,27 @@ def _with_variant(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Effect:
-    """What is seen under values of one setting, as they are written in a flag.
+    """What a probe finds under values of one setting, as they are written in a flag.
 
-    `values` is a mapping where what is to be seen is known, else any values under which it must differ. `beside` are flags that it
-    needs. For keys of data sets: `entries` makes the entries of the file from the key and its value.
+    `values` is a mapping where the finding is known, else any values under which it must differ. `beside` are flags that the setting
+    needs. For keys of datasets: `entries` makes the entries of the file from the key and its value.
     """
 
-    see: Callable[[Lab, Flags], object]
+    probe: Callable[[Lab, Flags], object]
     values: Sequence[str] | Mapping[str, object]
     beside: Flags = ()
     entries: Callable[[str, Any], list[dict[str, Any]]] = lambda key, value: [{**ENTRY, key: value}]
 
     def check(self, lab: Lab, flag_of: Callable[[str], str]) -> None:
-        """Look once under each value: it is what is expected, or under no two values the same. `flag_of` gives a value's flag."""
-        seen = {value: self.see(lab, (*self.beside, flag_of(value))) for value in self.values}
+        """Probe once under each value: the finding is what is expected, or no two are the same. `flag_of` gives a value's flag."""
+        found = {value: self.probe(lab, (*self.beside, flag_of(value))) for value in self.values}
         if isinstance(self.values, Mapping):
-            assert seen == self.values, seen
-        assert all(one != other for one, other in itertools.combinations(seen.values(), 2)), seen
+            assert found == self.values, found
+        assert all(one != other for one, other in itertools.combinations(found.values(), 2)), found
 
 
 def conditioned(**keys: Any) -> list[dict[str, Any]]:
-    """The images with the dark conditions; `keys` are of their entry."""
+    """The images with the dark conditioning images; `keys` are of their entry."""
     sets = [{"id": name, "dataset_type": "conditioning", "instance_data_dir": name} for name in ("dark", "light")]
     return [{**ENTRY, "conditioning_data": "dark", **keys}, *sets]
 
@@ -299,6 +259,11 @@ def refusal(lab: Lab, flags: Flags) -> str:
 
 def _write_t5(folder: Path) -> None:
     """A T5 for `sd3`, with other weights than its own."""
+    import torch
+
+    from helpers.families.miniatures import sd3 as tiny_sd3
+    from helpers.families.miniatures import t5 as tiny_t5
+
     tokenizer = tiny_t5.t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -308,6 +273,7 @@ def _write_t5(folder: Path) -> None:
 
 def _write_controlnets(folder: Path) -> None:
     """`controlnet_0` and `controlnet_1`: of `model`, with different weights in a layer that begins as zeros."""
+    import torch
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     controlnet = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(folder / "model" / "unet"))

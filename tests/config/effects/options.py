@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from helpers.data.base.sample import Size
 from tests.config.effects.lab import Effect, cropped, refusal
-from tests.config.effects.sights import (
+from tests.config.effects.probes import (
     allows_tf32,
     attention_kernels,
     average,
@@ -17,6 +15,7 @@ from tests.config.effects.sights import (
     cache_clearings,
     cached_dtypes,
     calls,
+    channels_last,
     checkpoints,
     compiled_for,
     demo_pictures,
@@ -226,7 +225,7 @@ CACHE = {
     "cache_dir": Effect(new_folders, {"cache_1": {"cache_1"}, "cache_2": {"cache_2"}}),
     "cache_dir_vae": Effect(new_folders, {"latents_1": {"latents_1"}, "latents_2": {"latents_2"}}),
     "cache_dir_text": Effect(new_folders, {"texts_1": {"texts_1"}, "texts_2": {"texts_2"}}),
-    "cache_dtype": Effect(cached_dtypes, {"fp16": {torch.float16}, "bf16": {torch.bfloat16}, "fp32": {torch.float32}}),
+    "cache_dtype": Effect(cached_dtypes, {"fp16": {"torch.float16"}, "bf16": {"torch.bfloat16"}, "fp32": {"torch.float32"}}),
     "latent_sampling": Effect(losses, ["mean", "sample"]),
     "vae_batch_size": Effect(calls("Encoder", of=lambda arguments: len(arguments[0])), {"1": {1: 6}, "2": {2: 3}}),
     "preserve_data_backend_cache": Effect(finds_a_new_picture, {"false": True, "true": False}, ("--max_train_steps=1",)),
@@ -242,7 +241,7 @@ CACHE = {
     ),
     "vae_slicing": Effect(calls("Encoder", of=lambda arguments: len(arguments[0])), {"false": {2: 3}, "true": {1: 6}}),
     "vae_dtype": Effect(
-        calls("Encoder", of=lambda arguments: arguments[0].dtype), {"fp32": {torch.float32: 3}, "bf16": {torch.bfloat16: 3}}
+        calls("Encoder", of=lambda arguments: str(arguments[0].dtype)), {"fp32": {"torch.float32": 3}, "bf16": {"torch.bfloat16": 3}}
     ),
 }
 
@@ -268,9 +267,7 @@ RUN = {
         ["unmodified", "fp32"],
         ("--model_type=full", "--mixed_precision=bf16", "--optimizer=adamw_bf16", "--gradient_accumulation_steps=3"),
     ),
-    "channels_last": Effect(
-        calls("Conv2d", of=lambda arguments: arguments[0].is_contiguous(memory_format=torch.channels_last)), ["false", "true"]
-    ),
+    "channels_last": Effect(calls("Conv2d", of=channels_last), ["false", "true"]),
     "base_quantization": Effect(losses, ["none", "int8", "nf4", "fp8"]),
     "dataset_report": Effect(shown_and_trained, {"false": (True, True), "true": (True, False)}),
 }
@@ -279,7 +276,7 @@ PRODIGY = ("--optimizer=prodigy", "--learning_rate=1")
 
 OPTIMIZER = {
     "optimizer": Effect(
-        full_weights_dtype, {"adamw": {torch.float32}, "adamw_bf16": {torch.bfloat16}}, ("--model_type=full", "--mixed_precision=bf16")
+        full_weights_dtype, {"adamw": {"torch.float32"}, "adamw_bf16": {"torch.bfloat16"}}, ("--model_type=full", "--mixed_precision=bf16")
     ),
     "optimizer_cpu_offload": Effect(steps_with_copies, {"false": False, "true": True}),
     "adam_bfloat16": Effect(optimizer_or_refusal, {"false": "AdamW", "true": "AdamWBF16"}, ("--model_type=full",)),

@@ -1,4 +1,7 @@
-"""What can be seen of a run: each function looks at one thing that a setting may change, and gives something comparable."""
+"""Probes of a run: each function looks at one thing that a setting may change, and returns something comparable.
+
+Libraries, and what imports them, are imported where they are used: the tables of effects are read while tests are collected.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,24 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from safetensors import safe_open
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.data.base.sample import Size
-from helpers.data.plan.buckets import geometry
-from helpers.data.plan.targets import target_size
-from helpers.data.planning import rules_of
 from helpers.errors import Interrupted
-from helpers.families.sdxl import SDXL
 from helpers.launch import plan_launch
-from helpers.training.ema import Average
-from helpers.training.optimizers import NamedOptimizer, create_optimizer
-from helpers.training.runtime import Runtime
 from helpers.training.schedules import Schedule
-from tests.config.effects.lab import Flags, Lab, Ran, refusal
+from tests.config.effects.lab import Flags, Lab, refusal
+from tests.harness import Ended
 
-Sight = Callable[[Lab, Flags], Any]
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from helpers.training.runtime import Runtime
+
+Probe = Callable[[Lab, Flags], Any]
 LORA = "pytorch_lora_weights.safetensors"
 PICTURES: Flags = ("--validation_prompt=a red circle", "--validation_num_inference_steps=2", "--max_train_steps=1")
 
@@ -48,6 +46,10 @@ def losses(lab: Lab, flags: Flags) -> object:
 
 def base_weights(lab: Lab, flags: Flags) -> object:
     """Of the U-Net that a run would start from."""
+    import torch
+
+    from helpers.families.sdxl import SDXL
+
     config = lab.config(flags)
     denoiser = SDXL(config.model, config.cache).load(torch.float32).denoiser
     return hashlib.sha256(b"".join(weights.detach().numpy().tobytes() for weights in denoiser.parameters())).hexdigest()
@@ -75,6 +77,8 @@ def trained_roles(lab: Lab, flags: Flags) -> object:
 
 def moved_layers(lab: Lab, flags: Flags) -> object:
     """Layers of the text encoder that training changed: -1 are the embeddings, "norm" is what follows the last."""
+    import torch
+
     base = _tensors(lab.folder / "sd1" / "text_encoder" / "model.safetensors")
     moved: set[object] = set()
     for name, tensor in _tensors(lab.run(flags).folder / "pipeline" / "text_encoder" / "model.safetensors").items():
@@ -86,7 +90,7 @@ def moved_layers(lab: Lab, flags: Flags) -> object:
 
 
 def full_weights_dtype(lab: Lab, flags: Flags) -> object:
-    return {tensor.dtype for tensor in _tensors(next((lab.run(flags).folder / "pipeline" / "unet").glob("*.safetensors"))).values()}
+    return {str(tensor.dtype) for tensor in _tensors(next((lab.run(flags).folder / "pipeline" / "unet").glob("*.safetensors"))).values()}
 
 
 def exported_scheduler(lab: Lab, flags: Flags) -> dict[str, Any]:
@@ -100,10 +104,12 @@ def exported_spacing(lab: Lab, flags: Flags) -> object:
     return exported_scheduler(lab, flags)["timestep_spacing"]
 
 
-def calls(kind: str, of: Callable[[tuple[Any, ...]], Any]) -> Sight:
+def calls(kind: str, of: Callable[[tuple[Any, ...]], Any]) -> Probe:
     """How often modules of a class are called in a run, counted by what `of` tells of their arguments."""
 
-    def see(lab: Lab, flags: Flags) -> object:
+    def probe(lab: Lab, flags: Flags) -> object:
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
         seen: Counter[Any] = Counter()
 
         def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -117,24 +123,24 @@ def calls(kind: str, of: Callable[[tuple[Any, ...]], Any]) -> Sight:
             handle.remove()
         return dict(seen)
 
-    return see
+    return probe
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------------
 
 
-def of_samples(field: str) -> Sight:
+def of_samples(field: str) -> Probe:
     """The different values of a field of samples.jsonl."""
 
-    def see(lab: Lab, flags: Flags) -> object:
+    def probe(lab: Lab, flags: Flags) -> object:
         return {tuple(row[field]) if isinstance(row[field], list) else row[field] for row in lab.run(flags).rows("samples.jsonl")}
 
-    return see
+    return probe
 
 
 def encodes_behind_training(lab: Lab, flags: Flags) -> object:
-    story = lab.run((f"--cache_dir=own/{next(lab.numbers)}", *flags)).story
-    return any("the rest is encoded while training runs" in line for line in story)
+    printed = lab.run((f"--cache_dir=own/{next(lab.numbers)}", *flags)).printed
+    return "the rest is encoded while training runs" in printed
 
 
 def same_cuts_in_two_epochs(lab: Lab, flags: Flags) -> object:
@@ -156,7 +162,7 @@ def same_shapes_in_two_epochs(lab: Lab, flags: Flags) -> object:
     return all(epochs[0][key] == epochs[1][key] for key in shared)
 
 
-def timesteps_below(border: int) -> Sight:
+def timesteps_below(border: int) -> Probe:
     """Whether every timestep that was trained is below this."""
     return lambda lab, flags: all(row["timestep"] < border for row in lab.run(flags).rows("samples.jsonl"))
 
@@ -192,11 +198,17 @@ def finds_a_new_picture(lab: Lab, flags: Flags) -> object:
 
 def target_of_an_image(lab: Lab, flags: Flags) -> object:
     """Of 3000 x 2000 pixels: arithmetic alone, no such image is encoded."""
+    from helpers.data.plan.targets import target_size
+    from helpers.data.planning import rules_of
+
     return target_size(Size(3000, 2000), rules_of(lab.config(flags).datasets[0]).resolution)
 
 
 def size_of_an_image_before_its_cut(lab: Lab, flags: Flags) -> object:
     """Of the same image."""
+    from helpers.data.plan.buckets import geometry
+    from helpers.data.planning import rules_of
+
     return geometry(Size(3000, 2000), rules_of(lab.config(flags).datasets[0]).resolution).resized
 
 
@@ -223,7 +235,7 @@ def demo_pictures(lab: Lab, flags: Flags) -> object:
 def cached_dtypes(lab: Lab, flags: Flags) -> object:
     folder = lab.folder / "own" / str(next(lab.numbers))
     lab.run((f"--cache_dir={folder}", *flags))
-    return {tensor.dtype for shard in folder.rglob("*.safetensors") for tensor in _tensors(shard).values()}
+    return {str(tensor.dtype) for shard in folder.rglob("*.safetensors") for tensor in _tensors(shard).values()}
 
 
 def new_folders(lab: Lab, flags: Flags) -> object:
@@ -240,6 +252,8 @@ def new_folders(lab: Lab, flags: Flags) -> object:
 
 def allows_tf32(lab: Lab, flags: Flags) -> object:
     """As it is when the first batch is asked for."""
+    import torch
+
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("helpers.training.steps.time.perf_counter", lambda: seen.append(torch.backends.cuda.matmul.allow_tf32) or 0.0)
@@ -248,6 +262,8 @@ def allows_tf32(lab: Lab, flags: Flags) -> object:
 
 
 def cache_clearings(lab: Lab, flags: Flags) -> object:
+    from helpers.training.runtime import Runtime
+
     count = 0
 
     def clear(runtime: Runtime) -> None:
@@ -262,6 +278,10 @@ def cache_clearings(lab: Lab, flags: Flags) -> object:
 
 def attention_kernels(lab: Lab, flags: Flags) -> object:
     """PyTorch's fused kernels for attention that the network of a run called."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from helpers.families.sdxl import SDXL
+
     seen: set[str] = set()
 
     class Watch(TorchDispatchMode):
@@ -285,11 +305,18 @@ def attention_kernels(lab: Lab, flags: Flags) -> object:
 
 def steps_with_copies(lab: Lab, flags: Flags) -> object:
     """Whether the optimiser takes its steps with copies of the weights, or with those of the network."""
+    import torch
+    from torch import nn
+
+    from helpers.training.optimizers import NamedOptimizer
+
     return NamedOptimizer(lab.config((*flags, "--optimizer=adamw")).optimizer, {"w": nn.Parameter(torch.zeros(1))}, 1.0).offloaded
 
 
 def compiled_for(lab: Lab, flags: Flags) -> object:
     """What the network of the pictures is compiled for; compiling itself takes a minute, and is left out here."""
+    import torch
+
     modes: list[str] = []
 
     def compile_nothing(module: nn.Module, mode: str = "") -> nn.Module:
@@ -305,6 +332,11 @@ def compiled_for(lab: Lab, flags: Flags) -> object:
 
 def optimizer_or_refusal(lab: Lab, flags: Flags) -> object:
     """The optimiser's class, or that its library is not installed."""
+    import torch
+    from torch import nn
+
+    from helpers.training.optimizers import create_optimizer
+
     if said := refusal(lab, (*flags, "--max_train_steps=1")):
         return said
     options = lab.config(flags).optimizer
@@ -313,15 +345,20 @@ def optimizer_or_refusal(lab: Lab, flags: Flags) -> object:
     return type(create_optimizer(options, {"w": nn.Parameter(torch.zeros(1))}, 1.0)).__name__
 
 
-def prodigys(setting: str) -> Sight:
+def prodigys(setting: str) -> Probe:
     """What Prodigy is made with."""
 
-    def see(lab: Lab, flags: Flags) -> object:
+    def probe(lab: Lab, flags: Flags) -> object:
+        import torch
+        from torch import nn
+
+        from helpers.training.optimizers import create_optimizer
+
         options = lab.config(flags).optimizer
         pytest.importorskip("prodigyopt")
         return create_optimizer(options, {"w": nn.Parameter(torch.zeros(1))}, 1.0).param_groups[0][setting]
 
-    return see
+    return probe
 
 
 def ends(lab: Lab, flags: Flags) -> object:
@@ -350,6 +387,11 @@ def average(lab: Lab, flags: Flags) -> object:
 
 def average_device(lab: Lab, flags: Flags) -> object:
     """Of weights on torch's "meta" device, which stands for an accelerator here: nothing can be copied from it to a CPU."""
+    import torch
+    from torch import nn
+
+    from helpers.training.ema import Average
+
     try:
         return str(Average({"w": nn.Parameter(torch.zeros(1, device="meta"))}, lab.config(flags).ema).shadow["w"].device)
     except NotImplementedError:
@@ -364,8 +406,8 @@ def resumed_from(lab: Lab, flags: Flags) -> object:
     """The checkpoint that a second life says it goes on from."""
     every = ("--checkpointing_steps=1", "--max_train_steps=2")
     output = lab.run_again(every, lab.new_folder()).folder
-    story = lab.run_again((*every, *flags), output).story
-    return next(line.rsplit(" ", 1)[1] for line in story if line.startswith("checkpoint: going on"))
+    printed = lab.run_again((*every, *flags), output).printed
+    return next(line.rsplit(" ", 1)[1] for line in printed.splitlines() if line.startswith("checkpoint: resuming from"))
 
 
 # -- pictures and reports ---------------------------------------------------------------------------------------------------
@@ -401,6 +443,13 @@ def picture_bytes(lab: Lab, flags: Flags) -> object:
 
 def different_pictures_in_two_runs(lab: Lab, flags: Flags) -> object:
     return len({_first_picture(lab.run_again((*PICTURES, *flags), lab.new_folder()).folder) for _ in range(2)})
+
+
+def channels_last(arguments: tuple[Any, ...]) -> bool:
+    """Whether the first argument of a module is laid out so."""
+    import torch
+
+    return bool(arguments[0].is_contiguous(memory_format=torch.channels_last))
 
 
 def event_files(lab: Lab, flags: Flags) -> object:
@@ -440,6 +489,8 @@ def launch_arguments(lab: Lab, flags: Flags) -> object:
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
 
@@ -448,7 +499,7 @@ def _report(lab: Lab, flags: Flags) -> dict[str, Any]:
     return _report_of(lab.run((*flags, "--max_train_steps=1")))
 
 
-def _report_of(ran: Ran) -> dict[str, Any]:
+def _report_of(ran: Ended) -> dict[str, Any]:
     [entry] = json.loads((ran.folder / "dataset_report.json").read_text())["datasets"]
     return entry
 
