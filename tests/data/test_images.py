@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
+from helpers.data.base import images
 from helpers.data.base.images import ImageError, cut, decode, read_size
 from helpers.data.base.sample import Geometry, Size
 from helpers.data.plan.buckets import geometry
@@ -375,3 +377,82 @@ def test_sizes_are_read_at_five_thousand_images_a_second() -> None:
         return time.process_time() - started
 
     assert min(seconds() for _ in range(3)) < 1000 / 5000
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+LONG = b'{"nodes": "' + b"x" * 70_000_000 + b'"}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(LONG[:1_100_000])),  # as ComfyUI's
+        chunk(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(LONG)),
+        chunk(b"tEXt", b"parameters\0" + LONG),
+        chunk(b"zTXt", b"one\0\0" + zlib.compress(LONG[:10_000_000])) * 8,
+    ],
+    ids=["zTXt", "iTXt", "tEXt", "several"],
+)
+@pytest.mark.parametrize("after_the_pixels", [False, True])
+def test_texts_of_any_length_in_a_png_do_not_matter(text: bytes, after_the_pixels: bool) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    whole = stored(chart(), "PNG", exif=exif)
+    at = len(whole) - 12 if after_the_pixels else 33  # before IEND, or after IHDR
+    data = whole[:at] + text + whole[at:]
+    assert read_size(io.BytesIO(data)) == read_size(io.BytesIO(whole)) == Size(60, 90)
+    assert difference(decode(data), decode(whole)) == 0
+
+
+def test_a_long_color_profile_in_a_png_is_applied() -> None:
+    profile = swapped_primaries()
+    padded = struct.pack(">I", len(profile) + 3_000_000) + profile[4:] + bytes(3_000_000)
+    expected = decode(stored(chart(), "PNG", icc_profile=profile))
+    assert difference(decode(stored(chart(), "PNG", icc_profile=padded)), expected) == 0
+    assert difference(expected, decode(stored(chart(), "PNG"))) > 0
+
+
+@pytest.mark.parametrize("size", [(14_204, 10_652), (16_320, 12_241)])  # cameras of 151 and 200 megapixels; the latter with an odd edge
+def test_a_jpeg_of_up_to_256_megapixels_is_decoded_at_a_fraction(size: tuple[int, int]) -> None:
+    image = Image.new("L", size)
+    image.paste(255, (0, 0, size[0] // 2, size[1]))
+    data = stored(image, "JPEG")
+    del image
+    assert read_size(io.BytesIO(data)) == Size(*size)
+    height = round(2048 * size[1] / size[0])
+    geometry = Geometry(Size(*size), Size(2048, height), 0, 0, Size(2048, 1024))
+    pixels = cut(decode(data, geometry.resized), geometry)
+    assert pixels.shape == (3, 1024, 2048)
+    assert pixels[:, :, :1000].min() > 0.98 and pixels[:, :, 1048:].max() < -0.98
+    with pytest.raises(ImageError, match=f"too large: {Size(*size)}, more than 128 megapixels"):
+        decode(data)
+    with pytest.raises(ImageError, match=r"wrong size"):
+        cut(decode(data, geometry.resized), replace(geometry, original=Size(size[0] - 8, size[1])))
+
+
+def test_a_jpeg_above_256_megapixels_is_refused() -> None:
+    header = stored(Image.new("L", (16, 16)), "JPEG")
+    at = header.index(b"\xff\xc0") + 5
+    data = header[:at] + struct.pack(">HH", 17_000, 17_000) + header[at + 4 :]
+    with pytest.raises(ImageError, match="too large: 17000x17000, more than 256 megapixels"):
+        read_size(io.BytesIO(data))
+
+
+@pytest.mark.parametrize(("format", "library"), [("HEIF", "pillow_heif"), ("JXL", "pillow_jxl")])
+def test_heic_and_jpeg_xl_are_read_with_their_libraries_and_named_without(
+    format: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip(library)
+    if format == "HEIF":
+        module.register_heif_opener()
+    data = stored(chart(), format, quality=95)
+    assert read_size(io.BytesIO(data)) == Size(90, 60)
+    assert difference(decode(data), chart()) < 30
+    images._require_library.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImageError, match=r"unsupported: a (HEIC|JPEG XL) image needs the library pillow-\S+; \.venv/bin/pip install "):
+        read_size(io.BytesIO(data))
+    images._require_library.cache_clear()

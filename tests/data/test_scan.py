@@ -456,9 +456,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["rename", "write", "copy"])
-def test_a_file_of_the_same_size_and_time_is_read_again_after_a_change(
-    catalogue: Catalogue, tmp_path: Path, how: str
-) -> None:
+def test_a_file_of_the_same_size_and_time_is_read_again_after_a_change(catalogue: Catalogue, tmp_path: Path, how: str) -> None:
     """As unpacked archives, `cp -a` and container images leave files: all of one time."""
     folder = tmp_path / "data"
     folder.mkdir()

@@ -146,7 +146,7 @@ def test_every_image_that_a_table_does_not_serve_is_left_out_with_its_reason(cat
         "tiny.png": "below 0.001 megapixels: 5x5",
         "twice.png": "several rows: t.parquet has 2 rows of this name",
         "unknown.png": "not in the table: t.parquet has no row of this name",
-        "vast.png": "too large: 60000x60000, more than 128 megapixels",
+        "vast.png": "too large: 60000x60000, more than 256 megapixels",
     }
 
 

@@ -10,24 +10,36 @@ Image files are not trusted. Only the formats listed here are opened, recognized
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import io
 import warnings
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 from torch import Tensor
 
+from helpers.config.libraries import install
 from helpers.data.base.sample import Geometry, Size
 
 # Extensions of image files, in any letter case. The format is recognized by the first bytes.
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
+EXTENSIONS = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"),
+        *(".heic", ".heif", ".hif", ".jxl"),  # with libraries of their own: see `_LIBRARIES`
+    }
+)
 PIXELS_VERSION = 1  # part of the key of cached latents: raise it when `decode` or `cut` give other pixels
 MAX_PIXELS = 128_000_000  # 384 MB as RGB: more than the 102 megapixels of the largest cameras, less than a forged header may claim
 
+MAX_JPEG_PIXELS = 256_000_000  # for JPEG files, which can be decoded at a fraction of their size; cameras have up to 200 megapixels
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
 _READABLE = "JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF"
+_JPEG = ("JPEG", "MPO")  # MPO: JPEG with several images, as some cameras write
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 _WHITE = (255, 255, 255)
 _DRAFT_FACTORS = (8, 4, 2)  # by which libjpeg can downscale while it decodes
 _TRANSPOSE = {
@@ -40,8 +52,19 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns above its own limit. `_open` applies ours before any pixel is decoded.
+# Formats that Pillow reads only with another library: format => module, package, what files of it are called.
+_LIBRARIES = {
+    "HEIF": ("pillow_heif", "pillow-heif", "HEIC"),
+    "JXL": ("pillow_jxl", "pillow-jxl-plugin", "JPEG XL"),
+}
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+
+# Pillow warns above its own limit, and refuses above twice that. `_open` applies ours before any pixel is decoded.
+Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# A compressed color profile may be larger than Pillow's limit of 1 MiB. Texts of any length are dropped by `_without_texts`.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
 
 
 class ImageError(Exception):
@@ -51,7 +74,7 @@ class ImageError(Exception):
 def read_size(stream: BinaryIO) -> Size:
     """Width and height after EXIF rotation, from the header alone.
 
-    ImageError if it is not an image, or has more than `MAX_PIXELS`. The pixels may be damaged even if the header is not.
+    ImageError if it is not an image, or has more pixels than are decoded. The pixels may be damaged even if the header is not.
     """
     size = _plain_webp_size(stream.read(30))
     stream.seek(0)
@@ -73,14 +96,17 @@ def decode(data: bytes, resized: Size | None = None) -> Image.Image:
 
     `resized` is the size that the image will be resized to. A JPEG at least four times as large may then be decoded at 1/2, 1/4 or 1/8
     of its size, never below twice the size asked for. This is two to three times faster, and the resized photos differ by less than 1/255
-    on average. ImageError if the file is damaged.
+    on average. A JPEG with more than `MAX_PIXELS` is always decoded at a fraction, at the least size that covers `resized`.
+    ImageError if the file is damaged, or too large for that.
     """
     image = _open(io.BytesIO(data))
     orientation = _orientation(image)
-    if resized is not None and image.format in ("JPEG", "MPO"):
+    if image.format in _JPEG and resized is not None:
         _draft(image, _shown(resized, orientation))
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(Size(*image.size))
     try:
-        image.load()
+        image = _loaded(image, data)
         image = _on_white(_plain(image), image.info.get("icc_profile"))
         return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
     except (MemoryError, ImageError):
@@ -119,22 +145,91 @@ def pixels_of(image: Image.Image) -> Tensor:
 def _open(stream: BinaryIO) -> Image.Image:
     """The image, with only its header read. OSError for a disk error, ImageError for bad content."""
     try:
-        image = Image.open(stream, formats=_FORMATS)
+        image = _recognized(stream)
     except Image.DecompressionBombError:
         raise ImageError(f"too large: more than {MAX_PIXELS / 1e6:g} megapixels") from None
     except Image.UnidentifiedImageError as error:
         raise ImageError(_not_an_image(stream)) from error
+    except ImageError:
+        raise
     except MemoryError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault, not the file's
         raise ImageError(f"unreadable: {_reason(error)}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"too large: {Size(*image.size)}, more than {MAX_PIXELS / 1e6:g} megapixels")
+    if image.width * image.height > (MAX_JPEG_PIXELS if image.format in _JPEG else MAX_PIXELS):
+        raise _too_large(Size(*image.size), image.format)
     if image.width < 1 or image.height < 1:
         raise ImageError(f"unreadable: it claims a size of {Size(*image.size)}")
     return image
+
+
+def _recognized(stream: BinaryIO) -> Image.Image:
+    """The image in the format that the first bytes show."""
+    start = stream.read(32)
+    stream.seek(0)
+    other = _format_of_library(start)
+    if other is not None:
+        _require_library(other)
+        return Image.open(stream, formats=(other,))
+    try:
+        return Image.open(stream, formats=_FORMATS)
+    except ValueError:  # a text that is longer than Pillow decompresses, such as a large ComfyUI workflow
+        if not start.startswith(_PNG_START):
+            raise
+        stream.seek(0)
+        return Image.open(io.BytesIO(_without_texts(stream.read())), formats=("PNG",))
+
+
+def _loaded(image: Image.Image, data: bytes) -> Image.Image:
+    """The image with its pixels decoded. Texts after the pixels of a PNG are treated as in `_recognized`."""
+    try:
+        image.load()
+    except ValueError:
+        if image.format != "PNG":
+            raise
+        image = Image.open(io.BytesIO(_without_texts(data)), formats=("PNG",))
+        image.load()
+    return image
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG file without its texts, which say nothing about the pixels. XMP stays: it may hold the orientation."""
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        name, content = data[place + 4 : place + 8], data[place + 8 : end - 4]
+        if name not in (b"tEXt", b"zTXt", b"iTXt") or content.startswith(b"XML:com.adobe.xmp\0\0"):
+            kept.append(data[place:end])
+        place = end
+    return b"".join([*kept, data[place:]])
+
+
+def _format_of_library(start: bytes) -> str | None:
+    """The key of `_LIBRARIES` that a file's first 32 bytes belong to."""
+    if start.startswith(_JXL_STARTS):
+        return "JXL"
+    brands = [start[place : place + 4] for place in range(8, len(start) - 3, 4) if place != 12]
+    if start[4:8] == b"ftyp" and b"avif" not in brands and any(brand in _HEIF_BRANDS for brand in brands):
+        return "HEIF"
+    return None
+
+
+@functools.lru_cache
+def _require_library(format: str) -> None:
+    """Make Pillow read a format of `_LIBRARIES`. ImageError if its library is not installed."""
+    module, package, name = _LIBRARIES[format]
+    if importlib.util.find_spec(module) is None:
+        raise ImageError(f"unsupported: a {name} image needs the library {package}; {install(package)}")
+    library = importlib.import_module(module)
+    if format == "HEIF":
+        library.register_heif_opener()
+
+
+def _too_large(size: Size, format: str | None = None) -> ImageError:
+    more = MAX_JPEG_PIXELS if format in _JPEG else MAX_PIXELS
+    return ImageError(f"too large: {size}, more than {more / 1e6:g} megapixels")
 
 
 def _plain_webp_size(start: bytes) -> Size | None:
@@ -175,8 +270,8 @@ def _reason(error: Exception) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, from the header. Pillow itself rotates TIFF files, size and pixels."""
-    if image.format == "TIFF":
+    """The EXIF orientation, 1 to 8, from the header. The readers of TIFF, HEIC and JPEG XL rotate size and pixels themselves."""
+    if image.format in ("TIFF", *_LIBRARIES):
         return 1
     try:
         # Not PngImageFile.getexif, which decodes all pixels to look for EXIF after them.
@@ -192,16 +287,24 @@ def _shown(size: tuple[int, int], orientation: int) -> Size:
 
 
 def _draft(image: Image.Image, resized: Size) -> None:
-    """Let libjpeg downscale while it decodes, if the result is at least twice `resized` and the size divides evenly."""
+    """Let libjpeg downscale while it decodes, if the result is at least twice `resized` and the size divides evenly.
+
+    An image with more than `MAX_PIXELS` need only cover `resized`, and its size need not divide evenly.
+    """
     width, height = image.size
+    is_huge = width * height > MAX_PIXELS
+    least = 1 if is_huge else 2
     for factor in _DRAFT_FACTORS:
-        if width >= 2 * factor * resized.width and height >= 2 * factor * resized.height and width % factor == height % factor == 0:
+        fits = width >= least * factor * resized.width and height >= least * factor * resized.height
+        if fits and (is_huge or width % factor == height % factor == 0):
             image.draft(None, (width // factor, height // factor))
             return
 
 
 def _is_size_of(size: tuple[int, int], original: Size) -> bool:
     """Whether a decoded image has the expected size, in full or downscaled by libjpeg."""
+    if original.area > MAX_PIXELS:  # libjpeg rounds up
+        return any((-(-original.width // factor), -(-original.height // factor)) == size for factor in _DRAFT_FACTORS)
     return any((size[0] * factor, size[1] * factor) == original for factor in (1, *_DRAFT_FACTORS))
 
 

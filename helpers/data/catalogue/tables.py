@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from helpers.config.suggest import did_you_mean
-from helpers.data.base.images import MAX_PIXELS
+from helpers.data.base.images import MAX_JPEG_PIXELS
 from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, clean, json_list
 from helpers.errors import DataError
@@ -188,7 +188,7 @@ class _RowValidator:
         """Width, height, and the reason if they are unusable."""
         (_, wide), (_, high) = self.sizes
         width, height = values[wide], values[high]
-        if type(width) is type(height) is int and width >= 1 and height >= 1 and width * height <= MAX_PIXELS:
+        if type(width) is type(height) is int and width >= 1 and height >= 1 and width * height <= MAX_JPEG_PIXELS:
             return width, height, None
         found = []
         for column, place in self.sizes:
@@ -197,8 +197,8 @@ class _RowValidator:
                 return None, None, f"no size: the column {column} of {self.rule.path} {_is(values[place])}"
             found.append(number)
         size = Size(*found)
-        if size.area > MAX_PIXELS:
-            return None, None, f"too large: {size}, more than {MAX_PIXELS / 1e6:g} megapixels"
+        if size.area > MAX_JPEG_PIXELS:
+            return None, None, f"too large: {size}, more than {MAX_JPEG_PIXELS / 1e6:g} megapixels"
         return size.width, size.height, None
 
     def _captions(self, values: Sequence[Any]) -> tuple[str | None, str | None]:
