@@ -239,7 +239,7 @@ def in_step(ranks: list[TrainingData], steps: int) -> list[list[object]]:
 
 
 @pytest.mark.parametrize("changed", [{}, REDRAWN], ids=["plain", "redrawn"])
-@pytest.mark.parametrize("encode_while_training", [True, False])
+@pytest.mark.parametrize("behind", [True, False])
 def test_two_processes_encode_disjoint_shares_and_find_the_others_records(
     place: Place, other: Place, behind: bool, changed: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
