@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -46,6 +47,7 @@ class Program:
         descriptor, name = tempfile.mkstemp(suffix=".log")
         os.close(descriptor)
         self._output = Path(name)
+        weakref.finalize(self, self._output.unlink, missing_ok=True)
         environ = {**os.environ, **(variables or {})}
         self._process = _serving().Process(target=_become, args=(self.args, str(checkout), str(folder), environ, name))
         self._process.start()
@@ -71,9 +73,7 @@ class Program:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         self.wait(timeout)
-        output = self.output()
-        self._output.unlink(missing_ok=True)
-        return output, None
+        return self.output(), None
 
     def output(self) -> str:
         """What it has printed so far."""

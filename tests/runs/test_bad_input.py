@@ -82,7 +82,7 @@ def without_index(model: Path) -> str:
 
 def of_another_class(model: Path) -> str:
     (model / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    return f"The model in {model} is a FluxPipeline, which cannot be trained here; choose a base model that is SDXL."
+    return f"The base model in {model} has the pipeline FluxPipeline, which cannot be trained. Choose one of SDXL."
 
 
 def without_a_component(model: Path) -> str:
