@@ -272,7 +272,8 @@ def test_accepted_changed_data_begins_with_a_whole_epoch_and_is_itself_exact(res
 def test_a_second_run_on_the_same_output_folder_is_refused_with_the_first_ones_pid(trainer: Trainer) -> None:
     first = trainer.start()
     try:
-        wait_for((trainer.folder / "out" / ".lock").exists, first)
+        lock = trainer.folder / "out" / ".lock"
+        wait_for(lambda: lock.exists() and lock.read_text() == str(first.pid), first)
         os.kill(first.pid, signal.SIGSTOP)  # it holds the lock for as long as the second one takes to start
         said = refusal(trainer.run())
         assert f"is in use by another run (pid {first.pid})" in said
