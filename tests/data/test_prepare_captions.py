@@ -124,7 +124,7 @@ def test_sizes_from_a_table_give_the_same_plan_and_latents_as_those_of_the_pictu
     fingerprint = prepared(pictures).fingerprint()
     assert prepared(pictures, family, **table(pictures)).fingerprint() == fingerprint
     assert not family.codec.batches
-    assert report(pictures)["tables"] == [{"path": "sizes.parquet", "rows": 4, "unnamed": 0, "without_image": 0}]
+    assert report(pictures)["tables"] == [{"path": "sizes.parquet", "rows": 4, "unnamed": 0, "without_image": 0, "example": ""}]
 
 
 @pytest.mark.parametrize("wrong", [(96, 64), (128, 192), (65, 96)], ids=["swapped", "twice as large", "one pixel off"])

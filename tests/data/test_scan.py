@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -494,3 +495,27 @@ def test_a_file_of_the_same_size_and_time_is_read_again_after_a_change(catalogue
     ]
     assert list(catalogue.contents("set")) == [None, None]  # so that the bytes are hashed again
     assert (result.changed, scan(LocalSource(folder), RULES, catalogue).changed) == (4, 0)
+
+
+@pytest.mark.parametrize(("image", "caption"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_caption_whose_name_is_in_another_unicode_form_belongs_to_its_image(catalogue: Catalogue, image: str, caption: str) -> None:
+    def spelled(form: str, name: str) -> str:
+        return unicodedata.normalize(form, name)
+
+    files = {spelled(image, "sub/décor.png"): picture(), "ok.png": picture(), "ok.txt": b"ok"}
+    files[spelled(caption, "sub/décor.txt")] = "한국어".encode()
+    result = scan(MemoryBackend(files), RULES, catalogue)
+    assert (result.found, result.used) == (2, 2)
+    assert set(catalogue.captions("set")) == {"한국어", "ok"}
+    exact = spelled(image, "sub/décor.txt")
+    scan(MemoryBackend({**files, exact: b"its own"}), RULES, catalogue)
+    assert set(catalogue.captions("set")) == {"its own", "ok"}
+    assert reasons(catalogue) == {spelled(caption, "sub/décor.txt"): "caption without an image: no image has this name"}
+    scan(MemoryBackend(files), RULES, catalogue)
+    assert set(catalogue.captions("set")) == {"한국어", "ok"}
+
+
+def test_where_everything_is_left_out_the_example_is_an_image_and_its_most_common_reason(catalogue: Catalogue) -> None:
+    files = {f"{number}.png": picture() for number in range(3)} | {f"{number}.md": b"x" for number in range(9)} | {"0_bad.png": b"x"}
+    with pytest.raises(DataError, match=r"are left out \(9 not an image, 3 no caption, 1 unreadable\), such as 0\.png: no caption"):
+        scan(MemoryBackend(files), RULES, catalogue)

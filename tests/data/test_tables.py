@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from helpers.data.catalogue.scan import DatasetRules, ScanOptions, ScanResult, s
 from helpers.data.catalogue.table_join import JoinedTable
 from helpers.data.catalogue.tables import TableRule
 from helpers.data.plan.buckets import ResolutionRule
+from helpers.data.report.dataset_report import summary
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
 from tests.data.test_scan import Watched, picture, reasons
@@ -136,7 +139,7 @@ def test_every_image_that_a_table_does_not_serve_is_left_out_with_its_reason(cat
     smallest = replace(rules(BOTH), resolution=ResolutionRule(0.25, minimum_image_size=0.001))
     result = scan(MemoryBackend(files), smallest, catalogue)
     assert (result.found, result.used, result.left_out) == (10, 1, 9)
-    assert result.tables == (JoinedTable("t.parquet", 12, 2, 1),)
+    assert result.tables == (JoinedTable("t.parquet", 12, 2, 1, "gone"),)
     assert reasons(catalogue) == {
         "blank.png": "empty caption: the column description of t.parquet is empty",
         "flat.png": "no size: the column height of t.parquet has 0",
@@ -145,7 +148,7 @@ def test_every_image_that_a_table_does_not_serve_is_left_out_with_its_reason(cat
         "stray.md": "not an image: its name ends in .md",
         "tiny.png": "below 0.001 megapixels: 5x5",
         "twice.png": "several rows: t.parquet has 2 rows of this name",
-        "unknown.png": "not in the table: t.parquet has no row of this name",
+        "unknown.png": "not in the table: t.parquet has no row of this name; a row that names no image has 'gone'",
         "vast.png": "too large: 60000x60000, more than 256 megapixels",
     }
 
@@ -369,3 +372,79 @@ def test_a_table_anywhere_on_this_machine_is_found_and_watched(tmp_path: Path, c
     os.utime(path, ns=(0, 1))
     scan(LocalSource(tmp_path / "data"), there, catalogue)
     assert list(catalogue.captions("set")) == ["changed"]
+
+
+NAME = TableRule("t.jsonl", "jsonl", filename_column="file", caption_column="text")
+
+
+def captions_by_key(names: list[object], keys: list[str], folder: Path, **settings: object) -> dict[str, str]:
+    """The captions of images in a folder whose table has these names in place of the keys, in the same order."""
+    for key in keys:
+        (folder / "set" / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "set" / key).write_bytes(picture())
+    rows = [json.dumps({"file": name, "text": f"row {place}"}) for place, name in enumerate(names)]
+    (folder / "set" / "t.jsonl").write_text("\n".join(rows))
+    with Catalogue(folder / "catalogue.sqlite") as opened, contextlib.suppress(DataError):
+        scan(LocalSource(folder / "set"), rules(replace(NAME, **settings), strategy="jsonl"), opened)
+        return {key: captions[0] for key, (_, captions) in told(opened).items()}
+    return {}
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda key, root: f"{root}/{key}",
+        lambda key, root: f"set/{key}",
+        lambda key, root: f"./{key}",
+        lambda key, root: "D:\\" + "\\".join(("my", "set", *key.split("/"))),
+        lambda key, root: f"/home/someone/else/{key}",
+        lambda key, root: f"file://{root}/{key}",
+        lambda key, root: key.replace(".png", ".jpg"),
+        lambda key, root: key.replace(".png", ".PNG"),
+        lambda key, root: f" {key} ",
+        lambda key, root: unicodedata.normalize("NFD", key),
+        lambda key, root: key.rpartition("/")[2].removesuffix(".png"),
+    ],
+    ids=["absolute", "folder", "dot", "windows", "elsewhere", "url", "extension", "case", "blanks", "unicode", "basename"],
+)
+def test_a_name_spelled_differently_means_the_only_image_that_it_can_mean(spell: Callable[[str, Path], str], tmp_path: Path) -> None:
+    keys = ["décor.png", "sub/v1.5.png", "sub/deep/c.png"]
+    names: list[object] = [spell(key, tmp_path / "set") for key in keys]
+    assert captions_by_key(names, keys, tmp_path) == {key: f"row {place}" for place, key in enumerate(keys)}
+
+
+def test_numbers_with_a_fraction_of_zero_are_whole_numbers(tmp_path: Path) -> None:
+    assert captions_by_key([7.0, 12.0], ["7.png", "0012.png"], tmp_path) == {"7.png": "row 0", "0012.png": "row 1"}
+    assert captions_by_key(["7.0", "12.0"], ["7.png", "12.png"], tmp_path / "texts") == {"7.png": "row 0", "12.png": "row 1"}
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "found"),
+    [
+        (["cat"], ["a/cat.png", "b/cat.png"], {}),  # two images for one row
+        (["x/CAT.png", "y/cat.png"], ["cat.png"], {}),  # two rows for one image, in two folders
+        (["CAT.png", "Cat.png"], ["cat.png"], {}),
+        (["cat.jpg", "cat.png"], ["cat.png"], {"cat.png": "row 1"}),  # the exact name counts first
+        (["set/dog", "other/cat"], ["cat.png", "dog.png"], {"dog.png": "row 0"}),  # another folder means other images
+    ],
+)
+def test_a_name_that_may_mean_several_images_means_none(
+    names: list[object], keys: list[str], found: dict[str, str], tmp_path: Path
+) -> None:
+    assert captions_by_key(names, keys, tmp_path) == found
+
+
+def test_a_setting_for_extensions_holds_for_other_spellings_too(tmp_path: Path) -> None:
+    assert captions_by_key(["set/a.jpg"], ["a.png"], tmp_path / "1", includes_extension=True) == {}
+    assert captions_by_key(["set/a.png"], ["a.png"], tmp_path / "2", includes_extension=True) == {"a.png": "row 0"}
+    assert captions_by_key(["set/a.png"], ["a.png.png"], tmp_path / "3", includes_extension=False) == {"a.png.png": "row 0"}
+
+
+def test_where_names_do_not_fit_one_of_the_table_is_shown(catalogue: Catalogue) -> None:
+    table = b'{"file": "a.png", "text": "x"}\n{"file": "elsewhere_17", "text": "y"}'
+    files = {"a.png": picture(), "b.png": picture(), "t.jsonl": table}
+    result = scan(MemoryBackend(files), rules(NAME, strategy="jsonl"), catalogue)
+    assert reasons(catalogue) == {
+        "b.png": "not in the table: t.jsonl has no row of this name; a row that names no image has 'elsewhere_17'"
+    }
+    assert summary(result).endswith(" · 1 of 2 rows of t.jsonl name no image, such as 'elsewhere_17'")

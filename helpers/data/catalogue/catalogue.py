@@ -239,6 +239,17 @@ class Catalogue:
         for key, reason in self._database.rows(query, dataset):
             yield LeftOut(key, reason)
 
+    def example_left_out(self, dataset: str) -> LeftOut:
+        """A file that is left out: an image, if there is one, with the most frequent reason of images."""
+        kind = "substr(left_out, 1, instr(left_out || ':', ':'))"
+        query = (
+            "SELECT key, left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL"
+            f" ORDER BY kind <> 'image', count(*) OVER (PARTITION BY kind, {kind}) DESC, key LIMIT 1"
+        )
+        found = self._database.row(query, dataset)
+        assert found is not None, f"no file of {dataset} is left out"
+        return LeftOut(*found)
+
     def skipped_folders(self, dataset: str) -> list[str]:
         """System folders that the last scan found and did not enter, sorted."""
         return [folder for (folder,) in self._database.rows("SELECT folder FROM skipped WHERE dataset = ? ORDER BY folder", dataset)]

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import io
 import json
+import posixpath
 import sqlite3
 import statistics
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -200,7 +202,25 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
             # In the same transaction, so that a kill from here on leaves a catalogue that will be judged again.
             database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
             database.execute("DELETE FROM joined WHERE dataset = ?", (dataset,))
+            _pair_captions(database, dataset)
     return new, changed, removed
+
+
+def _pair_captions(database: sqlite3.Connection, dataset: str) -> None:
+    """Give caption files without an image the stem of the image whose name is the same text in another Unicode form.
+
+    Macs write `é` as two characters, other systems as one. An image that has a caption file of exactly its name keeps that.
+    """
+    database.create_function("own_stem", 1, lambda key: posixpath.splitext(key)[0], deterministic=True)
+    database.execute("UPDATE files SET stem = own_stem(key) WHERE dataset = ? AND kind = 'caption' AND stem <> own_stem(key)", (dataset,))
+    alone = "SELECT id, stem FROM files f WHERE dataset = ? AND kind = ? AND stem GLOB '*[^ -~]*' AND NOT EXISTS ({})"
+    partner = "SELECT 1 FROM files o WHERE o.dataset = f.dataset AND o.stem = f.stem AND o.kind = '{}'"
+    captions = database.execute(alone.format(partner.format("image")), (dataset, "caption")).fetchall()
+    if captions:
+        images = database.execute(alone.format(partner.format("caption")), (dataset, "image"))
+        stems = {unicodedata.normalize("NFC", stem): stem for _, stem in images}
+        found = ((stems.get(unicodedata.normalize("NFC", stem), stem), row) for row, stem in captions)
+        database.executemany("UPDATE files SET stem = ? WHERE id = ?", found)
 
 
 # -- 2. read new and changed files -------------------------------------------------------------------------------------------
@@ -446,7 +466,7 @@ def _nothing_left(backend: SourceBackend, dataset: str, catalogue: Catalogue, ki
         folders = catalogue.skipped_folders(dataset)
         but = f" outside of system folders, such as {folders[0]}, which are not read" if folders else ""
         return f"dataset {dataset!r}: there are no files in {backend.name}{but}; put images there, or correct the path."
-    first = next(catalogue.left_out(dataset))
+    first = catalogue.example_left_out(dataset)
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     return (
         f"dataset {dataset!r}: all {kinds.total():,} files in {backend.name} are left out ({counts}), such as {first.key}: {first.reason}."

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.data.catalogue.catalogue import FROM_TABLE, Catalogue
+from helpers.data.catalogue.loose_names import match_loosely
 from helpers.data.catalogue.tables import TableRule, read_rows
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
 from helpers.storage.local import LocalSource
+
+_VERSION = 2  # of how names are compared; tables are joined again when it changes
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class JoinedTable:
     path: str
     rows: int
     unnamed: int  # rows without a file name
-    without_image: int  # rows that name no image of the data set
+    without_image: int  # rows that name no image of the dataset
+    example: str = ""  # the name in one of these rows
 
 
 def join_tables(
@@ -40,7 +44,8 @@ def join_tables(
     DataError if a table is missing or unusable, StorageError if its store fails.
     """
     versions = [_version(backend, dataset, table.path, catalogue) for table in tables]
-    stated = json.dumps([[dataclasses.asdict(table), *version] for table, version in zip(tables, versions, strict=True)], sort_keys=True)
+    inputs = [[dataclasses.asdict(table), *version] for table, version in zip(tables, versions, strict=True)]
+    stated = json.dumps([_VERSION, *inputs], sort_keys=True)
     with catalogue.transaction() as database:
         known = database.execute("SELECT stated, counts FROM joined WHERE dataset = ?", (dataset,)).fetchone()
         if known is not None and known[0] == stated:
@@ -52,9 +57,10 @@ def join_tables(
                 (dataset,),
             )
         joined = []
+        root = str(getattr(backend, "root", backend.name))
         for table in tables:
             _load(database, backend, table, should_stop)
-            joined.append(_join(database, dataset, table))
+            joined.append(_join(database, dataset, table, root))
         counts = json.dumps([dataclasses.asdict(table) for table in joined])
         database.execute("INSERT OR REPLACE INTO joined VALUES (?, ?, ?)", (dataset, stated, counts))
         database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
@@ -108,7 +114,7 @@ def _load(database: sqlite3.Connection, backend: SourceBackend, table: TableRule
     database.execute("CREATE UNIQUE INDEX temp.named_by_name ON named (name)")
 
 
-def _join(database: sqlite3.Connection, dataset: str, table: TableRule) -> JoinedTable:
+def _join(database: sqlite3.Connection, dataset: str, table: TableRule, root: str) -> JoinedTable:
     (rows, unnamed, numbers) = database.execute(
         "SELECT count(*), count(*) - count(name), coalesce(sum(is_number), 0) FROM temp.row"
     ).fetchone()
@@ -120,8 +126,11 @@ def _join(database: sqlite3.Connection, dataset: str, table: TableRule) -> Joine
         " WHERE f.dataset = ? AND f.kind = 'image'",
         (dataset,),
     )
+    match_loosely(database, root, table.includes_extension)
+    unmatched = "SELECT name FROM temp.named WHERE row NOT IN (SELECT row FROM temp.matched WHERE row IS NOT NULL) ORDER BY row LIMIT 1"
+    example = database.execute(unmatched).fetchone()
     problem = (
-        "CASE WHEN m.row IS NULL THEN 'not in the table: ' || :path || ' has no row of this name'"
+        "CASE WHEN m.row IS NULL THEN 'not in the table: ' || :path || ' has no row of this name' || :example"
         " WHEN m.copies > 1 THEN 'several rows: ' || :path || ' has ' || m.copies || ' rows of this name'"
         " ELSE r.{} END"
     )
@@ -136,14 +145,14 @@ def _join(database: sqlite3.Connection, dataset: str, table: TableRule) -> Joine
         changes.append(f"text = r.captions, text_problem = {problem.format('caption_problem')}")
     database.execute(
         f"UPDATE files SET {', '.join(changes)} FROM temp.matched m LEFT JOIN temp.row r ON r.id = m.row WHERE files.id = m.file",
-        {"path": table.path},
+        {"path": table.path, "example": f"; a row that names no image has {example[0]!r}" if example else ""},
     )
     (named_rows,) = database.execute(
         "SELECT coalesce(sum(copies), 0) FROM temp.named WHERE row IN (SELECT row FROM temp.matched WHERE row IS NOT NULL)"
     ).fetchone()
     for name in ("row", "named", "matched"):
         database.execute(f"DROP TABLE temp.{name}")
-    return JoinedTable(table.path, rows, unnamed, rows - unnamed - named_rows)
+    return JoinedTable(table.path, rows, unnamed, rows - unnamed - named_rows, example[0] if example else "")
 
 
 def _identifiers(table: TableRule, all_numbers: bool) -> tuple[str, str]:

@@ -179,6 +179,8 @@ class _RowValidator:
     def row(self, *values: Any) -> Row:
         """One row, from its values in the order of `rule.columns`."""
         name = values[self.name]
+        if type(name) is float and name.is_integer():  # pandas makes numbers of a column with gaps floating point
+            name = int(name)
         is_number = type(name) is int
         size = self._size(values) if self.sizes else (None, None, None)
         captions = self._captions(values) if self.texts else (None, None)

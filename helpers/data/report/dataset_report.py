@@ -153,7 +153,8 @@ def summary(result: ScanResult, buckets: int | None = None) -> str:
         line += f" · {result.skipped_folders:,} system folder{'s' if result.skipped_folders > 1 else ''} not read"
     for table in result.tables:
         if stray := table.unnamed + table.without_image:
-            line += f" · {stray:,} of {table.rows:,} rows of {table.path} name no image"
+            such_as = f", such as {table.example!r}" if table.example else ""
+            line += f" · {stray:,} of {table.rows:,} rows of {table.path} name no image{such_as}"
     return line if buckets is None else line + f" · {buckets:,} bucket{'s' if buckets != 1 else ''}"
 
 
