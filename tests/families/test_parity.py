@@ -10,10 +10,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
 import train
-from helpers.config.options import ObjectiveOptions
 from helpers.families.text import clip
 from helpers.families.tiny import MINIATURES
-from helpers.objectives.diffusion import Diffusion
 from tests.families.conftest import CAPTIONS, CLIP_ALONE, CPU, PIXELS, Tried, open_family
 from tests.families.other_losses import other_losses
 
@@ -42,7 +40,7 @@ def answer(pipeline: Any, miniature: str, noisy: Tensor, timesteps: Tensor, capt
 @pytest.mark.parametrize("tried", CLIP_ALONE, indirect=True)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", None])
 def test_prediction_target_and_loss_are_those_of_diffusers(tried: Tried, prediction: str | None) -> None:
-    objective = Diffusion(ObjectiveOptions(prediction_type=prediction), tried.family.scheduler_config)
+    objective = tried.objective(prediction_type=prediction)
     batch = tried.batch()
     denoiser = tried.family.load(torch.float32).denoiser
     with torch.no_grad():
