@@ -1,18 +1,31 @@
-"""Mistakes to explain, not to trace, and the exit codes a run ends with."""
+"""The exceptions with which a run ends on purpose, and its exit codes.
+
+    Exception
+    ├── UserError             the user can correct it: one sentence, exit code 2
+    │   ├── ConfigError       settings, one sentence each
+    │   ├── DataError         images, captions, caches
+    │   ├── ModelError        base models
+    │   └── CheckpointError   checkpoints
+    ├── StorageError          disk full, network gone: one sentence, exit code 1
+    ├── TrainingError         training cannot continue, such as a loss that is not finite: one sentence, exit code 1
+    └── Interrupted           stopped on request, after saving: exit code 75
+
+Any other exception is a bug of ours: a traceback, exit code 1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 EXIT_FINISHED = 0
-EXIT_FAULT = 1  # a bug of ours, or a machine that failed: a traceback
-EXIT_REFUSED = 2  # settings or data refused before training: a sentence
-EXIT_INTERRUPTED = 75  # stopped on request after a good save; start again to go on
-EXIT_LEFT_AT_ONCE = 130  # a second signal: left without saving
+EXIT_FAULT = 1  # a bug of ours (a traceback), or a disk, network or training that failed (a sentence)
+EXIT_REFUSED = 2  # settings, data, model or checkpoint refused: a sentence
+EXIT_INTERRUPTED = 75  # stopped on request after saving; run the same command to resume
+EXIT_LEFT_AT_ONCE = 130  # a second signal: ended at once, without saving
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one sentence that names the file, key or value and the remedy."""
+    """A mistake that the user can correct. The message is one sentence with the file, key or value and the remedy."""
 
 
 class ConfigError(UserError):
@@ -28,11 +41,11 @@ class DataError(UserError):
 
 
 class ModelError(UserError):
-    """A model folder or file that is missing, is not a model, or is one of another family."""
+    """A model folder or file that is missing, damaged, or of another family."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is damaged, or that belongs to another run than the one asked for."""
+    """A checkpoint that is damaged or belongs to another run."""
 
 
 class StorageError(Exception):
