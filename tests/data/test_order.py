@@ -311,5 +311,5 @@ def test_a_start_in_the_middle_of_changing_epochs_gives_what_an_unbroken_run_giv
 
 def test_shapes_of_another_number_of_samples_are_refused() -> None:
     order = EpochOrder(lambda number: [0] * (3 - number), [0] * 3, [Share()], 1, seed=0)
-    with pytest.raises(ValueError, match="one shape for each of its 3 samples, not 2"):
+    with pytest.raises(ValueError, match="one shape for each of the 3 samples, not 2"):
         order.step(3)

@@ -288,7 +288,7 @@ def test_an_exported_pipeline_samples_with_the_variance_that_is_not_learnt(deepf
         ("--latent_sampling=sample", "has none: leave it at mean"),
         ("--pretrained_vae_model_name_or_path=some/vae", "--pretrained_vae_model_name_or_path is about a VAE"),
         ("--vae_dtype=fp32", "--vae_dtype is about a VAE"),
-        ("--tokenizer_max_length=120", "always read 77 tokens"),
+        ("--tokenizer_max_length=120", "is for Stable Diffusion 3 and PixArt"),
         ("--validation_guidance_rescale=0.7", "not known to the pipelines of DeepFloyd"),
         ("--validation_noise_scheduler=euler", "choose ddpm, ddim or unipc"),
     ],

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from helpers.config.optimizers import ADAM_DEFAULTS
+from helpers.config.optimizers import ADAMW_DEFAULTS
 from helpers.config.options import OptimizerOptions
 from helpers.protocols import Trainable
 from helpers.training.engine import Engine
@@ -149,7 +149,7 @@ def test_the_optimizer_is_restored_bit_for_bit(optimizer: str) -> None:
     def build() -> tuple[nn.Module, Engine]:
         model = network().to(torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32)
         model.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(next(module.parameters()).dtype),))
-        return model, engine(model, optimizer=optimizer, **(ADAM_DEFAULTS if optimizer == "adamw_bf16" else {}))
+        return model, engine(model, optimizer=optimizer, **(ADAMW_DEFAULTS if optimizer == "adamw_bf16" else {}))
 
     undisturbed, whole = build()
     steps(whole, 0, 3)
@@ -167,7 +167,7 @@ def test_the_optimizer_is_restored_bit_for_bit(optimizer: str) -> None:
 def test_the_gradients_of_many_micro_batches_add_up_in_float32_where_that_is_asked_for(kept_in: str) -> None:
     """Of one weight: 1 and 300 times 0.002, of which a sum in bfloat16 keeps nothing, since its next number after 1 is 1.0078."""
     model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
-    steps = engine(model, gradient_precision=kept_in, optimizer="adamw_bf16", max_grad_norm=0.0, **ADAM_DEFAULTS)
+    steps = engine(model, gradient_precision=kept_in, optimizer="adamw_bf16", max_grad_norm=0.0, **ADAMW_DEFAULTS)
     for value in (1.0, *[0.002] * 300):
         inputs = torch.tensor([[value]], dtype=torch.bfloat16)
         steps.backward(steps.denoiser(inputs).squeeze(-1).float(), torch.ones(1), 1)

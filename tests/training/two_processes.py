@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import nn
 
-from helpers.config.optimizers import ADAM_DEFAULTS, ADAM_FORMS, ADAPTIVE_RATE, OPTIMIZERS
+from helpers.config.optimizers import ADAMW_DEFAULTS, FINDS_RATE, IS_ADAMW, OPTIMIZERS
 from helpers.config.options import OptimizerOptions
 from helpers.protocols import Trainable
 from helpers.training.engine import Engine
@@ -34,9 +34,9 @@ def state_after_steps(name: str, runtime: Runtime, mine: slice) -> str:
     dtype = torch.bfloat16 if name == "adamw_bf16" else torch.float32
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
     trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
-    defaults = ADAM_DEFAULTS if name in ADAM_FORMS else {}
+    defaults = ADAMW_DEFAULTS if name in IS_ADAMW else {}
     options = dataclasses.replace(OptimizerOptions(), **{"optimizer": name, **defaults})
-    engine = Engine(runtime, trainable, options, Schedule("constant", 1.0 if name in ADAPTIVE_RATE else 1e-2, 0.0, 0, 100))
+    engine = Engine(runtime, trainable, options, Schedule("constant", 1.0 if name in FINDS_RATE else 1e-2, 0.0, 0, 100))
     for step in range(3):
         losses = (engine.denoiser(INPUTS[mine].to(dtype)).squeeze(-1).float() - TARGETS[mine]) ** 2
         engine.backward(losses, torch.ones(len(losses)), 4)
@@ -52,7 +52,7 @@ def sums_in_float32(runtime: Runtime, mine: slice) -> dict[str, object]:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).to(torch.bfloat16)
     trainable = Trainable(model, dict(model.named_parameters()), "toy", "toy")
-    options = dataclasses.replace(OptimizerOptions(), **{"optimizer": "adamw_bf16", **ADAM_DEFAULTS})
+    options = dataclasses.replace(OptimizerOptions(), **{"optimizer": "adamw_bf16", **ADAMW_DEFAULTS})
     engine = Engine(runtime, trainable, options, Schedule("constant", 1e-2, 0.0, 0, 100), gradient_precision="fp32")
     places = range(4)[mine]
     for place in places:
