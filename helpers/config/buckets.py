@@ -34,6 +34,21 @@ def bucket_problems(entry: Entry, said: Mapping[str, Any]) -> Iterator[tuple[str
         yield "cache_dir_vae", "is the whole bucket; name a prefix for the latents, or leave it out to keep them on this machine"
 
 
+def without_bucket(url: str, bucket: str) -> str:
+    """An endpoint without the bucket, which copied addresses include: ACCOUNT.r2.cloudflarestorage.com/BUCKET, BUCKET.s3.amazonaws.com."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url
+    path, host = parts.path.rstrip("/"), parts.netloc
+    if path.rpartition("/")[2] == bucket:
+        path = path.rpartition("/")[0]
+    rest = host.removeprefix(f"{bucket}.")
+    if rest != host and (rest.startswith(("s3.", "s3-")) or rest.endswith(".digitaloceanspaces.com")):
+        host = rest
+    return parts._replace(netloc=host, path=path).geturl()
+
+
 def _endpoint_problems(url: str | None) -> Iterator[tuple[str, str]]:
     if not url:
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from helpers.config.aspects import map_of, maps_in, read_map
-from helpers.config.buckets import bucket_problems, keys_without_a_bucket
+from helpers.config.buckets import bucket_problems, keys_without_a_bucket, without_bucket
 from helpers.config.caption_filters import parse_filter, read_filter_file
 from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TableConfig, TextCacheConfig, complete
 from helpers.config.declare import Option, options_of
@@ -26,6 +26,7 @@ KEYS_OF_CONDITIONS = frozenset(
     + ["instance_data_dir", "path", "split", "image_column", "urls"]
     + [item.name for item in options_of(Entry) if item.name.startswith("aws_")]
 )
+EMPTY_TEXTS = frozenset(["instance_prompt", "tag_separator"])  # keys for which an empty text is a value
 _KINDS: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -119,6 +120,8 @@ class _Entries:
         values: dict[str, Any] = {}
         for key, raw in entry.items():
             item = spelling.get(key)
+            if raw == "" and item is not None and item.kind in (str, Path) and item.name not in EMPTY_TEXTS:
+                raw = None  # June 2024's files have empty texts for what is not set
             if item is None:
                 self._problem(index, key, "is not a key of " + _entry_name(kind) + _elsewhere(key, kind, spelling))
             elif item.name in values:
@@ -128,6 +131,8 @@ class _Entries:
             else:
                 values[item.name] = self._value(index, key, item, raw)
         inherited = {item.name: self.options[item.inherits] for item in declared if item.inherits and values.get(item.name) is None}
+        if (url := values.get("aws_endpoint_url")) and (bucket := values.get("aws_bucket_name")):
+            values["aws_endpoint_url"] = without_bucket(url, bucket)
         return kind(**{key: value for key, value in values.items() if value is not None} | inherited)
 
     def _value(self, index: int, key: str, item: Option, raw: Any) -> Any:

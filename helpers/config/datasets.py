@@ -104,6 +104,8 @@ class DatasetConfig(Entry):
     target_downsample_size: float | None = option(
         None, "What images above maximum_image_size are shrunk to.", above=0, inherits="target_downsample_size"
     )
+    minimum_aspect: float | None = option(None, "Leave out images whose width / height is smaller, such as 0.5.", above=0)
+    maximum_aspect: float | None = option(None, "Leave out images whose width / height is larger, such as 2.", above=0)
     crop: bool = option(False, "Cut images to the target's shape; off keeps as much of each image as its shape allows.")
     crop_style: str = option(
         "random",

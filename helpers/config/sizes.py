@@ -23,6 +23,8 @@ def size_problems(dataset: DatasetConfig) -> Iterator[str]:
     """One sentence for every combination of a data set's sizes and cuts that cannot be used."""
     name = f"data set {dataset.id!r}"
     yield from _shrinking(name, dataset)
+    if dataset.minimum_aspect and dataset.maximum_aspect and dataset.minimum_aspect > dataset.maximum_aspect:
+        yield f"{name}: minimum_aspect {dataset.minimum_aspect:g} is above maximum_aspect {dataset.maximum_aspect:g}; exchange them."
     if not dataset.crop:
         return
     if dataset.crop_aspect == "random" and not dataset.crop_aspect_buckets:

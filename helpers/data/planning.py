@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ def rules_of(dataset: DatasetConfig, seed: int = 0) -> DatasetRules:
         minimum_image_size=dataset.minimum_image_size or 0,
         maximum_image_size=dataset.maximum_image_size or 0,
         target_downsample_size=dataset.target_downsample_size or 0,
+        minimum_aspect=dataset.minimum_aspect or 0,
+        maximum_aspect=dataset.maximum_aspect or math.inf,
         bucket_sizes=dataset.bucket_sizes,
         rounding=dataset.aspect_bucket_rounding,
     )

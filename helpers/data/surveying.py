@@ -8,7 +8,15 @@ import numpy as np
 
 from helpers.data.planned import PlannedData
 from helpers.data.planning import restricted
-from helpers.data.report.dataset_report import REPORT, caption_report, conditions_report, dataset_report, lost_line, summary
+from helpers.data.report.dataset_report import (
+    REPORT,
+    caption_report,
+    conditions_report,
+    dataset_report,
+    long_sides_line,
+    lost_line,
+    summary,
+)
 from helpers.data.report.survey import Survey
 from helpers.data.report.thumbnails import thumbnails
 from helpers.data.scanning import Scanner
@@ -81,10 +89,12 @@ class Surveyor:
             self._memo.save_value("survey", self._inputs(), {"unread": self._unread})
 
     def _report_lines(self) -> None:
-        columns = self._data.plan.columns
+        columns, data_shapes = self._data.plan.columns, self._data.plan.shapes
         for index, result in enumerate(self._scanner.results):
             shapes = np.bincount(columns["shape"][columns["dataset"] == index])
             self._report.chapter("dataset", summary(result, int(np.count_nonzero(shapes))))
+            if line := long_sides_line(self._data.datasets[index], [data_shapes[shape] for shape in np.flatnonzero(shapes).tolist()]):
+                self._report.chapter("", f"{result.dataset}: {line}")
             if faceless := len(self._scanner.faceless.get(result.dataset, ())):
                 text = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
                 self._report.chapter("faces", f"{result.dataset}: {text}")

@@ -169,6 +169,39 @@ def test_a_value_that_cannot_be_read_is_told_once(mistake: dict[str, Any], write
     assert refuse().count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://acc.r2.cloudflarestorage.com/pictures", "https://acc.r2.cloudflarestorage.com"),
+        ("https://acc.r2.cloudflarestorage.com/pictures/", "https://acc.r2.cloudflarestorage.com"),
+        ("https://pictures.s3.eu-central-1.amazonaws.com", "https://s3.eu-central-1.amazonaws.com"),
+        ("https://pictures.nyc3.digitaloceanspaces.com", "https://nyc3.digitaloceanspaces.com"),
+        ("https://ref.supabase.co/storage/v1/s3", "https://ref.supabase.co/storage/v1/s3"),
+        ("https://ref.supabase.co/storage/v1/s3/pictures", "https://ref.supabase.co/storage/v1/s3"),
+        ("http://pictures.example.com:9000", "http://pictures.example.com:9000"),  # a host of this name, not a bucket's address
+        ("https://acc.r2.cloudflarestorage.com/pictures2", "https://acc.r2.cloudflarestorage.com/pictures2"),
+    ],
+)
+def test_an_endpoint_may_include_the_bucket(url: str, expected: str, write_data: Write, read: Read) -> None:
+    write_data([{**BUCKET, "aws_endpoint_url": url}])
+    assert read().datasets[0].aws_endpoint_url == expected
+
+
+def test_empty_texts_count_as_not_set(write_data: Write, read: Read) -> None:
+    """As the June 2024 release's example of a bucket has them."""
+    write_data([{**IMAGES, "aws_data_prefix": "", "aws_bucket_name": "", "cache_dir_vae": "", "text_embeds": "", "caption_strategy": ""}])
+    given = read().datasets[0]
+    write_data([IMAGES])
+    assert given == read().datasets[0]
+    write_data([IMAGES, {"id": "t", "dataset_type": "text_embeds", "default": True, "cache_dir": "", "aws_data_prefix": ""}])
+    assert read().text_caches[0].cache_dir is not None and str(read().text_caches[0].cache_dir) != "."
+
+
+def test_aspects_in_the_wrong_order_are_named(write_data: Write, refuse: Refuse) -> None:
+    write_data([{**IMAGES, "minimum_aspect": 2, "maximum_aspect": 0.5}])
+    assert "minimum_aspect 2 is above maximum_aspect 0.5; exchange them." in refuse()
+
+
 def test_every_mistake_of_a_file_is_told_at_once(write_data: Write, refuse: Refuse) -> None:
     write_data([{**IMAGES, "resolution": "64", "crop_stile": 1, "instance_data_dir": "nowhere"}, {"id": "a", "repeats": -1}])
     told = refuse().splitlines()

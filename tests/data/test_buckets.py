@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers.data.base.sample import Size
 from helpers.data.plan.buckets import BucketPlan, DatasetColumns, geometry, plan
-from helpers.data.plan.targets import ResolutionRule, target_size, too_small
+from helpers.data.plan.targets import ResolutionRule, target_size, unsuitable_size
 
 edges = st.integers(1, 20_000)
 sizes = st.tuples(edges, edges).filter(lambda size: max(size) <= 50 * min(size)).map(lambda size: Size(*size))
@@ -147,7 +147,7 @@ def test_random_cuts_reach_every_position_equally_often() -> None:
     ],
 )
 def test_the_minimum_size_is_judged_on_the_original(size: tuple[int, int], rule: ResolutionRule, reason: str | None) -> None:
-    assert too_small(Size(*size), rule) == reason
+    assert unsuitable_size(Size(*size), rule) == reason
 
 
 @given(st.lists(sizes, min_size=1, max_size=12), rules, st.data())

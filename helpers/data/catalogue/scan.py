@@ -32,7 +32,7 @@ from helpers.data.catalogue.catalogue import Catalogue, new_token
 from helpers.data.catalogue.listing import Listing
 from helpers.data.catalogue.table_join import JoinedTable, join_tables
 from helpers.data.catalogue.tables import TableRule
-from helpers.data.plan.targets import ResolutionRule, too_small
+from helpers.data.plan.targets import ResolutionRule, unsuitable_size
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import RemoteSource, SourceBackend
 
@@ -428,7 +428,7 @@ def _verdict(
     reason = problem
     if reason is None and key in undecodable:
         reason = found_undecodable or _LEFT_OUT_BEFORE
-    reason = reason or too_small(Size(width, height), rules.resolution)
+    reason = reason or unsuitable_size(Size(width, height), rules.resolution)
     if reason is None and rules.condition:
         reason = _problem_of_condition(Size(width, height), rules.condition, *condition)
     if reason is None and (rules.captions.reads_files or rules.captions.table):

@@ -47,6 +47,8 @@ class ResolutionRule:
     minimum_image_size: float = 0
     maximum_image_size: float = 0
     target_downsample_size: float = 0
+    minimum_aspect: float = 0  # width / height
+    maximum_aspect: float = math.inf
     bucket_sizes: tuple[BucketSize, ...] = ()
     rounding: int = DEFAULT_ROUNDING
 
@@ -83,14 +85,19 @@ def targets(width: Integers, height: Integers, rule: ResolutionRule, aspect_u: F
     return _of_aspects(np.ones(len(width)) if rule.square else width / height, rule)
 
 
-def too_small(size: Size, rule: ResolutionRule) -> str | None:
-    """The reason why an image is too small or too narrow to train on, as "kind: detail", or None.
+def unsuitable_size(size: Size, rule: ResolutionRule) -> str | None:
+    """The reason why an image has a size or an aspect that is not trained on, as "kind: detail", or None.
 
     A minimum in pixels applies to the shorter edge. A minimum in megapixels applies to the area, and for square crops also to the largest
     square in the image.
     """
     if max(size) > MAX_ASPECT * min(size):
         return f"too narrow: {size}, one side is more than {MAX_ASPECT} times the other"
+    aspect = size.width / size.height
+    if aspect < rule.minimum_aspect:
+        return f"aspect below {rule.minimum_aspect:g}: {size}, width / height is {aspect:.2f}"
+    if aspect > rule.maximum_aspect:
+        return f"aspect above {rule.maximum_aspect:g}: {size}, width / height is {aspect:.2f}"
     minimum = rule.minimum_image_size
     if rule.resolution_type == "pixel":
         return f"below {minimum:g} px: {size}" if min(size) < minimum else None

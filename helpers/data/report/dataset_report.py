@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from helpers.config.datasets import DatasetConfig
+from helpers.data.base.sample import Size
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import ScanResult
 from helpers.data.order.epoch_order import Mix
@@ -156,6 +158,17 @@ def summary(result: ScanResult, buckets: int | None = None) -> str:
             such_as = f", such as {table.example!r}" if table.example else ""
             line += f" · {stray:,} of {table.rows:,} rows of {table.path} name no image{such_as}"
     return line if buckets is None else line + f" · {buckets:,} bucket{'s' if buckets != 1 else ''}"
+
+
+def long_sides_line(dataset: DatasetConfig, shapes: Sequence[Size]) -> str:
+    """One line for the console if training sizes are much larger than a square at the dataset's resolution in pixels; else ""."""
+    largest = max(shapes, key=lambda shape: shape.area, default=None)
+    if dataset.resolution_type != "pixel" or largest is None or largest.area <= 4 * dataset.resolution**2:
+        return ""
+    return (
+        f"training sizes of up to {largest} ({largest.area / 1e6:.1f} megapixels), because resolution_type pixel does not limit the longer"
+        " side; set maximum_aspect and minimum_aspect, or resolution_type area"
+    )
 
 
 def cut_off_line(count: int) -> str:

@@ -141,6 +141,8 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "instance_data_dir": Effect(losses, ["images", "other_images"]),
     "cache_dir_vae": Effect(new_folders, {"latents_3": {"latents_3"}, "latents_4": {"latents_4"}}),
     "text_embeds": Effect(new_folders, {"one": {"left_one"}, "two": {"left_two"}}, (), with_two_text_caches),
+    "minimum_aspect": Effect(images_used, {"0.5": 6, "1": 4}),
+    "maximum_aspect": Effect(images_used, {"2": 6, "1": 4}),
     "crop": Effect(buckets, {"false": SHAPES, "true": {"64x64": 6}}),
     "crop_style": Effect(of_samples("crop"), ["random", "corner", "center"], (), cropped),
     "crop_aspect": Effect(buckets, {"square": {"64x64": 6}, "preserve": SHAPES, "random": {"96x64": 6}}, (), cropped_to_wide),
