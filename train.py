@@ -226,7 +226,8 @@ def train_step(
     """The whole of diffusion training: add noise, predict, compare. => the loss (B,) of each sample, and what the network was given."""
     corrupted = objective.corrupt(batch.latents.to(device), batch.draws)
     prediction = family.predict(denoiser, corrupted.noisy, corrupted.timesteps, family.conditioning(batch, device))
-    return objective.loss(prediction, corrupted), corrupted
+    mask = None if batch.mask is None else batch.mask.to(device)
+    return objective.loss(prediction, corrupted, mask), corrupted
 
 
 if __name__ == "__main__":

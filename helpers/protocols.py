@@ -78,7 +78,7 @@ class ModelFamily(ModelEncoders, Protocol):
         denoiser = family.load(torch.float32).denoiser
         corrupted = objective.corrupt(batch.latents, batch.draws)
         output = family.predict(denoiser, corrupted.noisy, corrupted.timesteps, family.conditioning(batch, device))
-        loss = objective.loss(output, corrupted).mean()
+        loss = objective.loss(output, corrupted, batch.mask).mean()
 
     tests/families/toy.py is a complete family of one convolution.
     """
@@ -282,8 +282,10 @@ class Objective(Protocol):
             ones = torch.ones(len(latents), device=latents.device)
             return Corrupted((latents + noise) / 2**0.5, timesteps=500 * ones, target=noise, weight=ones)
 
-        def loss(self, prediction, corrupted):
-            return ((prediction.float() - corrupted.target) ** 2).mean(dim=(1, 2, 3)) * corrupted.weight
+        def loss(self, prediction, corrupted, mask=None):
+            distance = (prediction.float() - corrupted.target) ** 2
+            mask = torch.ones_like(distance[:, :1]) if mask is None else mask
+            return (distance * mask).mean(dim=(1, 2, 3)) / mask.mean(dim=(1, 2, 3)) * corrupted.weight
     """
 
     @property
@@ -308,8 +310,11 @@ class Objective(Protocol):
         """latents (B, C, h, w), float32 => the network's input and target, on the same device. Random numbers come from `draws` only."""
         ...
 
-    def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """(B,) weighted loss of each sample, float32. The caller takes the mean."""
+    def loss(self, prediction: Tensor, corrupted: Corrupted, mask: Tensor | None = None) -> Tensor:
+        """(B,) weighted loss of each sample, float32. The caller takes the mean.
+
+        `mask` (B, 1, h, w) weights the pixels of the latents: the mean over pixels is sum(mask x distance) / sum(mask) of each sample.
+        """
         ...
 
 

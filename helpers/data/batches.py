@@ -43,6 +43,7 @@ class Batch:
     dropped_encoders: tuple[tuple[str, ...], ...] = ()
     stands_in: bool = False
     condition: Tensor | None = None  # (B, 3, H, W) in [0, 1], or (B, C, h, w) where the network reads latents; None where there are none
+    mask: Tensor | None = None  # (B, 1, h, w) float32, the loss weight of each pixel of the latents; None where no sample has a mask
 
     @property
     def places(self) -> tuple[int, ...]:

@@ -116,9 +116,9 @@ class Diffusion:
             weight=self._weight(timesteps).to(device),
         )
 
-    def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """(B,) mean distances over channels and pixels, times each sample's weight, float32."""
-        return weighted_loss(prediction, corrupted, self.options)
+    def loss(self, prediction: Tensor, corrupted: Corrupted, mask: Tensor | None = None) -> Tensor:
+        """(B,) mean distances over channels and pixels, weighted by the mask, times each sample's weight, float32."""
+        return weighted_loss(prediction, corrupted, self.options, mask)
 
     def _target(self, latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction_type == "sample":

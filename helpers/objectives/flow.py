@@ -98,9 +98,9 @@ class FlowMatching:
         """The schedule's shift for an image of so many tokens."""
         return dynamic_shift(self.scheduler_config, tokens) if self.dynamic else float(self.scheduler_config["shift"])
 
-    def loss(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """(B,) mean distances over channels and pixels, float32."""
-        return weighted_loss(prediction, corrupted, self.options)
+    def loss(self, prediction: Tensor, corrupted: Corrupted, mask: Tensor | None = None) -> Tensor:
+        """(B,) mean distances over channels and pixels, weighted by the mask, float32."""
+        return weighted_loss(prediction, corrupted, self.options, mask)
 
 
 def timesteps(u: Tensor, options: ObjectiveOptions) -> Tensor:

@@ -11,11 +11,18 @@ if TYPE_CHECKING:
     from helpers.protocols import Corrupted
 
 
-def weighted_loss(prediction: Tensor, corrupted: Corrupted, options: ObjectiveOptions) -> Tensor:
-    """(B,) mean of --loss over channels and pixels, times each sample's weight; computed in float32."""
+def weighted_loss(prediction: Tensor, corrupted: Corrupted, options: ObjectiveOptions, mask: Tensor | None = None) -> Tensor:
+    """(B,) mean of --loss over channels and pixels, times each sample's weight; computed in float32.
+
+    With a mask m (B, 1, h, w), at least 0 and not all 0 in a sample, the mean is sum(m d) / sum(m): each pixel counts by its mask, and a
+    sample counts as much as one without a mask, however little of it is masked. Where m is 0, the gradient is exactly 0.
+    """
     error = prediction.float() - corrupted.target.float()
     distance = huber(error, options.huber_delta) if options.loss == "huber" else error**2
-    return distance.mean(dim=tuple(range(1, distance.ndim))) * corrupted.weight
+    dims = tuple(range(1, distance.ndim))
+    if mask is None:
+        return distance.mean(dim=dims) * corrupted.weight
+    return (distance * mask).mean(dim=dims) / mask.mean(dim=dims) * corrupted.weight
 
 
 def huber(error: Tensor, delta: float) -> Tensor:

@@ -108,6 +108,20 @@ def test_saturated_pixels_have_finite_latents_and_come_back_finite(tried: Tried,
             assert codec.decode(encoded["mean"]).isfinite().all()
 
 
+def test_a_mask_leaves_out_its_black_part_of_each_answer(tried: Tried) -> None:
+    """Also of networks that read patches of latents, answer with more channels, or work on pixels."""
+    batch, objective = tried.batch(), tried.objective()
+    batch = dataclasses.replace(batch, mask=torch.ones(4, 1, 8, 8))
+    batch.mask[:, :, 3:] = 0  # type: ignore[index]
+    denoiser = tried.family.load(torch.float32).denoiser.eval()
+    losses, corrupted = train.train_step(tried.family, objective, denoiser, batch, CPU)
+    answer = tried.family.predict(denoiser, corrupted.noisy, corrupted.timesteps, tried.family.conditioning(batch, CPU))
+    squares = ((answer - corrupted.target)[:, :, :3] ** 2).mean(dim=(1, 2, 3)) * corrupted.weight
+    assert torch.allclose(losses, squares, rtol=1e-4)
+    (gradient,) = torch.autograd.grad(objective.loss(answer, corrupted, batch.mask).sum(), answer)
+    assert not gradient[:, :, 3:].any() and gradient[:, :, :3].flatten(1).any(dim=1).all()
+
+
 def test_conditioning_is_finite_and_has_a_row_for_each_sample(tried: Tried) -> None:
     conditioning = tried.family.conditioning(tried.batch(), CPU)
     assert all(tensor.isfinite().all() and len(tensor) == 4 for tensor in conditioning.values())
