@@ -12,24 +12,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from helpers import ranks
+from helpers import errors, ranks
 from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.read import read_config
-from helpers.errors import (
-    EXIT_FAULT,
-    EXIT_FINISHED,
-    EXIT_INTERRUPTED,
-    EXIT_REFUSED,
-    ConfigError,
-    Interrupted,
-    StorageError,
-    TrainingError,
-    UserError,
-)
 from helpers.library_settings import remove_library_settings
+from helpers.streams import make_unfailing
 from helpers.threads import wait_briefly
 from helpers.training.stopping import StopRequest
 
@@ -47,8 +37,6 @@ if TYPE_CHECKING:
     from helpers.training.runtime import Runtime
     from helpers.training.validation import Validator
 
-MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}  # steps in a row without a finite gradient; fp16 first has to find its loss scale
-
 
 def main() -> int:
     """Run, and return how it ended as an exit code (helpers/errors.py)."""
@@ -58,9 +46,9 @@ def main() -> int:
     try:
         ignored = [] if ranks.has_launcher(os.environ) else remove_library_settings(os.environ)
         config = read_config(sys.argv[1:], os.environ, known_axes())  # all mistakes at once, before torch is imported
-    except ConfigError as error:
+    except errors.ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-        return ranks.record_exit(os.environ, EXIT_REFUSED)
+        return ranks.record_exit(os.environ, errors.EXIT_REFUSED)
 
     from helpers.reporting import Reporters
     from helpers.reporting.console import Console, FailureReporter
@@ -69,17 +57,17 @@ def main() -> int:
     report = Reporters(Console() if first else FailureReporter(f"process {os.environ['RANK']}"))
     for note in ignored:
         report.chapter("", note)
-    code = EXIT_FAULT
+    code = errors.EXIT_FAULT
     try:
         train(config, stop, report)
-        code = EXIT_FINISHED
-    except Interrupted as error:
+        code = errors.EXIT_FINISHED
+    except errors.Interrupted as error:
         report.failed(str(error))
-        code = EXIT_INTERRUPTED
-    except UserError as error:
+        code = errors.EXIT_INTERRUPTED
+    except errors.UserError as error:
         report.failed(str(error))
-        code = EXIT_REFUSED
-    except (StorageError, TrainingError) as error:
+        code = errors.EXIT_REFUSED
+    except (errors.StorageError, errors.TrainingError) as error:
         report.failed(str(error))
     except Exception:
         traceback.print_exc()
@@ -108,6 +96,7 @@ def set_up_and_train(config: Config, runtime: Runtime, report: Reporters) -> Non
     from helpers.setup import datasets, learning, machine, model, outputs, resume, validation
     from helpers.setup.run import Run
     from helpers.training.live_text import live_text
+    from helpers.training.steps import refuse_export
 
     # The base model and the settings decide family, method and objective; OUTPUT_DIR decides whether the run resumes.
     config = model.resolve_base_model(config, runtime, report)
@@ -138,9 +127,9 @@ def set_up_and_train(config: Config, runtime: Runtime, report: Reporters) -> Non
     steps = f"from step {run.state.step:,} to {total:,}"
     report.chapter("training", f"{family.facts.title} · {learner.trainable.description} · {steps} · {data.describe()}")
     Training(run, data, learner, live, validator, total).advance()
-    if run.state.skipped_in_a_row == run.state.step:
-        raise TrainingError("No step had a finite loss and gradient: nothing was learned, and nothing is exported.")
+    refuse_export(run.state, runtime.mixed_precision, run.checkpoints)
     if runtime.is_main:
+        run.checkpoints.proved_good()  # as far as it will ever be
         report.finished(run.state.step, outputs.export(run, learner))
 
 
@@ -157,26 +146,30 @@ class Training:
 
     def advance(self) -> None:
         """Everything that happens, in the order in which it happens. Raises Interrupted, after saving, when the run is asked to stop."""
-        from helpers.training.steps import in_order, step_result, timed
+        from helpers.training.steps import has_diverged, in_order, step_result, stop_if_diverged, timed
 
         config, runtime, report, state = self.run.config, self.run.runtime, self.run.report, self.run.state
         average, clear_every, total = self.learner.average, config.run.accelerator_cache_clear_interval, self.total
-        self.validate()
+        precision, checkpoints = runtime.mixed_precision, self.run.checkpoints
+        self.validate(is_saved=True)
         for batches, waited, began in timed(self.data.steps(state.step, total, state.order)):
             rows = self.add_gradients(batches)
             update = self.learner.engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
-            state.advance(update.taken, MOST_SKIPPED[runtime.mixed_precision], batches[-1].samples, empty=not update.samples)
+            state.advance(update.taken, empty=not update.samples)
+            stop_if_diverged(state, precision, batches[-1].samples, checkpoints)
             if average is not None and update.taken:
                 average.update(state.updates)
             if config.data.record_samples:
                 report.sampled(in_order(runtime.gather(rows)))
             report.stepped(step_result(state, update, batches, began, waited))
-            if (self.run.checkpoints.due(state.step) and update.taken) or update.stop_asked or state.step == total:
+            if runtime.is_main and update.taken:
+                checkpoints.proved_good()
+            ends_well = state.step == total and not has_diverged(state, precision)
+            if save := (checkpoints.due(state.step) and update.taken) or update.stop_asked or ends_well:
                 self.save()
             if update.stop_asked and state.step < total:
-                self.data.close()
-                raise Interrupted(f"stopped after step {state.step:,} of {total:,}, which is saved; run the same command to resume.")
-            self.validate()
+                self.leave()
+            self.validate(is_saved=save)
             if clear_every and state.step % clear_every == 0:
                 runtime.clear_cache()
 
@@ -202,22 +195,39 @@ class Training:
 
         if self.run.runtime.is_main:
             step = self.run.state.step
+            self.run.report.saving(step)
             saved = self.run.checkpoints.save(step, self.learner, position(self.run, self.data, self.learner, self.total))
             self.run.report.saved(step, saved)
             self.data.remember_undecodable()
         self.run.runtime.wait_for_everyone()
 
-    def validate(self) -> None:
-        """Generate the images that are due at this step and not there yet."""
+    def leave(self) -> NoReturn:
+        """Raise Interrupted. Everything up to here is saved."""
+        from helpers.training.steps import interrupted
+
+        self.data.close()
+        raise interrupted(self.run.state.step, self.total)
+
+    def validate(self, is_saved: bool) -> None:
+        """Generate the images that are due at this step and not there yet.
+
+        If a request to stop cuts this short, the run is saved at this step and Interrupted; it generates them when it resumes.
+        """
         from helpers.reporting.contact_sheet import write_contact_sheet
 
         step, validator, runtime = self.run.state.step, self.validator, self.run.runtime
+        cut_short = False
         if runtime.is_main and (validator.due(step) or step in (0, self.total)) and validator.missing(step):
             with self.learner.averaged():
                 images = validator.run(self.learner.trainable, step)
             write_contact_sheet(validator.folder)
             self.run.report.validated(step, images)
-        runtime.wait_for_everyone()
+            cut_short = validator.missing(step)
+        [is_cut_short] = runtime.sum(float(cut_short))  # all processes wait here for the images
+        if is_cut_short:
+            if step and not is_saved:
+                self.save()
+            self.leave()
 
 
 def train_step(
@@ -231,7 +241,6 @@ def train_step(
 
 
 if __name__ == "__main__":
+    make_unfailing()
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # everything is written; taking the libraries down object by object would cost another second

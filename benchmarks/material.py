@@ -14,6 +14,7 @@ from helpers.config.read import read_config
 from helpers.reporting import Reporters
 from helpers.setup.model import choose_axes
 from helpers.setup.run import Run, StartPoint
+from helpers.training.checkpoints import Checkpointer
 from helpers.training.runtime import Runtime
 from helpers.training.state import TrainState
 
@@ -78,4 +79,5 @@ def run_flags(folder: Path, model: Path, **changed: object) -> list[str]:
 
 def new_run(config: Config, runtime: Runtime) -> Run:
     """A run at its first step, without reporters."""
-    return Run(config, runtime, Reporters(), *choose_axes(config), StartPoint(None, TrainState(seed=1), 1))
+    start = StartPoint(None, TrainState(seed=1), 1, Checkpointer(config.checkpoints, config.run.output_dir))
+    return Run(config, runtime, Reporters(), *choose_axes(config), start)

@@ -56,6 +56,7 @@ from helpers.setup.run import Run, StartPoint
 from helpers.training.checkpoints import Checkpointer
 from helpers.training.engine import Engine
 from helpers.training.runtime import start_runtime
+from helpers.training.checkpoints import Checkpointer
 from helpers.training.schedules import Schedule
 from helpers.training.state import TrainState
 from helpers.training.stopping import StopRequest
@@ -69,7 +70,7 @@ with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.g
     gc.freeze()
     gc.enable()
     stage("runtime and choices")
-    start = StartPoint(None, TrainState(seed=1), 1)
+    start = StartPoint(None, TrainState(seed=1), 1, Checkpointer(config.checkpoints, config.run.output_dir))
     settings = data_settings(Run(config, runtime, Reporters(), family, method, objective, start))
     data = prepare_data(config.datasets, settings, family, workers(runtime), Reporters())
     stage("data")

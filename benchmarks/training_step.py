@@ -48,7 +48,7 @@ from helpers.training.schedules import Schedule
 from helpers.training.state import TrainState
 from helpers.training.steps import step_result, timed
 from helpers.training.stopping import StopRequest
-from train import MOST_SKIPPED, train_step
+from train import train_step
 
 MOST_OF_BARE = 1.05  # time of a step, relative to the bare loop
 MOST_WAITING = 0.01  # waiting for data, relative to the time of a step
@@ -150,7 +150,7 @@ class Ours:
                 losses, _ = train_step(self.family, self.objective, self.engine.denoiser, batch, self.runtime.device)
                 self.engine.backward(losses, batch.loss_weight, batch.global_samples)
         update = self.engine.step(state.seed, state.step, state.updates, batches[0].global_samples)
-        state.advance(update.taken, MOST_SKIPPED["no"], batches[-1].samples)
+        state.advance(update.taken)
         self.records.stepped(step_result(state, update, batches, began, waited))
 
 

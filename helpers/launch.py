@@ -11,7 +11,6 @@ import argparse
 import os
 import re
 import shlex
-import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from helpers.config.read import read_config  # noqa: E402
 from helpers.errors import EXIT_REFUSED, ConfigError  # noqa: E402
 from helpers.library_settings import remove_library_settings, remove_ranks  # noqa: E402
 from helpers.ranks import PROCESSES_VARIABLE  # noqa: E402
+from helpers.streams import make_unfailing  # noqa: E402
 
 # Flags of accelerate launch that choose how processes work together, beside --multi_gpu.
 UNAVAILABLE_STRATEGIES = {
@@ -52,7 +52,6 @@ class Launch:
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
     environ = dict(environ)
     try:
         # The trainer reads the same settings again: a fifth of a second, and it can be started without this program.
@@ -175,4 +174,5 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
+    make_unfailing()  # so that `--help | head` ends quietly, and a run starts also when nobody can read what is said
     sys.exit(main(sys.argv[1:], os.environ))

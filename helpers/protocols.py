@@ -321,38 +321,38 @@ class Objective(Protocol):
 class TrainingMethod(Protocol):
     """Which weights are trained, and how they are saved. This one trains the first convolution of a U-Net:
 
-        class FirstLayer:
-            facts = Facts(name="first_layer", title="first layer")
+    class FirstLayer:
+        facts = Facts(name="first_layer", title="first layer")
 
-            def __init__(self, options, family):
-                pass
+        def __init__(self, options, family):
+            pass
 
-            def default_optimizer(self, mixed_precision):
-                return "adamw"
+        def default_optimizer(self, mixed_precision):
+            return "adamw"
 
-            def weights_dtype(self, mixed_precision, optimizer):
-                return torch.float32
+        def weights_dtype(self, mixed_precision, optimizer):
+            return torch.float32
 
-            def check(self, outline):
-                if not hasattr(outline.denoiser, "conv_in"):
-                    raise ConfigError("--model_type=first_layer needs a U-Net.")
+        def check(self, outline):
+            if not hasattr(outline.denoiser, "conv_in"):
+                raise ConfigError("--model_type=first_layer needs a U-Net.")
 
-            def attach(self, parts):
-                parts.denoiser.requires_grad_(False).train()
-                layer = parts.denoiser.conv_in.requires_grad_(True)
-                parameters = {f"conv_in.{name}": parameter for name, parameter in layer.named_parameters()}
-                return Trainable(parts.denoiser, parameters, "the first layer", parts.denoiser_folder)
+        def attach(self, parts):
+            parts.denoiser.requires_grad_(False).train()
+            layer = parts.denoiser.conv_in.requires_grad_(True)
+            parameters = {f"conv_in.{name}": parameter for name, parameter in layer.named_parameters()}
+            return Trainable(parts.denoiser, parameters, "the first layer", parts.denoiser_folder)
 
-            def save(self, trainable, folder, weights=None, label=""):
-                path = folder / f"first_layer{label}.safetensors"
-                save_tensors(dict(weights or trainable.parameters), path)
-                return [path]
+        def save(self, trainable, folder, weights=None, label=""):
+            path = folder / f"first_layer{label}.safetensors"
+            save_tensors(dict(weights or trainable.parameters), path)
+            return [path]
 
-            def read(self, trainable, folder, label=""):
-                return load_file(folder / f"first_layer{label}.safetensors")
+        def read(self, trainable, folder, label=""):
+            return load_file(folder / f"first_layer{label}.safetensors")
 
-            def export(self, trainable, folder, schedule, average):
-                return self.save(trainable, folder, average)
+        def export(self, trainable, folder, schedule, average):
+            return self.save(trainable, folder, average)
     """
 
     @property
@@ -429,9 +429,9 @@ class StepResult:
 
     step: int  # from 1
     epoch: int  # from 0
-    loss: float  # weighted mean over the samples of the global step
+    loss: float | None  # weighted mean over the samples of the global step; None if it is not finite, or there was no sample
     learning_rate: float
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping; None if it is not finite
     seconds: float
     data_seconds: float  # the part of `seconds` that was spent waiting for data
     samples: int
@@ -450,9 +450,9 @@ class ValidationImage:
 class Reporter:
     """Base class of those who watch a run. A reporter overrides the events it needs; it returns nothing and changes nothing:
 
-        class PrintLoss(Reporter):
-            def stepped(self, result):
-                print(result.step, result.loss)
+    class PrintLoss(Reporter):
+        def stepped(self, result):
+            print(result.step, result.loss)
     """
 
     def surveyed(self, survey: Survey) -> None:
@@ -476,6 +476,9 @@ class Reporter:
 
     def validated(self, step: int, images: Sequence[ValidationImage]) -> None:
         """Validation images are written."""
+
+    def saving(self, step: int) -> None:
+        """A checkpoint is about to be written: what was recorded up to this step must survive a power cut, as the checkpoint will."""
 
     def saved(self, step: int, folder: Path) -> None:
         """A checkpoint is written."""

@@ -48,6 +48,10 @@ class Reporters(Reporter):
         for member in self.members:
             member.validated(step, images)
 
+    def saving(self, step: int) -> None:
+        for member in self.members:
+            member.saving(step)
+
     def saved(self, step: int, folder: Path) -> None:
         for member in self.members:
             member.saved(step, folder)

@@ -88,8 +88,9 @@ class Console(Reporter):
         self.total_steps = total_steps
 
     def stepped(self, result: StepResult) -> None:
-        text = "" if result.text_encoder_lr is None else f" (text {result.text_encoder_lr:.2e})"
-        facts = f"loss {result.loss:.4f} · lr {result.learning_rate:.2e}{text} · grad {result.grad_norm:.3f}"
+        facts = step_facts(result)
+        if result.skipped:
+            self.chapter("skipped", f"step {result.step:,}: {facts}")
         if not self.out.is_terminal:
             self._plain_step(result, facts)
             return
@@ -109,7 +110,7 @@ class Console(Reporter):
         )
 
     def saved(self, step: int, folder: Path) -> None:
-        self.chapter("checkpoint", f"{folder} ({_megabytes(folder)})")
+        self.chapter("checkpoint", f"{folder}{_size(folder)}")
 
     def finished(self, step: int, outputs: Sequence[Path]) -> None:
         self._stop_bar()
@@ -173,6 +174,18 @@ class Console(Reporter):
             )
 
 
-def _megabytes(path: Path) -> str:
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
-    return f"{size / 1e6:,.1f} MB"
+def step_facts(result: StepResult) -> str:
+    """Loss, learning rate and gradient of a step in one line."""
+    loss = "no image could be read" if not result.samples else "loss not finite" if result.loss is None else f"loss {result.loss:.4f}"
+    text = "" if result.text_encoder_lr is None else f" (text {result.text_encoder_lr:.2e})"
+    grad = "not finite" if result.grad_norm is None else f"{result.grad_norm:.3f}"
+    return f"{loss} · lr {result.learning_rate:.2e}{text} · grad {grad}"
+
+
+def _size(folder: Path) -> str:
+    """The size of a folder's files, in brackets. Empty if they cannot be read: what is shown must not end a run."""
+    try:
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    except OSError:
+        return ""
+    return f" ({size / 1e6:,.1f} MB)"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
-from helpers.reporting.records import METRICS
+from helpers.reporting.records import METRICS, read_metrics
 from helpers.storage.atomic import write_file
 
 CURVE = "loss_curve.png"
@@ -14,13 +15,15 @@ CURVE = "loss_curve.png"
 
 def write_loss_curve(output_dir: Path) -> Path | None:
     """Draw metrics.jsonl as loss_curve.png; None for a run without steps."""
-    rows = [json.loads(line) for line in (output_dir / METRICS).read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if not row.get("skipped")]
-    if not rows:
+    steps, losses = array("q"), array("d")  # a run may have millions of steps
+    for row in read_metrics(output_dir / METRICS):
+        if isinstance(loss := row.get("loss"), float) and not row.get("skipped"):
+            steps.append(row["step"])
+            losses.append(loss)
+    if not steps:
         return None
     from matplotlib.figure import Figure
 
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     figure = Figure(figsize=(9, 4.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, linewidth=0.8, alpha=0.35, label="each step")
@@ -35,7 +38,7 @@ def write_loss_curve(output_dir: Path) -> Path | None:
     return output_dir / CURVE
 
 
-def running_mean(values: list[float], window: int) -> list[float]:
+def running_mean(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and up to `window` - 1 values before it."""
     means, total = [], 0.0
     for index, value in enumerate(values):

@@ -33,7 +33,10 @@ def join_reporters(run: Run, total: int) -> None:
     from helpers.reporting.trackers import Trackers
 
     config, state, report = run.config, run.state, run.report
-    report.members.append(Records(config.run.output_dir, state.step, config.data.record_samples))
+    records = Records(config.run.output_dir, state.step, config.data.record_samples)
+    for note in records.notes:
+        report.chapter("", note)
+    report.members.append(records)
     report.members.append(Trackers(config.reporting, config.run.output_dir, state.trackers, state.step))
     report.started(config.values(), total)
 

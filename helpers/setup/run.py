@@ -22,6 +22,7 @@ class StartPoint:
     checkpoint: Checkpoint | None
     state: TrainState  # the checkpoint's, or a new run's
     accumulation: int  # micro-batches of each process in a step
+    checkpoints: Checkpointer
 
 
 @dataclass(frozen=True)
@@ -43,4 +44,4 @@ class Run:
 
     @property
     def checkpoints(self) -> Checkpointer:
-        return Checkpointer(self.config.checkpoints, self.config.run.output_dir)
+        return self.start.checkpoints

@@ -10,15 +10,18 @@ The temporary name is `.<name>.tmp.<pid>.<random>` in the same folder. `remove_l
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 from helpers.errors import StorageError
 
@@ -28,12 +31,22 @@ _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)\.\d+\.[0-9a-f]{8}")
 
 def write_file(path: str | Path, data: bytes) -> None:
     """Replace a file's content, or leave the file unchanged and raise StorageError. Durable when it returns."""
+    with rewritten(path) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def rewritten(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a stream for the new content of a file, which replaces the file when the block ends. For content too large for memory.
+
+    If the block raises, the file stays unchanged. An OSError, also one from the block, becomes a StorageError.
+    """
     path = Path(path)
     aside = _aside(path, "tmp")
     try:
         with _storage_errors(path):
             with aside.open("xb") as stream:
-                stream.write(data)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(aside, path)
@@ -83,25 +96,47 @@ def scratch_folder(parent: str | Path, name: str) -> Iterator[Path]:
 def remove_leftovers(folder: str | Path) -> list[Path]:
     """Delete what killed processes left in `folder`, and return the paths. Only for the process that holds the folder's lock.
 
-    If a folder was about to be replaced and its replacement is missing, the old folder is restored.
+    If a folder was about to be replaced and its replacement is missing, the old folder is restored. StorageError for the first path for
+    which that fails, after all others have been dealt with.
     """
-    removed = []
+    removed: list[Path] = []
+    failures: list[StorageError] = []
     for path in sorted(Path(folder).iterdir()):
         match = _ASIDE.fullmatch(path.name)
         if match is None:
             continue
         final = path.with_name(match["name"])
-        with _storage_errors(path):
+        try:
             if match["kind"] == "old" and not final.exists():
                 os.rename(path, final)
                 sync_folder(path.parent)
                 continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        removed.append(path)
+            _delete(path)
+            removed.append(path)
+        except OSError as error:
+            failures.append(StorageError(f"{path} is left of a killed run and could not be removed: {error.strerror or error}"))
+    if failures:
+        raise failures[0]
     return removed
+
+
+def remove_leftovers_below(folder: str | Path) -> list[Path]:
+    """`remove_leftovers` in a folder and in every folder below it, but not where links lead."""
+    removed = []
+    for parent, _, _ in os.walk(folder):
+        removed += remove_leftovers(parent)
+    return removed
+
+
+def remove_folder(folder: str | Path) -> None:
+    """Remove a folder under a temporary name, so that a kill leaves nothing under its own. OSError if something stays.
+
+    `remove_leftovers` deletes what stays.
+    """
+    aside = _aside(Path(folder), "tmp")
+    os.rename(folder, aside)
+    sync_folder(aside.parent)
+    _delete(aside)
 
 
 def write_manifest(folder: str | Path) -> None:
@@ -134,6 +169,33 @@ def verify_manifest(folder: str | Path) -> list[str]:
     return problems
 
 
+def open_own(path: Path, mode: str = "a+") -> IO[Any]:
+    """Open a file of ours for reading and appending; it is created if missing. `mode` is "a+" or "a+b"; bytes are unbuffered.
+
+    A link or special file under its name is somebody's trap or mistake: StorageError, and nothing is opened. OSError as usual.
+    """
+    buffering = {"buffering": 0} if "b" in mode else {"encoding": "utf-8"}
+    try:
+        stream: IO[Any] = open(path, mode, opener=_open_without_following, **buffering)  # noqa: SIM115  # the caller closes it
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR) or isinstance(error, io.UnsupportedOperation):
+            raise _not_own(path) from None
+        raise
+    found = os.fstat(stream.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        stream.close()
+        raise _not_own(path)
+    return stream
+
+
+def _open_without_following(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # opening a pipe does not wait for its other end
+
+
+def _not_own(path: Path) -> StorageError:
+    return StorageError(f"{path} is a link or no regular file, so it is not written to: remove it.")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable: without this, a power failure may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -150,6 +212,14 @@ def sync_tree(folder: Path) -> None:
             with open(os.path.join(parent, name), "rb") as stream:
                 os.fsync(stream.fileno())
         sync_folder(Path(parent))
+
+
+def _delete(path: Path) -> None:
+    """Remove a file, a folder with all it holds, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _aside(final: Path, kind: str) -> Path:
@@ -177,7 +247,8 @@ def _put_in_place(aside: Path, final: Path) -> None:
         raise
     sync_folder(final.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # the new folder is in place; `remove_leftovers` deletes the rest of the old one
+        with contextlib.suppress(OSError):  # the new folder is in place; `remove_leftovers` deletes the rest of the old one
+            _delete(old)
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

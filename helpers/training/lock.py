@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from helpers.errors import UserError
+from helpers.storage.atomic import open_own
 
 LOCK_FILE = ".lock"
 
@@ -15,9 +16,11 @@ LOCK_FILE = ".lock"
 def lock_folder(folder: Path, option: str) -> IO[str]:
     """Lock a folder until this process ends, however it ends. Raises UserError that names the option and the process holding the lock.
 
+    StorageError if there is a link or a special file instead of the lock file.
+
     It is a kernel lock on an open file: a killed run leaves the file behind, but not the lock.
     """
-    stream = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    stream = open_own(folder / LOCK_FILE)
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

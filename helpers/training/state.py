@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from helpers.data.order.epoch_order import FROM_THE_BEGINNING, OrderStart
-from helpers.errors import CheckpointError, TrainingError
-
-if TYPE_CHECKING:
-    from helpers.data.base.sample import Sample
+from helpers.errors import CheckpointError
 
 
 @dataclass
@@ -24,24 +21,14 @@ class TrainState:
     order: OrderStart = FROM_THE_BEGINNING  # the step from which the present data is used
     trackers: dict[str, str] = field(default_factory=dict)  # run ids, so that a resumed run continues the same curves
 
-    def advance(self, updated: bool, most_skipped: int, samples: Sequence[Sample], empty: bool = False) -> None:
-        """Count one step; `empty` if none of its samples could be read.
-
-        Raises TrainingError that names the samples after too many steps in a row without a finite gradient.
-        """
+    def advance(self, updated: bool, empty: bool = False) -> None:
+        """Count one step: whether it updated the weights, or was `empty` because none of its samples could be read."""
         self.step += 1
         if updated:
             self.updates += 1
             self.skipped_in_a_row = 0
-        if updated or empty:
-            return
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > most_skipped:
-            keys = ", ".join(f"{sample.dataset}/{sample.key}" for sample in samples)
-            raise TrainingError(
-                f"Loss or gradient was not finite for {self.skipped_in_a_row} steps in a row, the last at step {self.step} with {keys}. "
-                "Resume from the newest checkpoint, which is from before; a lower learning rate or --mixed_precision=bf16 may help."
-            )
+        elif not empty:
+            self.skipped_in_a_row += 1
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

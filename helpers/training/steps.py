@@ -1,4 +1,4 @@
-"""What is recorded about a step: its row in metrics.jsonl and its rows in samples.jsonl."""
+"""What is recorded about a step, and when a run has diverged: its loss or gradient is no longer finite."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
+from helpers.data.base.sample import Sample
 from helpers.data.batches import Batch
+from helpers.errors import Interrupted, TrainingError
 from helpers.protocols import Corrupted, StepResult
+from helpers.training.checkpoints import Checkpointer
 from helpers.training.engine import Update
 from helpers.training.state import TrainState
+
+# Steps in a row without a finite loss and gradient, by precision. fp16 first has to find the scale of its loss, and later loses single
+# steps where it tries a larger one.
+MOST_SKIPPED = {"no": 3, "bf16": 3, "fp16": 20}
+MOST_SKIPPED_AT_THE_END = {"no": 0, "bf16": 0, "fp16": 1}
 
 
 def timed(steps: Iterator[list[Batch]]) -> Iterator[tuple[list[Batch], float, float]]:
@@ -26,19 +34,63 @@ def timed(steps: Iterator[list[Batch]]) -> Iterator[tuple[list[Batch], float, fl
 
 
 def step_result(state: TrainState, update: Update, batches: Sequence[Batch], began: float, waited: float) -> StepResult:
-    """The result of the step that `state` has just counted. A skipped step without finite numbers has 0 and `skipped`."""
+    """The result of the step that `state` has just counted. A loss or gradient that is not finite is None."""
     return StepResult(
         step=state.step,
         epoch=batches[0].epoch,
-        loss=update.loss if math.isfinite(update.loss) else 0.0,
+        loss=update.loss if update.samples and math.isfinite(update.loss) else None,
         learning_rate=update.learning_rate,
-        grad_norm=update.grad_norm if math.isfinite(update.grad_norm) else 0.0,
+        grad_norm=update.grad_norm if math.isfinite(update.grad_norm) else None,
         seconds=time.perf_counter() - began,
         data_seconds=waited,
         samples=update.samples,
         skipped=not update.taken,
         text_encoder_lr=update.text_learning_rate,
     )
+
+
+def stop_if_diverged(state: TrainState, mixed_precision: str, samples: Sequence[Sample], checkpoints: Checkpointer) -> None:
+    """TrainingError that names the last samples and the checkpoint to resume from, after too many skipped steps in a row."""
+    if state.skipped_in_a_row > MOST_SKIPPED[mixed_precision]:
+        keys = ", ".join(f"{sample.dataset}/{sample.key}" for sample in samples)
+        raise TrainingError(
+            f"Loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, the last at step {state.step} with {keys}. "
+            f"{_remedy(state, mixed_precision, checkpoints)}"
+        )
+
+
+def has_diverged(state: TrainState, mixed_precision: str) -> bool:
+    """Whether the weights are not to be used, because the last steps had no finite loss or gradient with them."""
+    return state.skipped_in_a_row > MOST_SKIPPED_AT_THE_END[mixed_precision] or 0 < state.skipped_in_a_row == state.step
+
+
+def refuse_export(state: TrainState, mixed_precision: str, checkpoints: Checkpointer) -> None:
+    """TrainingError if the run ends diverged."""
+    if not has_diverged(state, mixed_precision):
+        return
+    if not state.updates:
+        raise TrainingError("No step had a finite loss and gradient: nothing was learned, and nothing is exported.")
+    raise TrainingError(
+        f"Loss or gradient was not finite in the last {state.skipped_in_a_row} step(s): the weights have diverged and are not exported. "
+        f"{_remedy(state, mixed_precision, checkpoints)}"
+    )
+
+
+def interrupted(step: int, total: int) -> Interrupted:
+    """The end of a run that was asked to stop after `step` steps and has been saved."""
+    saved = f"stopped after step {step:,} of {total:,}, which is saved" if step else "stopped before the first step"
+    return Interrupted(f"{saved}; run the same command to resume.")
+
+
+def _remedy(state: TrainState, mixed_precision: str, checkpoints: Checkpointer) -> str:
+    """How to continue from the last weights that computed a finite step."""
+    good, newest = checkpoints.last_good(state.updates), checkpoints.newest()
+    lower = "a lower --learning_rate" + (" or --mixed_precision=bf16" if mixed_precision == "fp16" else "")
+    if good is None:
+        return f"No checkpoint is from before that: start again with {lower} and another --output_dir."
+    if good.name == newest:
+        return f"Resume from {good.name}, which is from before that, with {lower}."
+    return f"Resume with --resume_from_checkpoint={good.name}, the newest with which a step was finite, and with {lower}."
 
 
 def sample_rows(step: int, batch: Batch, corrupted: Corrupted, losses: Tensor) -> list[dict[str, Any]]:

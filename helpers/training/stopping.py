@@ -8,6 +8,7 @@ import threading
 from types import FrameType
 
 from helpers.errors import EXIT_LEFT_AT_ONCE
+from helpers.streams import emit
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -35,11 +36,11 @@ class StopRequest:
     def _time_is_up(self, seconds: float) -> None:
         if not self.asked:
             self.asked = True
-            os.write(2, f"\n--max_train_seconds={seconds:g} reached: finishing this step, then saving.\n".encode())
+            emit(2, f"\n--max_train_seconds={seconds:g} reached: finishing this step, then saving.\n".encode())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.by:
             os._exit(EXIT_LEFT_AT_ONCE)  # no clean-up may delay this; half-written files have temporary names
         self.asked = True
         self.by = signal.Signals(number).name
-        os.write(2, f"\n{self.by}: finishing this step, then saving. Send it again to exit at once without saving.\n".encode())
+        emit(2, f"\n{self.by}: finishing this step, then saving. Send it again to exit at once without saving.\n".encode())

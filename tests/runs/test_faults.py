@@ -75,8 +75,10 @@ def test_a_disk_that_fills_up_while_caching_and_then_while_saving_costs_only_wha
 
 
 def test_metrics_that_cannot_be_written_are_told_in_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / METRICS).symlink_to("/dev/full")
     records = Records(tmp_path, resumed_at=0, record_samples=False)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, records._metrics.fileno())
+    os.close(full)
     with pytest.raises(StorageError, match=f"{tmp_path / METRICS} could not be written: No space left on device"):
         records.stepped(StepResult(1, 0, 0.5, 1e-4, 1.0, 1.0, 0.0, 4))
     records.close()
@@ -151,16 +153,15 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_named_and_the_next_older_
         shutil.copytree(finished.folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     files = [path for path in (tmp_path / "checkpoint-4").rglob("*") if path.is_file()]
     assert len(files) >= 7
-    checkpoints = Checkpointer(CheckpointOptions(), tmp_path)
     for path in files:
         flip_byte(path, path.stat().st_size // 2)
         told: list[str] = []
-        found = checkpoints.find(told.append)
+        found = Checkpointer(CheckpointOptions(), tmp_path, told.append).find()
         assert found is not None and found.step == 2
         assert len(told) == 1 and told[0].startswith("checkpoint-4 is damaged and is skipped:")
         assert path.name in told[0]
         flip_byte(path, path.stat().st_size // 2)
-    whole = checkpoints.find(lambda text: pytest.fail(text))
+    whole = Checkpointer(CheckpointOptions(), tmp_path, lambda text: pytest.fail(text)).find()
     assert whole is not None and whole.step == 4
 
 

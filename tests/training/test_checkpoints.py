@@ -15,8 +15,16 @@ from helpers.errors import CheckpointError
 from helpers.training.checkpoints import Checkpoint, Checkpointer
 
 
-def checkpointer(folder: Path, **options: object) -> Checkpointer:
-    return Checkpointer(dataclasses.replace(CheckpointOptions(), **options), folder)
+class Heard(Checkpointer):
+    """A checkpointer and what it warned of."""
+
+    def __init__(self, folder: Path, options: CheckpointOptions) -> None:
+        self.warnings: list[str] = []
+        super().__init__(options, folder, self.warnings.append)
+
+
+def checkpointer(folder: Path, **options: object) -> Heard:
+    return Heard(folder, dataclasses.replace(CheckpointOptions(), **options))
 
 
 @dataclasses.dataclass
@@ -36,17 +44,22 @@ class OneWeight:
 
 
 def save(target: Checkpointer, *steps: int) -> None:
+    """Save at each of the steps; a finite step follows each."""
     for step in steps:
-        target.save(step, OneWeight(step), {"state": {"step": step}, "settings": {}, "data": {}})
+        save_unproved(target, step)
+        target.proved_good()
+
+
+def save_unproved(target: Checkpointer, step: int) -> None:
+    target.save(step, OneWeight(step), {"state": {"step": step, "updates": step}, "settings": {}, "data": {}})
 
 
 def there(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def found_by(target: Checkpointer) -> tuple[Checkpoint | None, list[str]]:
-    said: list[str] = []
-    return target.find(said.append), said
+def found_by(target: Heard) -> tuple[Checkpoint | None, list[str]]:
+    return target.find(), target.warnings
 
 
 def test_a_run_resumes_from_the_newest_and_other_folders_are_ignored(tmp_path: Path) -> None:
@@ -124,10 +137,10 @@ def test_later_ones_are_set_aside_when_resuming_from_a_named_one(tmp_path: Path)
     assert checkpoint is not None and checkpoint.step == 2
 
 
-def test_later_ones_stay_when_resuming_from_the_newest(tmp_path: Path) -> None:
+def test_nothing_is_set_aside_when_resuming_from_the_newest(tmp_path: Path) -> None:
     target = checkpointer(tmp_path)
     save(target, 2, 4)
-    assert target.set_newer_aside(2) == []
+    assert target.set_newer_aside(4) == []
     assert there(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
 
@@ -150,12 +163,13 @@ def test_keep_every_keeps_one_for_good(tmp_path: Path) -> None:
     assert there(tmp_path) == ["checkpoint-10", "checkpoint-20", "checkpoint-25"]
 
 
-def test_damaged_folders_do_not_count_and_are_not_removed(tmp_path: Path) -> None:
+def test_damaged_folders_do_not_count_and_are_set_aside(tmp_path: Path) -> None:
     target = checkpointer(tmp_path, checkpoints_total_limit=2)
     save(target, 5, 10)
     (tmp_path / "checkpoint-10" / "manifest.json").unlink()
     save(target, 15)
-    assert there(tmp_path) == ["checkpoint-10", "checkpoint-15", "checkpoint-5"]
+    assert there(tmp_path) == ["checkpoint-15", "checkpoint-5", "damaged-checkpoint-10"]
+    assert target.warnings[0].startswith("checkpoint-10 is damaged and was renamed to damaged-checkpoint-10: ")
 
 
 def test_changed_data_is_named_and_must_be_accepted(tmp_path: Path) -> None:
