@@ -102,7 +102,7 @@ class FamilyFacts(Facts):
 def family_problems(family: FamilyFacts, settings: Settings) -> Iterable[str]:
     """What a family refuses: what its networks or pipelines cannot, and by its own rules."""
     if settings["validation_using_datasets"] and not family.img2img:
-        yield f"--validation_using_datasets: there is no pipeline of {family.title} that begins with a picture; remove it."
+        yield f"--validation_using_datasets: {family.title} has no image-to-image pipeline. Remove it."
     if settings["train_text_encoder"] and settings["controlnet"]:
         yield "--train_text_encoder goes without --controlnet, beside which everything else stands still; remove one of them."
     elif settings["train_text_encoder"] and settings["model_type"] not in family.trains_text_encoders:

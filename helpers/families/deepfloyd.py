@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, ModelOptions
     from helpers.data.batches import Batch
 
-TOKENS = 77  # that T5 reads of a caption: the pipelines of diffusers leave no choice
-PATCH = 8  # the edges of pictures are multiples of it: stage I halves them three times, and stage II takes a quarter of them
-EDGE = 64  # pixels: of the pictures of stage I
-QUARTER = 4  # how much smaller the picture is that stage II makes larger
-NOISE_LEVEL_OF_SAMPLING = 250  # of 1000: what IFSuperResolutionPipeline adds to that picture unless it is told otherwise
+TOKENS = 77  # of a caption that T5 reads; fixed in diffusers' pipelines
+PATCH = 8  # image sides are multiples of it: stage I halves them three times, and stage II starts from a quarter of them
+EDGE = 64  # pixels: the edge of the images of stage I
+QUARTER = 4  # the factor by which stage II enlarges an image
+NOISE_LEVEL_OF_SAMPLING = 250  # of 1000: the noise that IFSuperResolutionPipeline adds to the smaller image by default
 OF_BOTH: Settings = {"resolution_type": "pixel", "aspect_bucket_alignment": 8, "validation_noise_scheduler": "ddpm"}
 OPTIONS = UNET_OPTIONS | {"pretrained_t5_model_name_or_path"}
 
@@ -41,7 +41,7 @@ def _model_types(full: str, lora: str, family: str) -> dict[str, dict[str, str]]
 
 def _judge(settings: Settings) -> Iterable[str]:
     if settings["latent_sampling"] == "sample":
-        yield "--latent_sampling=sample draws from a VAE's distribution; DeepFloyd is trained on pixels and has none: leave it at mean."
+        yield "--latent_sampling=sample samples from a VAE's distribution, and DeepFloyd, which is trained on pixels, has no VAE: use mean."
     for name, usual in (
         ("pretrained_vae_model_name_or_path", None),
         ("vae_dtype", "default"),
@@ -49,24 +49,24 @@ def _judge(settings: Settings) -> Iterable[str]:
         ("vae_slicing", False),
     ):
         if settings[name] != usual:
-            yield f"--{name} is about a VAE; DeepFloyd is trained on pixels and has none: leave it out."
+            yield f"--{name} is for a VAE, and DeepFloyd, which is trained on pixels, has none. Remove it."
     if settings["tokenizer_max_length"] not in (None, TOKENS):
-        yield f"--tokenizer_max_length: the pipelines of DeepFloyd always read {TOKENS} tokens; leave it out."
+        yield f"--tokenizer_max_length: DeepFloyd's pipelines always read {TOKENS} tokens. Remove it."
     if settings["validation_guidance_rescale"]:
-        yield "--validation_guidance_rescale is not known to the pipelines of DeepFloyd; leave it at 0."
+        yield "--validation_guidance_rescale is not for DeepFloyd, whose pipelines cannot rescale guidance. Remove it."
     if settings["validation_noise_scheduler"] in ("euler", "euler-a"):
         yield (
-            f"--validation_noise_scheduler={settings['validation_noise_scheduler']} cannot sample DeepFloyd: it scales what the network "
-            "sees, the picture that stage II makes larger too, and keeps no pixel in its range; choose ddpm, ddim or unipc."
+            f"--validation_noise_scheduler={settings['validation_noise_scheduler']} cannot sample DeepFloyd: it also scales the smaller "
+            "image that stage II enlarges, and does not clip pixels to their range. Use ddpm, ddim or unipc."
         )
 
 
 class DeepFloyd:
-    """A T5 encoder, and a U-Net on the pixels themselves. The stages below say what differs.
+    """A T5 text encoder, and a U-Net on pixels instead of latents. The subclasses state what differs between the stages.
 
-    The network answers with 6 channels: the noise, and a variance between the bounds that its schedule sets (`learned_range`). The variance
-    is not trained, and after training no longer fits; so pictures are sampled, and exported pipelines sample, with the lower bound itself
-    (`fixed_small`). The betas are the checkpoint's, which follow a cosine.
+    The network's output has 6 channels: the noise, and a variance between the bounds of its schedule (`learned_range`). The variance is not
+    trained, and no longer fits after training. So validation and exported pipelines sample with the lower bound instead (`fixed_small`).
+    The betas are those of the base model, a cosine schedule.
     """
 
     facts: ClassVar[FamilyFacts]
@@ -94,7 +94,7 @@ class DeepFloyd:
         return nullcontext(Pixels())
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
-        """Without the mask: the network attends to all that it is given, the padding too."""
+        """Without the mask, because the network also attends to padding."""
         from helpers.families.text.t5 import normalised_text
 
         return normalised_text(self.t5, TOKENS, with_mask=False, device=device)
@@ -110,7 +110,7 @@ class DeepFloyd:
 
     def load(self, dtype: torch.dtype | None) -> Parts:
         parts = load_unet(self.base, dtype)
-        network = parts.denoiser  # of its blocks, diffusers would keep all that attention computes
+        network = parts.denoiser  # diffusers' own checkpointing would keep all activations of attention in these blocks
         blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
         network.enable_gradient_checkpointing = functools.partial(recompute, blocks)
         return parts
@@ -121,8 +121,8 @@ class DeepFloyd:
         return {"prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32)}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        answer: Tensor = denoiser(noisy, timesteps, encoder_hidden_states=_as_weights(conditioning["prompt_embeds"], denoiser)).sample
-        return answer[:, : noisy.shape[1]]
+        output: Tensor = denoiser(noisy, timesteps, encoder_hidden_states=_as_weights(conditioning["prompt_embeds"], denoiser)).sample
+        return output[:, : noisy.shape[1]]
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         return FromEmbeddings(self._pipeline(denoiser, self.pipeline_class, scheduler=sampler))
@@ -158,7 +158,7 @@ class DeepFloyd:
 
 
 class StageOne(DeepFloyd):
-    """Pictures of 64 pixels from noise."""
+    """Images of 64 pixels from noise."""
 
     facts = FamilyFacts(
         name="deepfloyd_1",
@@ -170,7 +170,7 @@ class StageOne(DeepFloyd):
         defaults={
             **OF_BOTH,
             "resolution": float(EDGE),
-            # What the pipeline does unless it is told otherwise; stage II likewise.
+            # The pipeline's defaults; those of stage II below likewise.
             "validation_guidance": 7.0,
             "validation_num_inference_steps": 100,
         },
@@ -191,11 +191,11 @@ class StageOne(DeepFloyd):
 
 
 class StageTwo(DeepFloyd):
-    """Pictures of 256 pixels from pictures of 64.
+    """Images of 256 pixels from images of 64 pixels.
 
-    The network is shown the smaller picture beside the noisy one, made larger and with noise of its own, whose level it is told: so it
-    forgives the faults of stage I (Ho et al., 2021, cascaded diffusion models). In training the level is any of the schedule's, all equally
-    likely, as in Imagen; pictures are sampled at NOISE_LEVEL_OF_SAMPLING.
+    Besides the noisy image, the network gets the smaller image, enlarged and with noise of its own, and the level of that noise. This makes
+    it tolerant of faults of stage I (Ho et al., 2021, cascaded diffusion models). In training, all levels of the schedule are equally
+    likely, as in Imagen; sampling uses NOISE_LEVEL_OF_SAMPLING.
     """
 
     facts = FamilyFacts(
@@ -222,29 +222,29 @@ class StageTwo(DeepFloyd):
         self.identity = self.base.hash_of("unet", "image_noising_scheduler")
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        """Text, the noisy smaller picture at the size of the larger one, and the level of its noise, integers (B,)."""
+        """Text, the noisy smaller image enlarged to the size of the larger one, and the level of its noise, integers (B,)."""
         noising = self._image_noising()
         total = noising.config.num_train_timesteps
         levels = (batch.draws.strata("image_noise_level") * total).long().clamp(max=total - 1).to(device)
         pixels = batch.latents.to(device)
         noise = batch.draws.normal("image_noise", *pixels.shape[1:]).to(device)
-        shown = enlarged(quarter(pixels), pixels.shape[2], pixels.shape[3])
+        small = enlarged(quarter(pixels), pixels.shape[2], pixels.shape[3])
         return {
             **super().conditioning(batch, device),
-            "image": noising.add_noise(shown, noise, levels),
+            "image": noising.add_noise(small, noise, levels),
             "image_noise_level": levels,
         }
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         import torch
 
-        answer: Tensor = denoiser(
+        output: Tensor = denoiser(
             torch.cat((noisy, conditioning["image"]), dim=1),
             timesteps,
             encoder_hidden_states=_as_weights(conditioning["prompt_embeds"], denoiser),
             class_labels=conditioning["image_noise_level"],
         ).sample
-        return answer[:, : noisy.shape[1]]
+        return output[:, : noisy.shape[1]]
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         schedulers = {"scheduler": sampler, "image_noising_scheduler": self._image_noising()}
@@ -253,7 +253,7 @@ class StageTwo(DeepFloyd):
     img2img_pipeline = pipeline
 
     def img2img_arguments(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
-        """A quarter of the picture, to be made as large as it was; noise is all that the larger one begins with, whatever the strength."""
+        """The image at a quarter of its size, to be enlarged again. The larger image starts from pure noise, whatever `strength` is."""
         height, width = latents.shape[2:]
         level = {"noise_level": NOISE_LEVEL_OF_SAMPLING}
         return {"image": quarter(latents), "height": height, "width": width, "num_inference_steps": steps, **level}
@@ -265,7 +265,7 @@ class StageTwo(DeepFloyd):
 
 
 class FromEmbeddings:
-    """A pipeline of DeepFloyd whose answer is pixels (B, 3, H, W) in [-1, 1], as those of other pipelines are latents."""
+    """A DeepFloyd pipeline that returns pixels (B, 3, H, W) in [-1, 1], where the pipelines of other families return latents."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -278,7 +278,7 @@ class FromEmbeddings:
 
 
 def _as_weights(text: Tensor, denoiser: nn.Module) -> Tensor:
-    """Text in the precision of the network's weights: it meets a layer norm first, for which autocast on a CPU does nothing."""
+    """Text in the precision of the network's weights. Its first layer is a layer norm, to which autocast on a CPU does not apply."""
     return text.to(next(denoiser.parameters()).dtype)
 
 
@@ -291,7 +291,7 @@ def quarter(pixels: Tensor) -> Tensor:
 
 
 def enlarged(pixels: Tensor, height: int, width: int) -> Tensor:
-    """pixels (B, 3, h, w) => (B, 3, height, width), as IFSuperResolutionPipeline makes what it shows the network."""
+    """pixels (B, 3, h, w) => (B, 3, height, width), as IFSuperResolutionPipeline enlarges its input."""
     from torch.nn.functional import interpolate
 
     return interpolate(pixels, (height, width), mode="bilinear", align_corners=True)

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 BERT = ("text_encoder", "tokenizer")
 T5 = ("text_encoder_2", "tokenizer_2")
-BASE_EDGE = 512  # pixels: the edge of the square that positions are laid over, however large the picture
-TOKENIZERS_OF_OLD = {"MT5Tokenizer": "T5Tokenizer"}  # a class that transformers no longer has => the one that reads the same files
+BASE_EDGE = 512  # pixels: position embeddings are scaled to a square of this edge, whatever the image's size
+OLD_TOKENIZERS = {"MT5Tokenizer": "T5Tokenizer"}  # a class that transformers has removed => the one that reads the same files
 
 
 def _judge(settings: Settings) -> Iterable[str]:
     if settings["aspect_bucket_alignment"] == 8:
-        yield "--aspect_bucket_alignment=8 gives sides that Hunyuan-DiT's patches of 16 pixels do not divide; leave it at 64."
+        yield "--aspect_bucket_alignment=8 gives sizes that Hunyuan-DiT's 16-pixel patches do not divide; use 64."
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class HunyuanOptions:
 
 
 class HunyuanDiT:
-    """BERT and mT5, and a transformer with long skips on latents of 4 channels at an eighth of the pixels.
+    """BERT and mT5, and a transformer with long skip connections on latents of 4 channels with 1/8 of the image's width and height.
 
-    Up to version 1.1 the network is also told sizes and a style; its own config says so. The schedule differs too, and is the
-    checkpoint's: it ends with beta 0.03 up to 1.1, and with 0.018 in 1.2. The answer has 8 channels: the velocity, and a variance that the
-    samplers in use have no need of and that is not trained.
+    Up to version 1.1 the network also has size and style conditioning, according to its config. The base model's schedule ends with
+    beta 0.03 up to 1.1, and with 0.018 in 1.2. The output has 8 channels: the velocity and a variance. The variance is not trained,
+    because our samplers do not use it.
     """
 
     facts = FamilyFacts(
@@ -84,7 +84,7 @@ class HunyuanDiT:
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=self.network["patch_size"])
         self.scheduler_config = self.base.config("scheduler")
-        self.told_sizes: bool = self.network.get("use_style_cond_and_image_meta_size", True)
+        self.size_conditioning: bool = self.network.get("use_style_cond_and_image_meta_size", True)
         self.original_size = options.section(sdxl_inputs.SDXLOptions).sdxl_original_size
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
@@ -100,7 +100,7 @@ class HunyuanDiT:
             yield encoders
 
     def caption_lengths(self) -> CaptionLengths:
-        """By mT5's tokens: it reads on where BERT stops."""
+        """In tokens of mT5, which reads further than BERT."""
         from helpers.families.text.t5 import T5CaptionLengths
 
         return T5CaptionLengths(self.t5, self.network["text_len_t5"])
@@ -117,9 +117,9 @@ class HunyuanDiT:
         return Parts(denoiser, "transformer")
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        """Text with its masks and, up to version 1.1, style 0 with (width, height) of the picture, those of its cut, (left, top).
+        """Text with its masks. Up to version 1.1 also style 0 and `image_meta_size`, in the order of the authors' training:
 
-        The order is that of the authors' own training.
+        width and height of the image, width and height of its crop, left and top of the crop.
         """
         import torch
 
@@ -128,20 +128,20 @@ class HunyuanDiT:
         text = {name: tensor.to(device) for name, tensor in batch.text.items()}
         floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in text.items()}
         conditioning = at_full_length(floats, self.network["text_len"])
-        if self.told_sizes:
+        if self.size_conditioning:
             numbers = []
-            for cut in batch.geometry:
-                height, width, top, left = sdxl_inputs.size_and_crop(cut, self.original_size)
-                numbers.append([width, height, cut.target.width, cut.target.height, left, top])
+            for geometry in batch.geometry:
+                height, width, top, left = sdxl_inputs.size_and_crop(geometry, self.original_size)
+                numbers.append([width, height, geometry.target.width, geometry.target.height, left, top])
             conditioning["image_meta_size"] = torch.tensor(numbers, dtype=torch.float32, device=device)
             conditioning["style"] = torch.zeros(len(numbers), dtype=torch.long, device=device)
         return conditioning
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         height, width = noisy.shape[2:]
-        answer: Tensor = denoiser(
+        output: Tensor = denoiser(
             noisy,
-            timesteps.to(noisy.dtype),  # whose precision the network takes for that of its embeddings
+            timesteps.to(noisy.dtype),  # the network computes its embeddings in the precision of the timesteps
             encoder_hidden_states=conditioning["prompt_embeds"],
             text_embedding_mask=conditioning["prompt_embeds_mask"],
             encoder_hidden_states_t5=conditioning["prompt_embeds_2"],
@@ -150,7 +150,7 @@ class HunyuanDiT:
             style=conditioning.get("style"),
             image_rotary_emb=self._positions(height, width, noisy.device),
         ).sample
-        return answer[:, : noisy.shape[1]]
+        return output[:, : noisy.shape[1]]
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         from diffusers import HunyuanDiTPipeline
@@ -179,7 +179,7 @@ class HunyuanDiT:
 
     def modelspec(self, kind: str) -> dict[str, str]:
         edge = trained_edge(self.base, "transformer", self.latents.downsampling)
-        version = "1.1" if self.told_sizes else "1.2"  # 1.0 and 1.1 do not differ in what a file shows
+        version = "1.1" if self.size_conditioning else "1.2"  # the files of 1.0 and 1.1 look the same
         implementation = "https://github.com/Tencent/HunyuanDiT"
         return modelspec(self.base, f"hunyuan-dit-v{version}/{kind}", implementation, f"hunyuan_dit_{version}", edge)
 
@@ -189,10 +189,10 @@ class HunyuanDiT:
 
     def _own_tokenizer(self) -> dict[str, list[str]]:
         library, kind = self.base.index["tokenizer_2"]
-        return {"tokenizer_2": [library, TOKENIZERS_OF_OLD.get(kind, kind)]}
+        return {"tokenizer_2": [library, OLD_TOKENIZERS.get(kind, kind)]}
 
     def _positions(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rotary embedding for latents of this size, as the pipeline of diffusers makes them."""
+        """Cosines and sines of the rotary embedding for latents of this size, as diffusers' pipeline computes them."""
         from diffusers.models.embeddings import get_2d_rotary_pos_embed
         from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
@@ -205,7 +205,7 @@ class HunyuanDiT:
 
 
 class FromEmbeddings:
-    """A pipeline of Hunyuan-DiT that makes pictures of just the size that is asked for, and tells the network sizes as it was trained."""
+    """A Hunyuan-DiT pipeline that generates images of exactly the requested size, with size conditioning in the order of the training."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -214,6 +214,6 @@ class FromEmbeddings:
         self.pipeline.set_progress_bar_config(**settings)
 
     def __call__(self, *, width: int, height: int, **arguments: Any) -> Any:
-        # Left alone, the pipeline tells (height, width), and an original of 1024 x 1024.
+        # By default the pipeline passes (height, width), and an original size of 1024 x 1024.
         sizes = {"original_size": (width, height), "target_size": (width, height)}
         return self.pipeline(width=width, height=height, use_resolution_binning=False, **sizes, **arguments)

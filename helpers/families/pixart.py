@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from helpers.data.batches import Batch
 
 NETWORK = "PixArtTransformer2DModel"
-PATCH = 2  # latent pixels on the edge of what is one token to the network
-SIZED = 128  # the sample_size of the networks that are told sizes, where their config does not say
-# The authors clip the gradient to this; the pictures all come from patches that are at least two latent pixels wide and high.
+PATCH = 2  # the edge of a token, in latent pixels
+SIZED = 128  # networks of this sample_size have size conditioning, unless their config says otherwise
+# The authors clip the gradient norm to 0.01. Image sides must be multiples of 16 pixels: a patch of two latent pixels.
 DEFAULTS: Settings = {"max_grad_norm": 0.01, "aspect_bucket_alignment": 64}
 OPTIONS = frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path"})
 
 
 def _judge(settings: Settings) -> Iterable[str]:
     if settings["aspect_bucket_alignment"] == 8:
-        yield "--aspect_bucket_alignment=8 gives sides that PixArt's patches of 16 pixels do not divide; leave it at 64."
+        yield "--aspect_bucket_alignment=8 gives sizes that PixArt's 16-pixel patches do not divide; use 64."
     if settings["validation_guidance_rescale"]:
-        yield "--validation_guidance_rescale is not known to PixArt's pipeline; leave it at 0."
+        yield "--validation_guidance_rescale is not for PixArt, whose pipeline cannot rescale guidance. Remove it."
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,16 @@ class PixArtOptions:
 
 
 class PixArt:
-    """A T5 encoder, and a transformer on latents of 4 channels at an eighth of the pixels. The versions below say what differs.
+    """A T5 text encoder, and a transformer on latents of 4 channels with 1/8 of the image's width and height.
 
-    The network answers with 8 channels: the noise, and a variance that the samplers in use have no need of and that is not trained.
+    The network's output has 8 channels: the noise and a variance. The variance is not trained, because our samplers do not use it.
+    The subclasses state what differs between Alpha and Sigma.
     """
 
     facts: ClassVar[FamilyFacts]
     pipeline_class: ClassVar[str]  # of diffusers
-    tokens: ClassVar[int]  # read of a caption unless --tokenizer_max_length says otherwise
-    code: ClassVar[str]  # where the authors' is
+    tokens: ClassVar[int]  # of a caption that T5 reads, unless --tokenizer_max_length is set
+    code: ClassVar[str]  # address of the authors' implementation
 
     refines = False
     notes = ()
@@ -75,8 +76,8 @@ class PixArt:
         self.length = options.tokenizer_max_length or self.tokens
         network = self.base.config("transformer")
         self.t5 = T5Source.open(self.base, "", options, width=network["caption_channels"])
-        told = network.get("use_additional_conditions")
-        self.told_sizes: bool = network["sample_size"] == SIZED if told is None else told
+        conditioned = network.get("use_additional_conditions")
+        self.size_conditioning: bool = network["sample_size"] == SIZED if conditioned is None else conditioned
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
         return self.vae.codec(device)
@@ -101,29 +102,29 @@ class PixArt:
         return Parts(self.base.load(PixArtTransformer2DModel, "transformer", dtype), "transformer")
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        """Text with its mask and, to a network that is told sizes, those that its pipeline would tell for such a picture."""
+        """Text with its mask. With size conditioning also `resolution` (height, width) and `aspect_ratio`, as the pipeline sets them."""
         import torch
 
         conditioning = {
             "prompt_embeds": batch.text["prompt_embeds"].to(device, torch.float32),
             "prompt_embeds_mask": batch.text["prompt_embeds_mask"].to(device),
         }
-        if self.told_sizes:
+        if self.size_conditioning:
             targets = [cut.target for cut in batch.geometry]
             conditioning["resolution"] = torch.tensor([[target.height, target.width] for target in targets], dtype=torch.float32).to(device)
             conditioning["aspect_ratio"] = torch.tensor([[target.height / target.width] for target in targets]).to(device)
         return conditioning
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        sizes = {name: conditioning[name] for name in ("resolution", "aspect_ratio")} if self.told_sizes else None
-        answer: Tensor = denoiser(
+        sizes = {name: conditioning[name] for name in ("resolution", "aspect_ratio")} if self.size_conditioning else None
+        output: Tensor = denoiser(
             noisy,
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_attention_mask=conditioning["prompt_embeds_mask"],
             timestep=timesteps,
             added_cond_kwargs=sizes,
         ).sample
-        return answer[:, : noisy.shape[1]]
+        return output[:, : noisy.shape[1]]
 
     def pipeline(self, denoiser: nn.Module, sampler: Any) -> Any:
         import diffusers
@@ -133,7 +134,7 @@ class PixArt:
         return FromEmbeddings(getattr(diffusers, self.pipeline_class)(**encoders, transformer=denoiser, scheduler=sampler))
 
     def prompt_arguments(self, text: TextTensors, negative: TextTensors) -> dict[str, Any]:
-        """Both are filled up to the longer one: the pipeline joins them."""
+        """Both padded to the longer one, because the pipeline concatenates them."""
         from helpers.data.base.padding import stacked
 
         both = stacked([text, negative])
@@ -157,13 +158,13 @@ class PixArt:
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
         parts: dict[str, Component] = {"transformer": denoiser_folder, "vae": self.vae.folder, **self.t5.parts}
-        # Early copies of Alpha name the class that this one was split from.
+        # model_index.json of early releases of Alpha names an older class, from which NETWORK was split.
         classes = {"transformer": ["diffusers", NETWORK], **self.t5.classes}
         write_pipeline(self.base, parts, scheduler_config, target, classes)
 
 
 class FromEmbeddings:
-    """A pipeline of PixArt that is called with embeddings, and makes pictures of just the size that is asked for."""
+    """A PixArt pipeline that is called with embeddings, and generates images of exactly the requested size."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -172,12 +173,12 @@ class FromEmbeddings:
         self.pipeline.set_progress_bar_config(**settings)
 
     def __call__(self, **arguments: Any) -> Any:
-        # Left alone, the negative prompt is "", which contradicts embeddings; and sizes are rounded to those of the authors' buckets.
+        # By default the negative prompt is "", which cannot be combined with embeddings, and sizes are rounded to the authors' buckets.
         return self.pipeline(negative_prompt=None, use_resolution_binning=False, **arguments)
 
 
 class PixArtAlpha(PixArt):
-    """The network for 1024 pixels is told height, width and aspect of the picture; those for less are not."""
+    """The network for 1024 pixels has size conditioning (height, width, aspect ratio); those for smaller images do not."""
 
     facts = FamilyFacts(
         name="pixart_alpha",
@@ -197,7 +198,7 @@ class PixArtAlpha(PixArt):
 
 
 class PixArtSigma(PixArt):
-    """Reads longer captions, has SDXL's VAE, and is not told sizes."""
+    """Reads longer captions, uses SDXL's VAE, and has no size conditioning."""
 
     facts = FamilyFacts(
         name="pixart_sigma",

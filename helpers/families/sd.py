@@ -27,22 +27,23 @@ if TYPE_CHECKING:
     from helpers.families.networks.controlnet import ControlledUNet
     from helpers.families.text.clip import TrainedClip
 
-ACTIVATION_OF_VERSION_1 = "quick_gelu"  # of CLIP's own text encoder; version 2 has OpenCLIP's, which uses the exact one
+ACTIVATION_OF_VERSION_1 = "quick_gelu"  # of OpenAI's CLIP; version 2 has OpenCLIP's text encoder, which uses the exact GELU
 
 
 def _judge(settings: Settings) -> Iterable[str]:
     if settings["validation_using_datasets"] and settings["validation_guidance_rescale"]:
         yield (
-            "--validation_using_datasets goes without --validation_guidance_rescale: the pipeline of Stable Diffusion that begins with "
-            "a picture cannot rescale. Remove one of them."
+            "--validation_using_datasets cannot be combined with --validation_guidance_rescale: the image-to-image pipeline of Stable "
+            "Diffusion cannot rescale guidance. Remove one of them."
         )
 
 
 class StableDiffusion:
-    """One CLIP encoder, and a U-Net on latents of 4 channels at an eighth of the pixels.
+    """One CLIP text encoder, and a U-Net on latents of 4 channels with 1/8 of the image's width and height.
 
-    The versions are told apart by what the checkpoint says: its tokenizer pads with the end of text or with "!", its encoder ends with
-    the layer whose states are used (version 2 uses the last but one, and lacks the last), its scheduler names the prediction.
+    The base model's own files tell version 1 from version 2: the tokenizer pads with the end-of-text token or with "!", the text encoder
+    ends with the layer whose states are used (version 2 uses the last but one, so its last layer is not in the file), and the scheduler
+    names the prediction type.
     """
 
     facts = FamilyFacts(
@@ -117,8 +118,8 @@ class StableDiffusion:
         return {**clip_states.of_batch(batch, device), **condition.of_batch(batch, device)}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        told = {**clip_states.arguments(conditioning), **condition.keyword(conditioning)}
-        return denoiser(noisy, timesteps, **told).sample
+        arguments = {**clip_states.arguments(conditioning), **condition.keyword(conditioning)}
+        return denoiser(noisy, timesteps, **arguments).sample
 
     def controlnet(self, denoiser: nn.Module) -> ControlledUNet:
         from helpers.families.networks.controlnet import controlled_unet
@@ -159,12 +160,12 @@ class StableDiffusion:
     def modelspec(self, kind: str) -> dict[str, str]:
         edge = trained_edge(self.base, "unet", self.latents.downsampling)
         if self.base.config("text_encoder").get("hidden_act", ACTIVATION_OF_VERSION_1) == ACTIVATION_OF_VERSION_1:
-            told = modelspec(self.base, f"stable-diffusion-v1/{kind}", "https://github.com/CompVis/stable-diffusion", "sd_v1", edge)
-            return {**told, "ss_v2": "False"}  # by which kohya and its readers tell the versions apart
+            metadata = modelspec(self.base, f"stable-diffusion-v1/{kind}", "https://github.com/CompVis/stable-diffusion", "sd_v1", edge)
+            return {**metadata, "ss_v2": "False"}  # kohya and the tools that read its files tell the versions apart by this key
         velocity = self.scheduler_config.get("prediction_type") == "v_prediction"
         architecture, version = ("stable-diffusion-v2-768-v", "sd_v2_v") if velocity else ("stable-diffusion-v2-512", "sd_v2")
-        told = modelspec(self.base, f"{architecture}/{kind}", "https://github.com/Stability-AI/stablediffusion", version, edge)
-        return {**told, "ss_v2": "True"}
+        metadata = modelspec(self.base, f"{architecture}/{kind}", "https://github.com/Stability-AI/stablediffusion", version, edge)
+        return {**metadata, "ss_v2": "True"}
 
     def export_pipeline(self, denoiser_folder: Path, scheduler_config: Mapping[str, Any], target: Path) -> None:
         write_pipeline(self.base, {"unet": denoiser_folder, "vae": self.vae.folder}, scheduler_config, target)

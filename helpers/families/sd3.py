@@ -33,8 +33,8 @@ T5 = "_3"
 CLIP_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 T5_FOLDERS = ("text_encoder_3", "tokenizer_3")
 T5_LENGTH = 256  # tokens, as the pipeline of diffusers
-LONGEST_T5 = 512  # that the pipeline takes
-# What --sd3_uses_diffusion trains: the schedule of SDXL that ends in pure noise, as flow matching does.
+LONGEST_T5 = 512  # tokens, the most that the pipeline accepts
+# For --sd3_uses_diffusion: SDXL's schedule with zero terminal SNR, so that it ends in pure noise, as that of flow matching does.
 DIFFUSION_SCHEDULE: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -44,16 +44,16 @@ DIFFUSION_SCHEDULE: Mapping[str, Any] = {
     "rescale_betas_zero_snr": True,
     "clip_sample": False,
 }
-SCALE_NOTHING = ("ddim", "ddpm", "unipc")  # samplers that show the network what they hold: the pipeline does not scale it for others
+SCALE_NOTHING = ("ddim", "ddpm", "unipc")  # samplers that need no scale_model_input, which the pipeline of SD3 never calls
 
 
 def _judge(settings: Settings) -> Iterable[str]:
     if settings["sd3_uses_diffusion"]:
         yield from _judge_diffusion(settings)
     if settings["aspect_bucket_alignment"] == 8:
-        yield "--aspect_bucket_alignment=8 cuts through the patches of Stable Diffusion 3, which are 16 pixels wide; use 64."
+        yield "--aspect_bucket_alignment=8 gives sizes that the 16-pixel patches of Stable Diffusion 3 do not divide; use 64."
     if settings["validation_guidance_rescale"]:
-        yield "--validation_guidance_rescale is not for Stable Diffusion 3: its pipeline cannot rescale. Remove it."
+        yield "--validation_guidance_rescale is not for Stable Diffusion 3, whose pipeline cannot rescale guidance. Remove it."
     length = settings["tokenizer_max_length"]
     if length is not None and length > LONGEST_T5:  # type: ignore[operator]  # a number
         yield f"--tokenizer_max_length={length} is more than the {LONGEST_T5} tokens that pipelines of Stable Diffusion 3 take; lower it."
@@ -63,21 +63,24 @@ def _judge_diffusion(settings: Settings) -> Iterable[str]:
     sampler = settings["validation_noise_scheduler"]
     if sampler not in SCALE_NOTHING:
         yield (
-            f"--validation_noise_scheduler={sampler} cannot sample with --sd3_uses_diffusion: the pipeline of Stable Diffusion 3 does not "
-            f"scale what the network sees. Use {', '.join(SCALE_NOTHING)}."
+            f"--validation_noise_scheduler={sampler} cannot be used with --sd3_uses_diffusion: it needs scaled network inputs, and the "
+            f"pipeline of Stable Diffusion 3 does not scale them. Use {', '.join(SCALE_NOTHING)}."
         )
     if settings["validation_using_datasets"]:
-        yield "--validation_using_datasets: the pipeline that begins with a picture knows flow matching alone, not diffusion; remove it."
+        yield (
+            "--validation_using_datasets cannot be used with --sd3_uses_diffusion: the image-to-image pipeline of Stable Diffusion 3 "
+            "supports flow matching only. Remove it."
+        )
 
 
 @dataclass(frozen=True)
 class SD3Options:
-    """Stable Diffusion 3: what only this family has."""
+    """Stable Diffusion 3: options of this family only."""
 
     sd3: bool = option(False, "Same as --model_family=sd3.", env="STABLE_DIFFUSION_3", alias_of=("model_family", "sd3"))
     sd3_uses_diffusion: bool = option(
         False,
-        "Train by diffusion with v-prediction, not by flow matching: a long training. See documentation/OBJECTIVES.md.",
+        "Train by diffusion with v-prediction instead of flow matching. This takes a long training. See documentation/OBJECTIVES.md.",
     )
     sd3_caption_dropout: str = option(
         "apart",
@@ -88,9 +91,9 @@ class SD3Options:
 
 
 class StableDiffusion3:
-    """Two CLIP encoders and T5, which may be left out; a transformer on latents of 16 channels at an eighth of the pixels.
+    """Two CLIP text encoders, an optional T5, and a transformer on latents of 16 channels with 1/8 of the image's width and height.
 
-    3.5 differs in what the transformer's own config says: norms of queries and keys, and a second attention in some layers.
+    The transformer's config tells 3.5 from 3: 3.5 normalizes queries and keys, and some of its layers have a second attention.
     """
 
     facts = FamilyFacts(
@@ -137,8 +140,8 @@ class StableDiffusion3:
         if self.t5:
             return ()
         return (
-            "the base model is without T5 (--pretrained_t5_model_name_or_path names one): both CLIP encoders read 77 tokens of a caption, "
-            "and zeros stand in T5's place",
+            "the base model has no T5 (name one with --pretrained_t5_model_name_or_path): the CLIP text encoders read the first 77 tokens "
+            "of a caption, and zeros replace the states of T5",
         )
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:
@@ -150,20 +153,20 @@ class StableDiffusion3:
         return text_encoders(self.base, self.t5, self.t5_length, device)
 
     def caption_lengths(self) -> CaptionLengths:
-        """By T5's tokens where it is there: it reads on where CLIP stops."""
+        """In tokens of T5 if the model has one, because it reads further than CLIP."""
         from helpers.families.text.clip import clip_caption_lengths
         from helpers.families.text.t5 import T5CaptionLengths
 
         return T5CaptionLengths(self.t5, self.t5_length) if self.t5 else clip_caption_lengths(self.base, CLIPS)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
-        """Zeros of all encoders."""
+        """Zeros for all encoders."""
         from helpers.families.text.sd3_text import zeros
 
         return zeros(self.clips, self.t5, self.t5_length)
 
     def without(self, text: TextTensors, encoders: Collection[str]) -> TextTensors:
-        """Zeros of these encoders: the base models were trained with each dropped by itself (Esser et al., 2024, appendix B.3)."""
+        """With zeros for these encoders. The base models were trained with each encoder dropped independently (Esser et al., 2024, B.3)."""
         from helpers.families.text.sd3_text import without
 
         return without(self.clips, text, encoders)
@@ -214,7 +217,7 @@ class StableDiffusion3:
         return StableDiffusion3Img2ImgPipeline(vae=vae, **encoders, transformer=denoiser, scheduler=sampler)
 
     def img2img_arguments(self, latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
-        """With the size in pixels, or the pipeline takes it to be that of the model's own pictures."""
+        """With the size in pixels; without it, the pipeline assumes the size that the model was trained at."""
         height, width = (side * self.latents.downsampling for side in latents.shape[2:])
         return {**img2img.img2img_arguments(latents, steps, strength), "height": height, "width": width}
 
@@ -245,7 +248,7 @@ class StableDiffusion3:
         write_pipeline(self.base, {**parts, **self.t5.parts}, scheduler_config, target, self.t5.classes)
 
     def _t5(self, options: ModelOptions) -> T5Source | None:
-        """None where none is named and the base model is without: it does not name it, or the folder is not there."""
+        """None if neither the user nor the base model has one: model_index.json does not name it, or its folder is absent."""
         from helpers.families.text.t5_source import T5Source
 
         named = all((self.base.index.get(part) or [None])[0] is not None for part in T5_FOLDERS)
@@ -271,8 +274,11 @@ class StableDiffusion3:
 
 
 def _schedule(base: BaseModel, by_diffusion: bool) -> Mapping[str, Any]:
-    """The base model's own, or that of diffusion for one that was trained by flow matching. ModelError for the other way around."""
+    """The base model's own schedule, or DIFFUSION_SCHEDULE to train a flow-matching model by diffusion.
+
+    Raises ModelError for a model that was trained by diffusion if --sd3_uses_diffusion is not set.
+    """
     own = base.config("scheduler")
     if "beta_schedule" in own and not by_diffusion:
-        raise ModelError(f"{base.name} was trained by diffusion, as its scheduler says: set --sd3_uses_diffusion.")
+        raise ModelError(f"{base.name} was trained by diffusion, according to its scheduler: set --sd3_uses_diffusion.")
     return DIFFUSION_SCHEDULE if by_diffusion and "beta_schedule" not in own else own

@@ -31,7 +31,7 @@ ENCODERS = ("", "_2")  # suffixes of their folders
 
 
 class SDXL:
-    """SDXL base: two CLIP encoders, size and crop conditioning, a U-Net on latents of 4 channels at an eighth of the pixels."""
+    """SDXL base: two CLIP text encoders, size and crop conditioning, a U-Net on latents of 4 channels with 1/8 of the width and height."""
 
     facts = FamilyFacts(
         name="sdxl",
@@ -67,7 +67,7 @@ class SDXL:
         return self.vae.codec(device)
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
-        """The states that enter the last layers of both encoders side by side, and the second one's pooled projection."""
+        """The input states of the last layers of both encoders, concatenated, and the pooled projection of the second encoder."""
         from helpers.families.text.clip import clip_encoders, states_and_pooled
 
         return clip_encoders(self.base, ENCODERS, "penultimate", states_and_pooled, device, self.chunked)
@@ -78,7 +78,7 @@ class SDXL:
         return clip_caption_lengths(self.base, ENCODERS, self.chunked)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
-        """Zeros: the pipeline does the same where there is no negative prompt."""
+        """Zeros, which the pipeline also uses for an absent negative prompt."""
         from helpers.families.text.clip import zeros
 
         return zeros(self.base, ENCODERS, self.chunked)
@@ -92,7 +92,7 @@ class SDXL:
         return load_encoders(self.base, ENCODERS, dtype)
 
     def text_layers_read(self, role: str) -> int:
-        """All but the last; the pooled projection of the second encoder is made of its last too."""
+        """All but the last for the first encoder; all for the second, whose pooled projection also needs its last layer."""
         return int(self.base.config(role)["num_hidden_layers"]) - (role == "text_encoder")
 
     @cached_property
@@ -102,12 +102,12 @@ class SDXL:
         return TrainedClip(self.base, ENCODERS, "penultimate", states_and_pooled)
 
     def embed(self, encoders: Mapping[str, nn.Module], captions: Sequence[str | None], device: torch.device) -> dict[str, Tensor]:
-        """Dropped captions are encoded too, and made zeros after: every process then has a gradient for every weight."""
+        """Dropped captions are encoded too, and set to zero afterwards, so that every process has a gradient for every weight."""
         import torch
 
-        told = self._trained_clip.embed(encoders, [caption or "" for caption in captions], device)
+        states = self._trained_clip.embed(encoders, [caption or "" for caption in captions], device)
         dropped = torch.tensor([caption is None for caption in captions], device=device)
-        return {name: tensor.masked_fill(dropped.view(-1, *[1] * (tensor.ndim - 1)), 0.0) for name, tensor in told.items()}
+        return {name: tensor.masked_fill(dropped.view(-1, *[1] * (tensor.ndim - 1)), 0.0) for name, tensor in states.items()}
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Text, and (original height, width, top, left, target height, width)."""

@@ -1,4 +1,4 @@
-"""The refiner of Stable Diffusion XL: a second model, for the low-noise end of the schedule."""
+"""The refiner of Stable Diffusion XL: a second model for the low-noise end of the schedule."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENCODERS = ("_2",)  # suffixes of their folders
 
 @dataclass(frozen=True)
 class RefinerOptions:
-    """SDXL refiner: its score, and the timesteps it is trained on."""
+    """SDXL refiner: its aesthetic score, and the timesteps that it is trained on."""
 
     data_aesthetic_score: float = option(
         7.0, "Aesthetic score of the training images that the refiner gets; validation asks for 6.", at_least=0, at_most=10
@@ -42,10 +42,10 @@ class RefinerOptions:
 
 
 class SDXLRefiner:
-    """Like SDXL with the second text encoder alone, and an aesthetic score in place of the target size.
+    """Like SDXL, but with only the second text encoder, and with an aesthetic score in place of the target size.
 
-    It takes a picture over where little noise is left. So it is trained there, unless the whole schedule is asked for, and validated on
-    pictures of the data rather than from noise.
+    It continues where the base model has left little noise. So it is trained on those timesteps, unless the whole schedule is asked for,
+    and validation starts from images of the datasets, not from noise.
     """
 
     facts = FamilyFacts(
@@ -81,7 +81,7 @@ class SDXLRefiner:
         return self.vae.codec(device)
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
-        """The states that enter the last layer, and the pooled projection."""
+        """The input states of the last layer, and the pooled projection."""
         from helpers.families.text.clip import clip_encoders, states_and_pooled
 
         return clip_encoders(self.base, ENCODERS, "penultimate", states_and_pooled, device, self.chunked)
@@ -92,7 +92,7 @@ class SDXLRefiner:
         return clip_caption_lengths(self.base, ENCODERS, self.chunked)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
-        """As the checkpoint's pipeline does where there is no negative prompt: the empty caption, or zeros if its index says so."""
+        """What the model's pipeline uses for an absent negative prompt: zeros, or the encoded empty caption if model_index.json says so."""
         from helpers.families.text.clip import zeros
 
         if self.base.index.get("force_zeros_for_empty_prompt", True):
@@ -117,7 +117,7 @@ class SDXLRefiner:
 
         from helpers.families.loading.vae import VaeSettings
 
-        absent: Any = None  # the caller encodes and decodes
+        absent: Any = None  # the caller encodes and decodes images
         return StableDiffusionXLImg2ImgPipeline(
             vae=VaeSettings(self.vae.config),
             **dict.fromkeys(("text_encoder", "tokenizer", *TEXT), absent),
@@ -130,7 +130,7 @@ class SDXLRefiner:
     img2img_pipeline = pipeline
 
     def kohya_name(self, module: str) -> str | None:
-        """By diffusers' names: diffusers misreads the original ones of a network of four levels (block 1 for block 10)."""
+        """Built from diffusers' names. Of the original names, diffusers misreads those of a four-level network (block 1 for block 10)."""
         return unet_lora.kohya_name(module)
 
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:

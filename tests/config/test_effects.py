@@ -94,7 +94,7 @@ def test_stable_diffusion_3_that_is_trained_by_diffusion_is_exported_and_trained
     ).images
     assert picture.shape == (1, 3, 64, 64) and picture.isfinite().all()
     again = (f"--pretrained_model_name_or_path={folder}", "--max_train_steps=1")
-    assert "was trained by diffusion, as its scheduler says: set --sd3_uses_diffusion" in refusal(lab, ("--model_family=sd3", *again))
+    assert "was trained by diffusion, according to its scheduler: set --sd3_uses_diffusion" in refusal(lab, ("--model_family=sd3", *again))
     assert refusal(lab, (*by_diffusion, *again)) == ""
 
 

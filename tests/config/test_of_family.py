@@ -55,7 +55,7 @@ def test_what_it_refuses_is_refused(read: Read) -> None:
 
 def test_pictures_from_pictures_are_refused_where_the_family_makes_none(read: Read) -> None:
     config = read("--validation_using_datasets", facts=Axes({"base": dataclasses.replace(BASE, img2img=True), "refiner": REFINER}))
-    with pytest.raises(ConfigError, match="no pipeline of the refiner that begins with a picture; remove it"):
+    with pytest.raises(ConfigError, match="the refiner has no image-to-image pipeline"):
         config.of_family(REFINER)
     assert config.of_family(dataclasses.replace(REFINER, img2img=True)).validation.validation_using_datasets
 

@@ -184,7 +184,7 @@ def test_every_choice_may_refuse_settings(refuse: Refuse) -> None:
 
 def test_a_refusal_says_who_set_what_it_is_about(refuse: Refuse) -> None:
     refused = refuse("--model_family=sd3", "--sd3_uses_diffusion", VALIDATION_NOISE_SCHEDULER="euler")
-    assert refused.startswith("VALIDATION_NOISE_SCHEDULER: --validation_noise_scheduler=euler cannot sample with --sd3_uses_diffusion")
+    assert refused.startswith("VALIDATION_NOISE_SCHEDULER: --validation_noise_scheduler=euler cannot be used with --sd3_uses_diffusion")
 
 
 def test_what_the_run_does_not_read_is_refused_as_a_flag_and_left_out_as_a_variable(read: Read, refuse: Refuse) -> None:

@@ -285,12 +285,12 @@ def test_an_exported_pipeline_samples_with_the_variance_that_is_not_learnt(deepf
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--latent_sampling=sample", "has none: leave it at mean"),
-        ("--pretrained_vae_model_name_or_path=some/vae", "--pretrained_vae_model_name_or_path is about a VAE"),
-        ("--vae_dtype=fp32", "--vae_dtype is about a VAE"),
+        ("--latent_sampling=sample", "has no VAE: use mean"),
+        ("--pretrained_vae_model_name_or_path=some/vae", "--pretrained_vae_model_name_or_path is for a VAE"),
+        ("--vae_dtype=fp32", "--vae_dtype is for a VAE"),
         ("--tokenizer_max_length=120", "is for Stable Diffusion 3 and PixArt"),
-        ("--validation_guidance_rescale=0.7", "not known to the pipelines of DeepFloyd"),
-        ("--validation_noise_scheduler=euler", "choose ddpm, ddim or unipc"),
+        ("--validation_guidance_rescale=0.7", "whose pipelines cannot rescale guidance"),
+        ("--validation_noise_scheduler=euler", "Use ddpm, ddim or unipc"),
     ],
 )
 def test_what_pixels_or_the_pipelines_cannot_do_is_refused_before_anything_is_loaded(stage: str, flag: str, said: str) -> None:

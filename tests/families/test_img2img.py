@@ -75,4 +75,4 @@ def test_what_the_pipelines_cannot_do_is_refused() -> None:
     }
     rescaled = {**usual, "validation_guidance_rescale": 0.7}
     assert list(family_problems(families["sdxl"], rescaled)) == []
-    assert "goes without --validation_guidance_rescale" in "\n".join(family_problems(families["sd2x"], rescaled))
+    assert "cannot be combined with --validation_guidance_rescale" in "\n".join(family_problems(families["sd2x"], rescaled))

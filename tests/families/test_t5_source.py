@@ -90,7 +90,7 @@ def as_hub(folder: Path, hub: Path, name: str) -> Path:
 def test_captions_are_read_by_it_and_it_is_in_the_pipeline_that_is_handed_over(
     name: str, miniature: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """By a base model that is without T5: the pipeline opens in diffusers and tells its network what ours was told."""
+    """With a base model that has no T5: the pipeline opens in diffusers, and its network gets the same inputs as ours."""
     suffix, captions = READ_T5[name], ["a red circle", "harbour"]
     other = other_for(name)
     base = without_t5(miniature(name), suffix, tmp_path / "base")

@@ -69,7 +69,7 @@ def test_a_run_through_the_wrapper_trains_resumes_and_hands_over(
     assert "resuming from checkpoint-1" in ended.printed
     assert [row["step"] for row in ended.rows("metrics.jsonl")] == [1, 2]
     assert made <= {path.name for path in ended.folder.iterdir()}
-    assert ("the base model is without T5" in unwrapped(ended.printed)) == (name == "sd35")
+    assert ("the base model has no T5" in unwrapped(ended.printed)) == (name == "sd35")
     refines = name == "sdxl_refiner"
     timesteps = [row["timestep"] for row in ended.rows("samples.jsonl")]
     assert (max(timesteps) < 200) == refines

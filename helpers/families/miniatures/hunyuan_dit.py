@@ -21,15 +21,15 @@ HEADS, HEAD_WIDTH = 4, 16
 
 def write_hunyuan_dit(folder: str | Path, *, seed: int = 0) -> Path:
     """A miniature of version 1.2."""
-    return _write(folder, seed, told_sizes=False, beta_end=0.018)
+    return _write(folder, seed, size_conditioning=False, beta_end=0.018)
 
 
 def write_hunyuan_dit_11(folder: str | Path, *, seed: int = 0) -> Path:
     """A miniature of versions 1.0 and 1.1: another schedule, and a network that is told style and sizes."""
-    return _write(folder, seed, told_sizes=True, beta_end=0.03)
+    return _write(folder, seed, size_conditioning=True, beta_end=0.03)
 
 
-def _write(folder: str | Path, seed: int, *, told_sizes: bool, beta_end: float) -> Path:
+def _write(folder: str | Path, seed: int, *, size_conditioning: bool, beta_end: float) -> Path:
     absent: Any = None
     schedule = {**SDXL_SCHEDULE, "beta_end": beta_end, "prediction_type": "v_prediction"}
     with torch.random.fork_rng(devices=[]):
@@ -41,7 +41,7 @@ def _write(folder: str | Path, seed: int, *, told_sizes: bool, beta_end: float) 
             tokenizer=bert_words,
             text_encoder_2=T5EncoderModel(t5_config(len(t5_pieces), TEXT_WIDTH)),
             tokenizer_2=t5_pieces,
-            transformer=_transformer(told_sizes),
+            transformer=_transformer(size_conditioning),
             scheduler=DDPMScheduler(**schedule, clip_sample=False),
             safety_checker=absent,
             feature_extractor=absent,
@@ -51,7 +51,7 @@ def _write(folder: str | Path, seed: int, *, told_sizes: bool, beta_end: float) 
     return Path(folder)
 
 
-def _transformer(told_sizes: bool) -> HunyuanDiT2DModel:
+def _transformer(size_conditioning: bool) -> HunyuanDiT2DModel:
     return HunyuanDiT2DModel(
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_WIDTH,
@@ -64,7 +64,7 @@ def _transformer(told_sizes: bool) -> HunyuanDiT2DModel:
         cross_attention_dim=TEXT_WIDTH,
         cross_attention_dim_t5=TEXT_WIDTH,
         pooled_projection_dim=TEXT_WIDTH,
-        use_style_cond_and_image_meta_size=told_sizes,
+        use_style_cond_and_image_meta_size=size_conditioning,
     )
 
 
