@@ -77,7 +77,7 @@ def caches_inside_images(data: DataConfig) -> Iterator[str]:
         *((f"text_embeds {text.id!r}, aws_data_prefix", text, text.aws_data_prefix) for text in data.text_caches),
     ]
     for what, entry, prefix in written:
-        for dataset in (*data.datasets, *data.conditioning):
+        for dataset in (*data.datasets, *data.companions):
             images = _as_folder(dataset.aws_data_prefix)
             same_bucket = (entry.aws_bucket_name, entry.aws_endpoint_url) == (dataset.aws_bucket_name, dataset.aws_endpoint_url)
             if entry.type == dataset.type == "aws" and prefix and same_bucket and _as_folder(prefix).startswith(images):

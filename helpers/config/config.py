@@ -75,6 +75,11 @@ class Config:
         return tuple({of.id: of for dataset in self.datasets if (of := dataset.condition) is not None}.values())
 
     @property
+    def masks(self) -> tuple[DatasetConfig, ...]:
+        """The datasets of loss masks that are in use."""
+        return tuple({of.id: of for dataset in self.datasets if (of := dataset.mask) is not None}.values())
+
+    @property
     def _sections(self) -> list[Any]:
         return [*(getattr(self, attribute) for attribute in SECTIONS), *self.model.family_sections]
 
@@ -115,6 +120,7 @@ class Config:
             "settings": {name: {"value": plain(value), "origin": self.origins[name]} for name, value in self.values().items()},
             "datasets": [_entry(dataset) for dataset in self.datasets],
             "conditioning": [_entry(conditions) for conditions in self.conditioning],
+            "masks": [_entry(masks) for masks in self.masks],
             "text_caches": [_entry(text) for text in self.text_caches],
         }
 

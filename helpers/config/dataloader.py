@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from helpers.config.aspects import map_of, maps_in, read_map
 from helpers.config.buckets import bucket_problems, keys_without_a_bucket, without_bucket
 from helpers.config.caption_filters import parse_filter, read_filter_file
-from helpers.config.datasets import DataConfig, DatasetConfig, Entry, TableConfig, TextCacheConfig, complete
+from helpers.config.datasets import ALPHA, DataConfig, DatasetConfig, Entry, TableConfig, TextCacheConfig, complete
 from helpers.config.declare import Option, options_of
 from helpers.config.json_file import JsonDocument, Place, read_json
 from helpers.config.places import placed, text_cache_problems
@@ -20,12 +20,14 @@ from helpers.config.tables import table_problems, unused_tables
 from helpers.errors import ConfigError
 
 E = TypeVar("E", bound=Entry)
-# What an entry of dataset_type conditioning has to say.
-KEYS_OF_CONDITIONS = frozenset(
-    ["id", "type", "dataset_type", "disabled", "resize_filter", "preserve_data_backend_cache", "skip_file_discovery"]
+# The keys of an entry of dataset_type conditioning or mask that have an effect: its images decide everything else.
+KEYS_OF_MASKS = frozenset(
+    ["id", "type", "dataset_type", "disabled", "preserve_data_backend_cache", "skip_file_discovery"]
     + ["instance_data_dir", "path", "split", "image_column", "urls"]
     + [item.name for item in options_of(Entry) if item.name.startswith("aws_")]
 )
+KEYS_OF_COMPANIONS = {"conditioning": KEYS_OF_MASKS | {"resize_filter"}, "mask": KEYS_OF_MASKS}
+NAMED_BY = {"conditioning": "conditioning_data", "mask": "mask_data"}  # dataset_type => the key of an image dataset that names the entry
 EMPTY_TEXTS = frozenset(["instance_prompt", "tag_separator"])  # keys for which an empty text is a value
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -67,7 +69,7 @@ class _Entries:
 
     def read(self) -> DataConfig:
         datasets: list[tuple[int, DatasetConfig]] = []
-        conditions: list[tuple[int, DatasetConfig]] = []
+        companions: list[tuple[int, DatasetConfig]] = []
         texts: list[tuple[int, TextCacheConfig]] = []
         for index, entry in enumerate(self.document.value):
             if not isinstance(entry, dict):
@@ -76,16 +78,16 @@ class _Entries:
                 continue
             elif entry.get("dataset_type") == "text_embeds":
                 texts.append((index, self._entry(TextCacheConfig, index, entry)))
-            elif entry.get("dataset_type") == "conditioning":
-                conditions.append((index, self._entry(DatasetConfig, index, entry)))
+            elif entry.get("dataset_type") in KEYS_OF_COMPANIONS:
+                companions.append((index, self._entry(DatasetConfig, index, entry)))
             else:
                 datasets.append((index, self._entry(DatasetConfig, index, entry)))
         caches = self._text_caches(texts)
         complete_sets = [(index, self._dataset(index, dataset, caches)) for index, dataset in datasets]
-        by_id = {found.id: found for found in [self._conditions(index, dataset) for index, dataset in conditions]}
-        complete_sets = [(index, self._with_condition(index, dataset, by_id)) for index, dataset in complete_sets]
-        self._unique_ids([*datasets, *conditions, *texts])
-        self._used_conditions(conditions, [dataset for _, dataset in complete_sets])
+        by_id = {found.id: found for found in [self._companions(index, dataset) for index, dataset in companions]}
+        complete_sets = [(index, self._with_companions(index, dataset, by_id)) for index, dataset in complete_sets]
+        self._unique_ids([*datasets, *companions, *texts])
+        self._used_companions(companions, [dataset for _, dataset in complete_sets])
         self._epochs_end(datasets)
         self._something_to_learn(datasets)
         self.notes += size_option_notes(self.options, [dataset for _, dataset in complete_sets])
@@ -239,8 +241,8 @@ class _Entries:
             latents_prefix=named.strip("/") if dataset.type == "aws" and isinstance(named, str) else "",
         )
 
-    def _conditions(self, index: int, dataset: DatasetConfig) -> DatasetConfig:
-        """An entry of dataset_type conditioning: where its pictures are, and how they are resized. All else, their images decide."""
+    def _companions(self, index: int, dataset: DatasetConfig) -> DatasetConfig:
+        """An entry of dataset_type conditioning or mask: where its images are. Everything else is decided by the images they belong to."""
         self._require_id(index, dataset)
         entry = self.document.value[index]
         for key, what in placed(dataset, entry, self.base)[1]:
@@ -248,35 +250,63 @@ class _Entries:
                 self._problem(index, key, what)
         self._check_bucket(index, dataset)
         for key in entry:
-            if key in {item.name for item in options_of(DatasetConfig)} - KEYS_OF_CONDITIONS:
-                self.notes.append(
-                    f"{self.document.path.name}: datasets[{index}].{key} does nothing: a conditioning picture is cut as its image is."
-                )
+            if key in {item.name for item in options_of(DatasetConfig)} - KEYS_OF_COMPANIONS[dataset.dataset_type]:
+                what = "mask" if dataset.dataset_type == "mask" else "conditioning image"
+                self.notes.append(f"{self.document.path.name}: datasets[{index}].{key} does nothing: a {what} is cropped as its image is.")
+        if dataset.dataset_type == "mask" and dataset.id == ALPHA:
+            self._problem(index, "id", f'"mask_data": "{ALPHA}" means the alpha channel of the images; choose another')
         plain: dict[str, Any] = {"caption_strategy": "instanceprompt", "only_instance_prompt": True}  # its captions are nobody's
         return dataclasses.replace(complete(placed(dataset, entry, self.base)[0], self.options), **plain)
 
-    def _with_condition(self, index: int, dataset: DatasetConfig, conditions: Mapping[str, DatasetConfig]) -> DatasetConfig:
-        """A data set with the entry that its conditioning_data names, where a ControlNet is trained."""
-        wanted, trained = dataset.conditioning_data, self.options["controlnet"]
-        if (index, "conditioning_data") in self.unread:
-            return dataset
+    def _with_companions(self, index: int, dataset: DatasetConfig, companions: Mapping[str, DatasetConfig]) -> DatasetConfig:
+        """A dataset with the entry that its conditioning_data names, where a ControlNet is trained, and the one its mask_data names."""
+        trained = self.options["controlnet"]
         if dataset.resize_filter != "lanczos":
             self._problem(index, "resize_filter", 'is for conditioning sets; put it into the one that "conditioning_data" names')
-        if trained and wanted is None:
+        if trained and dataset.conditioning_data is None and (index, "conditioning_data") not in self.unread:
             what = "is missing; with --controlnet each data set names the entry of dataset_type conditioning that holds what to follow"
             self._problem(index, "conditioning_data", what)
-        elif wanted is not None and wanted not in conditions:
-            hint = did_you_mean(wanted, conditions)
-            self._problem(index, "conditioning_data", f"{wanted!r} is not the id of an entry of dataset_type conditioning{hint}")
-        elif wanted is not None and not trained:
+        condition, mask = (self._named(index, dataset, kind, companions) for kind in NAMED_BY)
+        if condition is not None and not trained:
             self.notes.append(f"{self.document.path.name}: datasets[{index}].conditioning_data does nothing without --controlnet.")
-        return dataclasses.replace(dataset, condition=conditions.get(wanted or "") if trained else None)
+        self._judge_mask(index, dataset, mask)
+        return dataclasses.replace(dataset, condition=condition if trained else None, mask=mask)
 
-    def _used_conditions(self, conditions: list[tuple[int, DatasetConfig]], datasets: list[DatasetConfig]) -> None:
-        named = {dataset.conditioning_data for dataset in datasets}
-        for index, entry in conditions:
-            if entry.id not in named and entry.id:
-                self.notes.append(f"{self.document.path.name}: datasets[{index}] does nothing: no data set's conditioning_data names it.")
+    def _named(self, index: int, dataset: DatasetConfig, kind: str, companions: Mapping[str, DatasetConfig]) -> DatasetConfig | None:
+        """The entry of this dataset_type that a dataset names, if it names one."""
+        wanted: str | None = getattr(dataset, NAMED_BY[kind])
+        those = {name: entry for name, entry in companions.items() if entry.dataset_type == kind}
+        if wanted is None or (kind == "mask" and dataset.alpha_is_mask):
+            return None
+        if wanted not in those:
+            choices = [*those, ALPHA] if kind == "mask" else [*those]
+            hint = did_you_mean(wanted, choices)
+            self._problem(index, NAMED_BY[kind], f"{wanted!r} is not the id of an entry of dataset_type {kind}{hint}")
+        return those.get(wanted)
+
+    def _judge_mask(self, index: int, dataset: DatasetConfig, mask: DatasetConfig | None) -> None:
+        """Masks that cannot be meant, or have no effect."""
+        if mask is not None and dataset.type == mask.type == "local" and dataset.folder is not None and mask.folder is not None:
+            images, masks = dataset.folder.resolve(), mask.folder.resolve()
+            if images == masks:
+                why = f"{mask.id!r} has the folder of the images themselves, so each image would be its own mask"
+                self._problem(index, "mask_data", f"{why}; put the masks into another folder, or use the alpha channels by {ALPHA!r}")
+            elif masks.is_relative_to(images):
+                what = f"the masks of {mask.id!r} are inside the folder of the images, so they would be trained as images; move them"
+                self._problem(index, "mask_data", what)
+        why = ""
+        if "mask_outside_weight" in self.document.value[index] and dataset.mask_data is None:
+            why = "mask_outside_weight does nothing without mask_data"
+        elif dataset.mask_data is not None and dataset.mask_outside_weight == 1:
+            why = "mask_data does nothing with mask_outside_weight 1: what a mask leaves black counts as much as what it shows white"
+        if why:
+            self.notes.append(f"{self.document.path.name}: datasets[{index}].{why}.")
+
+    def _used_companions(self, companions: list[tuple[int, DatasetConfig]], datasets: list[DatasetConfig]) -> None:
+        for index, entry in companions:
+            key = NAMED_BY[entry.dataset_type]
+            if entry.id and entry.id not in {getattr(dataset, key) for dataset in datasets}:
+                self.notes.append(f"{self.document.path.name}: datasets[{index}] does nothing: no data set's {key} names it.")
 
     def _sizes(self, index: int, dataset: DatasetConfig) -> DatasetConfig:
         """The data set with the sizes that are not its own in its own unit, and with those of the user's file."""

@@ -13,6 +13,7 @@ from helpers.config.options.data import CAPTION_STRATEGIES, TABLES
 
 _IN_PLACE = "caches follow changed settings by themselves"
 _WORKERS = "workers follow the machine's cores"
+ALPHA = "alpha"  # as mask_data: the mask is the image's own alpha channel
 _AWS_CHAIN = "as AWS's own tools find it"
 
 
@@ -28,8 +29,8 @@ class Entry:
     )
     dataset_type: str = option(
         "image",
-        "What it holds: images to train on, text embeddings, or the pictures that a ControlNet is to follow.",
-        choices=("image", "text_embeds", "conditioning"),
+        "What it holds: images to train on, text embeddings, the images that a ControlNet is to follow, or loss masks.",
+        choices=("image", "text_embeds", "conditioning", "mask"),
     )
     disabled: bool = option(False, "Leave this entry out.", aliases=("disable",))
     aws_bucket_name: str | None = option(None, "Bucket of an entry of type aws; required there.")
@@ -165,6 +166,12 @@ class DatasetConfig(Entry):
     conditioning_data: str | None = option(
         None, "With --controlnet: id of the entry of dataset_type conditioning with a picture of the same name for each image."
     )
+    mask_data: str | None = option(
+        None,
+        "id of the entry of dataset_type mask with a loss mask of the same name for each image; or alpha, for the images' own alpha"
+        " channels. White is trained.",
+    )
+    mask_outside_weight: float = option(0.0, "Loss weight of what the mask leaves black; white has 1.", at_least=0, at_most=1)
     resize_filter: str = option(
         "lanczos",
         "In a conditioning set, how its pictures are resized: smoothly, or so that no new colours arise (nearest), for maps of labels.",
@@ -217,6 +224,7 @@ class DatasetConfig(Entry):
     shards: tuple[Path, ...] = ()  # the tars that `urls` stands for
     index_dir: Path | None = None  # where it is kept what their headers say
     condition: DatasetConfig | None = None  # with --controlnet, the entry that conditioning_data names
+    mask: DatasetConfig | None = None  # the entry that mask_data names
 
     @property
     def trusts_listing(self) -> bool:
@@ -240,6 +248,17 @@ class DatasetConfig(Entry):
         return {key: table for key in TABLES if key in wanted and (table := getattr(self, key)) is not None}
 
     @property
+    def alpha_is_mask(self) -> bool:
+        """Whether the images' own alpha channels are their loss masks."""
+        return self.mask_data == ALPHA
+
+    @property
+    def companions(self) -> dict[str, DatasetConfig]:
+        """The entries with companions of its images, by role."""
+        pairs = (("condition", self.condition), ("mask", self.mask))
+        return {role: entry for role, entry in pairs if entry is not None}
+
+    @property
     def folder(self) -> Path | None:
         """The folder that is all of this data set, and so is never written to; None where there is none on this machine."""
         if self.type == "huggingface":
@@ -253,7 +272,7 @@ class DataConfig:
 
     datasets: tuple[DatasetConfig, ...] = ()
     text_caches: tuple[TextCacheConfig, ...] = ()
-    conditioning: tuple[DatasetConfig, ...] = ()
+    companions: tuple[DatasetConfig, ...] = ()  # of dataset_type conditioning and mask
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

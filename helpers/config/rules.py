@@ -157,7 +157,7 @@ def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     written += [(f"text_embeds {text.id!r}, cache_dir", text.cache_dir) for text in data.text_caches]
     told = set()
     for what, folder in written:
-        for dataset in (*data.datasets, *data.conditioning):
+        for dataset in (*data.datasets, *data.companions):
             if dataset.folder is None or folder in told:
                 continue
             images = dataset.folder.resolve()

@@ -60,8 +60,14 @@ def _config(content: Mapping[str, Any], axes: Axes) -> Config:
 
     texts = {text.id: text for text in restored(TextCacheConfig, "text_caches")}
     conditions = {entry.id: entry for entry in restored(DatasetConfig, "conditioning")}
+    masks = {entry.id: entry for entry in restored(DatasetConfig, "masks")}
     datasets = [  # which hold the ids of other entries as yet
-        dataclasses.replace(dataset, condition=conditions.get(str(dataset.condition)), text_entry=texts.get(str(dataset.text_entry)))
+        dataclasses.replace(
+            dataset,
+            condition=conditions.get(str(dataset.condition)),
+            mask=masks.get(str(dataset.mask)),
+            text_entry=texts.get(str(dataset.text_entry)),
+        )
         for dataset in restored(DatasetConfig, "datasets")
     ]
     return Config(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from helpers.data.base.draws import StepDraws, uniform
 from helpers.data.base.padding import stacked
-from helpers.data.base.sample import Geometry, Sample
-from helpers.data.encode.companions import CONDITION, unpacked
+from helpers.data.base.sample import CONDITION, MASK, ROLES, Geometry, Sample
+from helpers.data.encode.companions import unpacked
 from helpers.data.order.epoch_order import MicroBatch
 
 Item = TypeVar("Item")
@@ -70,8 +70,12 @@ class TrainingRecords(Protocol):
 
     def loss_weight(self, row: int) -> float: ...
 
+    def mask_outside_weight(self, row: int) -> float:
+        """The loss weight of what a mask leaves black, from 0 to 1."""
+        ...
+
     def latents(self, row: int, epoch: int) -> dict[str, Tensor] | None:
-        """The record of a row, without a batch dimension: "mean", "std" where latents are sampled, and "condition" where images have one.
+        """The record of a row, without a batch dimension: "mean", "std" where latents are sampled, "condition" and "mask" if it has any.
 
         None if the image cannot be encoded.
         """
@@ -147,6 +151,7 @@ class BatchMaker:
             dropped=tuple(draw.caption is None for draw in captions),
             dropped_encoders=tuple(draw.without for draw in captions) if self.encoders_apart else (),
             condition=_condition(latents),
+            mask=_mask(latents, [self.records.mask_outside_weight(row) for row in rows]),
         )
 
     def _draw_caption(self, sample: Sample, epoch: int, repeat: int) -> CaptionDraw:
@@ -165,7 +170,7 @@ class BatchMaker:
 
 def _latents(records: Sequence[Mapping[str, Tensor]], draws: StepDraws) -> Tensor:
     """(B, C, h, w) float32: the means, or a draw from the posterior where the codec kept its width."""
-    latents = stacked([{name: record[name] for name in record if name != CONDITION} for record in records])
+    latents = stacked([{name: record[name] for name in record if name not in ROLES} for record in records])
     mean = latents["mean"].float()
     if "std" not in latents:
         return mean
@@ -176,6 +181,15 @@ def _condition(records: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
     if CONDITION not in records[0]:
         return None
     return torch.stack([unpacked(record[CONDITION]) for record in records])
+
+
+def _mask(records: Sequence[Mapping[str, Tensor]], outside: Sequence[float]) -> Tensor | None:
+    """(B, 1, h, w) float32: o + (1 - o) m for each mask m and the weight o of what it leaves black; ones where an image has no mask."""
+    if not any(MASK in record for record in records):
+        return None
+    whole = torch.ones_like(records[0]["mean"][:1], dtype=torch.float32)
+    weights = [record[MASK].float() if MASK in record else whole for record in records]
+    return torch.stack([least + (1 - least) * weight for weight, least in zip(weights, outside, strict=True)])
 
 
 def prefetched(produce: Callable[[], Iterator[Item]], ahead: int) -> Generator[Item, None, None]:

@@ -58,20 +58,20 @@ def rules_of(dataset: DatasetConfig, seed: int = 0) -> DatasetRules:
         filters=dataset.caption_filters,
         shuffle=TagShuffle(seed, dataset.keep_tags, dataset.tag_separator) if dataset.shuffle_tags else None,
     )
-    condition = dataset.condition.id if dataset.condition is not None else ""
-    return DatasetRules(dataset.id, resolution, captions, _tables(dataset), condition)
+    companions = tuple((role, of.id) for role, of in dataset.companions.items())
+    return DatasetRules(dataset.id, resolution, captions, _tables(dataset), companions, dataset.alpha_is_mask)
 
 
-def rules_of_conditions(conditions: DatasetConfig, datasets: Sequence[DatasetConfig]) -> DatasetRules:
-    """The rules for a dataset of conditioning images: each must be readable, and an image of `datasets` must have its name."""
-    users = (dataset.id for dataset in datasets if dataset.condition is not None and dataset.condition.id == conditions.id)
-    captions = CaptionRule("instanceprompt", instance_prompt="condition")  # nobody reads it, but only images with a caption are in use
-    return DatasetRules(conditions.id, ResolutionRule(), captions, conditions_for=tuple(users))
+def rules_of_companions(companions: DatasetConfig, datasets: Sequence[DatasetConfig]) -> DatasetRules:
+    """The rules for a dataset of companions: each must be readable, and an image of `datasets` must have its name."""
+    pairs = [(dataset.id, role) for dataset in datasets for role, of in dataset.companions.items() if of.id == companions.id]
+    captions = CaptionRule("instanceprompt", instance_prompt="companion")  # nobody reads it, but only images with a caption are in use
+    return DatasetRules(companions.id, ResolutionRule(), captions, role=pairs[0][1], users=tuple(name for name, _ in pairs))
 
 
-def conditions_of(datasets: Sequence[DatasetConfig]) -> dict[str, DatasetConfig]:
-    """The datasets of conditioning images that some datasets name, by id."""
-    return {dataset.condition.id: dataset.condition for dataset in datasets if dataset.condition is not None}
+def companions_of_all(datasets: Sequence[DatasetConfig]) -> dict[str, DatasetConfig]:
+    """The datasets of companions that some datasets name, by id."""
+    return {of.id: of for dataset in datasets for of in dataset.companions.values()}
 
 
 def _tables(dataset: DatasetConfig) -> tuple[TableRule, ...]:

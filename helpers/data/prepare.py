@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from helpers.config.datasets import DatasetConfig
+from helpers.data.base.sample import CONDITION, MASK
 from helpers.data.base.workers import Workers
 from helpers.data.batches import BatchMaker
 from helpers.data.encode.encoder import LatentEncoder
@@ -86,8 +87,12 @@ def _fixed(data: PlannedData, settings: DataSettings, image_codec: str, text_enc
         "image_codec": f"{image_codec} {settings.cache_dtype}",
         "text_encoders": f"{text_encoders} {settings.cache_dtype}",
     }
-    pairs = [(dataset.id, kind.fact) for dataset, kinds in zip(data.datasets, data.companions, strict=True) for kind in kinds]
-    return {**fixed, "conditions": ", ".join(f"{name} {fact}" for name, fact in pairs)} if pairs else fixed
+    pairs = [(dataset, kind) for dataset, kinds in zip(data.datasets, data.companions, strict=True) for kind in kinds]
+    if conditions := [f"{dataset.id} {kind.fact}" for dataset, kind in pairs if kind.role == CONDITION]:
+        fixed["conditions"] = ", ".join(conditions)
+    if masks := [f"{dataset.id} {kind.fact} outside {dataset.mask_outside_weight:g}" for dataset, kind in pairs if kind.role == MASK]:
+        fixed["masks"] = ", ".join(masks)
+    return fixed
 
 
 def _part_in_the_mix(dataset: DatasetConfig) -> str:

@@ -13,20 +13,22 @@ from numpy.typing import NDArray
 
 from helpers.config.datasets import DatasetConfig
 from helpers.data.base.progress import late_bar
+from helpers.data.base.sample import MASK
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.faces import find_faces
-from helpers.data.catalogue.scan import Refreshed, ScanOptions, ScanResult, judge, refresh, scan
+from helpers.data.catalogue.masks import ALPHA, BRIGHTNESS, measure_masks
+from helpers.data.catalogue.scan import Refreshed, ScanOptions, ScanResult, judge, refresh
 from helpers.data.encode.companions import companions_of
 from helpers.data.plan.buckets import plan
 from helpers.data.planned import PlannedData
 from helpers.data.planning import (
     columns_of,
-    conditions_of,
+    companions_of_all,
     has_plan,
     load_plan,
     plan_inputs,
     rules_of,
-    rules_of_conditions,
+    rules_of_companions,
     save_plan,
     without_a_face,
 )
@@ -39,11 +41,11 @@ class Scanner:
 
     def __init__(self, datasets: Sequence[DatasetConfig], context: DataContext) -> None:
         self.results: list[ScanResult] = []  # of each dataset; empty in other processes than the first, like what follows
-        self.conditions: list[ScanResult] = []  # of each dataset of conditions
+        self.companions: list[tuple[str, ScanResult]] = []  # of each dataset of companions, with its role
         self.faceless: Mapping[str, NDArray[np.int64]] = {}  # what `without_a_face` returns
         self._datasets = datasets
-        self._conditions = conditions_of(datasets)
-        self._sources = {dataset.id: open_source(dataset) for dataset in (*datasets, *self._conditions.values())}
+        self._companions = companions_of_all(datasets)
+        self._sources = {dataset.id: open_source(dataset) for dataset in (*datasets, *self._companions.values())}
         self._context = context
         self._settings = context.settings
         self._workers = context.workers
@@ -63,9 +65,9 @@ class Scanner:
         return PlannedData(self._datasets, self._sources, companions, catalogue, load_plan(folder / "plan"), self._settings.seed)
 
     def _scan_all(self, catalogue: Catalogue) -> None:
-        refreshed = {name: self._refresh_conditions(name, catalogue) for name in self._conditions}  # first: images are paired with them
+        refreshed = {name: self._refresh_companions(name, catalogue) for name in self._companions}  # first: images are paired with them
         self.results = [self._scan(dataset, catalogue) for dataset in self._datasets]
-        self.conditions = [self._judge_conditions(name, found, catalogue) for name, found in refreshed.items()]
+        self.companions = [self._judge_companions(name, found, catalogue) for name, found in refreshed.items()]
         for dataset in self._datasets:
             if dataset.crop and dataset.crop_style == "face":
                 self._find_faces(dataset, catalogue)
@@ -74,19 +76,32 @@ class Scanner:
         left_out = self._settings.undecodable
         with late_bar(self._context.report, f"scan {dataset.id}", "files") as progress:
             options = ScanOptions(None, progress, self._workers.should_stop, dataset.trusts_listing)
-            undecodable = None if left_out is None else left_out.get(dataset.id, ())
-            return scan(self._sources[dataset.id], rules_of(dataset, self._settings.seed), catalogue, options, undecodable)
+            rules, source = rules_of(dataset, self._settings.seed), self._sources[dataset.id]
+            refreshed = refresh(source, rules, catalogue, options)
+        if dataset.alpha_is_mask:
+            self._measure_masks(dataset.id, ALPHA, catalogue)
+        undecodable = None if left_out is None else left_out.get(dataset.id, ())
+        return judge(source, rules, catalogue, refreshed, options, undecodable)
 
-    def _refresh_conditions(self, name: str, catalogue: Catalogue) -> Refreshed:
-        conditions = self._conditions[name]
+    def _refresh_companions(self, name: str, catalogue: Catalogue) -> Refreshed:
+        companions = self._companions[name]
+        rules = rules_of_companions(companions, self._datasets)
         with late_bar(self._context.report, f"scan {name}", "files") as progress:
-            options = ScanOptions(None, progress, self._workers.should_stop, conditions.trusts_listing)
-            return refresh(self._sources[name], rules_of_conditions(conditions, self._datasets), catalogue, options)
+            options = ScanOptions(None, progress, self._workers.should_stop, companions.trusts_listing)
+            refreshed = refresh(self._sources[name], rules, catalogue, options)
+        if rules.role == MASK:
+            self._measure_masks(name, BRIGHTNESS, catalogue)
+        return refreshed
 
-    def _judge_conditions(self, name: str, found: Refreshed, catalogue: Catalogue) -> ScanResult:
-        rules = rules_of_conditions(self._conditions[name], self._datasets)
+    def _judge_companions(self, name: str, found: Refreshed, catalogue: Catalogue) -> tuple[str, ScanResult]:
+        rules = rules_of_companions(self._companions[name], self._datasets)
         options = ScanOptions(should_stop=self._workers.should_stop)
-        return judge(self._sources[name], rules, catalogue, found, options, undecodable=())
+        return rules.role, judge(self._sources[name], rules, catalogue, found, options, undecodable=())
+
+    def _measure_masks(self, name: str, source: str, catalogue: Catalogue) -> None:
+        threads, should_stop = self._settings.threads, self._workers.should_stop
+        with late_bar(self._context.report, f"measure masks {name}", "files") as progress:
+            measure_masks(self._sources[name], name, source, catalogue, threads=threads, on_progress=progress, should_stop=should_stop)
 
     def _find_faces(self, dataset: DatasetConfig, catalogue: Catalogue) -> None:
         with late_bar(self._context.report, f"find faces {dataset.id}", "images") as progress:

@@ -6,15 +6,18 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from helpers.data.base.sample import CONDITION, MASK
 from helpers.data.planned import PlannedData
 from helpers.data.planning import restricted
 from helpers.data.report.dataset_report import (
     REPORT,
     caption_report,
-    conditions_report,
+    companions_report,
     dataset_report,
     long_sides_line,
     lost_line,
+    mask_line,
+    mask_report,
     summary,
 )
 from helpers.data.report.survey import Survey
@@ -23,6 +26,8 @@ from helpers.data.scanning import Scanner
 from helpers.data.settings import DataContext
 from helpers.storage.atomic import write_json
 from helpers.storage.memo import digest_of
+
+SECTIONS = {CONDITION: "conditions", MASK: "masks"}  # of the report, and of the console, about datasets of companions by their role
 
 
 class Surveyor:
@@ -74,17 +79,21 @@ class Surveyor:
     def _write(self, failed: Mapping[int, str]) -> None:
         data, plan = self._data, self._data.plan
         report = dataset_report(self._scanner.results, plan, data.catalogue, self._scanner.faceless, failed)
-        if self._scanner.conditions:
-            report["conditions"] = conditions_report(self._scanner.conditions, data.catalogue)
+        for role, name in SECTIONS.items():
+            if results := [result for its_role, result in self._scanner.companions if its_role == role]:
+                report[name] = companions_report(results, data.catalogue)
         lengths = self._context.family.caption_lengths()
-        for entry in report["datasets"]:
+        for entry, dataset in zip(report["datasets"], data.datasets, strict=True):
             entry["captions"] = caption_report(entry["id"], data.catalogue, lengths, self._memo)
+            if dataset.mask_data is not None:
+                entry["mask"] = mask_report(dataset, data.catalogue)
         self._failed, self._unread = dict(failed), self._count_unread()
         write_json(self._path, report)
         trained = restricted(plan, np.flatnonzero(~np.isin(plan.columns["row"], list(failed)))) if failed else plan
         sources = [data.sources[dataset.id] for dataset in data.datasets]
+        masks = [data.sources[(dataset.mask or dataset).id] if dataset.mask_data is not None else None for dataset in data.datasets]
         threads = self._context.settings.threads
-        self._report.surveyed(Survey(report, lambda: thumbnails(trained, sources, data.catalogue, self._memo, threads)))
+        self._report.surveyed(Survey(report, lambda: thumbnails(trained, sources, data.catalogue, self._memo, threads, masks)))
         if not failed:
             self._memo.save_value("survey", self._inputs(), {"unread": self._unread})
 
@@ -98,8 +107,11 @@ class Surveyor:
             if faceless := len(self._scanner.faceless.get(result.dataset, ())):
                 text = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
                 self._report.chapter("faces", f"{result.dataset}: {text}")
-        for result in self._scanner.conditions:
-            self._report.chapter("conditions", summary(result))
+        for role, result in self._scanner.companions:
+            self._report.chapter(SECTIONS[role], summary(result))
+        for dataset, result in zip(self._data.datasets, self._scanner.results, strict=True):
+            if dataset.mask_data is not None:
+                self._report.chapter("masks", mask_line(dataset.id, result.used, mask_report(dataset, self._data.catalogue)))
 
     def _report_unread_captions(self) -> None:
         """File names are the default captions. Users who wrote .txt captions should not learn from the result that nobody read them."""

@@ -52,6 +52,9 @@ class CachedRecords:
     def loss_weight(self, row: int) -> float:
         return self.data.datasets[self.data.dataset_of(row)].loss_weight
 
+    def mask_outside_weight(self, row: int) -> float:
+        return self.data.datasets[self.data.dataset_of(row)].mask_outside_weight
+
     def latents(self, row: int, epoch: int) -> dict[str, Tensor] | None:
         return self.encoder.read(row, epoch)
 

@@ -116,9 +116,11 @@ class Section:
 
 
 @dataclass(frozen=True)
-class ConditionsSection:
-    """The page's section about one dataset of conditioning images."""
+class CompanionsSection:
+    """The page's section about one dataset of conditioning images or masks."""
 
+    name: str  # "conditions" or "masks", as in dataset_report.json
+    title: str
     entry: Mapping[str, Any]
     kinds: Sequence[tuple[str, int]]
     left_out: Truncated
@@ -147,14 +149,16 @@ def page(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
     environment.filters["short"] = short
     environment.filters["sizes"] = lambda text: text.replace("x", "\u00a0×\u00a0")
     sections = [_section(entry, [each for each in thumbnails if each.dataset == entry["id"]]) for entry in report["datasets"]]
-    conditions = [
-        ConditionsSection(entry, _kinds(entry), _truncated(entry["left_out"], MOST_LEFT_OUT)) for entry in report.get("conditions", ())
+    companions = [
+        CompanionsSection(name, title, entry, _kinds(entry), _truncated(entry["left_out"], MOST_LEFT_OUT))
+        for name, title in (("conditions", "Conditioning images"), ("masks", "Loss masks"))
+        for entry in report.get(name, ())
     ]
     buckets = sum(len(entry["buckets"]) for entry in report["datasets"])
     totals = {name: sum(entry[name] for entry in report["datasets"]) for name in ("found", "used")}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        sections=sections, conditions=conditions, buckets=buckets, chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals
+        sections=sections, companions=companions, buckets=buckets, chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals
     )
 
 
@@ -172,7 +176,12 @@ def _section(entry: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> Secti
         _truncated(rows, MOST_BUCKETS),
         _truncated(copies, MOST_GROUPS),
         _truncated(shared, MOST_GROUPS),
-        [_sizes_chart(entry["sizes"]), _aspects_chart(entry["aspects"]), _captions_chart(entry["captions"])],
+        [
+            _sizes_chart(entry["sizes"]),
+            _aspects_chart(entry["aspects"]),
+            _captions_chart(entry["captions"]),
+            *([_masks_chart(entry["mask"]["coverages"])] if "mask" in entry else []),
+        ],
         [_sheet_image(each) for each in thumbnails],
     )
 
@@ -192,6 +201,8 @@ def findings(entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"{entry['upscaled']:,} images ({share}) are smaller than their training size and are upscaled."
     if entry["cropped_share"] >= PERCEPTIBLE_CROP:
         yield f"The crop removes {percent(entry['cropped_share'])} of an image on average; check whether heads and feet are cut off."
+    if mask := entry.get("mask"):
+        yield from _mask_findings(mask, used)
     if captions["truncated"]:
         measured = "captions" if captions["counted"] == captions["distinct"] else "checked captions"
         share = percent(captions["truncated"] / captions["counted"])
@@ -207,6 +218,18 @@ def findings(entry: Mapping[str, Any]) -> Iterator[str]:
     lonely = sum(images == 1 for images in entry["buckets"].values())
     if lonely:
         yield f"{lonely:,} bucket{'s have' if lonely > 1 else ' has'} a single image, which is a batch of its own in every epoch."
+
+
+def _mask_findings(mask: Mapping[str, Any], used: int) -> Iterator[str]:
+    if mask["without_alpha"]:
+        yield f"{mask['without_alpha']:,} of {used:,} images have no alpha channel and are trained whole."
+    if mask["whole"] == used:
+        yield "No mask leaves out anything: every image is trained whole."
+    elif mask["whole"] > mask["without_alpha"]:
+        yield f"{mask['whole'] - mask['without_alpha']:,} of {used:,} masks are white all over; these images are trained whole."
+    if mask["dim"]:
+        such_as = f"darker than half of white everywhere, such as {short(mask['dim_example'])}"
+        yield f"{mask['dim']:,} of {used:,} masks are {such_as}; check whether their white is 255."
 
 
 def percent(share: float) -> str:
@@ -257,6 +280,13 @@ def _aspects_chart(histogram: Mapping[str, Any]) -> Chart:
     names = [f"width / height {low:.2f} to {high:.2f}" for low, high in zip(edges, edges[1:], strict=False)]
     labels = [(_place(edges, aspect), name, "middle") for aspect, name in ((0.25, "1:4"), (0.5, "1:2"), (1, "1:1"), (2, "2:1"), (4, "4:1"))]
     return _chart("Aspect ratios, width : height", counts, names, labels)
+
+
+def _masks_chart(histogram: Mapping[str, Any]) -> Chart:
+    edges, counts = histogram["edges"], histogram["counts"]
+    names = [f"{100 * low:.0f} to {100 * high:.0f} % white" for low, high in zip(edges, edges[1:], strict=False)]
+    labels = [(0, "0 %", "start"), (len(counts) / 2, "50 %", "middle"), (len(counts), "100 %", "end")]
+    return _chart("Share of an image that its mask shows white", counts, names, labels)
 
 
 def _place(edges: Sequence[float], value: float) -> float:

@@ -112,6 +112,7 @@ def sample_rows(step: int, batch: Batch, corrupted: Corrupted, losses: Tensor) -
             "crop": [geometry.top, geometry.left],
             "target_size": [geometry.target.height, geometry.target.width],
             "original_size": [geometry.original.height, geometry.original.width],
+            **({"mask": round(float(batch.mask[i].mean()), 6)} if batch.mask is not None else {}),
             "loss": weighted[i] if math.isfinite(weighted[i]) else None,
         }
         for i, (sample, geometry) in enumerate(zip(batch.samples, batch.geometry, strict=True))

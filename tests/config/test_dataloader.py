@@ -401,7 +401,7 @@ OTHER_VALUES: dict[str, Any] = {
     "crop_style": "center",  # the last choice, face, needs a library
     "crop_aspect_buckets": [{"aspect": 1.5, "weight": 2}, 1],
 }
-OF_CONDITIONS = ("conditioning_data", "resize_filter")
+OF_COMPANIONS = ("conditioning_data", "resize_filter", "mask_data", "mask_outside_weight")
 SAMPLES = {"type": "aws", "path": "someone/pictures", "urls": ["a.tar", "b.tar"]}
 STARTS = {"huggingface": ROWS, "webdataset": TARS}
 
@@ -427,7 +427,7 @@ def other_value(item: Option) -> Any:
 def test_every_key_lands_in_its_field_or_is_refused_by_name(
     kind: type[Entry], item: Option, folder: Path, write_data: Write, read: Read, refuse: Refuse
 ) -> None:
-    if item.name in ("id", "dataset_type", "disabled", "instance_data_dir", "text_embeds", "metadata_backend", *TABLES, *OF_CONDITIONS):
+    if item.name in ("id", "dataset_type", "disabled", "instance_data_dir", "text_embeds", "metadata_backend", *TABLES, *OF_COMPANIONS):
         return  # tested by name
     value = other_value(item)
     start = STARTS.get(item.of_type, IMAGES) if kind is DatasetConfig else {"id": "t", "dataset_type": "text_embeds"}
@@ -547,7 +547,7 @@ def test_a_data_set_has_the_conditions_that_it_names(read: Read, write_data: Wri
     [images] = config.datasets
     assert images.condition is not None and images.condition.instance_data_dir == Path("edges")
     assert images.condition.resize_filter == "nearest" and config.conditioning == (images.condition,)
-    does_nothing = "does nothing: a conditioning picture is cut as its image is."
+    does_nothing = "does nothing: a conditioning image is cropped as its image is."
     assert [note for note in config.notes if "datasets[1]" in note] == [
         f"data.json: datasets[1].{key} {does_nothing}" for key in ("crop", "caption_strategy")
     ]
@@ -587,6 +587,57 @@ def test_conditions_wait_for_a_controlnet(read: Read, write_data: Write) -> None
 def test_conditions_that_cannot_be_meant_are_named(entries: list[dict[str, Any]], said: str, write_data: Write, refuse: Refuse) -> None:
     write_data(entries)
     assert said in refuse("--controlnet")
+
+
+MASKS: dict[str, Any] = {"id": "masks", "dataset_type": "mask", "instance_data_dir": "edges"}
+
+
+@pytest.mark.usefixtures("edges")
+def test_a_dataset_has_the_masks_that_it_names(read: Read, write_data: Write) -> None:
+    write_data([{**IMAGES, "mask_data": "masks", "mask_outside_weight": 0.1}, {**MASKS, "crop": True, "resize_filter": "nearest"}])
+    config = read()
+    [images] = config.datasets
+    assert images.mask is not None and config.masks == (images.mask,) and images.companions == {"mask": images.mask}
+    assert (images.mask.instance_data_dir, images.mask_outside_weight, images.alpha_is_mask) == (Path("edges"), 0.1, False)
+    assert [note for note in config.notes if "datasets[1]" in note] == [
+        f"data.json: datasets[1].{key} does nothing: a mask is cropped as its image is." for key in ("crop", "resize_filter")
+    ]
+    write_data([{**IMAGES, "mask_data": "alpha"}])
+    [images] = read().datasets
+    assert images.alpha_is_mask and images.mask is None and images.mask_outside_weight == 0
+
+
+@pytest.mark.usefixtures("edges")
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([{**IMAGES, "mask_data": "mask"}, MASKS], "'mask' is not the id of an entry of dataset_type mask (did you mean masks?)"),
+        ([{**IMAGES, "mask_data": "alfa"}], "'alfa' is not the id of an entry of dataset_type mask (did you mean alpha?)"),
+        ([{**IMAGES, "mask_data": "edges"}, EDGES], "'edges' is not the id of an entry of dataset_type mask"),
+        ([{**IMAGES, "mask_data": "alpha"}, {**MASKS, "id": "alpha"}], '"mask_data": "alpha" means the alpha channel of the images'),
+        ([{**IMAGES, "mask_data": "masks"}, {**MASKS, "instance_data_dir": "images"}], "so each image would be its own mask"),
+        ([{**IMAGES, "mask_data": "masks", "mask_outside_weight": -0.1}, MASKS], "datasets[0].mask_outside_weight: -0.1 is below 0"),
+        ([{**IMAGES, "mask_data": "masks"}, {**MASKS, "instance_data_dir": "none"}], "datasets[1].instance_data_dir: there is no folder"),
+    ],
+)
+def test_masks_that_cannot_be_meant_are_named(entries: list[dict[str, Any]], said: str, write_data: Write, refuse: Refuse) -> None:
+    write_data(entries)
+    assert said in refuse()
+
+
+def test_masks_among_the_images_are_refused(folder: Path, write_data: Write, refuse: Refuse) -> None:
+    (folder / "images" / "masks").mkdir()
+    write_data([{**IMAGES, "mask_data": "masks"}, {**MASKS, "instance_data_dir": "images/masks"}])
+    assert "are inside the folder of the images, so they would be trained as images; move them" in refuse()
+
+
+@pytest.mark.usefixtures("edges")
+def test_masks_without_an_effect_are_named(read: Read, write_data: Write) -> None:
+    write_data([{**IMAGES, "mask_outside_weight": 0.5}, {**IMAGES, "id": "b", "mask_data": "alpha", "mask_outside_weight": 1}, MASKS])
+    notes = read().notes
+    assert "data.json: datasets[0].mask_outside_weight does nothing without mask_data." in notes
+    assert any(note.startswith("data.json: datasets[1].mask_data does nothing with mask_outside_weight 1: ") for note in notes)
+    assert "data.json: datasets[2] does nothing: no data set's mask_data names it." in notes
 
 
 @pytest.mark.usefixtures("edges")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -19,10 +20,13 @@ from helpers.data.order.epoch_order import MicroBatch
 class Rows:
     """Records in memory: row i has latents of all i, and its captions are numbered."""
 
-    def __init__(self, captions: int = 1, std: float | None = None, lost: Collection[int] = ()) -> None:
+    def __init__(
+        self, captions: int = 1, std: float | None = None, lost: Collection[int] = (), masks: Mapping[int, Tensor] = MappingProxyType({})
+    ) -> None:
         self.captions = captions
         self.std = std
         self.lost = lost
+        self.masks = masks
 
     def sample(self, row: int) -> Sample:
         return Sample("toys", f"{row}.png", Size(64, 64), tuple(f"{row}/{number}" for number in range(self.captions)))
@@ -33,11 +37,15 @@ class Rows:
     def loss_weight(self, row: int) -> float:
         return 1.0 + row
 
+    def mask_outside_weight(self, row: int) -> float:
+        return 0.25 * (row % 2)
+
     def latents(self, row: int, epoch: int) -> dict[str, Tensor] | None:
         if row in self.lost:
             return None
         mean = torch.full((4, 8, 8), row, dtype=torch.float16)
-        return {"mean": mean} if self.std is None else {"mean": mean, "std": torch.full_like(mean, self.std)}
+        record = {"mean": mean} if self.std is None else {"mean": mean, "std": torch.full_like(mean, self.std)}
+        return {**record, "mask": self.masks[row].half()} if row in self.masks else record
 
     def blank_latents(self, row: int, epoch: int) -> dict[str, Tensor]:
         return {"mean": torch.zeros(4, 8, 8)}
@@ -59,6 +67,16 @@ def test_a_batch_holds_what_belongs_to_its_rows_in_their_order() -> None:
     assert batch.captions == ("5/0", "3/0") and [sample.key for sample in batch.samples] == ["5.png", "3.png"]
     assert batch.loss_weight.tolist() == [6, 4]
     assert (batch.places, batch.global_samples, batch.epoch, batch.draws.step) == ((4, 5), 8, 2, 9)
+
+
+def test_masks_become_loss_weights_and_an_image_without_one_counts_whole_beside_them() -> None:
+    half = torch.zeros(1, 8, 8)
+    half[:, 4:], half[:, 0] = 1, 0.5
+    batch = BatchMaker(Rows(masks={4: half, 5: half}, std=0.5), seed=1).make(micro(4, 5, 6), step=9)
+    assert batch.mask is not None and batch.mask.dtype == torch.float32
+    assert torch.equal(batch.mask, torch.stack([half, 0.25 + 0.75 * half, torch.ones(1, 8, 8)]))
+    plain = BatchMaker(Rows(std=0.5), seed=1).make(micro(4, 5, 6), step=9)
+    assert plain.mask is None and torch.equal(batch.latents, plain.latents)
 
 
 def test_what_cannot_be_had_leaves_its_place_empty_and_changes_nothing_for_the_others() -> None:

@@ -15,7 +15,7 @@ from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCache
 from helpers.config.declare import options_of
 from helpers.config.options import OPTIONS
 from helpers.data.base.images import EXTENSIONS
-from helpers.data.base.sample import Size
+from helpers.data.base.sample import ROLES, Size
 from helpers.data.plan.buckets import geometry
 from helpers.data.plan.targets import ResolutionRule, target_size
 from tests.documentation.pages import ROOT, Page
@@ -138,10 +138,11 @@ def test_the_formats_are_those_of_the_code() -> None:
 
 def test_the_reasons_for_leaving_a_file_out_are_those_of_the_code() -> None:
     [_, *rows] = next(PAGE.section("Files").tables())
-    names = ("scan", "listing", "captions", "tables", "table_join", "images", "targets", "codec", "pipeline", "companions")
+    names = ("scan", "listing", "captions", "tables", "table_join", "images", "targets", "codec", "pipeline", "masks", "items")
     modules = [path for name in (*names, "tar", "webdataset") for path in sorted((ROOT / "helpers").rglob(f"{name}.py"))]
     assert len(modules) >= len(names)
-    sources = "".join(path.read_text(encoding="utf-8") for path in modules)
+    texts = [path.read_text(encoding="utf-8").replace("{rules.role}", "{role}") for path in modules]
+    sources = "".join(text.replace("{role}", role) for text in texts for role in ROLES)
     listed = {reason for row in rows for reason in re.findall(r"`([^`]+)`", row[0])}
     said = set(re.findall(r'(?:Error\(|(?:problem"?\]?|reason) = \(?|return )\s*f?"([a-z][\w\- ]+): ', sources))
     assert len(said) >= 10 and said <= listed

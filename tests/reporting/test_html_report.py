@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from helpers.data.base.sample import Geometry, Size
-from helpers.data.report.dataset_report import ASPECT_EDGES, SIZE_EDGES
+from helpers.data.report.dataset_report import ASPECT_EDGES, COVERAGE_EDGES, SIZE_EDGES
 from helpers.data.report.survey import Survey, Thumbnail
 from helpers.reporting.html_report import MOST_LEFT_OUT, PAGE, HtmlReport, findings, page, percent
 
@@ -88,6 +88,26 @@ def test_conditioning_images_have_a_section_that_lists_what_has_no_image() -> No
     assert of_conditions.count("condition without an image") == 1 + 3 and "condition without" not in of_images
     assert "<script" not in text and "&lt;script&gt;" in of_conditions
     assert "data-conditions" not in page({"datasets": [entry()]}, [])
+
+
+def test_loss_masks_have_their_numbers_and_what_to_check_about_them() -> None:
+    counts = [600, 0, 0, 0, 0, 0, 0, 0, 100, 500]
+    mask = {"data": "masks", "outside_weight": 0, "coverage": 0.312, "coverages": {"edges": list(COVERAGE_EDGES), "counts": counts}}
+    mask |= {"whole": 3, "without_alpha": 0, "dim": 2, "dim_example": "dim.png"}
+    left_out = [{"key": "odd.png", "reason": "mask without an image: no image has this name"}]
+    report = {"datasets": [entry(mask=mask)], "masks": [{"id": "masks", "found": 9, "used": 8, "left_out": left_out}]}
+    text = page(report, [thumbnail()])
+    of_images, _, of_masks = text.partition('data-masks="masks"')
+    assert figures(of_images)["masked"] == "31.2 %" and figures(of_masks) == {"used": "8", "left_out": "1"} and "Loss masks: " in of_masks
+    assert "80 to 90 % white: 100" in of_images and "Dark areas are what the mask leaves black." in of_images
+    sentences = list(findings(entry(mask=mask)))
+    assert "3 of 1,200 masks are white all over; these images are trained whole." in sentences
+    assert any("2 of 1,200 masks are darker than half of white everywhere, such as dim.png" in sentence for sentence in sentences)
+    alpha = {**mask, "data": "alpha", "whole": 1_200, "without_alpha": 1_200, "dim": 0}
+    sentences = list(findings(entry(mask=alpha)))
+    assert "1,200 of 1,200 images have no alpha channel and are trained whole." in sentences
+    assert "No mask leaves out anything: every image is trained whole." in sentences
+    assert "Dark areas" not in page({"datasets": [entry()]}, [thumbnail()])
 
 
 def test_what_deserves_a_look_is_said_in_sentences() -> None:

@@ -17,13 +17,13 @@ from helpers.choices import known_axes
 from helpers.config.config import Config
 from helpers.config.datasets import DatasetConfig
 from helpers.config.saved import read_saved_config
-from helpers.data.base.sample import Sample
+from helpers.data.base.sample import ROLES, Sample
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import ScanOptions, refresh, scan
 from helpers.data.encode.companions import companions_of
 from helpers.data.encode.keys import cuts, latents_facts, latents_key, latents_subject, text_key, text_subject
 from helpers.data.plan.buckets import BucketPlan, plan
-from helpers.data.planning import columns_of, rules_of, rules_of_conditions
+from helpers.data.planning import columns_of, companions_of_all, rules_of, rules_of_companions
 from helpers.data.sources import CachePlace, epoch_prefix, extra_texts_place, latents_place, open_source, texts_place
 from helpers.errors import DataError
 from helpers.families import FAMILIES
@@ -156,9 +156,9 @@ class CurrentRun:
 
     def _content(self, image: int) -> str:
         """The value of `Catalogue.content` for an image, computed from its files as they are now."""
-        sources = {of.id: of for of in (*self.config.datasets, *self.config.conditioning)}
-        paired = self.catalogue.condition(image)
-        samples = [self.catalogue.sample(image), *([paired] if paired is not None else [])]
+        sources = {of.id: of for of in self.config.datasets} | companions_of_all(self.config.datasets)
+        companions = [paired for role in ROLES if (paired := self.catalogue.companion(image, role)) is not None]
+        samples = [self.catalogue.sample(image), *companions]
         return " ".join(hashlib.sha256(open_source(sources[of.dataset]).read(of.key)).hexdigest() for of in samples)
 
 
@@ -179,8 +179,8 @@ def open_run(output_dir: Path, progress: Callable[[int, int], None]) -> Iterator
         _copy(config.cache.cache_dir / CATALOGUE, copy)
         options = ScanOptions(on_progress=progress)
         with Catalogue(copy) as catalogue:
-            for conditions in config.conditioning:
-                refresh(open_source(conditions), rules_of_conditions(conditions, config.datasets), catalogue, options)
+            for companions in companions_of_all(config.datasets).values():
+                refresh(open_source(companions), rules_of_companions(companions, config.datasets), catalogue, options)
             for dataset in config.datasets:
                 scan(open_source(dataset), rules_of(dataset, config.run.seed), catalogue, options, undecodable=())
             planned = plan([columns_of(dataset, catalogue, config.run.seed) for dataset in config.datasets])

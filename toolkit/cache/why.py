@@ -13,11 +13,12 @@ from toolkit.cache.stats import shape_of
 from toolkit.cache.view import CacheView, Shard, view_of
 
 NAMES = {
-    "image": "SHA-256 of the file, and of its conditioning image if it has one",
+    "image": "SHA-256 of the file, and of its conditioning image and mask if it has them",
     "encoder": "VAE: weights and their precision",
     "geometry": "resized size; top, left of the crop; training size; version of the image processing",
     "precision": "precision of the cache",
     "condition": "how the conditioning image is processed; version of the image processing",
+    "mask": "what of the mask counts, its scale, version of the processing",
 }
 
 

@@ -14,11 +14,12 @@ import importlib
 import importlib.util
 import io
 import warnings
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin
 from torch import Tensor
 
 from helpers.config.libraries import install
@@ -100,14 +101,37 @@ def decode(data: bytes, resized: Size | None = None) -> Image.Image:
     ImageError if the file is damaged, or too large for that.
     """
     image = _open(io.BytesIO(data))
-    orientation = _orientation(image)
     if image.format in _JPEG and resized is not None:
-        _draft(image, _shown(resized, orientation))
+        _draft(image, _shown(resized, _orientation(image)))
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(Size(*image.size))
+    return _converted(image, data, lambda loaded: _on_white(_plain(loaded), loaded.info.get("icc_profile")))
+
+
+def decode_mask(data: bytes) -> Image.Image:
+    """An image file as a loss mask: its brightness in mode L, after EXIF rotation. Transparent areas become black.
+
+    Levels are taken as they are: no color profile is applied. ImageError if the file is damaged or too large.
+    """
+    image = _open(io.BytesIO(data))
+    if image.format in _JPEG and image.width * image.height > MAX_PIXELS:
+        _draft(image, Size(1, 1))
+    return _converted(image, data, lambda loaded: _brightness(_plain(loaded)))
+
+
+def decode_alpha(data: bytes) -> Image.Image | None:
+    """The alpha channel of an image file in mode L, after EXIF rotation; None where it has none. ImageError as for `decode`."""
+    image = _open(io.BytesIO(data))
+    if not image.has_transparency_data:
+        return None
+    return _converted(image, data, lambda loaded: _plain(loaded).getchannel("A"))
+
+
+def _converted(image: Image.Image, data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What `convert` makes of the image once its pixels are loaded, after EXIF rotation. ImageError if they are damaged."""
+    orientation = _orientation(image)
     try:
-        image = _loaded(image, data)
-        image = _on_white(_plain(image), image.info.get("icc_profile"))
+        image = convert(_loaded(image, data))
         return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
     except (MemoryError, ImageError):
         raise
@@ -320,6 +344,13 @@ def _plain(image: Image.Image) -> Image.Image:
     if image.mode in ("1", "L"):
         return image.convert("L")
     return image if image.mode in ("RGB", "CMYK", "LAB") else image.convert("RGB")
+
+
+def _brightness(image: Image.Image) -> Image.Image:
+    """What `_plain` returned in mode L, with transparency composited on black."""
+    if image.mode in ("LA", "RGBA"):
+        return ImageChops.multiply(image.convert(image.mode[:-1]).convert("L"), image.getchannel("A"))
+    return image if image.mode == "L" else _to_srgb(image, None).convert("L")
 
 
 def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:

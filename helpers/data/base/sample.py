@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# Roles of companions: other images that belong to an image (encode/companions.py). In the order in which records and hashes have them.
+CONDITION, MASK = "condition", "mask"
+ROLES = (CONDITION, MASK)
+
 
 class Size(NamedTuple):
     """Width and height in pixels, written `WxH`."""

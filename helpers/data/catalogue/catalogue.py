@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from helpers.data.base.sample import LeftOut, Sample, Size
+from helpers.data.base.sample import ROLES, LeftOut, Sample, Size
 from helpers.errors import DataError
 from helpers.storage.database import Database
 
@@ -57,17 +57,31 @@ CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL, used INTEG
 CREATE TABLE marks (dataset TEXT PRIMARY KEY, mark TEXT NOT NULL);  -- see `Catalogue.revision`
 CREATE TABLE joined (dataset TEXT PRIMARY KEY, stated TEXT NOT NULL, counts TEXT NOT NULL);  -- the tables, as they were last read
 """
-# pairs: the conditioning image of each image that has one. Both are rows of `files`; `version` is the conditioning image's `file_version`
-# when they were paired. skipped: system folders that were not entered. failures: images that could not be encoded in this start of a
-# run, which is how its processes tell each other.
+# companions: the companions of each image, by role. Both are rows of `files`; `version` is the companion's `file_version` when they were
+# paired. masks: what `masks.py` measured. skipped: system folders that were not entered. failures: images that could not be encoded in
+# this start of a run, which is how its processes tell each other.
 _LATER_TABLES = """
-CREATE TABLE IF NOT EXISTS pairs (id INTEGER PRIMARY KEY, condition INTEGER NOT NULL, version TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS companions
+    (id INTEGER, role TEXT, companion INTEGER NOT NULL, version TEXT NOT NULL, PRIMARY KEY (id, role)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS masks
+    (content TEXT, source TEXT, version INTEGER NOT NULL, mean REAL, brightest INTEGER, problem TEXT, PRIMARY KEY (content, source));
 CREATE TABLE IF NOT EXISTS skipped (dataset TEXT NOT NULL, folder TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS failures (pass INTEGER, id INTEGER, reason TEXT NOT NULL, undecodable INTEGER NOT NULL, PRIMARY KEY (pass, id));
 """
-# The content of a sample: the hash of the image, then that of its conditioning image where it has one. NULL while one is unknown.
-_CONTENT = "CASE WHEN pairs.id IS NULL THEN files.content ELSE files.content || ' ' || condition.content END"
-_PAIRED = "files LEFT JOIN pairs ON pairs.id = files.id LEFT JOIN files condition ON condition.id = pairs.condition"
+
+
+def joined_companions(images: str) -> str:
+    """SQL that joins the companions of the table `images`, under the names of their roles: columns of NULL where there is none."""
+    return "".join(
+        f" LEFT JOIN companions {role}_pair ON {role}_pair.id = {images}.id AND {role}_pair.role = '{role}'"
+        f" LEFT JOIN files {role} ON {role}.id = {role}_pair.companion"
+        for role in ROLES
+    )
+
+
+# The content of a sample: the hash of the image, then those of its companions. NULL while one is unknown.
+_CONTENT = "files.content" + "".join(f" || CASE WHEN {role}_pair.id IS NULL THEN '' ELSE ' ' || {role}.content END" for role in ROLES)
+_PAIRED = "files" + joined_companions("files")
 _VIEWS = f"""
 CREATE TEMP VIEW used AS SELECT files.*, {_CONTENT} AS whole FROM {_PAIRED} WHERE files.kind = 'image' AND files.captions IS NOT NULL;
 CREATE TEMP VIEW used_captions AS SELECT used.dataset, used.key, each.value AS caption FROM used, json_each(used.captions) each;
@@ -125,7 +139,7 @@ class Catalogue:
             yield key
 
     def contents(self, dataset: str) -> Iterator[str | None]:
-        """For each image the SHA-256 of its file in hex, followed by a space and that of its conditioning image if it has one.
+        """For each image the SHA-256 of its file in hex, followed by a space and that of each companion it has.
 
         None if one of the files has not been read since it was new or changed.
         """
@@ -171,27 +185,27 @@ class Catalogue:
         return {int(row)} | {other for (other,) in self._database.rows(query, int(row))}
 
     def set_content(self, digests: Iterable[tuple[int, str]]) -> None:
-        """Store the SHA-256 (hex) of images and conditioning images, as (row, digest) pairs, in one transaction."""
+        """Store the SHA-256 (hex) of images and companions, as (row, digest) pairs, in one transaction."""
         with self.transaction() as connection:
             connection.executemany("UPDATE files SET content = ? WHERE id = ?", ((digest, int(row)) for row, digest in digests))
             connection.execute("UPDATE marks SET mark = ?", (new_token(),))
 
-    def condition(self, row: int) -> Sample | None:
-        """The conditioning image that the last scan paired an image with."""
-        paired = self.condition_row(row)
+    def companion(self, row: int, role: str) -> Sample | None:
+        """The companion that the last scan paired an image with."""
+        paired = self.companion_row(row, role)
         return None if paired is None else self.sample(paired)
 
-    def condition_row(self, row: int) -> int | None:
-        """The row of that conditioning image."""
-        found: int | None = _value(self._database.row("SELECT condition FROM pairs WHERE id = ?", int(row)), None)
+    def companion_row(self, row: int, role: str) -> int | None:
+        """The row of that companion."""
+        query = "SELECT companion FROM companions WHERE id = ? AND role = ?"
+        found: int | None = _value(self._database.row(query, int(row), role), None)
         return found
 
     def unread_files(self, row: int) -> list[int]:
-        """Of an image and its conditioning image, the rows whose content hash is unknown."""
-        query = f"SELECT files.id, files.content, condition.id, condition.content FROM {_PAIRED}"
-        image, content, condition, condition_content = self._known_row(query, row)
-        pairs = [(image, content), *([(condition, condition_content)] if condition is not None else [])]
-        return [int(file) for file, known in pairs if known is None]
+        """Of an image and its companions, the rows whose content hash is unknown."""
+        names = ("files", *ROLES)
+        found = self._known_row(f"SELECT {', '.join(f'{name}.id, {name}.content' for name in names)} FROM {_PAIRED}", row)
+        return [int(file) for file, content in zip(found[::2], found[1::2], strict=True) if file is not None and content is None]
 
     # -- images that could not be encoded --------------------------------------------------------------------------------
 
@@ -273,7 +287,7 @@ class Catalogue:
         yield from groups.values()
 
     def unread(self, dataset: str) -> int:
-        """The number of images in use whose content, or whose conditioning image's, is not known yet."""
+        """The number of images in use whose content, or a companion's, is not known yet."""
         query = "SELECT count(*) FROM used WHERE dataset = ? AND undecodable IS NULL AND whole IS NULL"
         return int(_value(self._database.row(query, dataset), 0))
 

@@ -6,8 +6,8 @@
 Every file counts as found, except those in system folders, tables named in the settings, and caption files that belong to an image. A
 caption file without an image is left out, with a reason, like any other file.
 
-A ControlNet dataset is paired with a dataset of conditioning images by file name. The conditioning images are refreshed first, because an
-image without a usable one is left out. They are judged last, when it is known which of them have an image.
+A dataset is paired with those of its companions, such as the conditioning images of a ControlNet or loss masks, by file name. Companions
+are refreshed first, because an image without a usable one is left out. They are judged last, when it is known which of them have an image.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from helpers.data.base.images import ImageError, read_size
-from helpers.data.base.sample import Size
+from helpers.data.base.sample import ROLES, Size
 from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption, json_list
-from helpers.data.catalogue.catalogue import Catalogue, new_token
+from helpers.data.catalogue.catalogue import Catalogue, joined_companions, new_token
 from helpers.data.catalogue.listing import Listing
+from helpers.data.catalogue.masks import ALPHA, BRIGHTNESS, KNOWN_MASKS, problem_of_mask
 from helpers.data.catalogue.table_join import JoinedTable, join_tables
 from helpers.data.catalogue.tables import TableRule
 from helpers.data.plan.targets import ResolutionRule, unsuitable_size
@@ -56,8 +57,10 @@ class DatasetRules:
     resolution: ResolutionRule
     captions: CaptionRule
     tables: tuple[TableRule, ...] = ()  # with sizes, with captions, or with both
-    condition: str = ""  # id of the dataset with the conditioning images; "" for none
-    conditions_for: tuple[str, ...] = ()  # for a dataset of conditioning images: ids of the datasets that use them
+    companions: tuple[tuple[str, str], ...] = ()  # (role, id of the dataset that has them), in the order of ROLES
+    alpha_is_mask: bool = False  # the images' own alpha channels are their loss masks
+    role: str = ""  # for a dataset of companions: its role ...
+    users: tuple[str, ...] = ()  # ... and the ids of the datasets that use it
 
     @property
     def opens_images(self) -> bool:
@@ -144,7 +147,8 @@ def judge(
 ) -> ScanResult:
     """Decide for each file whether it is used.
 
-    Before, the dataset's conditioning images must be refreshed; for a dataset of conditioning images, the datasets that use it judged.
+    Before, the dataset's companions must be refreshed, and its masks measured (masks.py); for a dataset of companions, the datasets that
+    use it judged.
     `undecodable` are the keys that were left out as undecodable when the run started, so that the plan stays the same until the run ends.
     None starts a new run, which leaves out what earlier runs could not decode (`Catalogue.leave_out_undecodable`).
     """
@@ -183,7 +187,7 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
         removed = database.execute("DELETE FROM files WHERE dataset = ? AND key NOT IN (SELECT key FROM listed)", (dataset,)).rowcount
         if removed:  # before a new row reuses the id of a removed one
             gone = "NOT IN (SELECT id FROM files)"
-            database.execute(f"DELETE FROM pairs WHERE id {gone} OR condition {gone}")
+            database.execute(f"DELETE FROM companions WHERE id {gone} OR companion {gone}")
         changed = database.execute(
             "UPDATE files SET size = l.size, modified_ns = l.modified_ns, etag = l.etag, was_read = 0, width = NULL, height = NULL,"
             " text = NULL, text_problem = NULL, problem = l.problem, undecodable = NULL, content = NULL, captions = NULL, left_out = NULL"
@@ -342,9 +346,9 @@ def _size(backend: SourceBackend, key: str) -> Size:
 
 def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[str] | None, should_stop: Callable[[], bool]) -> None:
     """Store captions or a reason for every file, unless this was done with the same rules and nothing has changed since."""
-    partners = [catalogue.listing(name) for name in (rules.condition, *rules.conditions_for) if name]
+    partners = [catalogue.listing(name) for name in (*dict(rules.companions).values(), *rules.users)]
     with catalogue.transaction() as database:
-        _retry_changed_conditions(database, rules)
+        _retry_changed_companions(database, rules)
         if undecodable is None:
             known = database.execute("SELECT key FROM files WHERE dataset = ? AND undecodable IS NOT NULL", (rules.dataset,))
             undecodable = [key for (key,) in known]
@@ -368,11 +372,11 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[st
             database.executemany("UPDATE files SET captions = ?, left_out = ? WHERE id = ?", verdicts)
             if should_stop():
                 raise Interrupted(_STOPPED)
-        if rules.conditions_for:
+        if rules.role:
             database.execute(
-                "UPDATE files SET captions = NULL, left_out = 'condition without an image: no image has this name'"
-                " WHERE dataset = ? AND captions IS NOT NULL AND id NOT IN (SELECT condition FROM pairs)",
-                (rules.dataset,),
+                "UPDATE files SET captions = NULL, left_out = ? WHERE dataset = ? AND captions IS NOT NULL"
+                " AND id NOT IN (SELECT companion FROM companions)",
+                (f"{rules.role} without an image: no image has this name", rules.dataset),
             )
         (used,) = database.execute("SELECT count(*) FROM used WHERE dataset = ?", (rules.dataset,)).fetchone()
         reasons = database.execute("SELECT left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key", (rules.dataset,))
@@ -381,41 +385,44 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[st
         database.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (rules.dataset, new_token()))
 
 
-def _retry_changed_conditions(database: sqlite3.Connection, rules: DatasetRules) -> None:
-    """Forget that a conditioning image was undecodable if its file has changed since, or the dataset no longer uses one."""
-    is_same = f"p.id = files.id AND p.version = {_VERSION} AND c.dataset = ?"
-    database.execute(
-        "UPDATE files SET undecodable = NULL WHERE dataset = ? AND undecodable LIKE 'condition %'"
-        f" AND NOT EXISTS (SELECT 1 FROM pairs p JOIN files c ON c.id = p.condition WHERE {is_same})",
-        (rules.dataset, rules.condition),
-    )
+def _retry_changed_companions(database: sqlite3.Connection, rules: DatasetRules) -> None:
+    """Forget that a companion was undecodable if its file has changed since, or the dataset no longer uses one."""
+    is_same = f"p.id = files.id AND p.role = :role AND p.version = {_VERSION} AND c.dataset = :companions"
+    for role in ROLES:
+        database.execute(
+            "UPDATE files SET undecodable = NULL WHERE dataset = :dataset AND undecodable LIKE :role || ' %'"
+            f" AND NOT EXISTS (SELECT 1 FROM companions p JOIN files c ON c.id = p.companion WHERE {is_same})",
+            {"dataset": rules.dataset, "role": role, "companions": dict(rules.companions).get(role, "")},
+        )
 
 
 def _pair(database: sqlite3.Connection, rules: DatasetRules) -> None:
-    """Pair each image with the conditioning image of the same name; of several with other extensions, the same extension first."""
-    database.execute("DELETE FROM pairs WHERE id IN (SELECT id FROM files WHERE dataset = ?)", (rules.dataset,))
-    if rules.condition:
-        named = "SELECT id FROM files o WHERE o.dataset = :condition AND o.kind = 'image'"
+    """Pair each image with the companions of the same name; of several with other extensions, the same extension first."""
+    database.execute("DELETE FROM companions WHERE id IN (SELECT id FROM files WHERE dataset = ?)", (rules.dataset,))
+    for role, companions in rules.companions:
+        named = "SELECT id FROM files o WHERE o.dataset = :companions AND o.kind = 'image'"
         database.execute(
-            f"INSERT INTO pairs SELECT i.id, c.id, {_VERSION} FROM files i JOIN files c ON c.id ="
+            f"INSERT INTO companions SELECT i.id, :role, c.id, {_VERSION} FROM files i JOIN files c ON c.id ="
             f" coalesce(({named} AND o.key = i.key), ({named} AND o.stem = i.stem ORDER BY o.key LIMIT 1))"
             " WHERE i.dataset = :dataset AND i.kind = 'image'",
-            {"dataset": rules.dataset, "condition": rules.condition},
+            {"dataset": rules.dataset, "role": role, "companions": companions},
         )
 
 
 def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[tuple[Any, ...]]]:
-    """The images in blocks, with their captions and conditioning images. A block may be updated before the next one is read."""
+    """The images in blocks, with their captions and companions. A block may be updated before the next one is read."""
     last = ""
     caption = "i.text, i.text_problem" if rules.captions.table else "t.text, t.problem"
+    companions = ", ".join(f"{role}.id, {role}.width, {role}.height, {role}.problem" for role in ROLES)
+    values = {"dataset": rules.dataset, "block": _BLOCK, "source": ALPHA if rules.alpha_is_mask else BRIGHTNESS}
     query = (
-        f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {caption}, c.id, c.width, c.height, c.problem"
+        f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {caption}, {companions}, known.mean, known.problem"
         " FROM (SELECT * FROM files WHERE dataset = :dataset AND kind = 'image' AND key > :last ORDER BY key LIMIT :block) i"
         # Of "cat.TXT" and "cat.txt", the first by name is used.
         " LEFT JOIN files t ON t.id = (SELECT id FROM files c WHERE c.dataset = :dataset AND c.stem = i.stem AND c.kind = 'caption'"
-        " ORDER BY c.key LIMIT 1) LEFT JOIN pairs ON pairs.id = i.id LEFT JOIN files c ON c.id = pairs.condition ORDER BY i.key"
+        f" ORDER BY c.key LIMIT 1) {joined_companions('i')} LEFT JOIN {KNOWN_MASKS.format(image='i')} ORDER BY i.key"
     )
-    while block := database.execute(query, {"dataset": rules.dataset, "last": last, "block": _BLOCK}).fetchall():
+    while block := database.execute(query, {**values, "last": last}).fetchall():
         yield block
         last = block[-1][0]
 
@@ -424,13 +431,15 @@ def _verdict(
     image: tuple[Any, ...], rules: DatasetRules, captioner: Captioner, undecodable: frozenset[str]
 ) -> tuple[str | None, str | None, int]:
     """The decision for one image: captions as a JSON list or None, the reason or None, and the row id."""
-    key, row, width, height, problem, found_undecodable, text, text_problem, *condition = image
+    key, row, width, height, problem, found_undecodable, text, text_problem, *companions, mean, mask_problem = image
     reason = problem
     if reason is None and key in undecodable:
         reason = found_undecodable or _LEFT_OUT_BEFORE
     reason = reason or unsuitable_size(Size(width, height), rules.resolution)
-    if reason is None and rules.condition:
-        reason = _problem_of_condition(Size(width, height), rules.condition, *condition)
+    for role, dataset in rules.companions if reason is None else ():
+        first = 4 * ROLES.index(role)
+        reason = reason or _problem_of_companion(Size(width, height), role, dataset, *companions[first : first + 4])
+    reason = reason or problem_of_mask(mean, mask_problem, rules.alpha_is_mask)
     if reason is None and (rules.captions.reads_files or rules.captions.table):
         reason = text_problem
     if reason is not None:
@@ -442,16 +451,16 @@ def _verdict(
         return None, str(error), row
 
 
-def _problem_of_condition(
-    image: Size, dataset: str, row: int | None, width: int | None, height: int | None, problem: str | None
+def _problem_of_companion(
+    image: Size, role: str, dataset: str, row: int | None, width: int | None, height: int | None, problem: str | None
 ) -> str | None:
-    """The reason why an image has no usable conditioning image in `dataset`, as "kind: detail", or None."""
+    """The reason why an image has no usable companion in `dataset`, as "kind: detail", or None."""
     if row is None:
-        return f"no condition: no image of {dataset!r} has this name"
+        return f"no {role}: no image of {dataset!r} has this name"
     if problem is not None or width is None or height is None:
-        return f"condition {problem or 'unreadable: its size is not known'}"
+        return f"{role} {problem or 'unreadable: its size is not known'}"
     if not same_shape(image, Size(width, height)):
-        return f"condition of another shape: it is {Size(width, height)}, and the image {image}"
+        return f"{role} of another shape: it is {Size(width, height)}, and the image {image}"
     return None
 
 

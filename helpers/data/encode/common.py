@@ -34,6 +34,7 @@ REASONS = {
     "geometry": "other size or cut",
     "precision": "other cache precision",
     "condition": "other conditions",
+    "mask": "other masks",
 }
 
 

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor
 
-from helpers.data.base.images import ImageError, cut_out, decode, pixels_of, require_size
-from helpers.data.base.sample import Geometry, Sample
-from helpers.data.encode.companions import IMAGE, Kind, packed
+from helpers.data.base.images import ImageError, cut_out, decode, decode_alpha, decode_mask, pixels_of, require_size
+from helpers.data.base.sample import MASK, Geometry, Sample
+from helpers.data.encode.companions import IMAGE, Kind, mask_of, packed
 from helpers.data.encode.keys import cuts, latents_key
 from helpers.data.encode.store import Unit
 from helpers.errors import StorageError
@@ -31,10 +32,14 @@ class ItemFile:
     sample: Sample
     data: bytes = b""  # until it is decoded
     content: str = ""  # SHA-256 in hex, once read
-    tensor: Tensor | None = None  # (3, H, W) in [-1, 1] where it is to be encoded, else what `packed` returns
+    tensor: Tensor | None = None  # (3, H, W) in [-1, 1] where it is to be encoded, else what `packed` or `mask_of` returns
+    part_of: ItemFile | None = None  # the file that holds it, if it is none of its own: that of the image, for a mask in its alpha channel
 
     def read(self, sources: Sources) -> str:
         """Read the whole file. Returns why that is not possible, or "". Raises StorageError where the store fails."""
+        if self.part_of is not None:
+            self.data = self.part_of.data
+            return ""
         source = sources[self.kind.dataset]
         try:
             self.data = source.read(self.sample.key)
@@ -51,16 +56,26 @@ class ItemFile:
         try:
             # Before decoding: a JPEG may be decoded at half its size, which then looks like that of an image half as large.
             require_size(self.data, size)
-            image = cut_out(decode(self.data, resized), size, geometry, FILTERS[self.kind.filter])
+            if self.kind.role == MASK:
+                self.tensor = self._mask(geometry)
+            else:
+                image = cut_out(decode(self.data, resized), size, geometry, FILTERS[self.kind.filter])
+                self.tensor = pixels_of(image) if self.kind.as_latents else packed(image)
         except ImageError as error:
             return f"{self._name}{error}"
-        self.tensor = pixels_of(image) if self.kind.as_latents else packed(image)
         self.data = b""
         return ""
 
+    def _mask(self, geometry: Geometry) -> Tensor:
+        """What `mask_of` returns. Resized by areas, so that black stays 0 next to an edge, where a smoother filter would overshoot."""
+        mask = decode_alpha(self.data) if self.kind.is_alpha else decode_mask(self.data)
+        if mask is None:  # an image without an alpha channel is opaque
+            mask = Image.new("L", self.sample.size, 255)
+        return mask_of(cut_out(mask, self.sample.size, geometry, Resampling.BOX), self.kind.downsampling)
+
     @property
     def _name(self) -> str:
-        return "" if self.kind.role == IMAGE else f"{self.kind.role} "
+        return "" if self.kind.role == IMAGE or self.part_of is not None else f"{self.kind.role} "
 
 
 @dataclass
@@ -94,7 +109,11 @@ class EncodeItem:
 
     def decode(self) -> None:
         self.problem = next(filter(None, (file.decode(self.geometry) for file in self.files)), "")
-        self.is_ready, self.is_undecodable = not self.problem, bool(self.problem)
+        self.is_undecodable = bool(self.problem)
+        if not self.problem and any(file.kind.role == MASK and file.tensor is not None and not file.tensor.any() for file in self.files):
+            geometry = self.geometry
+            self.problem = f"mask outside the crop: {geometry.target} at {geometry.left}, {geometry.top} shows nothing of its white"
+        self.is_ready = not self.problem
 
     def free(self) -> None:
         """Let go of file contents and pixels."""
@@ -109,7 +128,8 @@ def load(unit: Unit, sources: Sources) -> list[EncodeItem]:
     for item in items:
         item.read(sources)
         if not item.problem:
-            item.facts = unit.latents.facts(unit.dataset, " ".join(file.content for file in item.files), item.cut)
+            contents = " ".join(content for _, content in item.contents)
+            item.facts = unit.latents.facts(unit.dataset, contents, item.cut)
             item.key = latents_key(item.facts)
     readable = [item for item in items if not item.problem]
     for item, location in zip(readable, unit.cache.find(item.key for item in readable), strict=True):
@@ -126,9 +146,13 @@ def load(unit: Unit, sources: Sources) -> list[EncodeItem]:
 def _item(unit: Unit, planned: int, cut: str) -> EncodeItem:
     latents, data = unit.latents, unit.latents.data
     row = int(latents.plan.columns["row"][planned])
-    files = [ItemFile(Kind(IMAGE, data.datasets[unit.dataset].id), row, data.catalogue.sample(row))]
+    image = ItemFile(Kind(IMAGE, data.datasets[unit.dataset].id), row, data.catalogue.sample(row))
+    files = [image]
     for kind in data.companions[unit.dataset]:
-        companion = data.catalogue.condition_row(row)
+        if kind.is_alpha:
+            files.append(ItemFile(kind, row, image.sample, part_of=image))
+            continue
+        companion = data.catalogue.companion_row(row, kind.role)
         assert companion is not None, "the scan leaves out images without a companion"
         files.append(ItemFile(kind, companion, data.catalogue.sample(companion)))
     return EncodeItem(planned, latents.plan.geometry(planned), cut, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
@@ -186,7 +187,9 @@ def _ahead(units: Sequence[Unit], stack: ExitStack) -> Iterator[tuple[str, Sourc
     images = data.datasets[dataset].id
     yield images, stack.enter_context(read_ahead(data.sources[images], keys(data.catalogue.sample)))
     for kind in data.companions[dataset]:
-        yield kind.dataset, stack.enter_context(read_ahead(data.sources[kind.dataset], keys(data.catalogue.condition)))
+        if not kind.is_alpha:
+            companions = functools.partial(data.catalogue.companion, role=kind.role)
+            yield kind.dataset, stack.enter_context(read_ahead(data.sources[kind.dataset], keys(companions)))
 
 
 def _loaded(

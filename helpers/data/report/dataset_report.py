@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from helpers.config.datasets import DatasetConfig
 from helpers.data.base.sample import Size
 from helpers.data.catalogue.catalogue import Catalogue
+from helpers.data.catalogue.masks import ALPHA, BRIGHTNESS, DIM, measured_masks
 from helpers.data.catalogue.scan import ScanResult
 from helpers.data.order.epoch_order import Mix
 from helpers.data.plan.buckets import BucketPlan
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 REPORT = "dataset_report.json"
 MOST_CAPTIONS_COUNTED = 20_000  # tokenized per dataset, which takes seconds; if there are more captions, every n-th is taken
 MOST_SHARED_CAPTIONS = 100  # listed per dataset
+COVERAGE_EDGES = tuple(round(tenth / 10, 1) for tenth in range(11))
 SIZE_EDGES = (0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 128)  # megapixels; larger images are left out
 ASPECT_EDGES = tuple(round(2 ** (exponent / 8), 3) for exponent in range(-17, 18, 2))  # width / height; 1 is in the middle of a bin
 
@@ -133,8 +135,42 @@ def _tally(lengths: Sequence[int]) -> list[list[int]]:
     return [[length, count] for length, count in sorted(Counter(lengths).items())]
 
 
-def conditions_report(results: Sequence[ScanResult], catalogue: Catalogue) -> list[dict[str, Any]]:
-    """The entries of datasets of conditioning images. A conditioning image counts as used even if its image is left out."""
+def mask_report(dataset: DatasetConfig, catalogue: Catalogue) -> dict[str, Any]:
+    """How much of a dataset's images their loss masks show white.
+
+    `coverage` is the mean share of white, from 0 to 1, and `coverages` its histogram, as `sizes`. `whole` images are trained whole: their
+    mask is all white, or, of them, `without_alpha` have no alpha channel. `dim` masks have no pixel of half the brightness of white, such
+    as `dim_example`.
+    """
+    masks = measured_masks(catalogue, dataset.id, ALPHA if dataset.alpha_is_mask else BRIGHTNESS)
+    shares = np.array([1.0 if mean is None else mean for _, mean, _ in masks])
+    dim = [key for key, _, brightest in masks if brightest is not None and brightest < DIM]
+    return {
+        "data": dataset.mask_data,
+        "outside_weight": dataset.mask_outside_weight,
+        "coverage": round(float(shares.mean()), 4) if masks else 0.0,
+        "coverages": _histogram(shares, COVERAGE_EDGES),
+        "whole": int((shares == 1).sum()),
+        "without_alpha": sum(mean is None for _, mean, _ in masks) if dataset.alpha_is_mask else 0,
+        "dim": len(dim),
+        "dim_example": dim[0] if dim else "",
+    }
+
+
+def mask_line(dataset: str, used: int, masks: Mapping[str, Any]) -> str:
+    """One line for the console, such as `portraits: 24 masks, 31.2 % white on average; what is black has the loss weight 0`."""
+    line = f"{dataset}: {used:,} mask{'s' if used != 1 else ''}, {100 * masks['coverage']:.1f} % white on average"
+    if masks["without_alpha"]:
+        line += f" · {masks['without_alpha']:,} of {used:,} images have no alpha channel and are trained whole"
+    elif masks["whole"]:
+        line += f" · {masks['whole']:,} of {used:,} are white all over"
+    if masks["dim"]:
+        line += f" · {masks['dim']:,} of {used:,} are darker than half of white everywhere, such as {masks['dim_example']}; white is 255"
+    return f"{line}; what is black has the loss weight {masks['outside_weight']:g}"
+
+
+def companions_report(results: Sequence[ScanResult], catalogue: Catalogue) -> list[dict[str, Any]]:
+    """The entries of datasets of companions. A companion counts as used even if its image is left out."""
     return [
         {
             "id": result.dataset,

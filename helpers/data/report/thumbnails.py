@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from helpers.data.base.images import PIXELS_VERSION, ImageError, cut, decode
-from helpers.data.base.sample import Geometry
+from helpers.data.base.images import PIXELS_VERSION, ImageError, cut, cut_out, decode, decode_alpha, decode_mask
+from helpers.data.base.sample import MASK, Geometry, Size
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.plan.buckets import BucketPlan
 from helpers.data.report.survey import Thumbnail
@@ -20,6 +20,7 @@ from helpers.storage.memo import Memo, digest_of
 
 PER_DATASET = 24
 LONGER_SIDE = 256  # pixels of a thumbnail
+MASKED_DARKENING = 4  # black parts of a mask are shown with so small a fraction of their brightness
 _QUALITY = 82  # of its JPEG
 
 
@@ -46,35 +47,62 @@ def chosen(plan: BucketPlan, dataset: int, most: int = PER_DATASET) -> list[int]
     return picked
 
 
-def thumbnails(plan: BucketPlan, sources: Sequence[SourceBackend], catalogue: Catalogue, memo: Memo, threads: int) -> list[Thumbnail]:
-    """A few images of every dataset, the most common shape first. `sources` are in the plan's order. Reads only what is not in `memo`."""
+def thumbnails(
+    plan: BucketPlan,
+    sources: Sequence[SourceBackend],
+    catalogue: Catalogue,
+    memo: Memo,
+    threads: int,
+    masks: Sequence[SourceBackend | None] = (),
+) -> list[Thumbnail]:
+    """A few images of every dataset, the most common shape first. Reads only what is not in `memo`.
+
+    `sources` are in the plan's order, and so are `masks`: where loss masks are read from, if a dataset has any. What they leave black is
+    shown dark.
+    """
     rows = [(dataset, place, row) for dataset in range(len(plan.datasets)) for place, row in enumerate(chosen(plan, dataset))]
+
+    def make(each: tuple[int, int, int]) -> Thumbnail:
+        dataset, place, row = each
+        return _thumbnail(plan, row, sources[dataset], catalogue, memo, place, masks[dataset] if masks else None)
+
     with ThreadPoolExecutor(threads, thread_name_prefix="thumbnails") as pool:
-        return list(pool.map(lambda each: _thumbnail(plan, each[2], sources[each[0]], catalogue, memo, each[1]), rows))
+        return list(pool.map(make, rows))
 
 
-def _thumbnail(plan: BucketPlan, row: int, source: SourceBackend, catalogue: Catalogue, memo: Memo, place: int) -> Thumbnail:
+def _thumbnail(
+    plan: BucketPlan, row: int, source: SourceBackend, catalogue: Catalogue, memo: Memo, place: int, masks: SourceBackend | None
+) -> Thumbnail:
     """One row of the plan. In the memo it is named by its place on the page, so that there are never more files than places."""
     number = int(plan.columns["row"][row])
     sample, geometry, upscaled = catalogue.sample(number), plan.geometry(row), bool(plan.columns["upscaled"][row])
     caption = sample.captions[0]
     name = f"thumbnail {place} of {sample.dataset}"
-    inputs = digest_of(sample.key, catalogue.file_version(number), repr(geometry), PIXELS_VERSION, LONGER_SIDE, _QUALITY)
+    paired = catalogue.companion_row(number, MASK) if masks is not None else None
+    mask_version = "" if masks is None else "alpha" if paired is None else catalogue.file_version(paired)
+    inputs = digest_of(sample.key, catalogue.file_version(number), mask_version, repr(geometry), PIXELS_VERSION, LONGER_SIDE, _QUALITY)
     jpeg = memo.load_bytes(name, inputs)
     if jpeg is None:
         try:
-            jpeg = _jpeg(source.read(sample.key), geometry)
+            data = source.read(sample.key)
+            mask = None
+            if masks is not None:
+                mask = decode_alpha(data) if paired is None else decode_mask(masks.read(catalogue.sample(paired).key))
+            jpeg = _jpeg(data, geometry, mask)
         except (ImageError, OSError) as error:  # only the page misses it: the run reports the file when it encodes it
             return Thumbnail(sample.dataset, sample.key, caption, geometry, upscaled, problem=str(error))
         memo.save_bytes(name, inputs, jpeg)
     return Thumbnail(sample.dataset, sample.key, caption, geometry, upscaled, jpeg=jpeg)
 
 
-def _jpeg(data: bytes, geometry: Geometry) -> bytes:
-    """The training pixels of an image file as a JPEG, downscaled to `LONGER_SIDE` if they are larger."""
+def _jpeg(data: bytes, geometry: Geometry, mask: Image.Image | None) -> bytes:
+    """The training pixels of an image file as a JPEG, downscaled to `LONGER_SIDE` if they are larger; dark where the mask is black."""
     pixels = cut(decode(data, geometry.resized), geometry)
     levels = pixels.add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     image = Image.fromarray(levels)
+    if mask is not None:
+        white = cut_out(mask, Size(*mask.size), geometry, Image.Resampling.BOX)
+        image = Image.composite(image, image.point(lambda level: level // MASKED_DARKENING), white)
     image.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=_QUALITY)

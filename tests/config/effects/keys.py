@@ -34,6 +34,7 @@ FILES = {
 }
 CONTROLNET = ("--model_type=full", "--controlnet")
 SIDES = ("left", "right")
+SHADES = ("dark", "light")  # noise that serves as conditioning images, and as masks
 SHAPES = {"96x64": 2, "64x96": 2, "64x64": 2}
 
 
@@ -118,6 +119,11 @@ def resized(key: str, value: str) -> list[dict[str, Any]]:
     return [images, {**dark, key: value}, light]
 
 
+def masked(key: str, value: Any) -> list[dict[str, Any]]:
+    sets = [{"id": name, "dataset_type": "mask", "instance_data_dir": name} for name in SHADES]
+    return [{**ENTRY, "mask_data": "light", key: value}, *sets]
+
+
 def captions(start: str) -> set[str]:
     return {f"{start} {index}" for index in range(6)}
 
@@ -149,6 +155,8 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "crop_aspect_buckets": Effect(buckets, {"1": {"64x64": 6}, "1.5": {"96x64": 6}}, (), cropped_to_one_of),
     "vae_cache_clear_each_epoch": Effect(same_cuts_in_two_epochs, {"false": True, "true": False}, ("--max_train_steps=6",), cropped),
     "conditioning_data": Effect(losses, ["dark", "light"], CONTROLNET, followed),
+    "mask_data": Effect(losses, ["dark", "light", "alpha"], (), masked),
+    "mask_outside_weight": Effect(losses, ["0", "0.5"], (), masked),
     "resize_filter": Effect(losses, ["lanczos", "nearest"], CONTROLNET, resized),
     "flip": Effect(losses, ["false", "true"]),
     "probability": Effect(of_samples("dataset"), {"0": {"pictures"}, "1e9": {"second"}}, (), beside_another),
