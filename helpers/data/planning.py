@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -150,18 +151,26 @@ def plan_inputs(datasets: Sequence[DatasetConfig], catalogue: Catalogue, seed: i
     return digest_of(said, [catalogue.revision(dataset.id) for dataset in datasets], seed)
 
 
-def save_plan(plan: BucketPlan, folder: Path) -> None:
-    """Write a plan for `load_plan`. Raises StorageError."""
+def save_plan(plan: BucketPlan, folder: Path) -> str:
+    """Write a plan for `load_plan` => its `plan_digest`. Raises StorageError."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = io.BytesIO()
     np.save(columns, plan.columns, allow_pickle=False)
     write_file(folder / _COLUMNS, columns.getvalue())
     write_json(folder / _TABLES, {"datasets": plan.datasets, "shapes": [list(shape) for shape in plan.shapes]})
+    return plan_digest(folder)
 
 
-def has_plan(folder: Path) -> bool:
-    """Whether a folder has a plan."""
-    return (folder / _COLUMNS).is_file() and (folder / _TABLES).is_file()
+def plan_digest(folder: Path) -> str:
+    """A digest of the bytes of the plan in a folder; "" if there is none."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for name in (_COLUMNS, _TABLES):
+            with (folder / name).open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError:
+        return ""
+    return digest.hexdigest()
 
 
 def load_plan(folder: Path) -> BucketPlan:

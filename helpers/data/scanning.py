@@ -24,8 +24,8 @@ from helpers.data.planned import PlannedData
 from helpers.data.planning import (
     columns_of,
     companions_of_all,
-    has_plan,
     load_plan,
+    plan_digest,
     plan_inputs,
     rules_of,
     rules_of_companions,
@@ -34,6 +34,7 @@ from helpers.data.planning import (
 )
 from helpers.data.settings import DataContext
 from helpers.data.sources import open_source
+from helpers.storage.database import DamagedDatabaseError, remove_database
 
 
 class Scanner:
@@ -55,7 +56,7 @@ class Scanner:
         folder = self._settings.cache_dir
         with self._workers.phase():
             if self._workers.is_first:
-                catalogue = Catalogue(folder / "catalogue.sqlite")
+                catalogue = self._intact_catalogue(folder / "catalogue.sqlite")
                 catalogue.forget_failures()
                 self._scan_all(catalogue)
                 self.faceless = self._make_plan(catalogue, folder / "plan")
@@ -63,6 +64,18 @@ class Scanner:
             catalogue = Catalogue(folder / "catalogue.sqlite")
         companions = [companions_of(dataset, self._context.family) for dataset in self._datasets]
         return PlannedData(self._datasets, self._sources, companions, catalogue, load_plan(folder / "plan"), self._settings.seed)
+
+    def _intact_catalogue(self, path: Path) -> Catalogue:
+        """The catalogue without what has changed since it was written: that is read from the files again, and the user gets a line."""
+        try:
+            catalogue = Catalogue(path)
+            if damaged := catalogue.forget_damaged():
+                self._context.report.chapter("dataset", f"{path}: {damaged:,} row(s) were damaged; their files are read again")
+        except DamagedDatabaseError as error:
+            self._context.report.chapter("dataset", f"{error} It is built again.")
+            remove_database(path)
+            catalogue = Catalogue(path)
+        return catalogue
 
     def _scan_all(self, catalogue: Catalogue) -> None:
         refreshed = {name: self._refresh_companions(name, catalogue) for name in self._companions}  # first: images are paired with them
@@ -118,10 +131,9 @@ class Scanner:
         """Write the plan of epoch 0, unless the one on disk was made from the same inputs. Returns what `without_a_face` returns."""
         has_faces = any(dataset.crop and dataset.crop_style == "face" for dataset in self._datasets)
         inputs, memo = plan_inputs(self._datasets, catalogue, self._settings.seed), self._context.memo
-        if not has_faces and memo.load_value("plan", inputs) is not None and has_plan(folder):
+        if not has_faces and memo.load_value("plan", inputs) == plan_digest(folder):
             return {}
         columns = [columns_of(dataset, catalogue, self._settings.seed) for dataset in self._datasets]
         memo.forget("plan")  # first: a start killed while it writes leaves files that no memo vouches for
-        save_plan(plan(columns), folder)
-        memo.save_value("plan", inputs, str(folder))
+        memo.save_value("plan", inputs, save_plan(plan(columns), folder))
         return without_a_face(columns)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +101,40 @@ class Database:
         """The first row of a SELECT, or None."""
         with self.connection() as connection:
             return connection.execute(query, values).fetchone()
+
+
+def guard(connection: sqlite3.Connection, tables: Mapping[str, Sequence[str]]) -> None:
+    """Keep a checksum of each row of some tables from now on, in their column `checksum`. `tables`: name => the other columns, and "rowid".
+
+    A row written by a program that did not call this has none.
+    """
+    connection.create_function("crc32", 1, zlib.crc32, deterministic=True)
+    for table, columns in tables.items():
+        renew = f"BEGIN UPDATE {table} SET checksum = {_checksum(columns)} WHERE rowid = NEW.rowid; END"
+        connection.execute(f"CREATE TEMP TRIGGER {table}_inserted AFTER INSERT ON main.{table} {renew}")
+        changed = ", ".join(column for column in columns if column != "rowid")
+        connection.execute(f"CREATE TEMP TRIGGER {table}_updated AFTER UPDATE OF {changed} ON main.{table} {renew}")
+
+
+def damaged_rows(connection: sqlite3.Connection, tables: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+    """The rows (rowid) of guarded tables that differ from what was stored, by table; only tables that have such rows.
+
+    DamagedDatabaseError, through `Database.connection`, if the structure of the file is damaged.
+    """
+    [(verdict,)] = connection.execute("PRAGMA integrity_check(1)").fetchall()
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(verdict)
+    damaged = {}
+    for table, columns in tables.items():
+        found = connection.execute(f"SELECT rowid FROM {table} WHERE checksum IS NOT {_checksum(columns)}").fetchall()
+        if found:
+            damaged[table] = [row for (row,) in found]
+    return damaged
+
+
+def _checksum(columns: Sequence[str]) -> str:
+    """SQL of the CRC-32 of some columns. As bytes, because damaged text may be no UTF-8. (`printf` is the fastest way to join them.)"""
+    return f"crc32(CAST(printf('{'%s|' * len(columns)}', {', '.join(columns)}) AS BLOB))"
 
 
 def remove_database(path: Path) -> None:

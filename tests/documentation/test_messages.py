@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.config.options import CheckpointOptions
 from helpers.config.resume import Changes
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
@@ -21,9 +22,11 @@ from helpers.data.catalogue.scan import DatasetRules, scan
 from helpers.data.plan.targets import ResolutionRule
 from helpers.errors import UserError
 from helpers.storage.local import LocalSource
+from helpers.training.checkpoints import Checkpointer
 from helpers.training.lock import lock_folder
 from helpers.training.runtime import resolve_precision
 from helpers.training.state import TrainState
+from helpers.training.steps import stop_if_diverged
 from tests.documentation.pages import ROOT, Page
 
 
@@ -67,13 +70,14 @@ def pictures_without_captions(folder: Path) -> str:
 def said(tmp_path: Path) -> str:
     lock = lock_folder(tmp_path, "--output_dir")
     wrapper = (ROOT / "helpers" / "launch.sh").read_text(encoding="utf-8").replace("$name", "sdxl-env.sh")
+    diverged = TrainState(seed=1, step=4, skipped_in_a_row=4)
     messages = [
         wrong_settings(tmp_path),
         pictures_without_captions(tmp_path),
         refusal(lambda: lock_folder(tmp_path, "--output_dir")),
         refusal(lambda: Changes(["lora_rank was 16 and is now 8"]).refuse("checkpoint-150")),
         resolve_precision("bf16", False, torch.device("cpu"))[1] or "",
-        refusal(lambda: TrainState(seed=1).advance(False, 0, []), Exception),
+        refusal(lambda: stop_if_diverged(diverged, "no", [], Checkpointer(CheckpointOptions(), tmp_path)), Exception),
         wrapper,
     ]
     lock.close()

@@ -104,9 +104,10 @@ class Cache:
         else:
             copied = self._payload_of_copy(self.remote, shard, offset, size, crc)
             payload = self._payload_stored(self.remote, shard, offset, size, crc) if copied is None else copied
-        if zlib.crc32(payload) != crc:
+        known_layout = self._index.layout(layout)
+        if zlib.crc32(payload) != crc or known_layout is None:
             raise DamagedRecordError(f"{self.folder / self._shard(shard).name}: a record has changed since it was written")
-        return unpack(self._index.layout(layout), payload)
+        return unpack(known_layout, payload)
 
     def get(self, key: bytes) -> dict[str, Tensor] | None:
         """The tensors of a key, as copies, or None. DamagedRecordError if they differ from what was written."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -75,12 +76,10 @@ class CacheIndex:
             rows = [connection.execute(query, (key,)).fetchone() or (0, 0, 0, 0, 0) for key in keys]
         return np.array(rows, dtype=LOCATION)
 
-    def layout(self, number: int) -> str:
-        """The layout with this number, as `shards.unpack` takes it."""
+    def layout(self, number: int) -> str | None:
+        """The layout with this number, as `shards.unpack` takes it. None if there is none: then the record's row is damaged."""
         layout = self._layouts.get(number)
-        if layout is None:
-            row = self._database.row("SELECT layout FROM layouts WHERE number = ?", number)
-            assert row is not None, number  # records name only layouts that were inserted with them
+        if layout is None and (row := self._database.row("SELECT layout FROM layouts WHERE number = ?", number)) is not None:
             layout = self._layouts[number] = row[0]
         return layout
 
@@ -161,6 +160,9 @@ def _open(path: Path) -> Database:
     try:
         with database.connection() as connection:
             connection.executescript(_SCHEMA)
+            for number, layout in connection.execute("SELECT number, CAST(layout AS BLOB) FROM layouts"):
+                if number != _layout_number(layout):
+                    raise sqlite3.DatabaseError("a layout has changed since it was written")
     except BaseException:
         database.close()
         raise
@@ -171,10 +173,15 @@ def _insert(connection: sqlite3.Connection, name: str, size: int, records: Seque
     number = connection.execute("INSERT INTO shards (name, size) VALUES (?, ?)", (name, size)).lastrowid
     layouts = {}
     for layout in {record.layout for record in records}:
-        connection.execute("INSERT OR IGNORE INTO layouts (layout) VALUES (?)", (layout,))
-        layouts[layout] = connection.execute("SELECT number FROM layouts WHERE layout = ?", (layout,)).fetchone()[0]
+        layouts[layout] = _layout_number(layout.encode())
+        connection.execute("INSERT OR IGNORE INTO layouts VALUES (?, ?)", (layouts[layout], layout))
     rows = [(record.key, number, layouts[record.layout], record.offset, record.size, record.crc) for record in records]
     connection.executemany("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+
+def _layout_number(layout: bytes) -> int:
+    """A layout is numbered by its checksum, so that a flipped bit in a record's row does not lead to the layout of another shape."""
+    return zlib.crc32(layout) & 0x7FFFFFFF
 
 
 def _delete(connection: sqlite3.Connection, shard: Shard) -> None:

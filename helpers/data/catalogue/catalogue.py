@@ -21,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helpers.data.base.sample import ROLES, LeftOut, Sample, Size
-from helpers.errors import DataError
-from helpers.storage.database import Database
+from helpers.storage.database import DamagedDatabaseError, Database, damaged_rows, guard
 
-_VERSION = 2
+_VERSION = 3
 _REMEDY = "move it away, and the next start builds a new one from the images"
 FROM_TABLE = 2  # value of `was_read` when an image's size came from a table; 1 when the file itself was opened
 
@@ -47,27 +46,42 @@ CREATE TABLE files (
     content TEXT,                   -- SHA-256 of the bytes, stored by whoever reads the whole file
     captions TEXT,                  -- the decision: a JSON list of the captions that the image is trained with, at least one ...
     left_out TEXT,                  -- ... or the reason why the image is left out
+    checksum INTEGER,               -- of the row: see `Catalogue.forget_damaged`
     UNIQUE (dataset, key)
 );
 CREATE INDEX files_by_stem ON files (dataset, stem, kind, key);
 CREATE INDEX files_unread ON files (dataset, id) WHERE was_read = 0;
 CREATE INDEX files_undecodable ON files (dataset) WHERE undecodable IS NOT NULL;
 CREATE TABLE listings (dataset TEXT PRIMARY KEY, digest TEXT NOT NULL);  -- digest of the listing that the rows agree with
-CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL, used INTEGER NOT NULL, left_out TEXT NOT NULL);
+CREATE TABLE verdicts (dataset TEXT PRIMARY KEY, rules TEXT NOT NULL, used INTEGER NOT NULL, left_out TEXT NOT NULL,
+    checksum INTEGER);
 CREATE TABLE marks (dataset TEXT PRIMARY KEY, mark TEXT NOT NULL);  -- see `Catalogue.revision`
-CREATE TABLE joined (dataset TEXT PRIMARY KEY, stated TEXT NOT NULL, counts TEXT NOT NULL);  -- the tables, as they were last read
+CREATE TABLE joined (dataset TEXT PRIMARY KEY, stated TEXT NOT NULL, counts TEXT NOT NULL,
+    checksum INTEGER);  -- the tables, as they were last read
 """
 # companions: the companions of each image, by role. Both are rows of `files`; `version` is the companion's `file_version` when they were
 # paired. masks: what `masks.py` measured. skipped: system folders that were not entered. failures: images that could not be encoded in
 # this start of a run, which is how its processes tell each other.
 _LATER_TABLES = """
 CREATE TABLE IF NOT EXISTS companions
-    (id INTEGER, role TEXT, companion INTEGER NOT NULL, version TEXT NOT NULL, PRIMARY KEY (id, role)) WITHOUT ROWID;
+    (id INTEGER, role TEXT, companion INTEGER NOT NULL, version TEXT NOT NULL, checksum INTEGER, PRIMARY KEY (id, role));
 CREATE TABLE IF NOT EXISTS masks
-    (content TEXT, source TEXT, version INTEGER NOT NULL, mean REAL, brightest INTEGER, problem TEXT, PRIMARY KEY (content, source));
+    (content TEXT, source TEXT, version INTEGER NOT NULL, mean REAL, brightest INTEGER, problem TEXT, checksum INTEGER,
+    PRIMARY KEY (content, source));
 CREATE TABLE IF NOT EXISTS skipped (dataset TEXT NOT NULL, folder TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS failures (pass INTEGER, id INTEGER, reason TEXT NOT NULL, undecodable INTEGER NOT NULL, PRIMARY KEY (pass, id));
 """
+# Each row of these has a checksum. A change elsewhere only means that files are listed again or images judged again.
+_GUARDED = {
+    "files": (
+        *("rowid", "dataset", "key", "kind", "stem", "size", "modified_ns", "etag", "was_read", "width", "height", "text"),
+        *("text_problem", "problem", "undecodable", "content", "captions", "left_out"),
+    ),
+    "verdicts": ("rowid", "dataset", "rules", "used", "left_out"),
+    "joined": ("rowid", "dataset", "stated", "counts"),
+    "companions": ("rowid", "id", "role", "companion", "version"),
+    "masks": ("rowid", "content", "source", "version", "mean", "brightest", "problem"),
+}
 
 
 def joined_companions(images: str) -> str:
@@ -122,6 +136,19 @@ class Catalogue:
 
     def close(self) -> None:
         self._database.close()
+
+    def forget_damaged(self) -> int:
+        """Remove the rows that are not as they were stored, so that the next scan reads their files again => their number.
+
+        DamagedDatabaseError if the file's structure is damaged.
+        """
+        with self.transaction() as connection:
+            damaged = damaged_rows(connection, _GUARDED)
+            connection.executemany("DELETE FROM files WHERE id = ?", ((row,) for row in damaged.get("files", ())))
+            if damaged:
+                for table in ("listings", "verdicts", "joined", "companions", "masks", "marks"):
+                    connection.execute(f"DELETE FROM {table}")
+        return sum(map(len, damaged.values()))
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
         """What is written in the block is kept as a whole or not at all. Errors as for `Database`."""
@@ -326,8 +353,9 @@ class Catalogue:
         if version == 0 and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
         elif version != _VERSION:
-            raise DataError(f"{self.path} is not a catalogue of this version; {_REMEDY}.")
+            raise DamagedDatabaseError(f"{self.path} is not a catalogue of this version; {_REMEDY}.")
         connection.executescript(_LATER_TABLES + _VIEWS)
+        guard(connection, _GUARDED)
 
 
 def new_token() -> str:

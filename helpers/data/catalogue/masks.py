@@ -111,7 +111,7 @@ def _store(catalogue: Catalogue, source: str, found: Sequence[tuple[int, Measure
     catalogue.set_content((row, mask.content) for row, mask in found)
     with catalogue.transaction() as database:
         database.executemany(
-            "INSERT OR REPLACE INTO masks VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO masks (content, source, version, mean, brightest, problem) VALUES (?, ?, ?, ?, ?, ?)",
             ((mask.content, source, VERSION, mask.mean, mask.brightest, mask.problem) for _, mask in found),
         )
 

@@ -381,7 +381,8 @@ def _judge(catalogue: Catalogue, rules: DatasetRules, undecodable: Collection[st
         (used,) = database.execute("SELECT count(*) FROM used WHERE dataset = ?", (rules.dataset,)).fetchone()
         reasons = database.execute("SELECT left_out FROM files WHERE dataset = ? AND left_out IS NOT NULL ORDER BY key", (rules.dataset,))
         kinds = Counter(reason.partition(":")[0] for (reason,) in reasons)
-        database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", (rules.dataset, stated, used, json.dumps(kinds)))
+        verdict = "INSERT OR REPLACE INTO verdicts (dataset, rules, used, left_out) VALUES (?, ?, ?, ?)"
+        database.execute(verdict, (rules.dataset, stated, used, json.dumps(kinds)))
         database.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (rules.dataset, new_token()))
 
 
@@ -402,7 +403,8 @@ def _pair(database: sqlite3.Connection, rules: DatasetRules) -> None:
     for role, companions in rules.companions:
         named = "SELECT id FROM files o WHERE o.dataset = :companions AND o.kind = 'image'"
         database.execute(
-            f"INSERT INTO companions SELECT i.id, :role, c.id, {_VERSION} FROM files i JOIN files c ON c.id ="
+            f"INSERT INTO companions (id, role, companion, version) SELECT i.id, :role, c.id, {_VERSION} FROM files i JOIN files c"
+            " ON c.id ="
             f" coalesce(({named} AND o.key = i.key), ({named} AND o.stem = i.stem ORDER BY o.key LIMIT 1))"
             " WHERE i.dataset = :dataset AND i.kind = 'image'",
             {"dataset": rules.dataset, "role": role, "companions": companions},

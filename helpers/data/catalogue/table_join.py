@@ -62,7 +62,7 @@ def join_tables(
             _load(database, backend, table, should_stop)
             joined.append(_join(database, dataset, table, root))
         counts = json.dumps([dataclasses.asdict(table) for table in joined])
-        database.execute("INSERT OR REPLACE INTO joined VALUES (?, ?, ?)", (dataset, stated, counts))
+        database.execute("INSERT OR REPLACE INTO joined (dataset, stated, counts) VALUES (?, ?, ?)", (dataset, stated, counts))
         database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
     return joined
 
