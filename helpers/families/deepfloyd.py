@@ -95,14 +95,14 @@ class DeepFloyd:
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
         """Without the mask, because the network also attends to padding."""
-        from helpers.families.text.t5 import normalised_text
+        from helpers.families.text.t5 import normalized_text
 
-        return normalised_text(self.t5, TOKENS, with_mask=False, device=device)
+        return normalized_text(self.t5, TOKENS, with_mask=False, device=device)
 
     def caption_lengths(self) -> CaptionLengths:
-        from helpers.families.text.t5 import NormalisedLengths
+        from helpers.families.text.t5 import NormalizedLengths
 
-        return NormalisedLengths(self.t5, TOKENS)
+        return NormalizedLengths(self.t5, TOKENS)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """The empty caption, encoded like any other."""

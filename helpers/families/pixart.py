@@ -83,14 +83,14 @@ class PixArt:
         return self.vae.codec(device)
 
     def text_encoders(self, device: torch.device) -> AbstractContextManager[TextEncoders]:
-        from helpers.families.text.t5 import normalised_text
+        from helpers.families.text.t5 import normalized_text
 
-        return normalised_text(self.t5, self.length, with_mask=True, device=device)
+        return normalized_text(self.t5, self.length, with_mask=True, device=device)
 
     def caption_lengths(self) -> CaptionLengths:
-        from helpers.families.text.t5 import NormalisedLengths
+        from helpers.families.text.t5 import NormalizedLengths
 
-        return NormalisedLengths(self.t5, self.length)
+        return NormalizedLengths(self.t5, self.length)
 
     def unconditional(self, encoders: TextEncoders) -> TextTensors:
         """The empty caption, encoded like any other."""

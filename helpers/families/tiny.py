@@ -2,8 +2,8 @@
 
     ./simpletuner miniature sdxl /tmp/tiny-sdxl
 
-Tests train them, the embedded default (`demo/`) starts from one, and with them a change can be tried on a family in seconds. Everything
-is made offline and from a seed; the folders load with plain diffusers.
+Use one to try settings or a change of the code in seconds. Tests train them, and the demo model (`demo/`) started as one. They are
+generated from a seed, without a network connection, and plain diffusers loads them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="./simpletuner miniature", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("family", choices=MINIATURES, help="whose architecture and files")
-    parser.add_argument("folder", type=Path, help="where the model is written to")
+    parser.add_argument("family", choices=MINIATURES, help="the model family")
+    parser.add_argument("folder", type=Path, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (default: 0)")
     options = parser.parse_args(arguments)
     print(MINIATURES[options.family](options.folder, seed=options.seed))

@@ -201,10 +201,11 @@ def test_a_controlnet_of_another_network_is_refused_with_the_reason(miniature: C
         tried = opened(name, miniature, tmp_path)
         ControlNet(AdapterOptions(), tried.family).export(attached(tried), tmp_path / name, {}, None)
     with pytest.raises(
-        ModelError, match=r"controlnet_model_name_or_path: .*sd1.* is for another base model: down_block_types is .* in it, and"
+        ModelError,
+        match=r"controlnet_model_name_or_path: .*sd1.* is for another base model: its down_block_types is .*, and the base model's is",
     ):
         opened("sdxl", miniature, tmp_path, start=tmp_path / "sd1")
-    with pytest.raises(ModelError, match="holds a SD3ControlNetModel, and this base model needs a ControlNetModel"):
+    with pytest.raises(ModelError, match="contains SD3ControlNetModel, but this base model needs a ControlNetModel"):
         opened("sdxl", miniature, tmp_path, start=tmp_path / "sd3")
     with pytest.raises(ModelError, match="is no folder here, and of a model of this name"):
         opened("sdxl", miniature, tmp_path, start=tmp_path / "nowhere")
@@ -214,7 +215,7 @@ def test_a_controlnet_of_another_network_is_refused_with_the_reason(miniature: C
     with pytest.raises(ModelError, match=r"^--controlnet_model_name_or_path: .*sd1.* lack what its config.json asks for \(conv_in.bias\)"):
         attached(opened("sd1", miniature, tmp_path, start=tmp_path / "sd1"))
     save_file({**tensors, "of_another": tensors["conv_in.bias"].clone()}, weights)
-    with pytest.raises(ModelError, match=r"are not those of its config.json, such as of_another"):
+    with pytest.raises(ModelError, match=r"do not match its config.json: of_another"):
         attached(opened("sd1", miniature, tmp_path, start=tmp_path / "sd1"))
 
 

@@ -22,7 +22,7 @@ from helpers.config.options import ObjectiveOptions
 from helpers.config.read import read_config
 from helpers.errors import ConfigError, ModelError
 from helpers.families.sd3 import StableDiffusion3
-from helpers.families.text.clip import ClipAnswer
+from helpers.families.text.clip import ClipOutput
 from helpers.families.text.sd3_text import both_pooled, joined
 from helpers.families.text.t5 import tokenize
 from helpers.objectives.diffusion import Diffusion
@@ -79,7 +79,7 @@ def test_the_parts_stand_where_the_network_expects_them(t5_length: int, tokens: 
 
 def test_both_clip_encoders_stand_side_by_side_in_their_order() -> None:
     answers = [
-        ClipAnswer(torch.full((1, 77, width), number), torch.full((1, width), -number)) for width, number in ((768, 1.0), (1280, 2.0))
+        ClipOutput(torch.full((1, 77, width), number), torch.full((1, width), -number)) for width, number in ((768, 1.0), (1280, 2.0))
     ]
     parts = both_pooled(answers)
     assert parts["clip"].shape == (1, 77, 2048) and parts["pooled"].shape == (1, 2048)

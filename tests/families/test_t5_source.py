@@ -359,14 +359,17 @@ def refusal(miniature: str, base: Path, tmp_path: Path, source: Path | str) -> s
 @pytest.mark.parametrize("name", [name for name in READ_T5 if name != "sd35"])
 def test_another_width_is_refused_before_anything_is_encoded(name: str, miniature: Callable[[str], Path], tmp_path: Path) -> None:
     said = refusal(name, miniature(name), tmp_path, Other.of(48).alone(tmp_path / "other"))
-    assert f"are 48 wide, and {miniature(name)} reads {WIDTHS.get(name, 32)}" in said
+    assert f"have width 48, but {miniature(name)} needs width {WIDTHS.get(name, 32)}" in said
 
 
 def test_what_is_no_whole_t5_is_refused(miniature: Callable[[str], Path], tmp_path: Path) -> None:
     base = miniature("pixart_sigma")
     said = refusal("pixart_sigma", base, tmp_path, miniature("sdxl"))
-    assert "is no T5 (clip_text_model and clip_text_model)" in said and "name a pipeline in diffusers layout with a T5 encoder" in said
-    assert "is no T5:" in refusal("pixart_sigma", base, tmp_path, tmp_path)
+    assert (
+        "is not a T5 (clip_text_model, clip_text_model)" in said
+        and "Name a T5, or a pipeline in diffusers layout with a T5 encoder" in said
+    )
+    assert "is not a T5." in refusal("pixart_sigma", base, tmp_path, tmp_path)
 
     other = Other.of(32)
     other.encoder.save_pretrained(tmp_path / "mute")
@@ -376,7 +379,7 @@ def test_what_is_no_whole_t5_is_refused(miniature: Callable[[str], Path], tmp_pa
     weights = (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     assert "formats that run code are not opened" in refusal("pixart_sigma", base, tmp_path, pickled)
     weights.unlink()
-    assert "are not there as .safetensors" in refusal("pixart_sigma", base, tmp_path, pickled)
+    assert "does not contain all weights of the T5 as .safetensors" in refusal("pixart_sigma", base, tmp_path, pickled)
 
     shards = in_shards(other, tmp_path / "shards")
     next(iter(sorted(shards.glob("*.safetensors")))).unlink()
@@ -393,7 +396,7 @@ def test_umt5_is_no_t5(miniature: Callable[[str], Path], tmp_path: Path) -> None
     source = Other.of(32).alone(tmp_path / "other")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "model_type": "umt5"}))
-    assert "is no T5 (umt5)" in refusal("pixart_sigma", miniature("pixart_sigma"), tmp_path, source)
+    assert "is not a T5 (umt5)" in refusal("pixart_sigma", miniature("pixart_sigma"), tmp_path, source)
 
 
 def test_a_name_that_is_nowhere_is_refused(miniature: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,9 +195,7 @@ def loss(family: SDXL, trainable: Trainable, step: int = 0) -> torch.Tensor:
     return mse_loss(answer, torch.randn(answer.shape, generator=torch.Generator().manual_seed(step)))
 
 
-def trained_on(
-    family: SDXL, kind: Options, folder: Path, first: int, last: int, base: SDXL | None = None
-) -> tuple[Trainable, Average]:
+def trained_on(family: SDXL, kind: Options, folder: Path, first: int, last: int, base: SDXL | None = None) -> tuple[Trainable, Average]:
     """Steps from `first` to `last` of a run that keeps everything in `folder` and begins with what is there."""
     torch.manual_seed(first)  # what an adapter begins with is drawn anew in every life, and must not matter
     method = method_of(family, **kind)

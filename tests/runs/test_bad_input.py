@@ -197,9 +197,7 @@ def test_captions_and_prompts_arrive_byte_for_byte(undisturbed: Ended) -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_the_plan_that_an_undecodable_image_was_part_of(
-    beside_bad_files: Trainer, undisturbed: Ended
-) -> None:
+def test_a_resumed_run_keeps_the_plan_that_an_undecodable_image_was_part_of(beside_bad_files: Trainer, undisturbed: Ended) -> None:
     """Every cached latent is damaged in between; to get the same bytes again, the encoder must be given the same batches."""
     stopped = beside_bad_files.finish("stopped", max_train_steps=2)
     damage_records(stopped.folder / "cache" / "latents")

@@ -54,9 +54,7 @@ def slow_encoder_of_rank(rank: str, folder: Path, seconds: float) -> dict[str, s
 
 
 @pytest.mark.slow
-def test_behind_training_the_same_bytes_come_out_and_the_first_step_does_not_wait_for_all(
-    trainer: Trainer, finished: Ended
-) -> None:
+def test_behind_training_the_same_bytes_come_out_and_the_first_step_does_not_wait_for_all(trainer: Trainer, finished: Ended) -> None:
     behind = trainer.finish(**BEHIND, **with_slow_encoder(0.1))
     assert "latents 14 needed, 0 cached; the rest is encoded while training runs" in unwrapped(behind.printed)
     assert behind.rows("samples.jsonl") == finished.rows("samples.jsonl")

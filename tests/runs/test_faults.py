@@ -94,9 +94,7 @@ def on_a_failing_disk(call: str, pattern: str, error: str, times: int = 0) -> di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_cache_that_cannot_be_made_durable_is_told_and_keeps_nothing_of_it(
-    call: str, trainer: Trainer, finished: Ended
-) -> None:
+def test_a_cache_that_cannot_be_made_durable_is_told_and_keeps_nothing_of_it(call: str, trainer: Trainer, finished: Ended) -> None:
     cut_short = trainer.run(**on_a_failing_disk(call, "/cache/latents/", "EIO"))
     assert cut_short.code == 1, cut_short.printed
     assert f"{cut_short.folder / 'cache' / 'latents'}: the cache cannot be written: Input/output error" in unwrapped(cut_short.printed)
@@ -127,9 +125,7 @@ def test_a_checkpoint_that_cannot_be_made_durable_is_told_and_the_one_before_it_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ["EMFILE", "EIO", "ESTALE"])
-def test_an_image_that_twice_cannot_be_opened_is_tried_again_and_used(
-    error: str, trainer: Trainer, finished: Ended
-) -> None:
+def test_an_image_that_twice_cannot_be_opened_is_tried_again_and_used(error: str, trainer: Trainer, finished: Ended) -> None:
     blinked = trainer.run(**on_a_failing_disk("open", "a_red_circle_03.png", error, times=2))
     assert blinked.code == 0, blinked.printed
     assert "14 files = 14 used + 0 left out" in unwrapped(blinked.printed)
@@ -166,9 +162,7 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_named_and_the_next_older_
 
 
 @pytest.mark.slow
-def test_damaged_checkpoints_are_passed_over_and_the_run_still_ends_in_the_same_bytes(
-    trainer: Trainer, finished: Ended
-) -> None:
+def test_damaged_checkpoints_are_passed_over_and_the_run_still_ends_in_the_same_bytes(trainer: Trainer, finished: Ended) -> None:
     output = shutil.copytree(finished.folder, trainer.folder / "out")
     flip_byte(output / "checkpoint-6" / "pytorch_lora_weights.safetensors", -100)
     (output / "checkpoint-4" / "optimizer.safetensors").unlink()
@@ -191,9 +185,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(resumable: Tr
 
 
 @pytest.mark.slow
-def test_flipped_bytes_in_cached_latents_and_text_are_made_again_and_change_nothing(
-    resumable: Trainer, finished: Ended
-) -> None:
+def test_flipped_bytes_in_cached_latents_and_text_are_made_again_and_change_nothing(resumable: Trainer, finished: Ended) -> None:
     for cache in ("latents", "text"):
         damage_records(resumable.folder / "out" / "cache" / cache)
     again = resumable.finish()

@@ -63,9 +63,7 @@ def test_killed_again_and_again_at_random_it_ends_in_the_same_bytes(trainer: Tra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_wrapper_saves_and_exits_75(
-    number: signal.Signals, trainer: Trainer, finished: Ended
-) -> None:
+def test_a_signal_to_the_wrapper_saves_and_exits_75(number: signal.Signals, trainer: Trainer, finished: Ended) -> None:
     process = trainer.start_plain(wrapper=WRAPPER, checkpointing_steps=100)
     wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 3, process)
     process.send_signal(number)

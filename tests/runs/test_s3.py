@@ -19,7 +19,6 @@ from toolkit.cache.command import main as cache
 pytestmark = pytest.mark.slow
 
 
-
 @pytest.fixture
 def bucket(s3: S3Server, images: Path) -> str:
     """With the images below `images/`."""
@@ -70,9 +69,7 @@ def test_a_bucket_trains_as_a_folder_does_and_another_machine_encodes_nothing(
     assert {key: facts for key, facts in s3.contents(bucket).items() if key not in before} == cached
 
 
-def test_a_run_killed_while_it_caches_goes_on(
-    remote: Trainer, bucket: str, proxy: FaultProxy, finished: Ended
-) -> None:
+def test_a_run_killed_while_it_caches_goes_on(remote: Trainer, bucket: str, proxy: FaultProxy, finished: Ended) -> None:
     point_to(remote, bucket, proxy.url)
     rule = proxy.fail("stall", wants=is_shard)
     process = remote.start()

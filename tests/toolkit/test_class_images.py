@@ -142,10 +142,10 @@ def test_a_model_without_t5_uses_the_one_that_is_named(tmp_path: Path, capsys: p
     assert with_t5("one", ROOT / "demo" / "model") == EXIT_REFUSED
     assert "a StableDiffusionXLPipeline has no T5; remove it" in capsys.readouterr().err
     assert with_t5("wide") == EXIT_REFUSED
-    assert f"are 64 wide, and {tmp_path / 'model'} reads 32: name a T5 of the size" in capsys.readouterr().err
+    assert f"have width 64, but {tmp_path / 'model'} needs width 32. Name a T5 of the size" in capsys.readouterr().err
     T5EncoderModel(t5_config(8, 48)).save_pretrained(tmp_path / "wide" / "text_encoder_3")  # 48 is another width in the network
     assert with_t5("wide") == EXIT_REFUSED
-    assert f"are 48 wide, and {tmp_path / 'model'} reads 32" in capsys.readouterr().err
+    assert f"have width 48, but {tmp_path / 'model'} needs width 32" in capsys.readouterr().err
 
 
 def test_stable_diffusion_3_works_without_t5(tmp_path: Path) -> None:

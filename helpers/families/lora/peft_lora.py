@@ -1,4 +1,4 @@
-"""LoRA files of networks whose pipelines in diffusers have no loader for them: peft itself opens what is written."""
+"""LoRA files of networks whose diffusers pipelines cannot load LoRA. PEFT loads them instead."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers writes rank and alpha for the pipelines that have a loader
+METADATA_KEY = "lora_adapter_metadata"  # rank and alpha, under the key that diffusers uses for other pipelines
 
 
 def read(path: Path, role: str) -> tuple[dict[str, Tensor], list[float]]:
-    """A LoRA file in the layout that diffusers has for other pipelines: matrices by peft's names, and the alpha.
+    """A LoRA file in the layout that diffusers has for other pipelines: matrices by their PEFT names, and the alpha.
 
     `role` is the prefix of its names: "transformer".
     """

@@ -1,4 +1,4 @@
-"""LoRA files of U-Nets: the names that other tools know the modules by, and what diffusers reads from a file."""
+"""LoRA files of U-Nets: module names in kohya format, and reading a file with diffusers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from helpers.families.lora.unet_names import OUTSIDE_BLOCKS, original_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")  # what an adapter goes to unless the user names others
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")  # the default --lora_targets
 PREFIX = "lora_unet_"
 TEXT = ("text_encoder.", "text_encoder_2.")
 ADDED = {module: original for module, original in OUTSIDE_BLOCKS.items() if module.startswith("add_embedding.")}
 
 
 def kohya_name_of_original(module: str, unet: Mapping[str, Any]) -> str:
-    """kohya's name of a module of SDXL, made of its name in Stability AI's code. `unet` is the U-Net's config."""
+    """kohya's name of an SDXL module, built from its name in Stability AI's code. `unet` is the U-Net's config."""
     if name := kohya_name_of_text(module, {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}):
         return name
     attention_levels = tuple("CrossAttn" in kind for kind in unet["up_block_types"])
@@ -26,9 +26,9 @@ def kohya_name_of_original(module: str, unet: Mapping[str, Any]) -> str:
 
 
 def kohya_name(module: str) -> str:
-    """kohya's name of a module of Stable Diffusion 1 and 2, made of its name in diffusers.
+    """kohya's name of a module of Stable Diffusion 1 and 2, built from its name in diffusers.
 
-    The embedding of SDXL's numbers has its original name: diffusers knows it by that alone.
+    `add_embedding` of SDXL has its original name, because diffusers reads no other.
     """
     if name := kohya_name_of_text(module, {"text_encoder": "lora_te_"}):
         return name
@@ -36,13 +36,13 @@ def kohya_name(module: str) -> str:
 
 
 def kohya_name_of_text(module: str, prefixes: Mapping[str, str]) -> str | None:
-    """kohya's name of a text encoder's module, whose name begins with its role; None for modules of the U-Net."""
+    """kohya's name of a module of a text encoder, whose name begins with the encoder's role. None for modules of the U-Net."""
     role, _, name = module.partition(".")
     return prefixes[role] + name.replace(".", "_") if role in prefixes else None
 
 
 def read_lora(pipeline: Any, path: Path, unet: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[float]]:
-    """What a pipeline class of diffusers makes of a LoRA file: matrices by peft's names, and every alpha it found.
+    """A LoRA file as a diffusers pipeline class reads it: matrices by their PEFT names, and every alpha in the file.
 
     Names of text encoders begin with their role.
     """

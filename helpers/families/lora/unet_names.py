@@ -1,4 +1,4 @@
-"""Names of U-Net modules in the layout of the original Stability AI code, which kohya-style LoRA files are written in."""
+"""Names of U-Net modules in Stability AI's original code, which kohya-style LoRA files use."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _BLOCK = re.compile(r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(resnets|at
 def original_name(module: str, layers_per_block: int, attention_levels: tuple[bool, ...]) -> str:
     """`down_blocks.1.attentions.0.proj_in` => `input_blocks.4.1.proj_in`.
 
-    `layers_per_block` is the U-Net's own; `attention_levels` says for each up block whether it has attention layers, which
-    stand between its residual block and its upsampler. Raises KeyError for a module that the layout has no name for.
+    `layers_per_block` is from the U-Net's config. `attention_levels` says for each up block whether it has attention layers, which
+    come between its residual block and its upsampler. Raises KeyError for a module that has no name in the original code.
     """
     if module in OUTSIDE_BLOCKS:
         return OUTSIDE_BLOCKS[module]

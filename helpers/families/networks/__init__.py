@@ -1,1 +1,1 @@
-"""What families share about their networks and pipelines."""
+"""Networks, pipelines and their inputs: the code that several families share."""

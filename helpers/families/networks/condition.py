@@ -1,4 +1,4 @@
-"""How the condition of a ControlNet goes from a batch to the network, for the families that can have one."""
+"""The ControlNet's conditioning image: from a batch to the network."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NAME = "condition"
 
 
 def of_batch(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """What a family tells its network beside the rest; nothing where the images have no conditions."""
+    """The conditioning images of a batch as an entry for `conditioning`; empty if the batch has none."""
     return {} if batch.condition is None else {NAME: batch.condition.to(device)}
 
 
 def keyword(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The argument that a network with a ControlNet takes beside its own (see controlnet.py), and no other network does."""
+    """The additional argument of a network with a ControlNet (see controlnet.py); empty for other networks."""
     return {NAME: conditioning[NAME]} if NAME in conditioning else {}

@@ -1,8 +1,8 @@
-"""Frozen networks with a ControlNet beside them (Zhang et al., 2023, arXiv 2302.05543).
+"""A frozen network with a ControlNet (Zhang et al., 2023, arXiv 2302.05543).
 
-A ControlNet is a copy of the network's encoder that also sees a picture, the condition. What its layers give goes through convolutions
-that begin as zeros, and is added to what the network's own layers give: before the first step the two together answer exactly as the
-network alone. The copies are diffusers' own classes, so that its pipelines load what was trained.
+A ControlNet is a copy of the network's encoder with a conditioning image as an additional input. Its outputs pass through convolutions
+that are initialized with zeros, and are added to the outputs of the network's own layers. So before the first step, the two together
+predict exactly what the network alone predicts. The ControlNets are diffusers' own classes, so its pipelines load the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from helpers.config.options import ModelOptions
 
 OPTION = "--controlnet_model_name_or_path"
-WIDTHS = (16, 32, 96)  # of the layers that make a picture small enough to be added to latents; each but the first halves its edges
+WIDTHS = (16, 32, 96)  # channels of the layers that downsample the image to the size of latents; each but the first halves width and height
 LAST_WIDTH = 256
 # Entries of a U-Net's config that its ControlNet must share.
 OF_A_UNET = (
@@ -56,9 +56,9 @@ OF_A_TRANSFORMER = (
 
 
 class ControlledUNet(nn.Module):
-    """A U-Net and its ControlNet, asked as the U-Net alone is, with the condition beside the rest: pixels (B, 3, H, W) in [0, 1]."""
+    """A U-Net and its ControlNet. Called like the U-Net, with one more argument, `condition`: pixels (B, 3, H, W) in [0, 1]."""
 
-    argument = "image"  # by which the pipelines of diffusers take the condition
+    argument = "image"  # of diffusers' pipelines, for the conditioning image
 
     def __init__(self, denoiser: Any, controlnet: Any) -> None:
         super().__init__()
@@ -66,13 +66,12 @@ class ControlledUNet(nn.Module):
         self.controlnet = controlnet
         self.unused: tuple[str, ...] = ()
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, *, condition: Tensor, **told: Any) -> Any:
-        down, middle = self.controlnet(noisy, timesteps, controlnet_cond=self.prepared(condition), return_dict=False, **told)
+    def forward(self, noisy: Tensor, timesteps: Tensor, *, condition: Tensor, **arguments: Any) -> Any:
+        down, middle = self.controlnet(noisy, timesteps, controlnet_cond=self.prepared(condition), return_dict=False, **arguments)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        return self.denoiser(noisy, timesteps, **residuals, **told)
+        return self.denoiser(noisy, timesteps, **residuals, **arguments)
 
     def prepared(self, condition: Tensor) -> Tensor:
-        """A condition of a batch => as the ControlNet reads it."""
         return condition
 
     def enable_gradient_checkpointing(self) -> None:
@@ -85,10 +84,10 @@ class ControlledUNet(nn.Module):
 
 
 class ControlledTransformer(nn.Module):
-    """The transformer of Stable Diffusion 3 and its ControlNet, whose condition is encoded by the VAE: latents (B, C, h, w).
+    """The transformer of Stable Diffusion 3 and its ControlNet, whose conditioning image is encoded by the VAE: latents (B, C, h, w).
 
-    `shift` is the VAE's, times its scale. Where a ControlNet's config says `force_zeros_for_pooled_projection`, as those of InstantX do,
-    it is told zeros for the pooled text, and latents from which that shift was not taken: so the pipeline does it too.
+    `shift` is the VAE's shift times its scale. If the ControlNet's config says `force_zeros_for_pooled_projection`, as those of InstantX
+    do, it gets zeros for the pooled text, and latents without the shift subtracted, as in diffusers' pipeline.
     """
 
     argument = "control_image"
@@ -97,20 +96,20 @@ class ControlledTransformer(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.controlnet = controlnet
-        self.tells_pooled = not controlnet.config.force_zeros_for_pooled_projection
-        self.shift = 0.0 if self.tells_pooled else shift
+        self.uses_pooled = not controlnet.config.force_zeros_for_pooled_projection
+        self.shift = 0.0 if self.uses_pooled else shift
         last = f"transformer_blocks.{len(controlnet.transformer_blocks) - 1}"
-        # What the last block makes of the text is read by nothing, so these have no gradient.
+        # Nothing reads the text output of the last block, so these weights get no gradient.
         self.unused = (f"{last}.ff_context.", f"{last}.attn.to_add_out.")
 
     def forward(
         self, noisy: Tensor, *, condition: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
     ) -> Any:
-        told = {"timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        pooled = pooled_projections if self.tells_pooled else torch.zeros_like(pooled_projections)
-        seen = {"controlnet_cond": self.prepared(condition), "pooled_projections": pooled}
-        residuals = self.controlnet(noisy, return_dict=False, **seen, **told)[0]
-        return self.denoiser(noisy, pooled_projections=pooled_projections, block_controlnet_hidden_states=residuals, **told)
+        arguments = {"timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        pooled = pooled_projections if self.uses_pooled else torch.zeros_like(pooled_projections)
+        own = {"controlnet_cond": self.prepared(condition), "pooled_projections": pooled}
+        residuals = self.controlnet(noisy, return_dict=False, **own, **arguments)[0]
+        return self.denoiser(noisy, pooled_projections=pooled_projections, block_controlnet_hidden_states=residuals, **arguments)
 
     def prepared(self, condition: Tensor) -> Tensor:
         return condition + self.shift
@@ -121,21 +120,21 @@ class ControlledTransformer(nn.Module):
 
 
 class LatentsAsPixels:
-    """Stands where a pipeline of Stable Diffusion 3 encodes the condition by its VAE, when it is handed latents already."""
+    """Takes the place of the VAE in a pipeline of Stable Diffusion 3 whose conditioning image is already encoded."""
 
     def __init__(self) -> None:
         from diffusers.configuration_utils import FrozenDict
 
-        self.config = FrozenDict({"block_out_channels": (1,), "shift_factor": 0.0, "scaling_factor": 1.0})  # edges stay as they are
+        self.config = FrozenDict({"block_out_channels": (1,), "shift_factor": 0.0, "scaling_factor": 1.0})  # no downsampling
 
     def encode(self, latents: Tensor) -> Any:
         return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda: latents))
 
 
 def find_start(options: ModelOptions, kind: str, network: Mapping[str, Any], shared: tuple[str, ...]) -> Path | None:
-    """The folder of the ControlNet to start from; None where none is named. Raises ModelError, with the reason, for one that does not fit.
+    """The folder of the ControlNet to start from, or None if the user named none. Raises ModelError if it does not fit the base model.
 
-    `kind` is its class in diffusers, `network` the config of the network it goes beside, whose entries `shared` it must have.
+    `kind` is its class in diffusers. Its config must have the same `shared` entries as `network`, the config of the base model's network.
     """
     if not options.controlnet or not options.controlnet_model_name_or_path:
         return None
@@ -144,11 +143,11 @@ def find_start(options: ModelOptions, kind: str, network: Mapping[str, Any], sha
         raise ModelError(f"{OPTION}: {problem}")
     config = folder.read_settings(found / "config.json")
     if (held := config.get("_class_name")) != kind:
-        raise ModelError(f"{OPTION}: {found} holds a {held or 'model of no kind'}, and this base model needs a {kind}.")
+        raise ModelError(f"{OPTION}: {found} contains {held or 'a model of unknown class'}, but this base model needs a {kind}.")
     for name in shared:
         if name in config and name in network and _plain(config[name]) != _plain(network[name]):
-            is_for = f"{name} is {_plain(config[name])} in it, and {_plain(network[name])} in the base model"
-            raise ModelError(f"{OPTION}: {found} is for another base model: {is_for}. Choose one for this model, or leave it out.")
+            differs = f"its {name} is {_plain(config[name])}, and the base model's is {_plain(network[name])}"
+            raise ModelError(f"{OPTION}: {found} is for another base model: {differs}. Choose one for this model, or remove the option.")
     return found
 
 
@@ -157,7 +156,7 @@ def _plain(value: Any) -> Any:
 
 
 def controlled_unet(denoiser: Any, start: Path | None, downsampling: int) -> ControlledUNet:
-    """A U-Net with a copy of its encoder, or with the ControlNet that it starts from; `downsampling` is that of its latents."""
+    """A U-Net with a copy of its encoder, or with the ControlNet in the folder `start`. `downsampling` is that of the latents."""
     from diffusers import ControlNetModel
 
     if start is None:
@@ -167,16 +166,16 @@ def controlled_unet(denoiser: Any, start: Path | None, downsampling: int) -> Con
     else:
         controlnet = _loaded(ControlNetModel, start, denoiser.dtype)
         if controlnet.config.conditioning_channels != 3 or controlnet.config.controlnet_conditioning_channel_order != "rgb":
-            raise ModelError(f"{OPTION}: {start} does not read RGB pictures of three channels; choose one that does.")
-    return ControlledUNet(denoiser, nn.Module.to(controlnet, denoiser.dtype))  # diffusers' own `to` warns, of nothing
+            raise ModelError(f"{OPTION}: {start} does not read RGB images of three channels. Choose one that does.")
+    return ControlledUNet(denoiser, nn.Module.to(controlnet, denoiser.dtype))  # the `to` of diffusers prints a warning
 
 
 def controlled_transformer(denoiser: Any, start: Path | None, vae: Vae) -> ControlledTransformer:
-    """The transformer with a copy of the first half of its layers, or with the ControlNet that it starts from."""
+    """The transformer with a copy of the first half of its layers, or with the ControlNet in the folder `start`."""
     from diffusers import SD3ControlNetModel
 
     if start is None:
-        # `from_transformer` writes into the config that it is given, which would be saved with the transformer.
+        # `from_transformer` changes the config that it gets, which would be saved with the transformer.
         config = {**denoiser.config, "force_zeros_for_pooled_projection": False}
         parts = ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks")
         source: Any = SimpleNamespace(config=config, **{name: getattr(denoiser, name) for name in parts})
@@ -185,13 +184,13 @@ def controlled_transformer(denoiser: Any, start: Path | None, vae: Vae) -> Contr
     else:
         controlnet = _loaded(SD3ControlNetModel, start, denoiser.dtype)
         if controlnet.config.extra_conditioning_channels or controlnet.pos_embed is None or controlnet.context_embedder is None:
-            raise ModelError(f"{OPTION}: {start} reads more than a picture, or no text; only plain ControlNets can be trained further.")
+            raise ModelError(f"{OPTION}: {start} needs other inputs than an image and a caption. Only plain ControlNets can be trained.")
     (shift,), (scale,) = normalisation(vae.config)
     return ControlledTransformer(denoiser, nn.Module.to(controlnet, denoiser.dtype), shift * scale)
 
 
 def _loaded(kind: Any, start: Path, dtype: torch.dtype) -> Any:
-    """The ControlNet in a folder. Raises ModelError, naming the option, where the folder has not just its weights."""
+    """The ControlNet in a folder. Raises ModelError if its weights are not those of its config."""
     from safetensors import safe_open
 
     try:
@@ -203,5 +202,5 @@ def _loaded(kind: Any, start: Path, dtype: torch.dtype) -> Any:
         with safe_open(path, "pt") as file:
             stored |= set(file.keys())
     if foreign := stored - controlnet.state_dict().keys():
-        raise ModelError(f"{OPTION}: the weights in {start} are not those of its config.json, such as {min(foreign)}.")
+        raise ModelError(f"{OPTION}: the weights in {start} do not match its config.json: {min(foreign)} is not part of that network.")
     return controlnet

@@ -1,4 +1,4 @@
-"""What a family hands over: a complete model folder around a trained network, and the description of a LoRA file."""
+"""Exports: a complete model folder with a trained network, and the metadata of a LoRA file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from helpers.families.loading.folder import read_json
 from helpers.families.text.tokenizer_files import complete_clip_tokenizer
 from helpers.storage.atomic import write_json
 
-# Files of weights, by their names: those that are loaded are copied one by one.
+# Names of weight files, which are copied one by one: only the files that are loaded.
 WEIGHTS = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index*.json", "*.msgpack", "*.onnx*", "*.ckpt", "*.h5")
 
-Component = Path | Callable[[Path], None]  # a folder, or what writes one
+Component = Path | Callable[[Path], None]  # a folder, or a function that writes one
 
 
 def write_pipeline(
@@ -27,10 +27,10 @@ def write_pipeline(
     target: Path,
     classes: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """A complete diffusers folder: the base model with the components in `replaced` and this noise schedule, whose `_class_name` samples.
+    """Write a complete diffusers folder: the base model with the components in `replaced` and this noise schedule.
 
-    Of every other component that the base model has, what is loaded of it is copied. `classes` are [library, class] of components by name,
-    where the base model's model_index.json does not say them.
+    The schedule's `_class_name` becomes the pipeline's scheduler. Of the other components, only the files that are loaded are copied.
+    `classes` are [library, class] of components by name, where the base model's model_index.json has others or none.
     """
     import diffusers
 
@@ -45,27 +45,27 @@ def write_pipeline(
         elif _can_be_loaded(source, base.variant):
             copy_component(source, base.variant, target / component)
         else:
-            index[component] = [None, None]  # named and not there, as the safety checker of many a copy
+            index[component] = [None, None]  # listed but absent, as the safety checker in many copies of models
         if component.startswith("tokenizer"):
             complete_clip_tokenizer(target / component)
     write_json(target / "model_index.json", index)
 
 
 def _can_be_loaded(source: Path, variant: str | None) -> bool:
-    """Whether a component is there, and its weights in a format that is opened if it has any."""
+    """Whether a component exists, and its weights, if it has any, are in a format that is loaded."""
     names = [path.name for path in source.iterdir()] if source.is_dir() else []
     has_weights = any(fnmatch.fnmatch(name, pattern) for name in names for pattern in WEIGHTS)
     return bool(weight_files(source, variant)) if has_weights else source.is_dir()
 
 
 def copy_component(source: Path, variant: str | None, target: Path) -> None:
-    """A component with the weights that are loaded of it, the variant's where it has them; not those in other precisions or formats."""
+    """Copy a component with the weights that are loaded (the variant's if it has them), without those in other precisions or formats."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*WEIGHTS))
     copy_weights(weight_files(source, variant), variant, target)
 
 
 def copy_weights(files: Sequence[Path], variant: str | None, target: Path) -> None:
-    """Weight files under the names that are looked for where nobody asks for a variant, their index saying so too."""
+    """Copy weight files under names without the variant, also in their index, so that they load by default."""
 
     def plain(name: str) -> str:
         return name.replace(f".{variant}", "") if variant else name
@@ -80,14 +80,14 @@ def copy_weights(files: Sequence[Path], variant: str | None, target: Path) -> No
 
 
 def _components(index: Mapping[str, Any]) -> list[str]:
-    """The names in a model_index.json that stand for a folder: [library, class], and not [null, null]."""
+    """The names in a model_index.json that have a folder: those with [library, class], not [null, null]."""
     return [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0] is not None]
 
 
 def modelspec(base: BaseModel, architecture: str, implementation: str, base_version: str, edge: int | None) -> dict[str, str]:
     """Metadata of a LoRA file: `modelspec.*` of Stability AI's model specification 1.0.0, and kohya's name of the base model.
 
-    `edge` is the edge in pixels of the square pictures that the base model was trained on, where it says so.
+    `edge` is the edge, in pixels, of the square images that the base model was trained on, if its config says so.
     """
     return {
         "modelspec.sai_model_spec": "1.0.0",
@@ -100,6 +100,6 @@ def modelspec(base: BaseModel, architecture: str, implementation: str, base_vers
 
 
 def trained_edge(base: BaseModel, denoiser: str, downsampling: int) -> int | None:
-    """The edge in pixels of the pictures that a base model's network was trained on, by its config; None where it tells none."""
+    """The edge, in pixels, of the images that a base model's network was trained on. None if its config does not say."""
     size = base.config(denoiser).get("sample_size")
     return size * downsampling if isinstance(size, int) else None

@@ -1,4 +1,4 @@
-"""Pictures that begin with pictures, as the pipelines of diffusers are told."""
+"""Image-to-image arguments of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ if TYPE_CHECKING:
 
 
 def img2img_arguments(latents: Tensor, steps: int, strength: float) -> dict[str, Any]:
-    """Of the steps of the whole schedule, a pipeline makes this share: at least one."""
+    """A pipeline runs the share `strength` of the steps, rounded down. So there are enough of them for at least one."""
     return {"image": latents, "strength": strength, "num_inference_steps": max(steps, math.ceil(1 / strength))}

@@ -1,4 +1,4 @@
-"""Gradient checkpointing for networks whose classes in diffusers have none, or leave out what weighs most."""
+"""Gradient checkpointing for networks whose diffusers classes have none, or one that keeps the largest activations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def recompute(blocks: Iterable[Any]) -> None:
-    """Keep what enters each block, and run the block again for its gradient."""
+    """Keep only the inputs of each block, and run the block again in the backward pass."""
     from torch.utils.checkpoint import checkpoint
 
     for block in blocks:

@@ -7,9 +7,9 @@ from typing import Any
 
 
 def sampler(kind: str, schedule: Mapping[str, Any], spacing: str) -> Any:
-    """A diffusers scheduler of this class that follows the schedule the network was trained on.
+    """A diffusers scheduler of this class with the schedule that the network is trained on.
 
-    `spacing` is that of its steps, where the schedule has such a thing: flow schedules have none.
+    `spacing` is its `timestep_spacing`, for schedules that have one: flow schedules have none.
     """
     import diffusers
 

@@ -1,4 +1,4 @@
-"""What SDXL's base and refiner share: how they are told about size and text, and how they are asked."""
+"""Inputs of the networks of SDXL and its refiner: text, sizes and crops."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def has_first_encoder(index: Mapping[str, Any]) -> bool:
 
 
 def size_and_crop(geometry: Geometry, original_size: str) -> list[int]:
-    """[height, width, top, left] of section 2.2 of the paper; `original_size` is --sdxl_original_size."""
+    """[height, width, top, left]: the original size and the crop's corner, in pixels (Podell et al., 2023, section 2.2).
+
+    `original_size` is --sdxl_original_size.
+    """
     original = geometry.original if original_size == "file" else geometry.resized
     return [original.height, original.width, geometry.top, geometry.left]
 
@@ -58,12 +61,12 @@ def text_and_numbers(batch: Batch, numbers: Sequence[Sequence[float]], device: t
 
 def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
     added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"]}
-    told: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         **clip_states.arguments(conditioning),
         "added_cond_kwargs": added,
         **condition.keyword(conditioning),
     }
-    return denoiser(noisy, timesteps, **told).sample
+    return denoiser(noisy, timesteps, **arguments).sample
 
 
 def prompt_arguments(text: TextTensors, negative: TextTensors) -> dict[str, Any]:

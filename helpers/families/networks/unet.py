@@ -1,4 +1,4 @@
-"""Loading the U-Nets of diffusers, alone or with a ControlNet."""
+"""Loading diffusers' U-Nets, alone or with a ControlNet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from helpers.config.options import ModelOptions
 
 
-UNET_OPTIONS = frozenset({"unet_attention_slice", "channels_last"})  # that mean nothing to networks that are no U-Nets
+UNET_OPTIONS = frozenset({"unet_attention_slice", "channels_last"})  # shared options that only U-Nets have
 
 
 def load_unet(base: BaseModel, dtype: torch.dtype | None) -> Parts:
@@ -24,7 +24,7 @@ def load_unet(base: BaseModel, dtype: torch.dtype | None) -> Parts:
 
 
 def controlnet_start(base: BaseModel, options: ModelOptions) -> Path | None:
-    """The folder of the ControlNet to start from, None where none is named. Raises ModelError for one of another network."""
+    """The folder of the ControlNet to start from, or None if the user named none. Raises ModelError if it does not fit the U-Net."""
     if not options.controlnet:
         return None
     from helpers.families.networks.controlnet import OF_A_UNET, find_start
@@ -33,7 +33,7 @@ def controlnet_start(base: BaseModel, options: ModelOptions) -> Path | None:
 
 
 def unet_and_controlnet(denoiser: Any) -> dict[str, Any]:
-    """The arguments of a pipeline for a network as a method left it: a U-Net, or one with a ControlNet beside it."""
+    """The network arguments of a pipeline: a U-Net, or a U-Net and its ControlNet."""
     if hasattr(denoiser, "controlnet"):
         return {"unet": denoiser.denoiser, "controlnet": denoiser.controlnet}
     return {"unet": denoiser}

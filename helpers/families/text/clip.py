@@ -1,4 +1,4 @@
-"""CLIP text encoders, as Stable Diffusion uses them."""
+"""CLIP text encoders, as the Stable Diffusion models use them."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ Layer = Literal["last", "penultimate"]
 
 
 @dataclass(frozen=True)
-class ClipAnswer:
-    """What one encoder gives for B captions, in its own precision and on its device."""
+class ClipOutput:
+    """The output of one encoder for B captions, in the encoder's precision and on its device."""
 
-    states: Tensor  # (B, 77, D), or of as many chunks as the longest caption has, (B, 77 N, D)
+    states: Tensor  # (B, 77, D); (B, 77 N, D) if the longest caption has N chunks
     pooled: Tensor  # (B, P), of the first chunk
 
 
-Arrange = Callable[[Sequence[ClipAnswer]], dict[str, Tensor]]
+Arrange = Callable[[Sequence[ClipOutput]], dict[str, Tensor]]
 
 
-def states_of_one(answers: Sequence[ClipAnswer]) -> dict[str, Tensor]:
-    """{"prompt_embeds": (B, 77, D)} of the only encoder, more of them in chunks."""
-    [answer] = answers
-    return {"prompt_embeds": answer.states}
+def states_of_one(outputs: Sequence[ClipOutput]) -> dict[str, Tensor]:
+    """{"prompt_embeds": (B, 77, D)} of the only encoder; (B, 77 N, D) in chunks."""
+    [output] = outputs
+    return {"prompt_embeds": output.states}
 
 
-def states_and_pooled(answers: Sequence[ClipAnswer]) -> dict[str, Tensor]:
-    """{"prompt_embeds": (B, 77, sum of D), "pooled": (B, P)}: the states side by side, the pooled output of the last encoder."""
-    return {"prompt_embeds": torch.cat([answer.states for answer in answers], dim=-1), "pooled": answers[-1].pooled}
+def states_and_pooled(outputs: Sequence[ClipOutput]) -> dict[str, Tensor]:
+    """{"prompt_embeds": (B, 77, sum of D), "pooled": (B, P)}: the states concatenated, and the pooled output of the last encoder."""
+    return {"prompt_embeds": torch.cat([output.states for output in outputs], dim=-1), "pooled": outputs[-1].pooled}
 
 
 class ClipEncoders:
-    """The CLIP encoders of a base model, in order, loaded by the first caption: suffix "" is `text_encoder`, "_2" `text_encoder_2`.
+    """The CLIP text encoders of a base model, loaded when the first caption comes. Suffix "" is `text_encoder`, "_2" `text_encoder_2`.
 
-    `layer` says which states: those of the last layer after the final norm, or those that enter that layer, without the norm.
-    `arrange` makes of the encoders' answers what is cached by name. `chunked` is whether long captions are encoded in chunks rather than
-    cut off.
+    `layer` selects the states: "last" after the final norm, or "penultimate", the input of the last layer, without the norm.
+    `arrange` turns the encoders' outputs into the tensors that are cached, by name. With `chunked`, long captions are encoded in chunks
+    instead of truncated.
     """
 
     def __init__(
@@ -68,22 +68,22 @@ class ClipEncoders:
         self._loaded: list[tuple[Any, Any]] = []
 
     @torch.no_grad()
-    def answers(self, captions: Sequence[str]) -> list[ClipAnswer]:
-        """The answer of each encoder; captions that are longer than one of them reads are counted in `truncated`."""
-        given, too_long = answers(self._encoders(), captions, self.layer, self.device)
+    def outputs(self, captions: Sequence[str]) -> list[ClipOutput]:
+        """The output of each encoder. Captions that are too long for one of them are counted in `truncated`."""
+        outputs, too_long = encode_captions(self._encoders(), captions, self.layer, self.device)
         self.truncated += too_long
-        return given
+        return outputs
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """B captions => tensors by name, each (B, ...), float32 on the CPU; in chunks, also which states are of each caption."""
+        """B captions => tensors by name, each (B, ...), float32 on the CPU. With chunks also the mask of the states of each caption."""
         if self.chunked:
             return self._encode_in_chunks(captions)
-        return {name: tensor.float().cpu() for name, tensor in self.arrange(self.answers(captions)).items()}
+        return {name: tensor.float().cpu() for name, tensor in self.arrange(self.outputs(captions)).items()}
 
     @torch.no_grad()
     def _encode_in_chunks(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        given, there = answers_in_chunks(self._encoders(), captions, self.layer, self.device)
-        return {**{name: tensor.float().cpu() for name, tensor in self.arrange(given).items()}, MASK: there}
+        outputs, mask = encode_in_chunks(self._encoders(), captions, self.layer, self.device)
+        return {**{name: tensor.float().cpu() for name, tensor in self.arrange(outputs).items()}, MASK: mask}
 
     def unload(self) -> None:
         self._loaded.clear()
@@ -97,7 +97,7 @@ class ClipEncoders:
 
 
 class TrainedClip:
-    """The CLIP encoders of a base model where they are trained: the caller has the modules, and this what `ClipEncoders` makes of them."""
+    """Encodes captions with CLIP text encoders that are being trained, which the caller passes, as `ClipEncoders` does."""
 
     def __init__(self, base: BaseModel, suffixes: Sequence[str], layer: Layer, arrange: Arrange) -> None:
         self.base = base
@@ -108,11 +108,11 @@ class TrainedClip:
     def embed(self, encoders: Mapping[str, Any], captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """B captions => tensors by name, each (B, ...), on the device and differentiable in the encoders' weights."""
         pairs = [(tokenizer, encoders[role]) for role, tokenizer in self._tokenizers.items()]
-        return self.arrange(answers(pairs, captions, self.layer, device)[0])
+        return self.arrange(encode_captions(pairs, captions, self.layer, device)[0])
 
 
 def load_encoders(base: BaseModel, suffixes: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-    """CLIP encoders by their folders' names, on the CPU."""
+    """The CLIP text encoders by the names of their folders, on the CPU."""
     return {f"text_encoder{suffix}": _load(base, suffix, dtype) for suffix in suffixes}
 
 
@@ -133,14 +133,14 @@ def _tokenizer(base: BaseModel, suffix: str) -> Any:
 def clip_encoders(
     base: BaseModel, suffixes: Sequence[str], layer: Layer, arrange: Arrange, device: torch.device, chunked: bool = False
 ) -> Iterator[ClipEncoders]:
-    """`ClipEncoders` that let their weights go at the end."""
+    """`ClipEncoders` whose weights are released at the end."""
     encoders = ClipEncoders(base, suffixes, layer, arrange, device, chunked)
     with released(encoders, device):
         yield encoders
 
 
 def zeros(base: BaseModel, suffixes: Sequence[str], chunked: bool = False) -> dict[str, Tensor]:
-    """What `states_and_pooled` gives for a caption, without a batch dimension, of zeros; no encoder is loaded for it."""
+    """Zeros in the shapes of `states_and_pooled` for one caption, without a batch dimension. No encoder is loaded."""
     configs = [base.config(f"text_encoder{suffix}") for suffix in suffixes]
     states = torch.zeros(configs[0]["max_position_embeddings"], sum(config["hidden_size"] for config in configs))
     mask = {MASK: torch.ones(len(states), dtype=torch.bool)} if chunked else {}
@@ -148,7 +148,7 @@ def zeros(base: BaseModel, suffixes: Sequence[str], chunked: bool = False) -> di
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, int]:
-    """Captions => token ids (B, 77), padded as the tokenizer says, and how many captions were longer than that."""
+    """Captions => token ids (B, 77) with the tokenizer's own padding, and the number of captions that were truncated."""
     ids = tokenizer(
         list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids
@@ -156,10 +156,10 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, int]:
 
 
 def tokenize_in_chunks(tokenizers: Sequence[Any], captions: Sequence[str]) -> list[list[Tensor]]:
-    """For each tokenizer the token ids of each caption's chunks, (n, 77).
+    """For each tokenizer, the token ids (n, 77) of each caption's chunks.
 
-    A chunk is what fits between the marks of a beginning and an end. All tokenizers have equally many of a caption: one that needs fewer
-    has empty ones at the end.
+    A chunk is the part of a caption that fits between a start and an end token. A caption has the same number of chunks for all
+    tokenizers: those that need fewer add empty ones at the end.
     """
     pieces = [[_pieces(tokenizer, caption) for caption in captions] for tokenizer in tokenizers]
     counts = [max(map(len, of_caption)) for of_caption in zip(*pieces, strict=True)]
@@ -184,12 +184,12 @@ def _marked(tokenizer: Any, piece: Sequence[int]) -> list[int]:
 
 
 def lengths(tokenizer: Any, captions: Sequence[str]) -> list[int]:
-    """Tokens of each caption, with those for its beginning and end."""
+    """The number of tokens of each caption, start and end token included."""
     return [len(row) for row in tokenizer(list(captions), truncation=False, verbose=False).input_ids] if captions else []
 
 
 class ClipCaptionLengths:
-    """`CaptionLengths` of CLIP tokenizers, loaded when first needed. In chunks captions of any length are read."""
+    """`CaptionLengths` of CLIP tokenizers, loaded when first needed. With `chunked` there is no limit."""
 
     def __init__(self, folders: Sequence[Path], fingerprint: str, chunked: bool = False) -> None:
         self.folders = folders
@@ -206,41 +206,44 @@ class ClipCaptionLengths:
 
 
 def clip_caption_lengths(base: BaseModel, suffixes: Sequence[str], chunked: bool = False) -> ClipCaptionLengths:
-    """Those of a base model's tokenizers: suffix "" is `tokenizer`, "_2" `tokenizer_2`."""
+    """The caption lengths of a base model's tokenizers. Suffix "" is `tokenizer`, "_2" `tokenizer_2`."""
     names = [f"tokenizer{suffix}" for suffix in suffixes]
     return ClipCaptionLengths([base.folder / name for name in names], base.hash_of(*names), chunked)
 
 
-def answers_in_chunks(
+def encode_in_chunks(
     pairs: Sequence[tuple[Any, Any]], captions: Sequence[str], layer: Layer, device: torch.device
-) -> tuple[list[ClipAnswer], Tensor]:
-    """The answer of each encoder, given beside its tokenizer, and which states are there (B, 77 N): a caption's chunks one after another,
-    zeros behind those of captions that have fewer than the N of the longest.
+) -> tuple[list[ClipOutput], Tensor]:
+    """The output of each encoder, and the mask (B, 77 N) of states that belong to a caption. `pairs` are (tokenizer, encoder).
+
+    The chunks of a caption follow one another. Captions with fewer than N chunks, the most in the batch, are padded with zeros.
     """
-    given = []
+    outputs = []
     chunks = tokenize_in_chunks([tokenizer for tokenizer, _ in pairs], captions)
     for (_, encoder), of_captions in zip(pairs, chunks, strict=True):
         counts = [len(ids) for ids in of_captions]
-        each = answer(encoder, torch.cat(of_captions).to(device), layer)
-        joined = [states.flatten(0, 1) for states in each.states.split(counts)]
+        chunks_output = encode_tokens(encoder, torch.cat(of_captions).to(device), layer)
+        joined = [states.flatten(0, 1) for states in chunks_output.states.split(counts)]
         firsts = [sum(counts[:index]) for index in range(len(counts))]
-        given.append(ClipAnswer(pad_sequence(joined, batch_first=True), each.pooled[firsts]))
-    there = pad_sequence([torch.ones(len(states), dtype=torch.bool) for states in joined], batch_first=True)
-    return given, there
+        outputs.append(ClipOutput(pad_sequence(joined, batch_first=True), chunks_output.pooled[firsts]))
+    mask = pad_sequence([torch.ones(len(states), dtype=torch.bool) for states in joined], batch_first=True)
+    return outputs, mask
 
 
-def answers(pairs: Sequence[tuple[Any, Any]], captions: Sequence[str], layer: Layer, device: torch.device) -> tuple[list[ClipAnswer], int]:
-    """The answer of each encoder, given beside its tokenizer, and how many captions are longer than one of them reads."""
-    given, longest = [], 0
+def encode_captions(
+    pairs: Sequence[tuple[Any, Any]], captions: Sequence[str], layer: Layer, device: torch.device
+) -> tuple[list[ClipOutput], int]:
+    """The output of each encoder, and how many captions are too long for one of them. `pairs` are (tokenizer, encoder)."""
+    outputs, most = [], 0
     for tokenizer, encoder in pairs:
         ids, too_long = tokenize(tokenizer, captions)
-        given.append(answer(encoder, ids.to(device), layer))
-        longest = max(longest, too_long)
-    return given, longest
+        outputs.append(encode_tokens(encoder, ids.to(device), layer))
+        most = max(most, too_long)
+    return outputs, most
 
 
-def answer(encoder: Any, ids: Tensor, layer: Layer) -> ClipAnswer:
-    """Token ids (B, 77) => the states of a layer and the pooled output, projected where the encoder has a projection."""
+def encode_tokens(encoder: Any, ids: Tensor, layer: Layer) -> ClipOutput:
+    """Token ids (B, 77) => the states of a layer and the pooled output, projected if the encoder has a projection."""
     output = encoder(ids, output_hidden_states=True)
     pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
-    return ClipAnswer(output.hidden_states[-2] if layer == "penultimate" else output.last_hidden_state, pooled)
+    return ClipOutput(output.hidden_states[-2] if layer == "penultimate" else output.last_hidden_state, pooled)

@@ -1,8 +1,8 @@
-"""What a U-Net is told of captions by CLIP: states of 77 tokens or, where long captions are encoded in chunks, of as many times 77.
+"""CLIP states as inputs of a U-Net: 77 of them for a caption, or a multiple of 77 if long captions are encoded in chunks.
 
-Attention knows no order: keys and values that stand there several times, all of them equally often, give the same answer. So the states
-of one caption may be repeated as a whole, where a pipeline wants those of two captions to be equally many; and where captions of a
-batch differ, a mask keeps each to its own, so that its answer does not depend on what stands beside it.
+In a batch of captions with different numbers of states, a mask hides the padding, so that a prediction does not depend on the other
+captions. A pipeline needs equally many states for the prompt and the negative prompt. There, the states of each are repeated as a whole:
+cross-attention does not depend on the order of its keys and values, and repeating all of them equally often does not change its output.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from helpers.data.ports import TextTensors
 
 STATES = "prompt_embeds"
-MASK = "prompt_embeds_mask"  # by the rule of helpers/data/base/padding.py, so that a cache holds what is there alone
+MASK = "prompt_embeds_mask"  # named by the rule of helpers/data/base/padding.py, so that the cache stores states without padding
 
 
 def of_batch(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The states of a batch (B, L, D) float32 and, where not all captions have L of them, the mask (B, L) of those that are there."""
+    """The states (B, L, D) of a batch in float32 and, unless all captions have L of them, the mask (B, L) of those that are not padding."""
     import torch
 
-    told = {STATES: batch.text[STATES].to(device, torch.float32)}
+    states = {STATES: batch.text[STATES].to(device, torch.float32)}
     mask = batch.text.get(MASK)
-    return told if mask is None or bool(mask.all()) else {**told, MASK: mask.to(device)}
+    return states if mask is None or bool(mask.all()) else {**states, MASK: mask.to(device)}
 
 
 def arguments(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What diffusers' U-Nets call them."""
-    told = {"encoder_hidden_states": conditioning[STATES]}
+    """The same by the argument names of diffusers' U-Nets."""
+    states = {"encoder_hidden_states": conditioning[STATES]}
     mask = conditioning.get(MASK)
-    return told if mask is None else {**told, "encoder_attention_mask": mask}
+    return states if mask is None else {**states, "encoder_attention_mask": mask}
 
 
 def prompt_arguments(text: TextTensors, negative: TextTensors) -> dict[str, Any]:
-    """The states of a prompt and its negative, equally many, as diffusers' pipelines call them, each with a batch dimension of 1."""
+    """The states of a prompt and its negative prompt, equally many, by the argument names of diffusers' pipelines; batch dimension 1."""
     states, negative_states = text[STATES], negative[STATES]
     length = math.lcm(len(states), len(negative_states))
     return {

@@ -1,4 +1,4 @@
-"""How Hunyuan-DiT reads captions: with a BERT that was trained beside pictures, in Chinese and English, and with mT5."""
+"""Text encoders of Hunyuan-DiT: a bilingual BERT (Chinese and English) that was trained with images, and mT5."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from helpers.families.text.t5_source import T5Source
 
 
 class HunyuanText:
-    """The states of both encoders, each with the mask of its tokens, loaded by the first caption.
+    """The states of both encoders, each with the mask of its tokens. The encoders are loaded when the first caption comes.
 
-    The network puts a learnt vector in place of each padded state, so those of BERT need not be kept. mT5's are: the network also pools
-    them all, padding too, for what it is told of the caption as a whole.
+    The network replaces padded states with a learned vector, so BERT's padding is not cached. That of mT5 is, because the network also
+    pools all of its states, padding included.
     """
 
     def __init__(self, base: BaseModel, t5: T5Source, length: int, t5_length: int, device: torch.device) -> None:
@@ -35,22 +35,22 @@ class HunyuanText:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """B captions => by name, on the CPU, each in its encoder's precision:
+        """B captions => tensors by name, on the CPU, each in its encoder's precision:
 
         prompt_embeds (B, 77, D) and prompt_embeds_mask (B, 77) of BERT, prompt_embeds_2 (B, 256, E) and prompt_attention_mask_2 (B, 256)
-        of mT5; masks are booleans. What mT5 does not read is counted in `truncated`: it reads on where BERT stops.
+        of mT5; masks are booleans. Captions that are too long for mT5, which reads further than BERT, are counted in `truncated`.
         """
         tokenizer, bert = self._load()
         tokens = tokenizer(list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
         mask = tokens.attention_mask.to(self.device)
         states = bert(tokens.input_ids.to(self.device), attention_mask=mask).last_hidden_state
-        answer = self.t5.answer(captions)
-        self.truncated += answer.too_long
+        output = self.t5.encode(captions)
+        self.truncated += output.too_long
         return {
             "prompt_embeds": states.cpu(),
             "prompt_embeds_mask": mask.cpu().bool(),
-            "prompt_embeds_2": answer.states.cpu(),
-            "prompt_attention_mask_2": answer.mask.cpu().bool(),
+            "prompt_embeds_2": output.states.cpu(),
+            "prompt_attention_mask_2": output.mask.cpu().bool(),
         }
 
     def unload(self) -> None:
@@ -68,7 +68,7 @@ class HunyuanText:
 
 
 def at_full_length(text: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Text (B, ...) with BERT's states and mask filled up with zeros to the length that the network was built for."""
+    """Text (B, ...) with BERT's states and mask padded with zeros to `length`, which the network was built for."""
     missing = length - text["prompt_embeds"].shape[1]
     return {
         **text,

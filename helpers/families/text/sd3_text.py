@@ -1,4 +1,4 @@
-"""What Stable Diffusion 3 is told of a caption: by two CLIP encoders, and by T5 where there is one."""
+"""Text encoders of Stable Diffusion 3: two CLIP encoders, and an optional T5."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.loading.hashes import fingerprint
 from helpers.families.loading.vae import released
-from helpers.families.text.clip import ClipAnswer, ClipEncoders
+from helpers.families.text.clip import ClipEncoders, ClipOutput
 from helpers.families.text.t5 import T5Encoder
 from helpers.families.text.t5_source import T5Source
 
@@ -20,19 +20,19 @@ CLIPS = ("", "_2")  # suffixes of their folders
 T5 = "_3"
 
 
-def both_pooled(answers: Sequence[ClipAnswer]) -> dict[str, Tensor]:
-    """{"clip": (B, 77, sum of D), "pooled": (B, sum of P)}: the states and the pooled outputs of all encoders side by side."""
+def both_pooled(outputs: Sequence[ClipOutput]) -> dict[str, Tensor]:
+    """{"clip": (B, 77, sum of D), "pooled": (B, sum of P)}: the states and the pooled outputs of all encoders, concatenated."""
     return {
-        "clip": torch.cat([answer.states for answer in answers], dim=-1),
-        "pooled": torch.cat([answer.pooled for answer in answers], dim=-1),
+        "clip": torch.cat([output.states for output in outputs], dim=-1),
+        "pooled": torch.cat([output.pooled for output in outputs], dim=-1),
     }
 
 
 class Sd3TextEncoders:
-    """Captions to parts: {"clip": (B, 77, 2048), "pooled": (B, 2048)} and, with T5, {"t5": (B, length, 4096)}.
+    """Captions => parts: {"clip": (B, 77, 2048), "pooled": (B, 2048)} and, with T5, {"t5": (B, length, 4096)}.
 
-    They are cached as parts, since the padding that `joined` puts between them is a third of the whole, and all of T5's part where there
-    is no T5. `truncated` counts captions that are longer than the encoder that reads most: T5 where it is there.
+    The parts are cached, not the result of `joined`: a third of that is padding, and most of it if there is no T5. `truncated` counts
+    captions that are too long for T5, or for CLIP if there is no T5.
     """
 
     def __init__(self, clip: ClipEncoders, t5: T5Encoder | None) -> None:
@@ -45,9 +45,9 @@ class Sd3TextEncoders:
         """B captions => tensors by name, each (B, ...), float32 on the CPU."""
         parts = self.clip.encode(captions)
         if self.t5:
-            answer = self.t5.answer(captions)
-            parts["t5"] = answer.states.float().cpu()
-            self.truncated += answer.too_long
+            output = self.t5.encode(captions)
+            parts["t5"] = output.states.float().cpu()
+            self.truncated += output.too_long
         else:
             self.truncated = self.clip.truncated
         return parts
@@ -60,18 +60,18 @@ class Sd3TextEncoders:
 
 @contextmanager
 def text_encoders(base: BaseModel, t5: T5Source | None, t5_length: int, device: torch.device) -> Iterator[Sd3TextEncoders]:
-    """CLIP's encoders of a base model, and T5 where there is one; they let their weights go at the end."""
+    """The CLIP encoders of a base model, and T5 if there is one. Their weights are released at the end."""
     clip = ClipEncoders(base, CLIPS, "penultimate", both_pooled, device)
     encoders = Sd3TextEncoders(clip, T5Encoder(t5, t5_length, masked=False, device=device) if t5 else None)
     with released(encoders, device):
         yield encoders
 
 
-Configs = Mapping[str, Mapping[str, Any]]  # of CLIP's encoders, by their folders
+Configs = Mapping[str, Mapping[str, Any]]  # configs of the CLIP encoders, by folder name
 
 
 def zeros(clips: Configs, t5: T5Source | None, t5_length: int) -> dict[str, Tensor]:
-    """What the encoders give for a caption, without a batch dimension, of zeros; no encoder is loaded for it."""
+    """Zeros in the shapes of one caption's parts, without a batch dimension. No encoder is loaded."""
     parts = {
         "clip": torch.zeros(clips["text_encoder"]["max_position_embeddings"], sum(_widths(clips, "hidden_size"))),
         "pooled": torch.zeros(sum(_widths(clips, "projection_dim"))),
@@ -80,14 +80,14 @@ def zeros(clips: Configs, t5: T5Source | None, t5_length: int) -> dict[str, Tens
 
 
 def without(clips: Configs, parts: Mapping[str, Tensor], encoders: Collection[str]) -> dict[str, Tensor]:
-    """Parts of one caption, without a batch dimension, with zeros for what these encoders, by their folders, said of it."""
+    """Parts of one caption, without a batch dimension, with zeros for these encoders, which are named by their folders."""
 
-    def kept(part: Tensor, width: str) -> Tensor:
-        said = zip(clips, part.split(_widths(clips, width), dim=-1), strict=True)
-        return torch.cat([torch.zeros_like(piece) if name in encoders else piece for name, piece in said], dim=-1)
+    def zeroed(part: Tensor, width: str) -> Tensor:
+        by_encoder = zip(clips, part.split(_widths(clips, width), dim=-1), strict=True)
+        return torch.cat([torch.zeros_like(piece) if name in encoders else piece for name, piece in by_encoder], dim=-1)
 
-    told = {**parts, "clip": kept(parts["clip"], "hidden_size"), "pooled": kept(parts["pooled"], "projection_dim")}
-    return {**told, "t5": torch.zeros_like(parts["t5"])} if f"text_encoder{T5}" in encoders else told
+    remaining = {**parts, "clip": zeroed(parts["clip"], "hidden_size"), "pooled": zeroed(parts["pooled"], "projection_dim")}
+    return {**remaining, "t5": torch.zeros_like(parts["t5"])} if f"text_encoder{T5}" in encoders else remaining
 
 
 def _widths(clips: Configs, width: str) -> list[int]:
@@ -97,7 +97,7 @@ def _widths(clips: Configs, width: str) -> list[int]:
 def joined(parts: Mapping[str, Tensor], width: int, t5_length: int) -> dict[str, Tensor]:
     """Parts, each (B, ...) => {"prompt_embeds": (B, 77 + t5_length, width), "pooled": (B, P)}, float32.
 
-    CLIP's states, padded with zeros to the width, stand before T5's. Without T5 its place holds zeros, as in the pipeline.
+    CLIP's states, padded with zeros to the width, come before those of T5. Without T5 its states are zeros, as in the pipeline.
     """
     clip, pooled = parts["clip"].float(), parts["pooled"].float()
     t5 = parts["t5"].float() if "t5" in parts else clip.new_zeros(len(clip), t5_length, width)

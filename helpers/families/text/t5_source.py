@@ -1,4 +1,4 @@
-"""Where T5 comes from: the base model's own, or the one that --pretrained_t5_model_name_or_path names."""
+"""Where T5 is loaded from: the base model, or --pretrained_t5_model_name_or_path."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
     from helpers.config.options import ModelOptions
 
 OPTION = "--pretrained_t5_model_name_or_path"
-KINDS = ("t5", "mt5")  # `model_type` of what transformers' T5EncoderModel reads; UMT5 is built otherwise
+KINDS = ("t5", "mt5")  # values of `model_type` that transformers' T5EncoderModel reads; UMT5 has another architecture
 SUFFIXES = ("", "_2", "_3")  # of the encoders in a pipeline, and of their tokenizers
 TOKENIZER_FILES = ("added_tokens.json", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
-VOCABULARY_FILES = ("spiece.model", "tokenizer.json")  # one of them is there
-DECODER = ("decoder.", "lm_head.")  # beginnings of its tensors' names
-# What the configs of networks in diffusers call the width of T5's states.
+VOCABULARY_FILES = ("spiece.model", "tokenizer.json")  # a tokenizer has at least one of them
+DECODER = ("decoder.", "lm_head.")  # prefixes of its tensors
+# Names of the width of T5's states in the configs of diffusers' networks.
 WIDTHS = ("caption_channels", "joint_attention_dim", "cross_attention_dim_t5", "encoder_hid_dim")
 CLASSES = ("T5EncoderModel", "T5TokenizerFast")  # of transformers, as model_index.json names them
 
 
 @dataclass(frozen=True)
 class T5Source:
-    """A T5 encoder with its tokenizer; no weights are loaded before `load`.
+    """A T5 encoder with its tokenizer. Weights are only loaded by `load`.
 
-    `suffix` is that of its parts in pipelines of the family: "_3" is `text_encoder_3` with `tokenizer_3`. Where the base model is
-    without T5, or has another one, `classes` is what an exported model_index.json says of these parts.
+    `suffix` is that of its components in pipelines of the family: "_3" stands for `text_encoder_3` and `tokenizer_3`. If the base model has
+    no T5, or another one, `classes` are the entries for these components in an exported model_index.json.
     """
 
     suffix: str
     encoder: Path  # folder of config.json and weights
-    tokenizer: Path  # folder of the tokenizer's files; the same one in many a repository of T5 alone
+    tokenizer: Path  # folder of the tokenizer's files; in repositories that contain only a T5, often the same folder
     variant: str | None
     hashes: WeightsHashes
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, base: BaseModel, suffix: str, options: ModelOptions, width: int) -> T5Source:
-        """The T5 that the options name, else the base model's. `width` is that of the states that the network reads (d_model).
+        """The T5 that the options name, or the base model's own. `width` is the width of the states that the network reads (d_model).
 
-        Raises ModelError for a base model without it, and for a source that is no T5, is incomplete or has another width.
+        Raises ModelError if there is none, and for one that is not a T5, is incomplete, or has another width.
         """
         own = (f"text_encoder{suffix}", f"tokenizer{suffix}")
         if not (name := options.pretrained_t5_model_name_or_path):
@@ -60,12 +60,12 @@ class T5Source:
 
     @property
     def width(self) -> int:
-        """Of the states, d_model."""
+        """The width of the states (d_model)."""
         return int(_config(self.encoder)["d_model"])
 
     @property
     def fingerprint(self) -> str:
-        """Of what is used of encoder and tokenizer, wherever it lies."""
+        """Of the files of encoder and tokenizer that are used. It does not depend on their location."""
         return self.hashes.hash_files((path.name, path) for path in (*sorted(self._encoder_files()), *self._tokenizer_files()))
 
     @property
@@ -79,18 +79,18 @@ class T5Source:
         return components.load_component(T5EncoderModel, self.encoder, "", dtype, self.variant)
 
     def load_tokenizer(self) -> Any:
-        """Of tokenizer.json, or of SentencePiece's spiece.model."""
+        """From tokenizer.json, or from SentencePiece's spiece.model."""
         from transformers import T5TokenizerFast
 
         return T5TokenizerFast.from_pretrained(self.tokenizer, local_files_only=True)
 
     @property
     def parts(self) -> Mapping[str, Component]:
-        """What writes the parts of an exported pipeline, by name."""
+        """The components of an exported pipeline, by name."""
         return {f"text_encoder{self.suffix}": self._save_encoder, f"tokenizer{self.suffix}": self._save_tokenizer}
 
     def _save_encoder(self, target: Path) -> None:
-        """As it is stored; without the decoder, which repositories of T5 alone bring."""
+        """In its stored precision, without the decoder that repositories of a whole T5 contain."""
         target.mkdir(parents=True)
         shutil.copyfile(self.encoder / "config.json", target / "config.json")
         weights = components.weight_files(self.encoder, self.variant)
@@ -112,11 +112,10 @@ class T5Source:
 
 
 def locate(name: str, variant: str | None, needs_weights: bool = True) -> tuple[Path, Path]:
-    """The folders of the encoder and the tokenizer in a folder or on the hub, from which nothing else is fetched.
+    """The folders of the encoder and the tokenizer, for a local folder or a model on the hub. Nothing else is downloaded.
 
-    Without `needs_weights` the encoder's are not fetched either: its config tells its width.
-
-    It is a pipeline in diffusers layout, one of whose encoders is a T5, or a T5 alone. Raises ModelError where no whole T5 is there.
+    `name` is a pipeline in diffusers layout with a T5 text encoder, or a T5 alone. Without `needs_weights`, weights are not downloaded,
+    because the config says the width. Raises ModelError if there is no complete T5.
     """
     here = Path(name).expanduser()
     get = (lambda *patterns: here) if here.is_dir() else _Hub(name).fetch
@@ -129,38 +128,38 @@ def locate(name: str, variant: str | None, needs_weights: bool = True) -> tuple[
 
 
 def require_width(encoder: Path, width: int, model: str) -> None:
-    """Raises ModelError for a T5 whose states have another width than the network of a model reads."""
+    """Raises ModelError for a T5 whose states have another width than those that the network reads."""
     found = _config(encoder)["d_model"]
     if found != width:
         raise ModelError(
-            f"{OPTION}: the states of the T5 in {encoder} are {found} wide, and {model} reads {width}: "
-            "name a T5 of the size that this base model was trained with."
+            f"{OPTION}: the states of the T5 in {encoder} have width {found}, but {model} needs width {width}. "
+            "Name a T5 of the size that this base model was trained with."
         )
 
 
 def width_read(network: Mapping[str, Any]) -> int | None:
-    """How wide the states of T5 are that a network of diffusers reads, by its config; None where the config does not tell."""
+    """The width of the T5 states that a network of diffusers reads. None if its config does not say."""
     return next((network[name] for name in WIDTHS if network.get(name)), None)
 
 
-Get = Callable[..., Path]  # is told paths in a model, sees to it that those that exist are in its folder, and gives that
+Get = Callable[..., Path]  # (*paths in a model) => the model's folder, in which those of the paths that exist have been downloaded
 
 
 def _find_tokenizer(get: Get, root: Path, suffix: str, name: str) -> Path:
-    """Beside the encoder's folder, or at the root. Raises ModelError where there is none."""
+    """The tokenizer's folder: next to the encoder's folder, or the root. Raises ModelError if there is none."""
     places = (root / f"tokenizer{suffix}", root)
     get(*_inside(root, (place / file for place in places for file in TOKENIZER_FILES)))
     for place in places:
         if any((place / file).is_file() for file in VOCABULARY_FILES):
             return place
     raise ModelError(
-        f"{OPTION}: there is no tokenizer ({' or '.join(VOCABULARY_FILES)}) with the T5 of {name}, neither in {places[0].name} nor at the "
-        "root: name a folder, or a model of the hub, that has both."
+        f"{OPTION}: {name} has a T5 but no tokenizer ({' or '.join(VOCABULARY_FILES)}), neither in {places[0].name} nor at the root. "
+        "Name a folder or a model on the hub that has both."
     )
 
 
 def _find_weights(get: Get, root: Path, encoder: Path, variant: str | None, name: str) -> None:
-    """Those that are loaded: the variant's, or else the plain ones. Raises ModelError unless they are all there and whole."""
+    """Download the weights: the variant's, or those without a variant. Raises ModelError if some are missing or damaged."""
     weights: list[Path] = []
     for kind in (f".{variant}", "") if variant else ("",):
         get(*_inside(root, (encoder / f"model{kind}.safetensors", encoder / f"model.safetensors.index{kind}.json")))
@@ -171,8 +170,8 @@ def _find_weights(get: Get, root: Path, encoder: Path, variant: str | None, name
         raise ModelError(f"{OPTION}: {problem}")
     if not weights or not all(path.is_file() for path in weights):
         raise ModelError(
-            f"{OPTION}: the weights of the T5 in {name} are not there as .safetensors, or not all of them, and formats that run code are "
-            "not opened: name another copy of it."
+            f"{OPTION}: {name} does not contain all weights of the T5 as .safetensors, and formats that can run code are not opened. "
+            "Name another copy of it."
         )
 
 
@@ -181,7 +180,7 @@ def _inside(root: Path, paths: Iterable[Path]) -> list[str]:
 
 
 class _Hub:
-    """A model on the hub, all of whose files are of the commit that was the newest when it was first asked."""
+    """A model on the hub. All files are taken from the same commit, the newest one at the first request."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -194,7 +193,7 @@ class _Hub:
 
 
 def _find_encoder(root: Path, name: str) -> tuple[Path, str]:
-    """The folder of the first encoder that is a T5, and the suffix of its tokenizer's. Raises ModelError where there is none."""
+    """The folder of the first encoder that is a T5, and the suffix of its tokenizer. Raises ModelError if there is none."""
     places = {root / f"text_encoder{suffix}": suffix for suffix in SUFFIXES} | {root: ""}
     if (root / "model_index.json").is_file():
         index = folder.model_index(root)
@@ -203,9 +202,9 @@ def _find_encoder(root: Path, name: str) -> tuple[Path, str]:
     for place, config in configs.items():
         if config.get("model_type") in KINDS and "d_model" in config:
             return place, places[place]
-    found = " and ".join(str(config.get("model_type")) for config in configs.values())
+    found = ", ".join(str(config.get("model_type")) for config in configs.values())
     raise ModelError(
-        f"{OPTION}: {name} is no T5{f' ({found})' if found else ''}: name a pipeline in diffusers layout with a T5 encoder, or a T5 alone."
+        f"{OPTION}: {name} is not a T5{f' ({found})' if found else ''}. Name a T5, or a pipeline in diffusers layout with a T5 encoder."
     )
 
 
@@ -224,7 +223,7 @@ def _save_without_decoder(weights: Sequence[Path], target: Path) -> None:
 
 
 def _tensor_names(weights: Sequence[Path]) -> list[str]:
-    """By the index, or the header of the only file."""
+    """From the index, or from the header of the only file."""
     if weights[0].suffix == ".json":
         return list(folder.read_json(weights[0])["weight_map"])
     from safetensors import safe_open
