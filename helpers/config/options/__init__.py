@@ -1,4 +1,4 @@
-"""What a run can be told: every option, declared once, in the sections of OPTIONS.md."""
+"""All options of a run, each declared once, in the sections of OPTIONS.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it is trained on, and what is prepared beforehand."""
+"""Options of datasets and caches."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ CAPTION_STRATEGIES = ("filename", "textfile", "instanceprompt", *TABLES)
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Data: the dataloader file, and what its data sets fall back to."""
+    """Data: the dataloader file, and defaults for its datasets."""
 
     data_backend_config: Path | None = option(
         None,
-        "The dataloader JSON: a list of data sets. Required.",
+        "The dataloader JSON: a list of datasets. Required.",
         env="DATALOADER_CONFIG",
         default_text="required",
         on_resume=WITH_THE_DATA,
     )
     train_batch_size: int = option(4, "Images in a micro-batch, per process.", at_least=1)
-    resolution: float = option(1.0, "Size that images are trained at, in the unit of --resolution_type.", above=0, on_resume=WITH_THE_DATA)
+    resolution: float = option(1.0, "Training size of images, in the unit of --resolution_type.", above=0, on_resume=WITH_THE_DATA)
     resolution_type: str = option(
         "area",
-        "Unit of all sizes: megapixels (area), or length of the shorter side (pixel).",
+        "Unit of all sizes: megapixels (area), or pixels of the shorter side (pixel).",
         choices=("area", "pixel"),
         on_resume=WITH_THE_DATA,
     )
     aspect_bucket_alignment: int | None = option(
-        None, "Sides are multiples of this: 64 or 8.", default_text="64; 8 below 0.25 megapixels", on_resume=WITH_THE_DATA
+        None,
+        "Width and height of trained images are multiples of this: 64 or 8.",
+        default_text="64; 8 below 0.25 megapixels",
+        on_resume=WITH_THE_DATA,
     )
     aspect_bucket_rounding: int | None = option(
         None,
-        "Decimals of the aspects in OUTPUT_DIR/aspect_resolution_map-RESOLUTION.json, a file of your own sizes.",
+        "Decimals of the aspect ratios in OUTPUT_DIR/aspect_resolution_map-RESOLUTION.json, an optional file with your own sizes.",
         at_least=1,
         at_most=9,
         default_text="2",
@@ -43,16 +46,16 @@ class DataOptions:
     )
     minimum_image_size: float | None = option(
         None,
-        "Leave out smaller images: megapixels, or pixels of the shorter side.",
+        "Leave out smaller images, in the unit of --resolution_type.",
         env="MINIMUM_RESOLUTION",
         at_least=0,
         on_resume=WITH_THE_DATA,
     )
     maximum_image_size: float | None = option(
-        None, "Where crop is on: shrink larger images to --target_downsample_size before the cut.", above=0, on_resume=WITH_THE_DATA
+        None, "With crop: downscale larger images to --target_downsample_size before cropping.", above=0, on_resume=WITH_THE_DATA
     )
     target_downsample_size: float | None = option(
-        None, "What images above --maximum_image_size are shrunk to.", above=0, on_resume=WITH_THE_DATA
+        None, "Size to which images above --maximum_image_size are downscaled.", above=0, on_resume=WITH_THE_DATA
     )
     caption_strategy: str = option(
         "filename",
@@ -62,55 +65,55 @@ class DataOptions:
         synonyms={"instance_prompt": "instanceprompt"},
         on_resume=WITH_THE_DATA,
     )
-    instance_prompt: str | None = option(None, "The caption, or the beginning of it, for every image.", on_resume=WITH_THE_DATA)
-    prepend_instance_prompt: bool = option(False, "Put the instance prompt before each caption.", on_resume=WITH_THE_DATA)
-    only_instance_prompt: bool = option(False, "Use the instance prompt in place of every caption.", on_resume=WITH_THE_DATA)
+    instance_prompt: str | None = option(None, "The caption of every image, or the beginning of it.", on_resume=WITH_THE_DATA)
+    prepend_instance_prompt: bool = option(False, "Put the instance prompt in front of each caption.", on_resume=WITH_THE_DATA)
+    only_instance_prompt: bool = option(False, "Use the instance prompt instead of every caption.", on_resume=WITH_THE_DATA)
     caption_dropout_probability: float = option(
-        0.1, "Share of the samples trained without their caption, which guidance needs.", at_least=0, at_most=1
+        0.1, "Share of the samples that are trained without their caption, for classifier-free guidance.", at_least=0, at_most=1
     )
     parquet_caption_column: str = option(
-        "description", "Column of captions, in tables of any kind whose entry names none.", on_resume=WITH_THE_DATA
+        "description", "Default caption column of tables (Parquet, JSON lines, CSV).", on_resume=WITH_THE_DATA
     )
-    parquet_filename_column: str = option(
-        "id", "Column of file names, in tables of any kind whose entry names none.", on_resume=WITH_THE_DATA
-    )
+    parquet_filename_column: str = option("id", "Default file name column of tables (Parquet, JSON lines, CSV).", on_resume=WITH_THE_DATA)
     preserve_data_backend_cache: bool = option(
         False,
-        "Take data sets that were listed before to be as they were, and list none again: new and changed files are not noticed.",
+        "Do not list datasets again that were listed before. New and changed files are not noticed.",
         on_resume=FROM_HERE,
     )
-    skip_file_discovery: str = option("", "The same, whatever it says; older settings name stages here.", on_resume=FROM_HERE)
-    record_samples: bool = option(False, "Write one line for every trained sample to OUTPUT_DIR/samples.jsonl.", on_resume=FROM_HERE)
+    skip_file_discovery: str = option("", "Any value has the same effect; older settings name stages here.", on_resume=FROM_HERE)
+    record_samples: bool = option(False, "Write a line for every trained sample to OUTPUT_DIR/samples.jsonl.", on_resume=FROM_HERE)
     accept_changed_data: bool = option(
-        False, "Resume although the data changed since the checkpoint; the next epoch is ordered over the new data.", on_resume=FROM_HERE
+        False, "Resume although the data has changed since the checkpoint. The next epoch uses the new data.", on_resume=FROM_HERE
     )
     aspect_bucket_disable_rebuild: bool = option(
-        False, "Keep random aspects for the whole run, also of data sets that are drawn anew each epoch (vae_cache_clear_each_epoch)."
+        False, "Keep random aspect ratios for the whole run, also for datasets with vae_cache_clear_each_epoch."
     )
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """Caches: latents and text embeddings are encoded once, before training."""
+    """Caches: latents and text embeddings, which are encoded once, before training."""
 
-    cache_dir: Path = option(None, "Folder of all caches.", default_text="OUTPUT_DIR/cache", on_resume=FROM_HERE)
-    cache_dir_vae: Path = option(None, "Latents of data sets that name no folder.", default_text="CACHE_DIR/latents", on_resume=FROM_HERE)
+    cache_dir: Path = option(None, "Folder for all caches.", default_text="OUTPUT_DIR/cache", on_resume=FROM_HERE)
+    cache_dir_vae: Path = option(
+        None, "Folder for latents, unless a dataset names its own.", default_text="CACHE_DIR/latents", on_resume=FROM_HERE
+    )
     cache_dir_text: Path = option(
         None,
-        "Text embeddings, unless the JSON names a folder.",
+        "Folder for text embeddings, unless the dataloader JSON names one.",
         default_text="CACHE_DIR/text",
         needs=(("train_text_encoder", (False,)),),
         on_resume=FROM_HERE,
     )
     cache_dtype: str = option(
         "auto",
-        "Number format of cached tensors; auto is fp16, range checked.",
+        "Number format of cached tensors; auto is fp16, with a check that the values fit.",
         choices=("auto", "fp16", "bf16", "fp32"),
         on_resume=WITH_THE_DATA,
     )
     latent_sampling: str = option(
         "mean",
-        "Latents are the mean of the VAE's distribution, or drawn anew each time (sample, twice the bytes).",
+        "Train on the mean of the VAE's distribution, or on a new sample from it each time (sample; doubles the size of the cache).",
         choices=("mean", "sample"),
     )
     vae_batch_size: int = option(4, "Images that the VAE encodes at once.", at_least=1, on_resume=ROUNDING)
@@ -123,12 +126,12 @@ class CacheOptions:
     )
     vae_cache_preprocess: bool = option(
         True,
-        "Encode all latents before the first step; false begins at once and encodes what is missing while training runs.",
+        "Encode all latents before the first step; false starts training at once, and encodes latents in the background.",
         on_resume=FROM_HERE,
     )
     vae_tiling: bool = option(
         False,
-        "Pictures larger than the VAE was made for pass through it in overlapping tiles: less memory, slightly other latents.",
+        "Encode and decode large images in overlapping tiles: less VRAM, slightly different latents.",
         on_resume=WITH_THE_DATA,
     )
-    vae_slicing: bool = option(False, "The pictures of a batch pass through the VAE one by one, for less memory.", on_resume=ROUNDING)
+    vae_slicing: bool = option(False, "Encode and decode the images of a batch one by one: less VRAM.", on_resume=ROUNDING)

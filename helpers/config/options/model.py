@@ -1,4 +1,4 @@
-"""Which network is trained, and which of its weights move."""
+"""Options of the base model, and of which weights are trained."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ FREEZING: Needs = (*FULL_TEXT, ("freeze_encoder", (True,)))
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Model: which network is trained, and where it comes from."""
+    """Model: the base model, and which of its weights are trained."""
 
     model_family: str = option(
         "",
-        "Family of the base model. The wrappers set it; families with the same wrapper and settings are recognized from the base model.",
+        "Family of the base model. The wrappers set it. Families with the same wrapper and settings are recognized from the model.",
         env="SIMPLETUNER_FAMILY",
     )
     pretrained_model_name_or_path: str = option(
         "",
-        "The base model: a folder in diffusers layout, a hub name, or a .safetensors file. Required.",
+        "The base model: a folder in diffusers layout, a name on the Hugging Face Hub, or a .safetensors file. Required.",
         env="MODEL_NAME",
         default_text="required",
         on_resume=WITH_THE_WEIGHTS,
     )
     single_file_config: str | None = option(
         None,
-        "For a base model in one .safetensors file: a model folder or hub name of the same kind, whose configs and tokenizers are used. "
-        "If it is a folder, text encoders that the file lacks are taken from it too.",
-        default_text="the model on the hub that diffusers takes the file for",
+        "For a base model in one .safetensors file: a model of the same kind, as a folder or a name on the hub, whose configs and "
+        "tokenizers are used. A folder also provides text encoders that the file does not contain.",
+        default_text="the model on the hub that diffusers recognizes in the file",
         on_resume=WITH_THE_WEIGHTS,
     )
     model_type: str = option(
@@ -45,148 +45,148 @@ class ModelOptions:
         choices=("full", "lora"),
     )
     revision: str | None = option(None, "Revision of the base model on the hub.", on_resume=WITH_THE_WEIGHTS)
-    variant: str | None = option(None, "Variant of the weight files, for example fp16.", on_resume=WITH_THE_WEIGHTS)
+    variant: str | None = option(None, "Variant of the weight files, such as fp16.", on_resume=WITH_THE_WEIGHTS)
     pretrained_vae_model_name_or_path: str | None = option(
-        None, "Another VAE, for example one made for fp16.", default_text="the base model's own", on_resume=WITH_THE_DATA
+        None, "Another VAE, such as one that was made for fp16.", default_text="the base model's own", on_resume=WITH_THE_DATA
     )
     pretrained_t5_model_name_or_path: str | None = option(
         None,
-        "Another T5 encoder with its tokenizer: a folder or hub name of a pipeline or of a T5 alone. A base model without T5 gets it too.",
+        "Another T5 text encoder with its tokenizer, also for base models without T5: a pipeline or a T5, as a folder or hub name.",
         default_text="the base model's own",
         some_families=True,
         on_resume=WITH_THE_DATA,
     )
     controlnet: bool = option(
         False,
-        "Train a ControlNet: a copy of the network's encoder that follows a second picture, beside the network, which stays as it is."
-        " Each image data set names those pictures by conditioning_data.",
+        "Train a ControlNet: a copy of the network's encoder whose input is a conditioning image. The base model is frozen. Each image "
+        "dataset names its conditioning images with conditioning_data.",
     )
     controlnet_model_name_or_path: str | None = option(
         None,
-        "ControlNet to start from: a folder as diffusers saves it, or a hub name.",
+        "ControlNet to start from: a folder in diffusers layout, or a name on the hub.",
         default_text="a copy of the network's encoder",
         needs=(("controlnet", (True,)),),
     )
     freeze_unet_strategy: str = option(
         "none",
-        "bitfit trains only the parameters whose name contains 'bias'; it needs --model_type=full.",
+        "bitfit trains only the parameters with 'bias' in their names. It needs --model_type=full.",
         choices=("none", "bitfit"),
     )
     use_bitfit: bool = option(False, "Same as --freeze_unet_strategy=bitfit.", alias_of=("freeze_unet_strategy", "bitfit"))
     tokenizer_max_length: int | None = option(
         None,
-        "Tokens that T5 reads of a caption.",
+        "Number of tokens of a caption that T5 reads.",
         at_least=1,
         default_text="what the family's diffusers pipeline uses",
         some_families=True,
     )
     long_captions: str = option(
         "truncate",
-        "Captions of over 77 tokens where CLIP alone reads them: cut off (counted and reported), or encoded in chunks, one after another.",
+        "Captions of more than 77 tokens, for families that only have CLIP: truncate (the report counts them), or encode in chunks.",
         choices=("truncate", "chunk"),
         some_families=True,
     )
-    needs_weights: bool = True  # not an option: a look at the data is content with settings and tokenizers
+    needs_weights: bool = True  # not an option: the dataset report only needs configs and tokenizers
     family_sections: tuple[Any, ...] = ()  # not an option: the sections that families declare, with their values
 
     def section(self, kind: type[S]) -> S:
-        """The values of a section that a family declares; its defaults where settings were not read."""
+        """The values of a section that a family declares; its defaults if no settings were read."""
         return next((section for section in self.family_sections if isinstance(section, kind)), None) or kind()
 
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """LoRA: the small matrices that are trained beside the network."""
+    """LoRA: the adapter that is trained while the base model is frozen."""
 
     lora_algorithm: str = option(
         "lora",
-        "How the change of a layer is put together: B A (lora), the same on every linear layer and convolution (locon), "
-        "a Kronecker product (lokr), a product of two B A by elements (loha).",
+        "Form of the change of each layer: a product B A of two small matrices (lora), the same for all linear layers and convolutions "
+        "(locon), a Kronecker product (lokr), or the elementwise product of two B A (loha).",
         choices=("lora", "locon", "lokr", "loha"),
         needs=LORA,
     )
-    lora_rank: int = option(16, "Rank of the LoRA matrices; more learns more and weighs more.", at_least=1, needs=LORA)
-    lora_alpha: float = option(16.0, "The adapter is scaled by lora_alpha / lora_rank.", above=0, needs=LORA)
-    use_rslora: bool = option(
-        False, "Scale by lora_alpha / sqrt(lora_rank), which keeps large ranks learning (rank-stabilised LoRA).", needs=LORA
+    lora_rank: int = option(
+        16, "Rank of the LoRA matrices. A higher rank can learn more, and needs more VRAM and a larger file.", at_least=1, needs=LORA
     )
+    lora_alpha: float = option(16.0, "The adapter's output is multiplied by lora_alpha / lora_rank.", above=0, needs=LORA)
+    use_rslora: bool = option(False, "Rank-stabilized LoRA, for high ranks: multiply by lora_alpha / sqrt(lora_rank) instead.", needs=LORA)
     lora_dropout: float = option(
         0.1,
-        "Share of the adapter's inputs dropped while training.",
+        "Share of the adapter's inputs that are dropped in training.",
         at_least=0,
         at_most=0.99,
-        default_text="0.1; 0 for lokr, loha, pissa and olora",
+        default_text="0.1; 0 for lokr, loha, pissa, olora",
         needs=LORA,
     )
     lora_init_type: str = option(
         "default",
-        "What the matrices start from: kaiming uniform (default) or gaussian, with B zero; orthogonal, with B A zero; the largest "
-        "directions of the base model's weights (pissa), the first of its QR decomposition (olora), or the largest directions of what "
-        "--base_quantization takes from it (loftq).",
+        "Initial values. A is Kaiming uniform (default) or Gaussian, and B zero; orthogonal, with B A zero; the principal singular vectors "
+        "of the base model's weights (pissa), its QR decomposition (olora), or the principal singular vectors of the error of "
+        "--base_quantization (loftq).",
         choices=("default", "gaussian", "orthogonal", "pissa", "olora", "loftq"),
         needs=LORA,
     )
     lora_targets: tuple[str, ...] = option(
         (),
-        "Modules that get an adapter: name endings, or one regular expression.",
-        default_text="the family's attention projections; every linear layer and convolution for locon",
+        "Modules that get an adapter: endings of their names, or one regular expression.",
+        default_text="the family's attention projections; all linear layers and convolutions for locon",
         needs=LORA,
     )
     init_lora: Path | None = option(
         None,
-        "Start the new run from this LoRA file, in diffusers' or kohya's layout; rank and alpha are the file's unless they are set.",
+        "Start a new run from this LoRA file, in diffusers or kohya format. Rank and alpha are taken from the file unless they are set.",
         needs=LORA,
     )
-    use_dora: bool = option(False, "DoRA: train the magnitude of the weights beside the LoRA.", needs=LORA)
+    use_dora: bool = option(False, "DoRA: also train the magnitude of each layer's weights.", needs=LORA)
     lokr_factor: int | None = option(
         None,
-        "LoKr: the smaller side of each layer's split, where it divides the layer's width; larger makes smaller files.",
+        "LoKr: the size of the smaller Kronecker factor, if it divides the layer's width. A larger factor makes the file smaller.",
         at_least=1,
-        default_text="the split nearest to a square",
+        default_text="the divisor nearest to the square root of the width",
         needs=(*LORA, ("lora_algorithm", ("lokr",))),
     )
 
 
 @dataclass(frozen=True)
 class TextEncoderOptions:
-    """Text encoder training: CLIP's encoders learn beside the network, and captions are encoded in every step."""
+    """Text encoder training: the CLIP text encoders are trained together with the network."""
 
     train_text_encoder: bool = option(
         False,
-        "Train the CLIP text encoders too: all or some layers (full), or adapters (lora). No caption is cached then."
-        " documentation/TEXT_ENCODER.md lists the families.",
+        "Also train the CLIP text encoders: all or some of their layers (full), or adapters (lora). Captions are then encoded in every "
+        "step instead of cached. See documentation/TEXT_ENCODER.md.",
     )
     text_encoder_lr: float | None = option(
         None,
-        "Highest learning rate of the text encoders; it follows the same schedule.",
+        "Peak learning rate of the text encoders. It follows the same schedule.",
         above=0,
         default_text="--learning_rate",
         needs=TEXT,
         on_resume=FROM_HERE,
     )
-    freeze_encoder: bool = option(True, "Leave a part of the text encoder as it is (full); false trains all of it.", needs=FULL_TEXT)
+    freeze_encoder: bool = option(True, "Freeze some layers of the text encoders; false trains all of them.", needs=FULL_TEXT)
     freeze_encoder_strategy: str = option(
         "after",
-        "Layers that stay frozen, counted from 0: those before --freeze_encoder_before, after --freeze_encoder_after, between the two"
-        " (both included), or outside them. Embeddings lie before the first layer, the final norm after the last.",
+        "Frozen layers, numbered from 0: those before --freeze_encoder_before, after --freeze_encoder_after, between the two (both "
+        "included), or outside them. Embeddings come before the first layer, the final norm after the last.",
         env="TEXT_ENCODER_FREEZE_STRATEGY",
         choices=("before", "between", "after", "outside"),
         needs=FREEZING,
     )
     freeze_encoder_before: int = option(
         12,
-        "Lower layer bound of --freeze_encoder_strategy.",
+        "Lower bound of --freeze_encoder_strategy, as a layer number.",
         env="TEXT_ENCODER_FREEZE_BEFORE",
         at_least=0,
         needs=(*FREEZING, ("freeze_encoder_strategy", ("before", "between", "outside"))),
     )
     freeze_encoder_after: int = option(
         17,
-        "Upper layer bound of --freeze_encoder_strategy.",
+        "Upper bound of --freeze_encoder_strategy, as a layer number.",
         env="TEXT_ENCODER_FREEZE_AFTER",
         at_least=0,
         needs=(*FREEZING, ("freeze_encoder_strategy", ("after", "between", "outside"))),
     )
     text_encoder_limit: int = option(
-        25, "Percentage of the run's steps after which the text encoders stop training; from 100 on they never do.", at_least=1, needs=TEXT
+        25, "Percentage of the run's steps in which the text encoders are trained; 100 or more for all of them.", at_least=1, needs=TEXT
     )
