@@ -71,7 +71,7 @@ def refuse_export(state: TrainState, mixed_precision: str, checkpoints: Checkpoi
     if not state.updates:
         raise TrainingError("No step had a finite loss and gradient: nothing was learned, and nothing is exported.")
     raise TrainingError(
-        f"Loss or gradient was not finite in the last {state.skipped_in_a_row} step(s): the weights have diverged and are not exported. "
+        f"Loss or gradient was not finite in the last {state.skipped_in_a_row} steps: the weights have diverged and are not exported. "
         f"{_remedy(state, mixed_precision, checkpoints)}"
     )
 

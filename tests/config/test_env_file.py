@@ -83,7 +83,7 @@ def test_a_wrong_value_is_named_with_file_and_line(folder: Path, refuse: Refuse)
 
 def test_variables_of_the_june_2024_release_without_effect_are_said_aloud(folder: Path, read: Read) -> None:
     scan(folder, "PURE_BF16=true\n")
-    assert read(SIMPLETUNER_ENV_FILE="env.sh").notes == ("PURE_BF16 (env.sh:1) does nothing: say OPTIMIZER='adamw_bf16'.",)
+    assert read(SIMPLETUNER_ENV_FILE="env.sh").notes == ("PURE_BF16 (env.sh:1) does nothing: use OPTIMIZER='adamw_bf16'.",)
 
 
 def test_an_env_file_that_cannot_be_read_is_named(refuse: Refuse) -> None:
