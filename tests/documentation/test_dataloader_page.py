@@ -8,13 +8,14 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from helpers.config.aspects import AspectBucket, read_map
 from helpers.config.dataloader import read_dataloader
 from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
 from helpers.config.declare import options_of
 from helpers.config.options import OPTIONS
-from helpers.data.base.images import EXTENSIONS
+from helpers.data.base.images import EXTENSIONS, decode_mask
 from helpers.data.base.sample import ROLES, Size
 from helpers.data.plan.buckets import geometry
 from helpers.data.plan.targets import ResolutionRule, target_size
@@ -47,6 +48,19 @@ def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) ->
     data = read_dataloader(tmp_path / "data.json", options)
     assert data.problems == () and data.notes == ()
     assert data.datasets
+
+
+def test_the_sample_makes_masks_of_cutouts(tmp_path: Path) -> None:
+    cutouts = tmp_path / "subject-cutouts"
+    cutouts.mkdir()
+    alpha = Image.new("L", (8, 6))
+    alpha.paste(255, (2, 1, 5, 4))
+    color = Image.new("RGB", alpha.size, "red")
+    color.putalpha(alpha)
+    color.save(cutouts / "cat.png")
+    exec(PAGE.section("Loss masks").block("python").replace("/home/user", str(tmp_path)), {})
+    made = decode_mask((tmp_path / "subject-masks" / "cat.png").read_bytes())
+    assert made.tobytes() == alpha.tobytes()
 
 
 @pytest.mark.parametrize(
