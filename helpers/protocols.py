@@ -144,7 +144,7 @@ class ModelFamily(ModelEncoders, Protocol):
         """Call arguments of the pipeline for one prompt, each with a batch dimension of 1."""
         ...
 
-    def kohya_name(self, module: str) -> str | FusedPart | None:
+    def kohya_name(self, module: str) -> KohyaName | None:
         """The name of a denoiser module in kohya's LoRA format; None where that format has no name for it."""
         ...
 
@@ -254,6 +254,16 @@ class FusedPart:
     layer: str  # the name of the larger layer
     index: int  # which part of it this module is
     rows: tuple[int, ...]  # output rows of each part
+
+
+@dataclass(frozen=True)
+class SwappedHalves:
+    """A module whose output has two halves (shift and scale), which are the other way round in kohya's LoRA format."""
+
+    layer: str  # its name there
+
+
+KohyaName = str | FusedPart | SwappedHalves
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from helpers.errors import ConfigError
 from helpers.methods.lora_layouts import split_name
+from helpers.storage.tensors import first_not_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +89,8 @@ def read_lora(path: Path, family: ModelFamily, factor: float) -> dict[str, Tenso
         stored = load_file(path)
     except Exception as error:  # the library's own, of any kind
         raise ConfigError(f"{unreadable}: {error}") from error
+    if tensor := first_not_finite(stored):
+        raise ConfigError(f"--init_lora: {path} holds numbers that are not finite, in {tensor}: use another file.")
     try:
         matrices, alphas = family.read_lora(path)
     except Exception as error:  # diffusers raises errors of many kinds for a file that it cannot convert

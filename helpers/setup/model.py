@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.choices import known_axes
 from helpers.config.declare import show
 from helpers.errors import ConfigError
 from helpers.families import FAMILIES
-from helpers.families.loading.locate import without_weights
+from helpers.families.loading.file_facts import read_facts
+from helpers.families.loading.locate import locate, without_weights
 from helpers.families.loading.recognise import recognise
 from helpers.methods import METHODS
 from helpers.methods.text_encoders import require_something_to_train
@@ -42,9 +45,18 @@ def resolve_base_model(config: Config, runtime: Runtime, report: Reporters) -> C
         defaults = [f"{name} {show(value)}" for name, value in family.defaults.items() if name not in config.given]
         config = config.of_family(family)
         report.chapter("model", " · ".join((f"{family.title}, by its model_index.json", *defaults)))
-    for note in config.unread(axes):
+    for note in (*_single_file_notes(config), *config.unread(axes)):
         report.chapter("", note)
     return config
+
+
+def _single_file_notes(config: Config) -> Iterator[str]:
+    """What a base model in one file says of itself, and which settings contradict it."""
+    file = Path(config.model.pretrained_model_name_or_path).expanduser()
+    facts = read_facts(locate(config.model, config.cache)) if file.is_file() else None
+    if facts is not None:
+        yield from facts.notes
+        yield from facts.contradicted_by(file.name, config.objective.prediction_type, config.objective.rescale_betas_zero_snr)
 
 
 def choose_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,3 +42,28 @@ def _sort_metadata(path: Path) -> None:
             raise RuntimeError(f"the header of {path} changed its length from {length} to {len(ordered)} bytes when it was sorted")
         file.seek(8)
         file.write(ordered)
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or infinity; None where there is none."""
+    return next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+
+
+def not_finite_in(path: Path) -> str | None:
+    """The same for a safetensors file, which is read tensor by tensor."""
+    return next((name for name, tensor in _each_tensor(path) if not _is_finite(tensor)), None)
+
+
+def _each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  # no mapping
+            yield name, file.get_tensor(name)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats know no comparison
+    return all(math.isfinite(end) for end in wide.aminmax())  # NaN is passed on

@@ -93,7 +93,7 @@ def test_weights_and_vocabularies_that_git_lfs_has_not_fetched_are_told_from_dam
         file.write_bytes(LFS_POINTER)
         assert refusal(model, tmp_path).startswith(f"{file} only points to what Git LFS has not fetched: run `git lfs pull`")
         file.write_bytes(b"<!doctype html>" * 20)
-        assert str(file) in (said := refusal(model, tmp_path)) and said.endswith("fetch the model again.")
+        assert refusal(model, tmp_path).startswith(f"{file} is a web page, which was saved instead of the model: download")
         file.write_bytes(kept)
 
 
@@ -177,3 +177,20 @@ def test_an_encoder_of_another_shape_than_its_config_is_refused_in_a_sentence(mo
     shapes = r"The weights in .*text_encoder are not of its config.json: their shapes differ."
     with open_family("sdxl", model, tmp_path / "cache").text_encoders(CPU) as encoders, pytest.raises(ModelError, match=shapes):
         encoders.encode(["a cat"])
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder_2", "another VAE"])
+def test_weights_that_are_not_finite_are_refused_with_file_and_tensor(part: str, model: Path, tmp_path: Path) -> None:
+    """And the answer is remembered for the file as it is: a mended one is opened."""
+    options = {"pretrained_vae_model_name_or_path": str(shutil.copytree(model / "vae", tmp_path / "vae"))} if "another" in part else {}
+    [file] = (tmp_path / "vae" if options else model / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name, tensor in weights.items() if tensor.ndim > 1)
+    weights[name].view(-1)[-1], kept = float("inf"), weights[name].view(-1)[-1].item()
+    save_file(weights, file, {"format": "pt"})
+    assert refusal(model, tmp_path, **options) == (
+        f"{file} holds numbers that are not finite, in {name}: fetch the model again, or use another."
+    )
+    weights[name].view(-1)[-1] = kept
+    save_file(weights, file, {"format": "pt"})
+    open_family("sdxl", model, tmp_path / "cache", **options)

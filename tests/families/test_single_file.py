@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.errors import ModelError
+from helpers.families.loading.file_facts import FileFacts, read_facts
 from helpers.families.loading.recognise import recognise
 from helpers.families.miniatures.sdxl import SdxlSizes, write_sdxl
 from tests.families.conftest import CPU, Tried, family_name, open_family
@@ -125,6 +126,102 @@ def test_weights_keep_the_precision_they_have(network: str, vae: str, text: str,
     assert torch.equal(load_file(weights)["context_embedder.weight"], stored["model.diffusion_model.context_embedder.weight"])
 
 
+MARKED = {name: torch.tensor([]) for name in ("v_pred", "ztsnr")}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "metadata", "prediction", "zero_snr"),
+    [
+        ("sd1", MARKED, {}, "v_prediction", True),
+        ("sd1", {"v_pred": torch.tensor([])}, {"modelspec.prediction_type": "epsilon"}, "v_prediction", False),
+        ("sd1", {}, {"modelspec.prediction_type": "v"}, "v_prediction", False),
+        ("sd1", {}, {"modelspec.prediction_type": "v-prediction", "ss_zero_terminal_snr": "True"}, "v_prediction", True),
+        ("sd2", {}, {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
+        ("sd2", {}, {"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon", False),
+    ],
+)
+def test_a_file_is_trained_as_it_says_it_predicts(
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str],
+    prediction: str,
+    zero_snr: bool,
+    miniature: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """Beside a config that says otherwise; zero terminal SNR reaches the noise schedule."""
+    file = write_single_file(miniature(name), tmp_path / "model.safetensors", metadata=metadata, added=tensors)
+    family = open_family("sd2x", file, tmp_path / "cache", single_file_config=str(miniature(name)))
+    objective = Tried(name, file, family).objective(rescale_betas_zero_snr=None)
+    assert objective.scheduler_config["prediction_type"] == prediction
+    assert bool(objective.scheduler_config["rescale_betas_zero_snr"]) == zero_snr
+    facts = facts_in(tmp_path / "cache")
+    assert facts.notes[0].startswith(f"model.safetensors says: {prediction}")
+    against = "epsilon" if prediction == "v_prediction" else "v_prediction"
+    [warning] = facts.contradicted_by(file.name, against, None)
+    assert f"--prediction_type={against} contradicts model.safetensors" in warning
+    assert not list(facts.contradicted_by(file.name, prediction, None))
+    assert len(list(facts.contradicted_by(file.name, prediction, False))) == zero_snr
+
+
+def facts_in(cache: Path) -> FileFacts:
+    [made] = (cache / "converted").iterdir()
+    facts = read_facts(made)
+    assert facts is not None
+    return facts
+
+
+def test_what_a_conversion_leaves_out_is_named(miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    """Tensors that are not used, metadata that contradicts the tensors; but not what every published file brings."""
+    added = {
+        "model_ema.diffusion_modeltime_embed0bias": torch.zeros(1),
+        "model_ema.decay": torch.zeros(1),
+        "alphas_cumprod": torch.zeros(1000),
+        "model.diffusion_model.extra_adapter.weight": torch.zeros(1),
+    }
+    metadata = {"modelspec.architecture": "stable-diffusion-xl-v1-base", "modelspec.resolution": "1024x1024"}
+    file = write_single_file(miniature("sd1"), tmp_path / "model.safetensors", metadata=metadata, added=added)
+    open_family("sd2x", file, tmp_path / "cache", single_file_config=str(miniature("sd1")))
+    notes = "\n".join(facts_in(tmp_path / "cache").notes)
+    assert "modelspec.architecture 'stable-diffusion-xl-v1-base', but its tensors are those of a StableDiffusionPipeline" in notes
+    assert "modelspec.resolution 1024x1024, but its config is for 64x64" in notes
+    assert "does not say what it predicts: epsilon by its config" in notes
+    assert "tensors that are not used: model.diffusion_model.extra_adapter.weight" in notes
+    assert "an EMA of its network (1 tensors" in notes and "alphas" not in notes
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl_refiner", "sd3"])
+def test_a_plain_file_leaves_nothing_out(name: str, miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = as_released(miniature(name), tmp_path / "model") if name == "sd3" else miniature(name)
+    file = write_single_file(folder, tmp_path / "model.SAFETENSORS")
+    open_family(family_name(name), file, tmp_path / "cache", single_file_config=str(folder))
+    assert not any("not used" in note for note in facts_in(tmp_path / "cache").notes)
+
+
+@pytest.mark.parametrize(
+    ("added", "metadata", "said"),
+    [
+        ({"edm_mean": torch.zeros(1), "edm_std": torch.zeros(1)}, {}, "is an EDM model (its tensor edm_mean)"),
+        ({"edm_vpred.sigma_max": torch.tensor(120.0)}, {}, "is an EDM model (its tensor edm_vpred.sigma_max)"),
+        ({}, {"modelspec.prediction_type": "edm"}, "is an EDM model (its metadata modelspec.prediction_type is 'edm')"),
+        ({}, {"modelspec.title": "Playground v2.5 aesthetic"}, "is an EDM model"),
+        ({}, {"modelspec.prediction_type": "rectified flow"}, "was trained by flow matching"),
+        ({"scaled_fp8": torch.zeros(1)}, {}, "quantized weights"),
+        (
+            {"model.diffusion_model.out.2.bias": torch.tensor([0.0, float("nan"), 0.0, 0.0])},
+            {},
+            "not finite, in model.diffusion_model.out.2",
+        ),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, {}, "is a model for inpainting"),
+    ],
+)
+def test_files_that_cannot_be_trained_are_refused_by_name(
+    added: dict[str, torch.Tensor], metadata: dict[str, str], said: str, miniature: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = write_single_file(miniature("sd1"), tmp_path / "model.safetensors", metadata=metadata, added=added)
+    assert said in refusal(file, tmp_path, miniature("sd1"), "sd2x")
+
+
 def refusal(path: Path, tmp_path: Path, config: Path | None = None, family: str = "sdxl") -> str:
     options = ModelOptions(pretrained_model_name_or_path=str(path), single_file_config=str(config) if config else None)
     with pytest.raises(ModelError) as caught:
@@ -147,7 +244,20 @@ def test_settings_that_cannot_be_fetched_are_asked_for(miniature: Callable[[str]
 def test_files_that_are_no_whole_model_are_named(miniature: Callable[[str], Path], tmp_path: Path) -> None:
     lora = tmp_path / "lora.safetensors"
     save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(1)}, lora)
-    assert "is no complete model" in refusal(lora, tmp_path)
+    assert "is no complete model but a LoRA: name its base model here, and the file with --init_lora" in refusal(lora, tmp_path)
+    part = tmp_path / "part.safetensors"
+    for names, reason in {
+        ("model.diffusion_model.out.2.bias",): "has no VAE (first_stage_model...) and no text encoder",
+        ("model.diffusion_model.out.2.bias", "cond_stage_model.x"): "has no VAE (first_stage_model...). Name a file",
+        ("joint_blocks.0.context_block.attn.qkv.weight",): "but a network alone, without VAE and text encoder",
+        ("decoder.conv_in.weight",): "but a VAE",
+        ("control_model.input_blocks.0.0.bias",): "but a ControlNet",
+    }.items():
+        save_file({name: torch.zeros(1) for name in names}, part)
+        assert reason in refusal(part, tmp_path)
+    for start, reason in {b"<!DOCTYPE html><html>": "is a web page", b"PK\x03\x04": "in spite of its name", b"GGUF": "GGUF"}.items():
+        part.write_bytes(start + bytes(1000))
+        assert reason in refusal(part, tmp_path)
     pickled = tmp_path / "model.ckpt"
     pickled.write_bytes(b"\x80\x04")
     assert "is no .safetensors file" in refusal(pickled, tmp_path)

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from helpers.config.options import AdapterOptions
-from helpers.families.lora.unet_names import original_name
+from helpers.families.original.unet_names import original_name
 from helpers.methods.lora import Lora
 from tests.families.conftest import Tried
 

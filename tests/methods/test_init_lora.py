@@ -89,3 +89,15 @@ def test_a_file_without_metadata_is_a_start_like_any_other(family: SDXL, tmp_pat
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(tmp_path / FILES["diffusers"]), bare)
     attached(family, init_lora=bare, lora_targets=("to_q",))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused_with_their_tensor(value: float, family: SDXL, tmp_path: Path) -> None:
+    written(family, tmp_path, lora_targets=("to_q",))
+    path = tmp_path / DIFFUSERS
+    spoilt = load_file(path)
+    name = min(spoilt)
+    spoilt[name][0, 0] = value
+    save_file(spoilt, tmp_path / "spoilt.safetensors")
+    with pytest.raises(ConfigError, match=r"spoilt.safetensors holds numbers that are not finite, in " + name):
+        attached(family, init_lora=with_settings(tmp_path / "spoilt.safetensors", path))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.errors import ModelError
 from helpers.families.loading import folder as files
-from helpers.families.loading.components import load_component, outline, require_components
+from helpers.families.loading.components import load_component, outline, require_components, weight_files
+from helpers.families.loading.finite import require_finite
 from helpers.families.loading.hashes import WeightsHashes
 from helpers.families.loading.integrity import settings_file
 from helpers.families.loading.locate import locate
@@ -34,7 +35,8 @@ class BaseModel:
 
     @classmethod
     def open(cls, family: FamilyFacts, components: Sequence[str], options: ModelOptions, cache: CacheOptions) -> BaseModel:
-        """The base model, fetched if need be. Raises ModelError when it is of another family or lacks one of `components`."""
+        """The base model, fetched if need be. Raises ModelError for another family, for one that lacks one of `components`,
+        and for weights that are not finite."""
         name = options.pretrained_model_name_or_path
         found = locate(options, cache)
         index = files.model_index(found)
@@ -44,7 +46,15 @@ class BaseModel:
         others = options.pretrained_vae_model_name_or_path or options.pretrained_t5_model_name_or_path  # it may be meant for these
         if options.variant and options.needs_weights and not others and not any(found.glob(f"*/*.{options.variant}[.-]*")):
             raise ModelError(f"--variant={options.variant}: {found} has no weights of this variant; leave it out to take its own.")
-        return cls(name, found, index, options.variant, WeightsHashes(Memo(cache.cache_dir / "memo")))
+        memo = Memo(cache.cache_dir / "memo")
+        if options.needs_weights:
+            for component in used:
+                require_finite(weight_files(found / component, options.variant), memo)
+        return cls(name, found, index, options.variant, WeightsHashes(memo))
+
+    def require_finite(self, component: Path) -> None:
+        """The same check for a component from another folder: ModelError for weights that are not finite."""
+        require_finite(weight_files(component, self.variant), self.hashes.memo)
 
     def config(self, component: str) -> Mapping[str, Any]:
         """How a component is built; a scheduler's is its noise schedule."""

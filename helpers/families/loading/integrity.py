@@ -6,6 +6,17 @@ import json
 from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs.github.com/"  # how the file begins that Git leaves in place of a large one
+# How files begin that are not what their name says => what they are. The remedy follows.
+DISGUISES: tuple[tuple[bytes, str], ...] = (
+    (b"<!doctype", "a web page, which was saved instead of the model: download the file itself"),
+    (b"<html", "a web page, which was saved instead of the model: download the file itself"),
+    (b"<?xml", "an XML page, which was saved instead of the model: download the file itself"),
+    (b"pk\x03\x04", "a zip or a PyTorch file in spite of its name, which can run code: get the .safetensors file"),
+    (b"\x80\x02", "a pickle in spite of its name, which can run code: get the .safetensors file"),
+    (b"\x80\x04", "a pickle in spite of its name, which can run code: get the .safetensors file"),
+    (b"gguf", "a GGUF file: get the .safetensors file"),
+    (b'{"error', "an error message of the server, which was saved instead of the model: download the file itself"),
+)
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")  # a tokenizer has one of them
 TABLES = (*VOCABULARIES, "merges.txt")
 
@@ -17,11 +28,14 @@ def problem_with(path: Path) -> str | None:
     try:
         with path.open("rb") as stream:
             start = stream.read(len(LFS_POINTER))
+        is_weights = path.suffix.lower() == ".safetensors"
         if not start:
             return f"{path} is empty: {remedy(path)}."
         if start == LFS_POINTER:
             return f"{path} only points to what Git LFS has not fetched: run `git lfs pull` in the model's folder, or fetch it otherwise."
-        if path.suffix == ".safetensors" and is_cut_off(path):
+        if (is_weights or path.suffix == ".json") and (disguise := _disguise(start, is_weights)):
+            return f"{path} is {disguise}."
+        if is_weights and is_cut_off(path):
             return f"{path} is cut off, as an interrupted download leaves it: {remedy(path)}."
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
@@ -30,6 +44,12 @@ def problem_with(path: Path) -> str | None:
     except ValueError as error:
         return f"{path} is damaged ({error}): {remedy(path)}."
     return None
+
+
+def _disguise(start: bytes, is_weights: bool) -> str | None:
+    """What a file really is, by its first bytes. A safetensors file begins with 8 bytes of length; JSON may begin as an error does."""
+    begins = start.lstrip().lower()
+    return next((text for mark, text in DISGUISES if begins.startswith(mark) and (is_weights or mark.startswith(b"<"))), None)
 
 
 def remedy(path: Path) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import ModelError
+from helpers.families.loading.file_facts import FileFacts, facts_of, resolution_note, unread_note
+from helpers.families.loading.finite import require_finite
+from helpers.families.loading.folder import read_json
 from helpers.families.loading.hashes import WeightsHashes, fingerprint
 from helpers.families.loading.integrity import problem_with
-from helpers.storage.atomic import atomic_folder
+from helpers.storage.atomic import atomic_folder, write_json
 from helpers.storage.memo import Memo
 
 # A tensor that only files of this kind have => the class of diffusers that reads the file. The first that is found counts.
@@ -21,6 +26,9 @@ PIPELINE_OF_TENSOR: Mapping[str, str] = {
     "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": "StableDiffusionPipeline",
     "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": "StableDiffusionPipeline",
 }
+SD3 = "StableDiffusion3Pipeline"
+FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"  # (out, in, 3, 3) of a U-Net: its inputs tell what else it is given
+OTHER_INPUTS = {9: "for inpainting", 8: "for editing images by instructions", 5: "that is given depth"}
 PARTS = ("model.diffusion_model.", "first_stage_model.")  # the network and the VAE
 # What is in a file => how the names of its tensors begin.
 BEGINNINGS: Mapping[str, tuple[str, ...]] = {
@@ -54,45 +62,136 @@ def converted(path: Path, config: str | None, cache_dir: Path, with_t5: bool = T
     for. Text encoders that a file of Stable Diffusion 3 lacks come from `config` too; it does without T5 where that has none. Raises
     ModelError when the file is no complete model of a known kind, or these cannot be had.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise ModelError(
             f"--pretrained_model_name_or_path: {path} is no .safetensors file; convert it first, formats that run code are not opened."
         )
-    kind = _pipeline_of(path)
-    elsewhere = _encoders_elsewhere(path, config) if kind == "StableDiffusion3Pipeline" else {}
-    if kind == "StableDiffusion3Pipeline" and not with_t5:
+    header, metadata = _header(path)
+    kind = _pipeline_of(path, header)
+    facts = facts_of(path, header, metadata, kind)
+    memo = Memo(cache_dir / "memo")
+    require_finite([path], memo)
+    elsewhere = _encoders_elsewhere(path, header, config) if kind == SD3 else {}
+    if kind == SD3 and not with_t5:
         elsewhere = {**elsewhere, T5: None}
-    hashes = WeightsHashes(Memo(cache_dir / "memo"))
-    facts: dict[str, Any] = {"weights": hashes.of_file(path), "config": config, "pipeline": kind, "precision": _dtypes(path)}
+    hashes = WeightsHashes(memo)
+    known: dict[str, Any] = {"weights": hashes.of_file(path), "config": config, "pipeline": kind, "precision": _dtypes(header)}
+    known["facts"] = [facts.prediction_type, facts.zero_snr, facts.notes]
     if elsewhere:
-        facts["encoders"] = {part: hashes.hash_folders(found) if found else None for part, found in elsewhere.items()}
-    target = cache_dir / "converted" / fingerprint(facts)
+        known["encoders"] = {part: hashes.hash_folders(found) if found else None for part, found in elsewhere.items()}
+    target = cache_dir / "converted" / fingerprint(known)
     if not (target / "model_index.json").is_file():
         with atomic_folder(target) as aside:
-            _convert(path, kind, config, elsewhere, aside)
+            _convert(path, header, kind, config, elsewhere, aside)
+            _take_prediction(aside, kind, facts)
+            facts.with_notes(_compare(path, header, metadata, kind, facts, aside)).write(aside)
     return target
 
 
-def _pipeline_of(path: Path) -> str:
-    """By the names of the tensors alone; nothing else of the file is read."""
-    names = _tensors(path).keys()
-    missing = [part for part in PARTS if not any(name.startswith(part) for name in names)]
-    for tensor, pipeline in PIPELINE_OF_TENSOR.items():
-        if tensor in names and not missing:
-            return pipeline
-    raise ModelError(
-        f"--pretrained_model_name_or_path: {path} is no complete model of Stable Diffusion 1 to 3.5, SDXL or its refiner "
-        "(network, VAE and text encoder in one file); name a folder in diffusers layout."
+def _pipeline_of(path: Path, header: Mapping[str, Any]) -> str:
+    """By the names of the tensors, and the inputs of the network. Raises ModelError for anything but a whole text-to-image model."""
+    missing = [part for part in PARTS if not any(name.startswith(part) for name in header)]
+    found = next((pipeline for tensor, pipeline in PIPELINE_OF_TENSOR.items() if tensor in header), None)
+    if found is None or missing:
+        raise ModelError(f"--pretrained_model_name_or_path: {path} {_other_content(header)}.")
+    inputs = header[FIRST_LAYER]["shape"][1] if FIRST_LAYER in header else 4
+    if inputs in OTHER_INPUTS:
+        raise ModelError(
+            f"--pretrained_model_name_or_path: {path} is a model {OTHER_INPUTS[inputs]}: its network reads {inputs} channels instead of 4, "
+            "and such a model cannot be trained here. Name the text-to-image model that it was made of."
+        )
+    return found
+
+
+def _other_content(header: Mapping[str, Any]) -> str:
+    """What a file is that is no whole model, and what to do about it."""
+    names = list(header)
+
+    def has(*marks: str) -> bool:
+        return any(mark in name for name in names for mark in marks)
+
+    if has("lora_down", "lora_A.", "lora_up", "lora.down", "hada_w1", "lokr_w"):
+        return "is no complete model but a LoRA: name its base model here, and the file with --init_lora"
+    if has("control_model.", "controlnet_cond_embedding", "input_hint_block"):
+        return "is no complete model but a ControlNet: name the base model here, and see documentation/CONTROLNET.md"
+    if has("emb_params", "string_to_param", "clip_l\0"):
+        return "is no complete model but an embedding (textual inversion): name a base model"
+    lacks = [part for part, beginnings in BEGINNINGS.items() if not any(name.startswith(beginnings) for name in names)]
+    if len(lacks) < len(BEGINNINGS):
+        words = {"network": "network (model.diffusion_model...)", "vae": "VAE (first_stage_model...)", "text_encoders": "text encoder"}
+        part = " and no ".join(words[name] for name in lacks)
+        if not lacks:
+            return "is no complete model of Stable Diffusion 1 to 3.5, SDXL or its refiner: its text encoder is of another kind"
+        return f"is no complete model: it has no {part}. Name a file with all parts, or a folder in diffusers layout"
+    if has("double_blocks.", "joint_blocks.", "input_blocks.", "transformer_blocks.", "down_blocks."):
+        return "is no complete model but a network alone, without VAE and text encoder: name a folder in diffusers layout"
+    if has("decoder.conv_in", "decoder.mid"):
+        return "is no complete model but a VAE: name a base model here; --pretrained_vae_model_name_or_path takes another VAE's folder"
+    if has("text_model.encoder", "encoder.block."):
+        return "is no complete model but a text encoder: name a base model"
+    return (
+        "is no complete model of Stable Diffusion 1 to 3.5, SDXL or its refiner (network, VAE and text encoder in one file); name a folder "
+        "in diffusers layout"
     )
 
 
-def _encoders_elsewhere(path: Path, config: str | None) -> dict[str, Path | None]:
+def _take_prediction(folder: Path, kind: str, facts: FileFacts) -> None:
+    """Write what the file says of its prediction into the noise schedule of the converted model, which comes from another model."""
+    from helpers.families.sd3 import DIFFUSION_SCHEDULE
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    schedule = read_json(path)
+    if kind == SD3 and facts.prediction_type == "v_prediction":
+        schedule = {"_class_name": "DDPMScheduler", **DIFFUSION_SCHEDULE, "rescale_betas_zero_snr": bool(facts.zero_snr)}
+    elif kind != SD3 and facts.prediction_type:
+        schedule["prediction_type"] = facts.prediction_type
+    if kind != SD3 and facts.zero_snr:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # from the last timestep on, which is pure noise
+    write_json(path, schedule)
+
+
+def _compare(
+    path: Path, header: Mapping[str, Any], metadata: Mapping[str, str], kind: str, facts: FileFacts, folder: Path
+) -> Iterator[str]:
+    """What the conversion did not take over from the file, one sentence each."""
+    network = "transformer" if kind == SD3 else "unet"
+    if kind != SD3 and facts.prediction_type is None:
+        says = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+        yield f"{path.name} does not say what it predicts: {says} by its config; --prediction_type says otherwise"
+    vae, built = (read_json(folder / part / "config.json") for part in ("vae", network))
+    size = built.get("sample_size")
+    edge = size * 2 ** (len(vae["block_out_channels"]) - 1) if isinstance(size, int) else None
+    yield from resolution_note(path, metadata, edge)
+    yield from unread_note(path, header, _outline(folder))
+    if any(entry["dtype"] == "F64" for entry in header.values()):
+        yield f"{path.name} holds float64 weights, which are used in float32"
+
+
+def _outline(folder: Path) -> set[str]:
+    """The names that the tensors of a converted model have in a single file."""
+    import torch
+    from safetensors import safe_open
+
+    from helpers.families.original.single_file_layout import Component, single_file_tensors
+
+    parts = {}
+    for component in sorted(folder.iterdir()):
+        tensors: dict[str, Any] = {}
+        for file in component.glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # no mapping
+                    tensors[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
+        if tensors:
+            parts[component.name] = Component(read_json(component / "config.json"), tensors)
+    return set(single_file_tensors(parts))
+
+
+def _encoders_elsewhere(path: Path, header: Mapping[str, Any], config: str | None) -> dict[str, Path | None]:
     """The text encoders that a file of Stable Diffusion 3 lacks => their folders in `config`; None for T5 where there is none.
 
     Raises ModelError when a CLIP encoder is in neither.
     """
-    names = _tensors(path).keys()
-    lacking = [part for part, beginning in ENCODERS_OF_SD3.items() if not any(name.startswith(beginning) for name in names)]
+    lacking = [part for part, beginning in ENCODERS_OF_SD3.items() if not any(name.startswith(beginning) for name in header)]
     found = {part: Path(config).expanduser() / part if config else None for part in lacking}
     there = {part: place if place and list(place.glob("*.safetensors")) else None for part, place in found.items()}
     absent = [part for part, place in there.items() if place is None and part != T5]
@@ -105,27 +204,31 @@ def _encoders_elsewhere(path: Path, config: str | None) -> dict[str, Path | None
     return there
 
 
-def _tensors(path: Path) -> Mapping[str, Any]:
-    """The header of a safetensors file. Raises ModelError when there is none, or the file ends before its last tensor does."""
+def _header(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """The entries of the tensors, and the metadata. Raises ModelError when there is no header, or the file ends too early."""
     if problem := problem_with(path):
         raise ModelError(f"--pretrained_model_name_or_path: {problem}")
     with path.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    metadata = header.pop("__metadata__", {})
+    return header, metadata
 
 
-def _convert(path: Path, kind: str, config: str | None, elsewhere: Mapping[str, Path | None], target: Path) -> None:
+def _convert(
+    path: Path, header: Mapping[str, Any], kind: str, config: str | None, elsewhere: Mapping[str, Path | None], target: Path
+) -> None:
     import diffusers
     import torch
 
-    dtypes = _dtypes(path)
+    dtypes = _dtypes(header)
     together = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else "float32"  # which holds all others exactly
     chosen: dict[str, Any] = {"config": config} if config else {}
     try:
         chosen |= {part: _encoder(part, found) for part, found in elsewhere.items()}
         if elsewhere.get(T5, Path()) is None:
             chosen["tokenizer_3"] = None
-        pipeline = getattr(diffusers, kind).from_single_file(str(path), torch_dtype=getattr(torch, together), **chosen)
+        with _lower_case(path) as named:
+            pipeline = getattr(diffusers, kind).from_single_file(str(named), torch_dtype=getattr(torch, together), **chosen)
         if getattr(pipeline, T5, None) is not None:
             pipeline.text_encoder_3.tie_weights()  # a table that files hold once, and of which diffusers fills one of two places
     except Exception as error:  # of many libraries, for many reasons: all end here with the remedy
@@ -150,10 +253,22 @@ def _encoder(part: str, found: Path | None) -> Any:
     return (T5EncoderModel if part == T5 else CLIPTextModelWithProjection).from_pretrained(found, dtype="auto", local_files_only=True)
 
 
-def _dtypes(path: Path) -> dict[str, str]:
+@contextmanager
+def _lower_case(path: Path) -> Iterator[Path]:
+    """A path that ends with .safetensors in small letters: diffusers takes any other file for a pickle."""
+    if path.suffix == ".safetensors":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"{path.stem}.safetensors"
+        link.symlink_to(path.resolve())
+        yield link
+
+
+def _dtypes(header: Mapping[str, Any]) -> dict[str, str]:
     """The precision in which each content of a file is kept: its own, or float32 where it has several."""
     found: dict[str, set[str]] = {}
-    for name, entry in _tensors(path).items():
+    for name, entry in header.items():
         for content, beginnings in BEGINNINGS.items():
             if name.startswith(beginnings) and entry["dtype"] in PRECISIONS:
                 found.setdefault(content, set()).add(PRECISIONS[entry["dtype"]])

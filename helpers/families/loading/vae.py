@@ -44,6 +44,8 @@ class Vae:
         found = locate(named, base)
         if named and (problem := components.component_problem(found, base.variant, options.needs_weights)):
             raise ModelError(f"{OPTION}: {problem}")
+        if named and options.needs_weights:
+            base.require_finite(found)
         config, deviations = folder.read_settings(found / "config.json"), cache.latent_sampling == "sample"
         if (kind := config.get("_class_name", CLASS)) not in (CLASS, f"Flax{CLASS}"):
             raise ModelError(f"{f'{OPTION}: ' if named else ''}{found} holds an {kind}, and only an {CLASS} can be used here.")
@@ -53,7 +55,7 @@ class Vae:
                 raise ModelError(f"{OPTION}: latents of {found} have {made} channels, and {base.name} reads {channels}: leave it out.")
             raise ModelError(
                 f"{base.name} reads {channels} channels, and its VAE makes {made}: a model that gets more than noisy latents, such as one "
-                "for inpainting, cannot be trained."
+                "for inpainting, cannot be trained. Name the text-to-image model that it was made of."
             )
         return vae
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.families.lora.unet_names import OUTSIDE_BLOCKS, original_name
+from helpers.families.original.unet_names import OUTSIDE_BLOCKS, original_name
 
 if TYPE_CHECKING:
     from torch import Tensor

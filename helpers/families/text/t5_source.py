@@ -52,9 +52,13 @@ class T5Source:
         own = (f"text_encoder{suffix}", f"tokenizer{suffix}")
         if not (name := options.pretrained_t5_model_name_or_path):
             components.require_components(base.folder, own, base.variant, options.needs_weights)
+            if options.needs_weights:
+                base.require_finite(base.folder / own[0])
             return cls(suffix, base.folder / own[0], base.folder / own[1], base.variant, base.hashes)
         encoder, tokenizer = locate(name, base.variant, options.needs_weights)
         require_width(encoder, width, base.name)
+        if options.needs_weights:
+            base.require_finite(encoder)
         classes = {part: ["transformers", kind] for part, kind in zip(own, CLASSES, strict=True)}
         return cls(suffix, encoder, tokenizer, base.variant, base.hashes, classes)
 
