@@ -48,6 +48,7 @@ class Trainable:
     role: str  # of the denoiser or ControlNet: "unet", "transformer" or "controlnet"
     fixed: dict[str, Tensor] = field(default_factory=dict)  # constant tensors that checkpoints and files need beside the trained weights
     text_encoders: dict[str, Any] = field(default_factory=dict)  # trained ones, by role; their parameters' names begin with the role
+    lr_scales: Mapping[str, float] = field(default_factory=dict)  # factors on the learning rate, by parameter; 1 where there is none
 
     @property
     def modules(self) -> dict[str, Any]:
@@ -148,10 +149,11 @@ class ModelFamily(ModelEncoders, Protocol):
         """The name of a denoiser module in kohya's LoRA format; None where that format has no name for it."""
         ...
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
-        """A LoRA file as diffusers reads it: matrices by their PEFT names, and every alpha in the file.
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """A LoRA file as other tools read it: matrices by their PEFT names, and the scale of each layer by its module's name.
 
-        No alphas where diffusers has multiplied the matrices by the scale: alpha / rank.
+        The reader adds scale x B A to the layer's weight. A layer that is not in the mapping has the scale 1: diffusers multiplies the
+        matrices of some files by their scale.
         """
         ...
 

@@ -1,14 +1,17 @@
-"""What the header of a LoRA file tells of its shape, read without torch: rank, scale, and whether it is a DoRA."""
+"""What the header of a LoRA file says of its shape, read without torch: rank, scale, and whether it is a DoRA."""
 
 from __future__ import annotations
 
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _DOWN = re.compile(r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$")  # peft's, kohya's and diffusers' older name of the first matrix
 _OF_TEXT = ("lora_te", "text_encoder", "te1.", "te2.")
@@ -18,40 +21,51 @@ _LARGEST_HEADER = 100_000_000  # bytes: safetensors' own limit
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The options that a LoRA file settles, by their names."""
+    """The options that a LoRA file settles, by their names. Rank and alpha are those of most layers."""
 
     lora_rank: int
     lora_alpha: float
     use_dora: bool
     use_rslora: bool
     train_text_encoder: bool
+    differing: str = field(default="", compare=False)  # "ranks 4 and 8" where layers differ; each keeps its own
 
 
 def read_lora_file(path: Path) -> LoraFile:
-    """ValueError, a sentence with the path, where it is no LoRA of one rank and one alpha that training can go on with."""
+    """ValueError, a sentence with the path, where it is no LoRA that training can continue."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(min(length, _LARGEST_HEADER)))
             metadata = header.pop("__metadata__", {})
-            stored_alphas = set(_alphas(file, length, header))
+            stored_alphas = list(_alphas(file, length, header))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; check the path.") from error
     except (struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a .safetensors file; convert it, or name another.") from error
     if any(mark in name for name in header for mark in (".lokr_", ".hada_", ".lora_mid")):
         raise ValueError(f"{path} is a LyCORIS file, from which a run cannot start; name a LoRA.")
-    ranks = {tensor["shape"][0] for name, tensor in header.items() if _DOWN.search(name)}
+    ranks = [int(tensor["shape"][0]) for name, tensor in header.items() if _DOWN.search(name)]
     if not ranks:
         raise ValueError(f"{path} holds no LoRA; name a file in diffusers' or kohya's layout.")
     told = _settings(metadata)
-    alphas = stored_alphas or ({float(told["lora_alpha"])} if "lora_alpha" in told else {float(rank) for rank in ranks})
-    if len(ranks) > 1 or len(alphas) > 1 or told.get("alpha_pattern"):
-        many = f"ranks {sorted(ranks)}" if len(ranks) > 1 else f"alphas {sorted(alphas)}"
-        raise ValueError(f"{path} has layers of different {many}, which cannot be trained together; name another.")
+    rank = _most_common(ranks)
+    alphas = stored_alphas or [float(told.get("lora_alpha", rank)), *map(float, (told.get("alpha_pattern") or {}).values())]
+    alpha = _most_common(alphas) if stored_alphas else alphas[0]
+    several = (f"{what} {_numbers(values)}" for what, values in (("ranks", ranks), ("alphas", alphas)) if len(set(values)) > 1)
+    differing = " and ".join(several)
     dora = any(name.endswith((".dora_scale", ".lora_magnitude_vector")) for name in header)
     of_text = any(name.startswith(_OF_TEXT) for name in header)
-    return LoraFile(ranks.pop(), alphas.pop(), dora, bool(told.get("use_rslora")) and not stored_alphas, of_text)
+    return LoraFile(rank, alpha, dora, bool(told.get("use_rslora")) and not stored_alphas, of_text, differing)
+
+
+def _most_common(values: Sequence[T]) -> T:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _numbers(values: Iterable[float]) -> str:
+    *first, last = (f"{value:g}" for value in sorted(set(values)))
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _alphas(file: Any, length: int, header: Mapping[str, Any]) -> Iterator[float]:

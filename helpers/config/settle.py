@@ -99,10 +99,12 @@ def _adapter(chosen: Chosen, problems: list[str]) -> None:
         )
     elif trains.value and not found.train_text_encoder:
         problems.append(f"{start.origin}: {start.value} is a LoRA of the network alone; leave out one of it and {trains.origin}.")
-    for name in (item.name for item in dataclasses.fields(LoraFile) if item.name != "train_text_encoder"):
+    for name in (item.name for item in dataclasses.fields(LoraFile) if item.name not in ("train_text_encoder", "differing")):
         value, said = getattr(found, name), chosen[name]
         if said.rank <= Rank.FAMILY:
             chosen[name] = Setting(value, f"from {start.value.name}", Rank.FAMILY)
+        elif name in ("lora_rank", "lora_alpha") and found.differing:
+            problems.append(f"{said.origin}: the layers of {start.value} have {found.differing}, which they keep; leave {said.origin} out.")
         elif said.value != value:
             problems.append(f"{said.origin} is {show(said.value)}, but {start.value} has {show(value)}; leave it out, or set it to that.")
 

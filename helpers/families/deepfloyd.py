@@ -136,7 +136,7 @@ class DeepFloyd:
     def kohya_name(self, module: str) -> str | None:
         return None
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         import diffusers
 
         return unet_lora.read_lora(getattr(diffusers, self.pipeline_class), path, self.base.config("unet"))

@@ -18,7 +18,8 @@ from helpers.families.lora import peft_lora
 from helpers.families.networks import sdxl_inputs
 from helpers.families.networks.export import Component, modelspec, trained_edge, write_pipeline
 from helpers.families.networks.recompute import recompute
-from helpers.protocols import Parts
+from helpers.families.original.transformer_names import HUNYUAN_DIT, kohya_transformer_name, transformer_names
+from helpers.protocols import KohyaName, Parts
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +62,8 @@ class HunyuanDiT:
         setting="HUNYUAN_DIT='true'",
         pipelines=("HunyuanDiTPipeline",),
         miniatures=(
-            Miniature("hunyuan_dit", "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit"),
-            Miniature("hunyuan_dit_11", "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit_11", rate=0.5),
+            Miniature("hunyuan_dit", "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit", kohya=True),
+            Miniature("hunyuan_dit_11", "helpers.families.miniatures.hunyuan_dit:write_hunyuan_dit_11", kohya=True, rate=0.5),
         ),
         section=HunyuanOptions,
         options=frozenset({"sdxl_original_size", "pretrained_t5_model_name_or_path"}),
@@ -80,6 +81,7 @@ class HunyuanDiT:
         self.base = BaseModel.open(self.facts, ("transformer", "vae", *BERT, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, self.base.config("transformer")["in_channels"], options, cache)
         self.network = self.base.config("transformer")
+        self.original_names = transformer_names(HUNYUAN_DIT, self.network)
         self.t5 = T5Source.open(self.base, "_2", options, width=self.network["cross_attention_dim_t5"])
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=self.network["patch_size"])
@@ -171,11 +173,11 @@ class HunyuanDiT:
             arguments[f"{prefix}prompt_attention_mask_2"] = full["prompt_attention_mask_2"]
         return arguments
 
-    def kohya_name(self, module: str) -> str | None:
-        return None
+    def kohya_name(self, module: str) -> KohyaName | None:
+        return kohya_transformer_name(self.original_names, module)
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
-        return peft_lora.read(path, "transformer")
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+        return peft_lora.read(path, self.original_names)
 
     def modelspec(self, kind: str) -> dict[str, str]:
         edge = trained_edge(self.base, "transformer", self.latents.downsampling)

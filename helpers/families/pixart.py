@@ -15,7 +15,8 @@ from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTen
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import peft_lora
 from helpers.families.networks.export import Component, modelspec, trained_edge, write_pipeline
-from helpers.protocols import Parts
+from helpers.families.original.transformer_names import PIXART, kohya_transformer_name, transformer_names
+from helpers.protocols import KohyaName, Parts
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,7 @@ class PixArt:
         self.scheduler_config = self.base.config("scheduler")
         self.length = options.tokenizer_max_length or self.tokens
         network = self.base.config("transformer")
+        self.original_names = transformer_names(PIXART, network)
         self.t5 = T5Source.open(self.base, "", options, width=network["caption_channels"])
         conditioned = network.get("use_additional_conditions")
         self.size_conditioning: bool = network["sample_size"] == SIZED if conditioned is None else conditioned
@@ -146,11 +148,11 @@ class PixArt:
             "negative_prompt_attention_mask": mask[1:],
         }
 
-    def kohya_name(self, module: str) -> str | None:
-        return None
+    def kohya_name(self, module: str) -> KohyaName | None:
+        return kohya_transformer_name(self.original_names, module)
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
-        return peft_lora.read(path, "transformer")
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+        return peft_lora.read(path, self.original_names)
 
     def modelspec(self, kind: str) -> dict[str, str]:
         edge = trained_edge(self.base, "transformer", self.latents.downsampling)
@@ -187,7 +189,7 @@ class PixArtAlpha(PixArt):
         wrapper="./train_sdxl.sh",
         setting="PIXART_ALPHA='true'",
         pipelines=("PixArtAlphaPipeline",),
-        miniatures=(Miniature("pixart_alpha", "helpers.families.miniatures.pixart:write_pixart_alpha"),),
+        miniatures=(Miniature("pixart_alpha", "helpers.families.miniatures.pixart:write_pixart_alpha", kohya=True),),
         section=PixArtOptions,
         options=OPTIONS,
         judge=_judge,
@@ -207,7 +209,7 @@ class PixArtSigma(PixArt):
         wrapper="./train_sdxl.sh",
         setting="PIXART_SIGMA='true'",
         pipelines=("PixArtSigmaPipeline",),
-        miniatures=(Miniature("pixart_sigma", "helpers.families.miniatures.pixart:write_pixart_sigma"),),
+        miniatures=(Miniature("pixart_sigma", "helpers.families.miniatures.pixart:write_pixart_sigma", kohya=True),),
         section=PixArtOptions,
         options=OPTIONS,
         judge=_judge,

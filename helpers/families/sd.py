@@ -152,7 +152,7 @@ class StableDiffusion:
     def kohya_name(self, module: str) -> str | None:
         return unet_lora.kohya_name(module)
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         from diffusers import StableDiffusionPipeline
 
         return unet_lora.read_lora(StableDiffusionPipeline, path, self.base.config("unet"))

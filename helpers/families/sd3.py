@@ -17,7 +17,8 @@ from helpers.families.loading.base_model import BaseModel
 from helpers.families.lora import transformer_lora
 from helpers.families.networks import condition, img2img
 from helpers.families.networks.export import Component, modelspec, trained_edge, write_pipeline
-from helpers.protocols import Parts
+from helpers.families.original.transformer_names import SD3, kohya_transformer_name, transformer_names
+from helpers.protocols import KohyaName, Parts
 
 if TYPE_CHECKING:
     import torch
@@ -103,8 +104,8 @@ class StableDiffusion3:
         wrapper="./train_sd3.sh",
         pipelines=("StableDiffusion3Pipeline",),
         miniatures=(
-            Miniature("sd3", "helpers.families.miniatures.sd3:write_sd3", learns_in=90, learns_to=0.1, drops_to_zeros=True),
-            Miniature("sd35", "helpers.families.miniatures.sd3:write_sd35", learns_in=90, learns_to=0.1, drops_to_zeros=True),
+            Miniature("sd3", "helpers.families.miniatures.sd3:write_sd3", kohya=True, learns_in=90, learns_to=0.1, drops_to_zeros=True),
+            Miniature("sd35", "helpers.families.miniatures.sd3:write_sd35", kohya=True, learns_in=90, learns_to=0.1, drops_to_zeros=True),
         ),
         section=SD3Options,
         options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path"}),
@@ -126,6 +127,7 @@ class StableDiffusion3:
         self.base = BaseModel.open(self.facts, ("transformer", "vae", *CLIP_FOLDERS, "scheduler"), options, cache)
         self.vae = Vae.open(self.base, self.base.config("transformer")["in_channels"], options, cache)
         self.transformer = self.base.config("transformer")
+        self.original_names = transformer_names(SD3, self.transformer)
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=self.transformer["patch_size"])
         self.scheduler_config = _schedule(self.base, options.section(SD3Options).sd3_uses_diffusion)
@@ -229,13 +231,13 @@ class StableDiffusion3:
             arguments[f"{prefix}pooled_prompt_embeds"] = joined["pooled"]
         return arguments
 
-    def kohya_name(self, module: str) -> str | None:
-        return None  # that layout has one matrix for queries, keys and values, and diffusers reads none of it
+    def kohya_name(self, module: str) -> KohyaName | None:
+        return kohya_transformer_name(self.original_names, module)
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         from diffusers import StableDiffusion3Pipeline
 
-        return transformer_lora.read_lora(StableDiffusion3Pipeline, path)
+        return transformer_lora.read_lora(StableDiffusion3Pipeline, path, self.original_names)
 
     def modelspec(self, kind: str) -> dict[str, str]:
         edge = trained_edge(self.base, "transformer", self.latents.downsampling)

@@ -145,7 +145,7 @@ class SDXL:
     def kohya_name(self, module: str) -> str | None:
         return unet_lora.kohya_name_of_original(module, self.base.config("unet"))
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         from diffusers import StableDiffusionXLPipeline
 
         return unet_lora.read_lora(StableDiffusionXLPipeline, path, self.base.config("unet"))

@@ -133,7 +133,7 @@ class SDXLRefiner:
         """Built from diffusers' names. Of the original names, diffusers misreads those of a four-level network (block 1 for block 10)."""
         return unet_lora.kohya_name(module)
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         from diffusers import StableDiffusionXLImg2ImgPipeline
 
         return unet_lora.read_lora(StableDiffusionXLImg2ImgPipeline, path, self.base.config("unet"))

@@ -39,7 +39,7 @@ def refusals(settings: Settings) -> Iterator[str]:
 Progress = Callable[[Mapping[str, Any]], Iterable[tuple[str, Any]]]  # yields the items of a mapping, and shows how far they are
 
 
-def initialize(denoiser: nn.Module, family: ModelFamily, adapter: str, factor: float, progress: Progress) -> None:
+def initialize(denoiser: nn.Module, family: ModelFamily, adapter: str, progress: Progress) -> None:
     """Set Q, A and B of every adapted layer that is quantized, in place; other layers keep their usual start.
 
     `adapter` is the name of the LoRA in each layer. The original weights are read from the base model once more. Raises ConfigError where
@@ -64,7 +64,7 @@ def initialize(denoiser: nn.Module, family: ModelFamily, adapter: str, factor: f
     for name, layer in progress(quantized):
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         weight = original.get_submodule(name).weight.detach()
-        a, b = decompose(layer.get_base_layer(), weight, down.detach(), factor)
+        a, b = decompose(layer.get_base_layer(), weight, down.detach(), layer.scaling[adapter])
         down.data.copy_(a)
         up.data.copy_(b)
 

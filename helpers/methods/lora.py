@@ -13,15 +13,18 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
+from helpers.config.lora_layers import read_lora_layers
 from helpers.config.suggest import did_you_mean
 from helpers.data.base.progress import bar
 from helpers.errors import ConfigError
 from helpers.methods import loftq
+from helpers.methods.layer_settings import LayerSettings, LayerTable, patterns
 from helpers.methods.lora_init import FROM_WEIGHTS, INITIALIZATIONS, first_matrices, read_lora, require_same_layers
 from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
 from helpers.methods.peft_layout import write_adapter
@@ -58,8 +61,25 @@ def refusals(settings: Settings) -> Iterator[str]:
         yield from loftq.refusals(settings)
     if kind == "orthogonal" and isinstance(rank, int) and rank % 2:
         yield f"--lora_init_type=orthogonal needs an even rank; --lora_rank={rank} is odd."
+    yield from _refused_layers(settings)
     if kind != "default" and settings["init_lora"]:
         yield f"--init_lora and --lora_init_type={kind} both set the initial matrices; leave out one of them."
+
+
+def _refused_layers(settings: Settings) -> Iterator[str]:
+    """What is wrong with the file of --lora_layers."""
+    path = settings["lora_layers"]
+    if not isinstance(path, Path):
+        return
+    try:
+        rules = read_lora_layers(path)
+    except ValueError as error:
+        yield f"--lora_layers: {error}"
+        return
+    if settings["init_lora"] and (rule := next((rule for rule in rules if rule.rank or rule.alpha), None)):
+        yield f"--lora_layers: {rule.pattern!r} sets rank or alpha, which --init_lora takes from its file; leave lr_scale alone in {path}."
+    if settings["adafactor_relative_step"] and any(rule.lr_scale != 1 for rule in rules):
+        yield "--adafactor_relative_step sets the learning rate itself, against lr_scale in --lora_layers; leave out one of them."
 
 
 def refused_by_adapters(settings: Settings) -> Iterator[str]:
@@ -82,7 +102,8 @@ class Lora:
     def __init__(self, options: AdapterOptions, family: ModelFamily) -> None:
         self.options = options
         self.family = family
-        self.initial = read_lora(options.init_lora, family, self.factor) if options.init_lora else None  # weights of --init_lora
+        self.initial = read_lora(options.init_lora, family) if options.init_lora else None
+        self.layers = LayerTable(options, self.initial)
 
     def weights_dtype(self, mixed_precision: str, optimizer: str) -> torch.dtype:
         return frozen_dtype(mixed_precision)
@@ -106,35 +127,49 @@ class Lora:
         for prefix, network in networks.items():
             role = prefix.removesuffix(".")
             targets = self._text_targets(parts, role) if role else self._targets(network)
-            trained, constant = self._adapt(network, targets, parts.report)
+            trained, constant = self._adapt(network, role, targets, parts.report)
             parameters |= {prefix + name: parameter for name, parameter in trained.items()}
             fixed |= {prefix + name: tensor for name, tensor in constant.items()}
         if self.options.lora_init_type == loftq.NAME:
-            loftq.initialize(parts.denoiser, self.family, ADAPTER, self.factor, lambda layers: self._with_progress(layers, parts.report))
+            loftq.initialize(parts.denoiser, self.family, ADAPTER, lambda layers: self._with_progress(layers, parts.report))
             fixed = loftq.subtracted(parameters, lambda name: name.replace(f".{ADAPTER}.", f".{ORIGIN}."))
         count = sum(parameter.numel() for parameter in parameters.values())
-        description = f"{self._title()} rank {self.options.lora_rank}, {count / 1e6:,.2f} M of {total / 1e6:,.1f} M parameters"
-        trainable = Trainable(parts.denoiser, parameters, description, parts.denoiser_folder, fixed, parts.text_encoders)
-        self._set_initial_weights(trainable)
+        trainable = Trainable(parts.denoiser, parameters, "", parts.denoiser_folder, fixed, parts.text_encoders)
+        adapters = _adapters(trainable)
+        ranks = _range(adapter.rank for adapter in adapters.values())
+        trainable.description = f"{self._title()} rank {ranks}, {count / 1e6:,.2f} M of {total / 1e6:,.1f} M parameters"
+        self.layers.require_use(adapters)
+        trainable.lr_scales = self._lr_scales(trainable)
+        self._set_initial_weights(trainable, {name: adapter.scale for name, adapter in adapters.items()})
         return trainable
 
-    def _set_initial_weights(self, trainable: Trainable) -> None:
-        """Copy the weights of --init_lora. Raises ConfigError where they do not fit."""
+    def _lr_scales(self, trainable: Trainable) -> dict[str, float]:
+        """The factor on the learning rate of each weight, where it is not 1."""
+        factors = {name: self.layers.of(split_name(_name_of(trainable, name))[0]).lr_scale for name in trainable.parameters}
+        return {name: factor for name, factor in factors.items() if factor != 1.0}
+
+    def _set_initial_weights(self, trainable: Trainable, scales: Mapping[str, float]) -> None:
+        """Copy the weights of --init_lora, for the scale of each layer. Raises ConfigError where they do not fit."""
         if self.initial is None or self.options.init_lora is None:
             return
         # `check` attaches the network alone, and the file may hold weights of text encoders too.
-        held = {name: tensor for name, tensor in self.initial.items() if trainable.text_encoders or not name.startswith(TEXT_ENCODER)}
+        weights = self.initial.trained_at(scales)
+        held = {name: tensor for name, tensor in weights.items() if trainable.text_encoders or not name.startswith(TEXT_ENCODER)}
         named = {_name_of(trainable, name): parameter for name, parameter in trainable.parameters.items()}
         require_same_layers(self.options.init_lora, held, named)
         for name, parameter in named.items():
             parameter.data.copy_(held[name].reshape(parameter.shape))
 
-    def _adapt(self, network: Any, targets: list[str], report: Reporter) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-        """Add the adapter to the target layers of a network. => the trained weights, and the constant ones"""
+    def _adapt(self, network: Any, role: str, targets: list[str], report: Reporter) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        """Add the adapter to the target layers of a network. => the trained weights, and the constant ones
+
+        `role` is that of a text encoder, empty for the denoiser.
+        """
         network.requires_grad_(False)
-        self._inject(network, ADAPTER, targets, self.options.lora_dropout)
+        settings = self._layer_settings(network, role, targets)
+        self._inject(network, ADAPTER, targets, settings, self.options.lora_dropout)
         if self.options.lora_init_type in FROM_WEIGHTS:
-            self._inject(network, ORIGIN, targets, dropout=0.0)
+            self._inject(network, ORIGIN, targets, settings, dropout=0.0)
             _use_both(network)
         network.train()
         parameters, fixed = self._adapter_parameters(network)
@@ -143,12 +178,13 @@ class Lora:
         return parameters, fixed
 
     def save(self, trainable: Trainable, folder: Path, weights: Mapping[str, Tensor] | None = None, label: str = "") -> list[Path]:
-        """Write the diffusers file, and beside it a kohya file, or a PEFT folder where diffusers cannot load LoRAs of the family.
+        """Write the diffusers file and beside it a kohya file, and a PEFT folder where diffusers cannot load LoRAs of the family.
 
         Each file is read back and compared; a difference raises RuntimeError.
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._adapter_tensors(trainable, weights or trainable.parameters)
+        scales = {name: adapter.scale for name, adapter in _adapters(trainable).items()}
         metadata = {
             f"{role}.{key}": value
             for role, network in trainable.modules.items()
@@ -157,27 +193,27 @@ class Lora:
         path = folder / f"{WEIGHTS_NAME}{label}.safetensors"
         header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
         save_tensors({_name_in_file(trainable, name): tensor for name, tensor in tensors.items()}, path, header)
-        self._check(path, tensors)
-        if kohya := to_kohya(tensors, self.factor, self.family.kohya_name):
-            copy = folder / f"{WEIGHTS_NAME}{label}.kohya.safetensors"
-            save_tensors(kohya, copy, self._kohya_metadata())
-            self._check_kohya(copy, tensors, kohya)
-            return [path, copy]
+        self._compare(path, tensors, scales)
+        written = [path]
+        if kohya := to_kohya(tensors, scales, self.family.kohya_name):
+            written.append(folder / f"{WEIGHTS_NAME}{label}.kohya.safetensors")
+            save_tensors(kohya, written[-1], self._kohya_metadata(tensors, scales))
+            self._check_kohya(written[-1], tensors, scales, kohya)
         if not self.family.loads_lora:
             config = self._metadata(trainable, trainable.denoiser)
-            return [path, write_adapter(folder / f"{WEIGHTS_NAME}{label}.peft", tensors, config, self.family.name)]
-        return [path]
+            written.append(write_adapter(folder / f"{WEIGHTS_NAME}{label}.peft", tensors, config, self.family.name))
+        return written
 
     def read(self, trainable: Trainable, folder: Path, label: str = "") -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         stored = load_file(folder / f"{WEIGHTS_NAME}{label}.safetensors")
-        rank = self.options.lora_rank
         weights: dict[str, Tensor] = {}
         for name in [*trainable.parameters, *trainable.fixed]:
             both = stored[_name_in_file(trainable, _name_of(trainable, name))]
             if trainable.fixed:
                 along = 0 if ".lora_A." in name else 1
+                rank = both.shape[along] // 2
                 both = both.narrow(along, 0 if f".{ADAPTER}." in name else rank, rank).contiguous()
             weights[name] = both
         return weights
@@ -192,17 +228,6 @@ class Lora:
                 _publish(file, folder / file.name)
         return [folder / file.name for file in files]
 
-    @property
-    def factor(self) -> float:
-        """The scale of B A: alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (Kalajdzievski, 2023)."""
-        rank = self.options.lora_rank
-        return self.options.lora_alpha / (math.sqrt(rank) if self.options.use_rslora else rank)
-
-    @property
-    def _rank_in_files(self) -> int:
-        """Twice the rank where files hold a second, constant pair of matrices."""
-        return self.options.lora_rank * (2 if self.options.lora_init_type in (*FROM_WEIGHTS, loftq.NAME) else 1)
-
     def _title(self) -> str:
         kind = "LoCon" if self.options.lora_algorithm == "locon" else "LoRA"
         return f"DoRA ({kind})" if self.options.use_dora else kind
@@ -214,7 +239,7 @@ class Lora:
             return list(self.options.lora_targets)
         if self.initial is None:
             return default_targets(self.options.lora_algorithm, self.family, denoiser)
-        modules = sorted({split_name(name)[0] for name in self.initial if not name.startswith(TEXT_ENCODER)})
+        modules = sorted({split_name(name)[0] for name in self.initial.matrices if not name.startswith(TEXT_ENCODER)})
         if absent := [module for module in modules if module not in dict(denoiser.named_modules())]:
             raise ConfigError(
                 f"--init_lora: {self.options.init_lora} has {len(absent)} layers that {self.family.facts.title} does not have, "
@@ -226,7 +251,7 @@ class Lora:
         """The target modules of a text encoder: the defaults, or the layers of --init_lora. ConfigError where that has none of them."""
         if self.initial is None:
             return projections(parts, role, every_linear=self.options.lora_algorithm == "locon")
-        held = {split_name(name)[0] for name in self.initial}
+        held = {split_name(name)[0] for name in self.initial.matrices}
         chosen = [module for module in projections(parts, role, every_linear=True) if f"{role}.{name_in_files(module)}" in held]
         if not chosen:
             raise ConfigError(
@@ -234,17 +259,25 @@ class Lora:
             )
         return chosen
 
-    def _inject(self, denoiser: Any, name: str, targets: list[str], dropout: float) -> None:
+    def _layer_settings(self, network: nn.Module, role: str, targets: list[str]) -> dict[str, LayerSettings]:
+        """The settings of every module of a network that fits the targets, by the module's name in it."""
+        modules = [name for name, module in network.named_modules() if fits(name, targets)]
+        return {name: self.layers.of(f"{role}.{name_in_files(name)}" if role else name) for name in modules}
+
+    def _inject(self, denoiser: Any, name: str, targets: list[str], settings: Mapping[str, LayerSettings], dropout: float) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
+        options = self.options
         config = LoraConfig(
-            r=self.options.lora_rank,
-            lora_alpha=self.options.lora_alpha,
+            r=options.lora_rank,
+            lora_alpha=options.lora_alpha,
+            rank_pattern=patterns({layer: own.rank for layer, own in settings.items() if own.rank != options.lora_rank}),
+            alpha_pattern=patterns({layer: own.alpha for layer, own in settings.items() if own.alpha != options.lora_alpha}),
             lora_dropout=dropout,
-            init_lora_weights="gaussian" if self.options.lora_init_type == "gaussian" else True,
+            init_lora_weights="gaussian" if options.lora_init_type == "gaussian" else True,
             target_modules=targets[0] if is_expression(targets) else targets,  # PEFT matches a string against the whole name
-            use_rslora=self.options.use_rslora,
-            use_dora=self.options.use_dora,
+            use_rslora=options.use_rslora,
+            use_dora=options.use_dora,
         )
         try:
             with warnings.catch_warnings():
@@ -275,7 +308,7 @@ class Lora:
         adapted = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
         for name, layer in self._with_progress(adapted, report):
             weight = layer.get_base_layer().weight
-            a, b = first_matrices(self.options.lora_init_type, name, weight, self.options.lora_rank, self.factor)
+            a, b = first_matrices(self.options.lora_init_type, name, weight, layer.r[ADAPTER], layer.scaling[ADAPTER])
             signs = {ADAPTER: 1, ORIGIN: -1} if self.options.lora_init_type in FROM_WEIGHTS else {ADAPTER: 1}
             for adapter, sign in signs.items():
                 layer.lora_A[adapter].weight.data.copy_(a)
@@ -308,17 +341,32 @@ class Lora:
         if network is not trainable.denoiser:  # names without a level that only some versions of transformers have
             described["target_modules"] = {name.removeprefix("text_model.") for name in described["target_modules"]}
         described |= {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}
-        if trainable.fixed:
-            rank = self._rank_in_files
-            described |= {"r": rank, "lora_alpha": self.factor * rank, "use_rslora": False}
+        described |= self._ranks_in_files(network, 2 if trainable.fixed else 1)
         return {key: sorted(value) if isinstance(value, set) else value for key, value in described.items() if _plain(value)}
 
-    def _check(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Raises RuntimeError unless diffusers reads the trained weights and their alpha from the diffusers file."""
-        rank = self._rank_in_files
-        self._compare(path, tensors, self.options.lora_alpha if rank == self.options.lora_rank else rank * self.factor)
+    def _ranks_in_files(self, network: Any, pairs: int) -> dict[str, object]:
+        """PEFT's settings of rank and alpha for files. With two pairs of matrices a layer has twice the rank."""
+        rank, rank_stabilized = self.options.lora_rank * pairs, self.options.use_rslora and pairs == 1
+        layers = {name.removeprefix("text_model."): adapter for name, adapter in _adapters_of(network).items()}
+        ranks = {name: adapter.rank * pairs for name, adapter in layers.items()}
+        alphas = {name: adapter.scale * (math.sqrt(ranks[name]) if rank_stabilized else ranks[name]) for name, adapter in layers.items()}
+        usual = self.factor * (math.sqrt(rank) if rank_stabilized else rank)
+        alpha = self.options.lora_alpha if pairs == 1 else usual
+        return {
+            "r": rank,
+            "lora_alpha": alpha,
+            "use_rslora": rank_stabilized,
+            "rank_pattern": patterns({name: own for name, own in ranks.items() if own != rank}),
+            "alpha_pattern": patterns({name: own for name, own in alphas.items() if not math.isclose(own, alpha, rel_tol=1e-6)}),
+        }
 
-    def _check_kohya(self, path: Path, tensors: Mapping[str, Tensor], kohya: Mapping[str, Tensor]) -> None:
+    @property
+    def factor(self) -> float:
+        """The scale of layers for which nothing else is set: alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski, 2023)."""
+        rank = self.options.lora_rank
+        return self.options.lora_alpha / (math.sqrt(rank) if self.options.use_rslora else rank)
+
+    def _check_kohya(self, path: Path, tensors: Mapping[str, Tensor], scales: Mapping[str, float], kohya: Mapping[str, Tensor]) -> None:
         """The same for the kohya file. diffusers ignores DoRA's magnitudes in it, so a DoRA file is compared tensor by tensor."""
         import torch
         from safetensors.torch import load_file
@@ -328,42 +376,63 @@ class Lora:
             if stored.keys() != kohya.keys() or not all(torch.equal(stored[name], kohya[name].cpu()) for name in kohya):
                 raise RuntimeError(f"{path} does not hold the trained weights.")
             return
-        self._compare(path, tensors, self.factor * self._rank_in_files)
+        self._compare(path, tensors, scales)
 
-    def _compare(self, path: Path, tensors: Mapping[str, Tensor], alpha: float) -> None:
+    def _compare(self, path: Path, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
+        """Raises RuntimeError unless a reader makes the trained change of every layer, scale x B A, within 1e-5 of its norm.
+
+        Other tensors (DoRA's magnitudes) must be equal.
+        """
         import torch
 
-        found, alphas = self.family.read_lora(path)
-        if not alphas:  # the reader has applied the scale
-            return self._compare_changes(path, tensors, found)
-        wrong = [
-            name
-            for name in {**found, **tensors}
-            if name not in found or name not in tensors or not torch.equal(found[name], tensors[name].cpu())
-        ]
-        if wrong or not all(math.isclose(value, alpha, rel_tol=1e-6) for value in alphas):
-            raise RuntimeError(
-                f"{path} does not hold the trained weights: {len(wrong)} of {len(tensors)} matrices differ "
-                f"({', '.join(sorted(wrong)[:3])}), alpha is {sorted(set(alphas))} instead of {alpha:g}."
-            )
-
-    def _compare_changes(self, path: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-        """Raises RuntimeError unless B A of what a reader finds is the scaled B A of what was trained, within 1e-5 of its norm."""
-        import torch
-
+        found, found_scales = self.family.read_lora(path)
         wrong = []
         for module in sorted({split_name(name)[0] for name in (*tensors, *found)}):
-            ours, theirs = (_change(weights, module) for weights in (tensors, found))
-            expected = torch.zeros(()) if ours is None else self.factor * ours.cpu()
-            difference = expected - (torch.zeros(()) if theirs is None else theirs)
-            if difference.norm() > LARGEST_DIFFERENCE * expected.norm():
+            ours, theirs = _change(tensors, module, scales), _change(found, module, found_scales)
+            if (theirs - ours.cpu()).norm() > LARGEST_DIFFERENCE * ours.norm():
                 wrong.append(module)
+        others = [name for name in tensors if "magnitude" in name]
+        wrong += [name for name in others if name not in found or not torch.equal(found[name], tensors[name].cpu())]
         if wrong:
             raise RuntimeError(f"{path} does not hold the trained weights: {len(wrong)} layers differ ({', '.join(wrong[:3])}).")
 
-    def _kohya_metadata(self) -> dict[str, str]:
-        rank = self._rank_in_files
-        return {**kohya_metadata(rank, self.factor * rank, self.options.lora_algorithm), **self.family.modelspec("lora")}
+    def _kohya_metadata(self, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, str]:
+        ranks = {name: len(tensors[f"{name}.lora_A.weight"]) for name in scales}
+        alphas = {round(scale * ranks[name], 6) for name, scale in scales.items()}
+        rank = next(iter(ranks.values())) if len(set(ranks.values())) == 1 else None
+        return {
+            **kohya_metadata(rank, alphas.pop() if len(alphas) == 1 else None, self.options.lora_algorithm),
+            **self.family.modelspec("lora"),
+        }
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A layer's LoRA as PEFT has it."""
+
+    rank: int
+    scale: float  # of B A
+
+
+def _adapters_of(network: nn.Module) -> dict[str, Adapter]:
+    """The adapted layers of a network, by their names in it."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    return {name: Adapter(layer.r[ADAPTER], layer.scaling[ADAPTER]) for name, layer in layers.items()}
+
+
+def _adapters(trainable: Trainable) -> dict[str, Adapter]:
+    """The adapted layers of all networks, by their public names (`_name_of`)."""
+    found = _adapters_of(trainable.denoiser)
+    for role, encoder in trainable.text_encoders.items():
+        found |= {f"{role}.{name_in_files(name)}": adapter for name, adapter in _adapters_of(encoder).items()}
+    return found
+
+
+def _range(ranks: Iterable[int]) -> str:
+    lowest, highest = min(numbers := sorted(ranks)), max(numbers)
+    return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
 
 
 def frozen_dtype(mixed_precision: str) -> torch.dtype:
@@ -387,6 +456,13 @@ def is_expression(targets: Sequence[str]) -> bool:
     return len(targets) == 1 and any(mark in targets[0] for mark in "*+?[(|^$\\")
 
 
+def fits(name: str, targets: Sequence[str]) -> bool:
+    """Whether PEFT takes a module for one of the targets."""
+    if is_expression(targets):
+        return re.fullmatch(targets[0], name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def require_each_to_fit(targets: Sequence[str], network: nn.Module) -> None:
     """Raises ConfigError for an ending that matches no module; PEFT only objects where none of the endings matches."""
     if is_expression(targets):
@@ -398,12 +474,14 @@ def require_each_to_fit(targets: Sequence[str], network: nn.Module) -> None:
             raise ConfigError(f"--lora_targets: no module name of this model ends with {target}{near}; correct it.")
 
 
-def _change(weights: Mapping[str, Tensor], module: str) -> Tensor | None:
-    """B A of a module (linear layers have matrices, convolutions kernels), None without one."""
+def _change(weights: Mapping[str, Tensor], module: str, scales: Mapping[str, float]) -> Tensor:
+    """scale x B A of a module (linear layers have matrices, convolutions kernels), 0 without one."""
+    import torch
+
     if f"{module}.lora_A.weight" not in weights:
-        return None
+        return torch.zeros(())
     down, up = (weights[f"{module}.{name}.weight"].float() for name in ("lora_A", "lora_B"))
-    return up.flatten(1) @ down.flatten(1)
+    return scales.get(module, 1.0) * (up.flatten(1) @ down.flatten(1))
 
 
 def _public_name(parameter: str) -> str:

@@ -6,7 +6,10 @@ LoRA matrices. The layer computes with W + factor B A.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,8 +80,30 @@ def first_matrices(kind: str, layer: str, weight: Tensor, rank: int, factor: flo
     return a.reshape(rank, *weight.shape[1:]).contiguous(), b.reshape(-1, rank, *ones).contiguous()
 
 
-def read_lora(path: Path, family: ModelFamily, factor: float) -> dict[str, Tensor]:
-    """The weights of a LoRA file in any format that diffusers reads, float32, by their PEFT names, for training at the scale `factor`.
+@dataclass(frozen=True)
+class InitialLora:
+    """A LoRA file that training starts from."""
+
+    matrices: Mapping[str, Tensor]  # by their PEFT names, float32, as they are in the file
+    scales: Mapping[str, float]  # of B A, by layer; none for layers whose matrices diffusers has multiplied by it
+
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        return {split_name(name)[0]: len(tensor) for name, tensor in self.matrices.items() if name.endswith(".lora_A.weight")}
+
+    def trained_at(self, scales: Mapping[str, float]) -> dict[str, Tensor]:
+        """The matrices for training with these scales: the change of each layer stays the same."""
+        factors = {layer: self.scales.get(layer, 1.0) / scale for layer, scale in scales.items()}
+        return {
+            name: tensor * factor
+            if name.endswith(".lora_B.weight") and not math.isclose(factor := factors.get(split_name(name)[0], 1.0), 1.0, rel_tol=1e-6)
+            else tensor
+            for name, tensor in self.matrices.items()
+        }
+
+
+def read_lora(path: Path, family: ModelFamily) -> InitialLora:
+    """A LoRA file in any format that diffusers reads, or in kohya's.
 
     Raises ConfigError with the reason where the file cannot be read as a LoRA of the family.
     """
@@ -92,19 +117,18 @@ def read_lora(path: Path, family: ModelFamily, factor: float) -> dict[str, Tenso
     if tensor := first_not_finite(stored):
         raise ConfigError(f"--init_lora: {path} holds numbers that are not finite, in {tensor}: use another file.")
     try:
-        matrices, alphas = family.read_lora(path)
+        matrices, scales = family.read_lora(path)
     except Exception as error:  # diffusers raises errors of many kinds for a file that it cannot convert
         raise ConfigError(f"{unreadable}; its weights have names such as {min(stored, default='none')}.") from error
-    scales = {name: tensor for name, tensor in stored.items() if name.endswith(".dora_scale")}
-    modules = {split_name(name)[0] for name in matrices} if scales else set()
+    magnitudes = {name: tensor for name, tensor in stored.items() if name.endswith(".dora_scale")}
+    modules = {split_name(name)[0] for name in matrices} if magnitudes else set()
     renamed = {family.kohya_name(module): module for module in modules}
-    for name, tensor in scales.items():  # diffusers ignores them
+    for name, magnitude in magnitudes.items():  # diffusers ignores them
         module = renamed.get(name.removesuffix(".dora_scale"))
         if module is None:
             raise ConfigError(f"--init_lora: {path} has a dora_scale for {name.partition('.')[0]}, but no LoRA matrices for that layer.")
-        matrices[f"{module}.lora_magnitude_vector{'.weight' if module.startswith('text_encoder') else ''}"] = tensor
-    applied = 1.0 if alphas else factor  # a reader without alphas has multiplied the matrices by the scale
-    return {name: tensor.float() / (applied if ".lora_B." in name else 1.0) for name, tensor in matrices.items()}
+        matrices[f"{module}.lora_magnitude_vector{'.weight' if module.startswith('text_encoder') else ''}"] = magnitude
+    return InitialLora({name: tensor.float() for name, tensor in matrices.items()}, scales)
 
 
 def require_same_layers(path: Path, found: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

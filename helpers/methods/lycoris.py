@@ -19,8 +19,8 @@ from helpers.methods.lora import (
     LEARNING_RATE,
     WEIGHTS_NAME,
     default_targets,
+    fits,
     frozen_dtype,
-    is_expression,
     refused_by_adapters,
     require_each_to_fit,
 )
@@ -50,6 +50,8 @@ def refusals(settings: Settings) -> Iterator[str]:
         yield f"--use_dora is for LoRA and LoCon; leave it out, or use --lora_algorithm=lora instead of {kind}."
     if settings["lora_init_type"] != "default":
         yield f"--lora_init_type={settings['lora_init_type']} is for LoRA and LoCon; {title} has its own initialization."
+    if settings["lora_layers"]:
+        yield f"--lora_layers is for LoRA and LoCon; leave it out with {title}."
     if settings["init_lora"]:
         yield f"--init_lora is for LoRA and LoCon; {title} cannot start from a file."
     if settings["lora_dropout"]:
@@ -198,17 +200,10 @@ def _quiet_and_repeatable() -> None:
 
 def _layers(denoiser: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
     """The linear layers and convolutions that match the targets, by name; the same choice as PEFT makes."""
-    import re
-
     from torch import nn
 
-    def fits(name: str) -> bool:
-        if is_expression(targets):
-            return re.fullmatch(targets[0], name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in targets)
-
     kinds = (nn.Linear, nn.Conv2d)
-    return {name: module for name, module in denoiser.named_modules() if isinstance(module, kinds) and fits(name)}
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, kinds) and fits(name, targets)}
 
 
 def _split(names: Mapping[str, object]) -> dict[str, tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from helpers.config.lora_layers import read_lora_layers
 from helpers.methods.quantized_base import check_quantization
 from helpers.storage.atomic import write_json
 from helpers.training.memory import check_attention, check_compiling
@@ -39,7 +40,9 @@ def resolve_for_machine(run: Run) -> Run:
 def check_machine(run: Run) -> None:
     """ConfigError for what the device or an installed library cannot do, before hours of caching."""
     config, runtime = run.config, run.runtime
-    check_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device)
+    rules = read_lora_layers(config.adapter.lora_layers) if config.adapter.lora_layers else ()
+    scaled = any(rule.lr_scale != 1 for rule in rules)
+    check_optimizer(config.optimizer, config.schedule.learning_rate, runtime.device, scaled)
     dtype = run.method.weights_dtype(runtime.mixed_precision, config.optimizer.optimizer)
     if config.run.base_quantization != "none":
         check_quantization(config.run.base_quantization, runtime.device, dtype)

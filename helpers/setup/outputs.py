@@ -48,5 +48,11 @@ def export(run: Run, learner: Learner) -> list[Path]:
 
     folder = run.config.run.output_dir
     weights = learner.export(folder, {**run.objective.scheduler_config, "_class_name": sampler_class(run.config, run.objective)})
+    if run.config.adapter.use_dora and run.config.method_name == "lora":
+        run.report.chapter(
+            "",
+            "DoRA: diffusers and LyCORIS give the trained result; ComfyUI and Forge do not, because they divide by the norm of W and not of "
+            "W + dW (documentation/LORA.md)",
+        )
     worth_a_look = (write_loss_curve(folder), folder / VALIDATION_FOLDER / SHEET, folder / PAGE)
     return [*weights, *(path for path in worth_a_look if path and path.exists())]

@@ -66,7 +66,9 @@ def check_start(run: Run) -> None:
 
 def settings(run: Run) -> dict[str, Any]:
     """Every setting with an effect on this run, as its checkpoints keep it, with what the base model and the objective decided."""
-    return run_settings(run.config, known_axes(), {"base_model_hash": run.family.identity, **run.objective.identity})
+    rules = run.config.adapter.lora_layers
+    layers = {"lora_layers_content": rules.read_text(encoding="utf-8")} if rules else {}
+    return run_settings(run.config, known_axes(), {"base_model_hash": run.family.identity, **run.objective.identity, **layers})
 
 
 def set_newer_aside(run: Run) -> None:

@@ -68,8 +68,8 @@ class Engine:
         roles = tuple(f"{role}." for role in trainable.text_encoders)
         text = {name: parameter for name, parameter in trainable.parameters.items() if name.startswith(roles)}
         denoiser = {name: parameter for name, parameter in trainable.parameters.items() if name not in text}
-        self.optimizer = NamedOptimizer(options, denoiser, schedule.rate)
-        self.text_optimizer = NamedOptimizer(options, text, schedule.rate * text_rate) if text else None
+        self.optimizer = NamedOptimizer(options, denoiser, schedule.rate, trainable.lr_scales)
+        self.text_optimizer = NamedOptimizer(options, text, schedule.rate * text_rate, trainable.lr_scales) if text else None
         self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser)
         self.text_encoders: dict[str, nn.Module] = {
             role: self.accelerator.prepare_model(module) for role, module in trainable.text_encoders.items()

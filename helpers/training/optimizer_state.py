@@ -6,7 +6,7 @@ libraries). Of a group, only entries that steps have changed are state. The othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,15 @@ from torch.optim import Optimizer
 SET_BEFORE_EACH_STEP = ("params", "lr")
 
 
-def varying_entries(optimizer: Optimizer) -> dict[str, Any]:
-    """A copy of the parameter group's entries, to find out later which of them steps have changed."""
-    [group] = optimizer.param_groups
-    return {entry: _copied(value) for entry, value in group.items() if entry not in SET_BEFORE_EACH_STEP}
+def varying_entries(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """A copy of each parameter group's entries, to find out later which of them steps have changed."""
+    return [
+        {entry: _copied(value) for entry, value in group.items() if entry not in SET_BEFORE_EACH_STEP} for group in optimizer.param_groups
+    ]
 
 
 def collect_state(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], initial: Mapping[str, Any]
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], initial: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors named `<parameter>/<entry>`, and everything else as JSON values. `initial`: `varying_entries` of the new optimizer.
 
@@ -36,15 +37,17 @@ def collect_state(
             written = writing.value(value, f"{name}/{entry}")
             if written != {"tensor": f"{name}/{entry}"}:  # the usual case: the tensor's name says it all
                 by_parameter.setdefault(name, {})[entry] = written
-    [group] = optimizer.param_groups
-    changed = {
-        entry: writing.value(value, f"/group/{entry}")
-        for entry, value in group.items()
-        if entry not in SET_BEFORE_EACH_STEP and not (entry in initial and _same(value, initial[entry]))
-    }
+    changed = [
+        {
+            entry: writing.value(value, f"/group/{number}/{entry}")
+            for entry, value in group.items()
+            if entry not in SET_BEFORE_EACH_STEP and not (entry in before and _same(value, before[entry]))
+        }
+        for number, (group, before) in enumerate(zip(optimizer.param_groups, initial, strict=True))
+    ]
     owners = {id(parameter) for parameter in parameters.values()}
     others = {str(key): writing.value(value, f"/other/{key}") for key, value in optimizer.state.items() if id(key) not in owners}
-    return writing.tensors, {"parameters": by_parameter, "group": changed, "other": others}
+    return writing.tensors, {"parameters": by_parameter, "groups": changed, "other": others}
 
 
 def restore_state(
@@ -56,8 +59,9 @@ def restore_state(
     for name, entries in values["parameters"].items():
         for entry, written in entries.items():
             optimizer.state[parameters[name]][entry] = reading.value(written, parameters[name].device)
-    for entry, written in values["group"].items():
-        optimizer.param_groups[0][entry] = reading.value(written, first.device)
+    for group, entries in zip(optimizer.param_groups, values["groups"], strict=True):
+        for entry, written in entries.items():
+            group[entry] = reading.value(written, first.device)
     for key, written in values["other"].items():
         optimizer.state[key] = reading.value(written, first.device)  # counters of a few libraries
     for full_name, tensor in tensors.items():

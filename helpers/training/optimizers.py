@@ -25,6 +25,7 @@ from helpers.training.optimizer_state import collect_state, restore_state, varyi
 if TYPE_CHECKING:
     from helpers.config.options import OptimizerOptions
 
+FACTOR = "lr_scale"  # entry of a parameter group: the factor on its learning rate
 OURS = ("params", "lr")  # arguments that the trainer passes itself
 TRIAL_SHAPES = {"matrix": (8, 4), "kernel": (4, 4, 3, 3), "bias": (8,)}
 
@@ -32,15 +33,19 @@ TRIAL_SHAPES = {"matrix": (8, 4), "kernel": (4, 4, 3, 3), "bias": (8,)}
 class NamedOptimizer:
     """A torch optimizer over named parameters: takes steps at a given learning rate, and saves and restores its whole state.
 
-    `rate` is the peak of the schedule, which some optimizers compare later rates with. With `optimizer_cpu_offload`, the state and a copy
+    `rate` is the peak of the schedule, which some optimizers compare later rates with; `scales` are factors on it for some parameters, each
+    factor with a parameter group of its own. With `optimizer_cpu_offload`, the state and a copy
     of the weights are in CPU memory, and steps are taken there. Checkpoints are the same either way.
     """
 
-    def __init__(self, options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float) -> None:
+    def __init__(
+        self, options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float, scales: Mapping[str, float] | None = None
+    ) -> None:
         self.name = options.optimizer
         self.parameters = parameters
         self.stepped = copies_on_cpu(parameters) if options.optimizer_cpu_offload else parameters  # the weights that steps change
-        self.torch_optimizer = create_optimizer(options, self.stepped, rate)
+        self.torch_optimizer = create_optimizer(options, self.stepped, rate, scales or {})
+        self.factors = [group.get(FACTOR, 1.0) for group in self.torch_optimizer.param_groups]
         self.averages = all(callable(getattr(self.torch_optimizer, mode, None)) for mode in ("train", "eval"))  # schedule-free
         # A loss scaler finds the gradients through an optimizer; an offloaded one does not hold those of the network.
         self.over_gradients = torch.optim.SGD(parameters.values(), lr=0.0) if self.offloaded else self.torch_optimizer
@@ -50,8 +55,8 @@ class NamedOptimizer:
 
     def step(self, rate: float) -> None:
         """Update the weights with their gradients at this learning rate of the schedule."""
-        for group in self.torch_optimizer.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(self.torch_optimizer.param_groups, self.factors, strict=True):
+            group["lr"] = rate * factor
         if self.offloaded:
             self._fetch_gradients()
         self.torch_optimizer.step()
@@ -68,9 +73,10 @@ class NamedOptimizer:
     def effective(self, rate: float) -> float:
         """The learning rate that the next step really uses: times the estimated `d` of Prodigy and D-Adaptation.
 
-        For Adafactor's relative step, it is the value before multiplication with each weight's scale.
+        For Adafactor's relative step, it is the value before multiplication with each weight's scale. With several parameter groups, it is
+        the rate before their factors.
         """
-        [group] = self.torch_optimizer.param_groups
+        group = self.torch_optimizer.param_groups[0]
         if group.get("relative_step"):
             step = 1 + next((state["step"] for state in self.torch_optimizer.state.values()), 0)
             return min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
@@ -148,26 +154,29 @@ def copies_on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parame
     return copies
 
 
-def check_optimizer(options: OptimizerOptions, rate: float, device: torch.device) -> None:
+def check_optimizer(options: OptimizerOptions, rate: float, device: torch.device, scaled: bool = False) -> None:
     """Take a few steps with a few weights, so that an unsuitable optimizer is found before hours of caching. Raises ConfigError.
 
-    Half-way one optimizer is replaced by a new one with its state, as in a resumed run; both must end with the same weights.
+    Half-way one optimizer is replaced by a new one with its state, as in a resumed run; both must end with the same weights. With `scaled`
+    one of the weights has a learning rate of its own.
     """
+    scales = {next(reversed(TRIAL_SHAPES)): 0.5} if scaled else {}
     whole, resumed = _trial_weights(device), _trial_weights(device)
-    optimizer = NamedOptimizer(options, whole, rate)
+    optimizer = NamedOptimizer(options, whole, rate, scales)
     try:
         _trial_step(optimizer, rate)
         tensors, values = optimizer.state()
         for name, tensor in {name: parameter.detach() for name, parameter in whole.items()}.items():
             resumed[name].data.copy_(tensor)
-        again = NamedOptimizer(options, resumed, rate)
+        again = NamedOptimizer(options, resumed, rate, scales)
         again.restore({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(values)))
         for each in (optimizer, again):
             _trial_step(each, rate)
     except ConfigError:
         raise
     except Exception as error:  # the library's own, of any kind
-        raise ConfigError(f"--optimizer={options.optimizer} cannot train here{_with(options)}: {error}") from error
+        layers = " with a learning rate for each layer (lr_scale in --lora_layers)" if scaled else ""
+        raise ConfigError(f"--optimizer={options.optimizer} cannot train here{_with(options)}{layers}: {error}") from error
     if any(not torch.equal(whole[name], resumed[name]) for name in whole):
         raise ConfigError(
             f"--optimizer={options.optimizer} cannot be used: its state does not hold all that its next step depends on, so a resumed run "
@@ -187,13 +196,17 @@ def _trial_step(optimizer: NamedOptimizer, rate: float) -> None:
     with torch.random.fork_rng(devices[:1]):
         torch.manual_seed(0)
         optimizer.step(rate)
-    [group] = optimizer.torch_optimizer.param_groups
-    if group["lr"] is not None and float(group["lr"]) != rate:
+    group = optimizer.torch_optimizer.param_groups[0]
+    if group["lr"] is not None and float(group["lr"]) != rate * optimizer.factors[0]:
         raise ConfigError(f"--optimizer={optimizer.name} sets its learning rate itself, against --lr_scheduler. Choose another.")
 
 
-def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float) -> Optimizer:
+def create_optimizer(
+    options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], rate: float, scales: Mapping[str, float] | None = None
+) -> Optimizer:
     """The optimizer that the options name ("auto" is already resolved). Its learning rate is set before each step.
+
+    Parameters with a factor in `scales` have a parameter group for each factor, which is its entry FACTOR.
 
     Raises ConfigError for arguments that it does not have or refuses.
     """
@@ -217,9 +230,24 @@ def create_optimizer(options: OptimizerOptions, parameters: Mapping[str, nn.Para
         rates = {"lr": rate}
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # prodigyopt prints a line
-            return make(weights, **rates, **(arguments | extra))
+            return make(_groups(parameters, rates["lr"], scales or {}), **rates, **(arguments | extra))
     except Exception as error:  # libraries raise all kinds
         raise ConfigError(f"--optimizer={name} rejects its settings{_with(options)}: {error}") from error
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], rate: float | None, scales: Mapping[str, float]) -> list[Any]:
+    """The weights, or a parameter group for each factor on their learning rate."""
+    factors = {name: scales.get(name, 1.0) for name in parameters}
+    if set(factors.values()) == {1.0}:
+        return list(parameters.values())
+    return [
+        {
+            "params": [parameters[name] for name, own in factors.items() if own == factor],
+            "lr": None if rate is None else rate * factor,
+            FACTOR: factor,
+        }
+        for factor in dict.fromkeys(factors.values())
+    ]
 
 
 def _can_be_given(argument: str, kind: inspect.Parameter) -> bool:

@@ -64,8 +64,6 @@ def test_text_encoders_are_gone_on_with_where_the_file_has_them(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"lora_unet_b.lora_down.weight": torch.zeros(8, 8)}, "layers of different ranks [4, 8]"),
-        ({"lora_unet_b.alpha": torch.tensor(1.0)}, "layers of different alphas [1.0, 2.0]"),
         ({"lora_te1_b.alpha": torch.tensor(2.0)}, "of the text encoders too; set --train_text_encoder to go on with them"),
         ({"lora_unet_b.lokr_w1": torch.zeros(2, 2)}, "is a LyCORIS file"),
     ],
@@ -77,6 +75,47 @@ def test_a_lora_that_cannot_be_gone_on_with_is_refused_by_name(
     told = refuse(LORA, f"--init_lora={path}")
     assert told.startswith(f"--init_lora: {path}")
     assert said in told
+
+
+def test_layers_keep_the_ranks_and_alphas_that_they_have(tmp_path: Path, read: Read, refuse: Refuse) -> None:
+    other = {"lora_unet_b.lora_down.weight": torch.zeros(8, 8), "lora_unet_b.alpha": torch.tensor(1.0)}
+    path = kohya(tmp_path / "lora.safetensors", torch.tensor(2.0), **other)
+    assert read(LORA, f"--init_lora={path}").adapter.lora_rank in (4, 8)
+    said = refuse(LORA, f"--init_lora={path}", "--lora_rank=4")
+    assert said == f"--lora_rank: the layers of {path} have ranks 4 and 8 and alphas 1 and 2, which they keep; leave --lora_rank out."
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not valid JSON"),
+        ("{}", "holds no rules"),
+        ('{"attn": {"rank": 4}, "attn": {"rank": 8}}', "the key 'attn' is there twice"),
+        ('{"(attn": {"rank": 4}}', "'(attn' is not a valid regular expression"),
+        ('{"attn": {"ranks": 4}}', "'attn' has the key 'ranks', which is not one of rank, alpha, lr_scale"),
+        ('{"attn": {"rank": 1.5}}', "'attn': rank is 1.5 and must be a whole number"),
+        ('{"attn": {"rank": 0}}', "'attn': rank is 0 and must be a number above 0"),
+        ('{"attn": {"alpha": true}}', "'attn': alpha is true and must be a number above 0"),
+        ('{"attn": 4}', "'attn' needs an object with rank, alpha, lr_scale"),
+        (None, "No such file or directory; check the path"),
+    ],
+)
+def test_rules_for_layers_are_checked_with_file_and_key(content: str | None, said: str, tmp_path: Path, refuse: Refuse) -> None:
+    path = tmp_path / "layers.json"
+    if content is not None:
+        path.write_text(content)
+    told = refuse(LORA, f"--lora_layers={path}")
+    assert told.startswith(f"--lora_layers: {path}") and said in told
+
+
+def test_rules_for_layers_agree_with_other_settings(tmp_path: Path, refuse: Refuse) -> None:
+    rules = tmp_path / "layers.json"
+    rules.write_text('{"attn": {"rank": 4, "lr_scale": 2}}')
+    flag = f"--lora_layers={rules}"
+    start = kohya(tmp_path / "lora.safetensors", torch.tensor(2.0))
+    assert "'attn' sets rank or alpha, which --init_lora takes from its file" in refuse(LORA, flag, f"--init_lora={start}")
+    assert "--lora_layers is for LoRA and LoCon" in refuse(LORA, flag, "--lora_algorithm=loha")
+    assert "against lr_scale in --lora_layers" in refuse(LORA, flag, "--optimizer=adafactor", "--adafactor_relative_step")
 
 
 def test_what_is_no_lora_is_refused_by_name(tmp_path: Path, refuse: Refuse) -> None:

@@ -91,10 +91,10 @@ class Toy:
     def kohya_name(self, module: str) -> str | None:
         return None
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         from safetensors.torch import load_file
 
-        return {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}, [16.0]
+        return {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}, {}
 
     def modelspec(self, kind: str) -> dict[str, str]:
         return {}

@@ -169,10 +169,54 @@ def test_a_file_that_does_not_hold_what_was_trained_is_not_handed_over(family: S
     method, trainable = trained(family)
     [path, _] = method.save(trainable, tmp_path)
     tensors = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
-    method._check(path, tensors)
-    for wrong in ({name: 0 * tensor for name, tensor in tensors.items()}, dict(list(tensors.items())[1:])):
+    scales = {name.removesuffix(".lora_A.weight"): 2.0 for name in tensors if ".lora_A." in name}
+    method._compare(path, tensors, scales)
+    for wrong in ({name: 0 * tensor for name, tensor in tensors.items()}, dict(list(tensors.items())[2:])):
         with pytest.raises(RuntimeError, match="does not hold the trained"):
-            method._check(path, wrong)
-    method.options = dataclasses.replace(method.options, lora_alpha=4.0)
-    with pytest.raises(RuntimeError, match="alpha"):
-        method._check(path, tensors)
+            method._compare(path, wrong, scales)
+    with pytest.raises(RuntimeError, match=f"{len(scales)} layers differ"):
+        method._compare(path, tensors, dict.fromkeys(scales, 1.0))
+
+
+RULES = {r"attn2\.to_[kv]": {"rank": 6, "alpha": 3}, "attn2": {"lr_scale": 0.25}, "mid_block": {"rank": 2, "lr_scale": 3}}
+
+
+@pytest.mark.parametrize("chosen", [{}, {"use_rslora": True}, {"lora_init_type": "pissa"}, {"use_dora": True}], ids=str)
+def test_layers_have_the_rank_alpha_and_rate_of_the_first_rule_that_fits(chosen: dict[str, object], family: SDXL, tmp_path: Path) -> None:
+    """In training, in a checkpoint and for a run that starts from the file; `save` itself reads back what diffusers makes of each."""
+    rules = tmp_path / "layers.json"
+    rules.write_text(json.dumps(RULES))
+    options = {"lora_dropout": 0.0, "lora_rank": 4, "lora_alpha": 8.0, "lora_layers": rules, **chosen}
+    method, trainable = trained(family, **options)
+    kinds = {
+        "attn2.to_k": (6, 3.0, 1.0),
+        "attn2.to_v": (6, 3.0, 1.0),
+        "attn2": (4, 8.0, 0.25),
+        "mid_block": (2, 8.0, 3.0),
+        "": (4, 8.0, 1.0),
+    }
+    for name, parameter in trainable.parameters.items():
+        if "lora_A" not in name:
+            continue
+        rank, alpha, rate = next(expected for kind, expected in kinds.items() if kind in name)
+        layer = trainable.denoiser.get_submodule(name.partition(".lora_A")[0])
+        assert parameter.shape[0] == rank
+        assert layer.scaling["default"] == pytest.approx(alpha / (rank**0.5 if chosen.get("use_rslora") else rank))
+        assert trainable.lr_scales.get(name, 1.0) == rate
+    path = method.save(trainable, tmp_path / "out")[0]
+    stored = method.read(trainable, tmp_path / "out")
+    assert all(torch.equal(stored[name], weights) for name, weights in trainable.parameters.items())
+    again = {"init_lora": path, "lora_alpha": 5.0, "use_rslora": bool(chosen.get("use_rslora")), "use_dora": bool(chosen.get("use_dora"))}
+    second = Lora(dataclasses.replace(AdapterOptions(), lora_dropout=0.0, **again), family).attach(family.load(torch.float32))
+    assert (ask(family, second.denoiser) - ask(family, trainable.denoiser)).abs().max() < 5e-6
+
+
+def test_a_rule_that_decides_about_no_layer_is_refused(family: SDXL, tmp_path: Path) -> None:
+    rules = tmp_path / "layers.json"
+    for content, reason in (
+        ({"attn2": {"rank": 2}, "to_nothing": {"rank": 8}}, "'to_nothing' in .* fits no trained layer; trained layers are named like down"),
+        ({"attn": {"rank": 2}, "attn2": {"rank": 8}}, "'attn2' in .* only fits layers for which an earlier expression counts"),
+    ):
+        rules.write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match=f"--lora_layers: {reason}"):
+            trained(family, lora_layers=rules)

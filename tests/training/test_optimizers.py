@@ -70,6 +70,40 @@ def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+def test_a_parameter_with_a_factor_learns_at_its_own_rate_and_resumes_bit_for_bit() -> None:
+    """SGD moves a weight by rate x gradient; AdamW's step counter and moments are kept for each group."""
+
+    def optimizer(name: str) -> tuple[dict[str, nn.Parameter], NamedOptimizer]:
+        weights = {key: nn.Parameter(torch.ones(3)) for key in "abc"}
+        return weights, NamedOptimizer(options(name), weights, 0.1, {"b": 0.5, "c": 2.0})
+
+    def step(weights: dict[str, nn.Parameter], chosen: NamedOptimizer, rate: float) -> None:
+        for weight in weights.values():
+            weight.grad = torch.ones(3)
+        chosen.step(rate)
+
+    weights, sgd = optimizer("sgd")
+    step(weights, sgd, 0.2)
+    assert {key: round(1 - weight[0].item(), 6) for key, weight in weights.items()} == {"a": 0.2, "b": 0.1, "c": 0.4}
+    assert sgd.effective(0.2) == 0.2
+    whole, adamw = optimizer("adamw")
+    step(whole, adamw, 0.2)
+    tensors, values = adamw.state()
+    resumed, again = optimizer("adamw")
+    for key, weight in whole.items():
+        resumed[key].data.copy_(weight)
+    again.restore({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(values)))
+    for each in ((whole, adamw), (resumed, again)):
+        step(*each, 0.1)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_an_optimizer_that_estimates_one_rate_refuses_several() -> None:
+    with pytest.raises(ConfigError, match=r"cannot train here .*with a learning rate for each layer \(lr_scale in --lora_layers\)"):
+        check_optimizer(options("prodigy"), 1.0, CPU, scaled=True)
+    check_optimizer(options("adamw"), 1e-3, CPU, scaled=True)
+
+
 @pytest.mark.parametrize("name", (*NAMED, *BY_CLASS))
 def test_it_resumes_from_tensors_and_json_bit_for_bit(name: str) -> None:
     chosen, rate = options(name), usual_rate(name)

@@ -132,6 +132,13 @@ class AdapterOptions:
         default_text="the family's attention projections; all linear layers and convolutions for locon",
         needs=LORA,
     )
+    lora_layers: Path | None = option(
+        None,
+        'Rank, alpha and learning rate of some layers: a JSON file of {"regular expression": {"rank": 8, "alpha": 8, "lr_scale": 0.5}}. '
+        "The first expression that is found in a layer's name counts. See documentation/LORA.md.",
+        default_text="--lora_rank, --lora_alpha and --learning_rate for all layers",
+        needs=LORA,
+    )
     init_lora: Path | None = option(
         None,
         "Start a new run from this LoRA file, in diffusers or kohya format. Rank and alpha are taken from the file unless they are set.",

@@ -6,20 +6,27 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.families.lora import kohya_file
+from helpers.families.lora.scales import scales_of
+from helpers.families.original.transformer_names import Names
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA_KEY = "lora_adapter_metadata"  # rank and alpha, under the key that diffusers uses for other pipelines
+ROLE = "transformer."  # the prefix of names
 
 
-def read(path: Path, role: str) -> tuple[dict[str, Tensor], list[float]]:
-    """A LoRA file in the layout that diffusers has for other pipelines: matrices by their PEFT names, and the alpha.
+def read(path: Path, names: Names) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A LoRA file in the layout that diffusers has for other pipelines, or in kohya's: matrices by their PEFT names, and each layer's scale.
 
-    `role` is the prefix of its names: "transformer".
+    `names` are the original ones of the transformer's modules.
     """
     from safetensors import safe_open
 
+    if kohya_file.is_kohya(path):
+        return kohya_file.read(path, names)
     with safe_open(path, "pt") as file:
-        metadata = json.loads(file.metadata()[METADATA_KEY])
-        matrices = {name.removeprefix(f"{role}."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return matrices, [float(metadata[f"{role}.lora_alpha"])]
+        settings = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        matrices = {name.removeprefix(ROLE): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return matrices, scales_of(matrices, settings, ROLE)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.families.lora.scales import DOWN, modules_of, scales_of
 from helpers.families.original.unet_names import OUTSIDE_BLOCKS, original_name
 
 if TYPE_CHECKING:
@@ -41,21 +42,43 @@ def kohya_name_of_text(module: str, prefixes: Mapping[str, str]) -> str | None:
     return prefixes[role] + name.replace(".", "_") if role in prefixes else None
 
 
-def read_lora(pipeline: Any, path: Path, unet: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[float]]:
-    """A LoRA file as a diffusers pipeline class reads it: matrices by their PEFT names, and every alpha in the file.
+def read_lora(pipeline: Any, path: Path, unet: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A LoRA file as a diffusers pipeline class reads it: matrices by their PEFT names, and the scale of each layer.
 
     Names of text encoders begin with their role.
     """
+    import torch
     from diffusers.configuration_utils import FrozenDict
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
     stored, alphas, metadata = pipeline.lora_state_dict(
         path.parent, weight_name=path.name, unet_config=FrozenDict(unet), return_lora_metadata=True, local_files_only=True
     )
+    matrices = _peft_names(stored)
+    if alphas:  # by the names of the first matrices, before they were converted
+        named = _peft_names({name.removesuffix(".alpha"): torch.tensor(alpha) for name, alpha in alphas.items()})
+        found = {name.removesuffix(DOWN): float(alpha) for name, alpha in named.items()}
+        return matrices, {module: found.get(module, rank) / rank for module, rank in _ranks(matrices).items()}
+    roles = {module: _role(module) for module in modules_of(matrices)}
+    scales: dict[str, float] = {}
+    for role in set(roles.values()):
+        own = {name: matrix for name, matrix in matrices.items() if _role(name) == role}
+        bare = {name.removeprefix(role) if role in TEXT else name: matrix for name, matrix in own.items()}
+        scales |= {(role if role in TEXT else "") + module: scale for module, scale in scales_of(bare, metadata, role).items()}
+    return matrices, scales
+
+
+def _role(name: str) -> str:
+    return next((role for role in TEXT if name.startswith(role)), "unet.")
+
+
+def _ranks(matrices: Mapping[str, Tensor]) -> dict[str, int]:
+    return {module: len(matrices[module + DOWN]) for module in modules_of(matrices)}
+
+
+def _peft_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names that diffusers gives them => by PEFT's."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
     text = {name: matrix for name, matrix in stored.items() if name.startswith(TEXT)}
-    of_unet = {name.removeprefix("unet."): matrix for name, matrix in stored.items() if name not in text}
-    matrices = convert_unet_state_dict_to_peft(of_unet)
-    if text:
-        matrices |= convert_state_dict_to_peft(convert_state_dict_to_diffusers(text))
-    found = list((alphas or {}).values()) or [alpha for name, alpha in (metadata or {}).items() if name.endswith(".lora_alpha")]
-    return matrices, [float(alpha) for alpha in found]
+    named = dict(convert_unet_state_dict_to_peft({name.removeprefix("unet."): m for name, m in stored.items() if name not in text}))
+    return named | (dict(convert_state_dict_to_peft(convert_state_dict_to_diffusers(text))) if text else {})
