@@ -51,7 +51,7 @@ def export(run: Run, learner: Learner) -> list[Path]:
     if run.config.adapter.use_dora and run.config.method_name == "lora":
         run.report.chapter(
             "",
-            "DoRA: diffusers and LyCORIS give the trained result; ComfyUI and Forge do not, because they divide by the norm of W and not of "
+            "DoRA: diffusers and LyCORIS give the trained result; ComfyUI and Forge do not, as they divide by the norm of W and not of "
             "W + dW (documentation/LORA.md)",
         )
     worth_a_look = (write_loss_curve(folder), folder / VALIDATION_FOLDER / SHEET, folder / PAGE)

@@ -18,7 +18,7 @@ ROLE = "transformer."  # the prefix of names
 
 
 def read(path: Path, names: Names) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A LoRA file in the layout that diffusers has for other pipelines, or in kohya's: matrices by their PEFT names, and each layer's scale.
+    """A LoRA file in the layout that diffusers has for other pipelines, or in kohya's: matrices by PEFT names, and each layer's scale.
 
     `names` are the original ones of the transformer's modules.
     """
