@@ -50,7 +50,7 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    for group in (_predictions, weights, _huber, _zero_snr, _noise, _experts, _bias, _flow_timesteps, _flow):
+    for group in (_predictions, weights, _huber, masks, _zero_snr, _noise, _experts, _bias, _flow_timesteps, _flow):
         yield from group()
 
 
@@ -93,6 +93,31 @@ def _huber() -> Iterator[Row]:
     corrupted = _at(objective, 400, _images(1))
     got = tuple(objective.loss(corrupted.target + error, corrupted).item() for error in (0.05, 0.1, 1.0))
     yield Row("Huber 0.1, e^2 and 0.1 (2 |e| - 0.1), of e = 0.05, 0.1, 1", (0.0025, 0.01, 0.19), got, 1e-6)
+
+
+def masks() -> Iterator[Row]:
+    """Loss masks; errors of 1 in the left half of an image, and of 3 in the right half."""
+    import torch
+
+    objective = _diffusion()
+    corrupted = _at(objective, 400, _images(1))
+    error = torch.ones_like(corrupted.target)
+    half = error.shape[-1] // 2
+    error[..., half:] = 3
+
+    def mask(left: float, right: float) -> Tensor:
+        found = torch.full_like(error[:, :1], left)
+        found[..., half:] = right
+        return found
+
+    pairs = ((1, 0), (0.2, 0), (0, 1), (0.25, 0.75))
+    got = tuple(objective.loss(corrupted.target + error, corrupted, mask(*pair)).item() for pair in pairs)
+    yield Row("masked loss, sum(m e^2) / sum(m), of m = (1, 0), (0.2, 0), (0, 1), (0.25, 0.75)", (1, 1, 9, 7), got, 1e-4)
+    prediction = (corrupted.target + error).requires_grad_()
+    objective.loss(prediction, corrupted, mask(1, 0)).sum().backward()
+    assert prediction.grad is not None
+    outside = prediction.grad[..., half:].abs().max().item()
+    yield Row("gradient where the mask is 0", (0,), (outside,), 0)
 
 
 def _zero_snr() -> Iterator[Row]:
@@ -331,4 +356,3 @@ def main(arguments: Sequence[str] | None = None, checks: Callable[[], Iterator[R
     wrong = sum(not row.ok for row in checked)
     print(f"{wrong} of {len(checked)} checks failed" if wrong else f"all {len(checked)} checks passed")
     return 1 if wrong else 0
-

@@ -41,6 +41,14 @@ def test_a_broken_weight_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert off and all("epsilon" not in what for what in off)
 
 
+def test_a_mask_that_has_no_effect_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from helpers.objectives import diffusion
+
+    right = diffusion.weighted_loss
+    monkeypatch.setattr(diffusion, "weighted_loss", lambda prediction, corrupted, options, mask: right(prediction, corrupted, options))
+    assert [row.ok for row in selftest.masks()] == [False, False]
+
+
 def test_help_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         selftest.main(["--help"])
