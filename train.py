@@ -52,6 +52,7 @@ def main() -> int:
 
     from helpers.reporting import Reporters
     from helpers.reporting.console import Console, FailureReporter
+    from helpers.storage.database import close_databases
 
     first = os.environ.get("RANK", "0") == "0"
     report = Reporters(Console() if first else FailureReporter(f"process {os.environ['RANK']}"))
@@ -73,6 +74,7 @@ def main() -> int:
         traceback.print_exc()
     finally:
         report.close()
+        close_databases()
     return ranks.record_exit(os.environ, code)
 
 

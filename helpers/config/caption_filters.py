@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.foreign_json import parse_json
+
 MAX_LINE = 1000  # characters; a longer line is another file by mistake
 _OPERATORS = frozenset("\\^$*+?[]{}|()")  # what makes a line a regular expression; a dot alone does not, as sentences end in one
 _REPEAT = re.compile(r"\{(\d+)(?:,\d*)?\}")
@@ -79,13 +81,15 @@ def read_filter_file(path: Path) -> tuple[str, ...]:
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix.lower() == ".txt":
             return tuple(line for line in text.splitlines() if line.strip())
-        lines = json.loads(text)
+        lines = parse_json(text)
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; check the path") from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError(f"{path} must hold a list of texts")
     return tuple(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections import Counter
@@ -10,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from helpers.foreign_json import parse_json
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def read_lora_file(path: Path) -> LoraFile:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(min(length, _LARGEST_HEADER)))
+            header: dict[str, Any] = parse_json(file.read(min(length, _LARGEST_HEADER)))
             metadata = header.pop("__metadata__", {})
             stored_alphas = list(_alphas(file, length, header))
     except OSError as error:
@@ -84,5 +85,5 @@ def _alphas(file: Any, length: int, header: Mapping[str, Any]) -> Iterator[float
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     """peft's settings of the network's adapter, as diffusers writes them: `unet.r`, `unet.lora_alpha` ..."""
-    told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    told = parse_json(metadata.get("lora_adapter_metadata", "{}"))
     return {name.rpartition(".")[2]: value for name, value in told.items() if not name.startswith("text_encoder")}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config.suggest import did_you_mean
+from helpers.foreign_json import parse_json
 
 KEYS = ("rank", "alpha", "lr_scale")
 
@@ -36,7 +37,7 @@ class LayerRule:
 def read_lora_layers(path: Path) -> tuple[LayerRule, ...]:
     """The rules in the order of the file. ValueError, a sentence with file and key, where it is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+        content = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; check the path.") from error
     except ValueError as error:

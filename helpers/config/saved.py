@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from helpers.config.json_file import read_json
 from helpers.config.options import SECTIONS
 from helpers.config.sources import Rank
 from helpers.errors import ConfigError
+from helpers.foreign_json import parse_json
 
 CONFIG = "config.json"
 KEYS = ("aws_access_key_id", "aws_secret_access_key")
@@ -33,7 +33,7 @@ def read_saved_config(output_dir: Path, axes: Axes) -> Config:
     """
     path = output_dir / CONFIG
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{output_dir} holds no {CONFIG}: name the OUTPUT_DIR of a run that has been started.") from None
     except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from helpers.errors import StorageError
+from helpers.foreign_json import parse_json
 
 MANIFEST = "manifest.json"
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)\.\d+\.[0-9a-f]{8}")
@@ -151,7 +152,7 @@ def verify_manifest(folder: str | Path) -> list[str]:
     """Compare a folder with its manifest.json. One sentence for each problem, naming the file; empty if every byte is unchanged."""
     folder = Path(folder)
     try:
-        recorded = json.loads((folder / MANIFEST).read_bytes())["files"]
+        recorded = parse_json((folder / MANIFEST).read_bytes())["files"]
         expected = {str(name): (int(facts["size"]), str(facts["sha256"])) for name, facts in recorded.items()}
     except FileNotFoundError:
         return [f"{folder} has no {MANIFEST}"]

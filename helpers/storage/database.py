@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from helpers.errors import DataError, StorageError
 _WAIT_SECONDS = 60  # for another process's transaction
 _ROWS_AT_ONCE = 4096
 _FILES = ("", "-wal", "-shm")  # what SQLite appends to the name
+_open: weakref.WeakSet[Database] = weakref.WeakSet()
 
 
 class DamagedDatabaseError(DataError):
@@ -39,6 +41,7 @@ class Database:
         self._remedy = remedy
         self._lock = threading.RLock()
         self._closed = False
+        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()  # of `rows`; one that is open keeps the file open
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # isolation_level None: no statement opens a transaction by itself, `transaction` does.
@@ -52,10 +55,14 @@ class Database:
         except BaseException:
             self.close()
             raise
+        _open.add(self)
+        weakref.finalize(self, self._connection.close)  # a connection is part of a cycle, so it outlives its last user
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
+            for cursor in list(self._cursors):
+                cursor.close()
             self._connection.close()
 
     @contextmanager
@@ -90,6 +97,7 @@ class Database:
         """The rows of a SELECT, in bounded memory. Other threads may use the connection between two blocks of rows."""
         with self.connection() as connection:
             cursor = connection.execute(query, values)
+            self._cursors.add(cursor)
         while True:
             with self.connection():
                 block = cursor.fetchmany(_ROWS_AT_ONCE)
@@ -101,6 +109,12 @@ class Database:
         """The first row of a SELECT, or None."""
         with self.connection() as connection:
             return connection.execute(query, values).fetchone()
+
+
+def close_databases() -> None:
+    """Close every database of this process, before it ends without cleaning up. Then each file is complete without its -wal."""
+    for database in list(_open):
+        database.close()
 
 
 def guard(connection: sqlite3.Connection, tables: Mapping[str, Sequence[str]]) -> None:

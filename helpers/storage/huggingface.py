@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import sys
 import threading
@@ -296,14 +297,14 @@ def _image_facts(opened: _Opened, start: int) -> Iterator[tuple[int, int, str]]:
 
 
 def _file(folder: Path, path: str) -> Path:
-    """The file that a row names: an absolute path, or one inside the dataset's folder."""
+    """The file inside the dataset's folder that a row names. FileNotFoundError if it names another: a dataset is often from elsewhere."""
     if "://" in path:
         raise FileNotFoundError(f"the row has only the URL {path}; download the images first")
-    if Path(path).is_absolute():
-        return Path(path)
-    if not path or ".." in Path(path).parts:
+    root = Path(os.path.abspath(folder))
+    named = Path(os.path.normpath(root / path)) if path and "\0" not in path else root
+    if named == root or not named.is_relative_to(root) or ".." in Path(path).parts:
         raise FileNotFoundError(f"{path!r} is not the name of a file inside {folder}")
-    return folder / path
+    return named
 
 
 def _image(value: Any) -> tuple[bytes | None, str]:

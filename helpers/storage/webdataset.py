@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import posixpath
 import sys
 import threading
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from helpers.errors import DataError
+from helpers.foreign_json import parse_json
 from helpers.storage.backend import Entry, skipped_folder
 from helpers.storage.memo import Memo, digest_of, file_state
 from helpers.storage.tar import Member, Section, TarIndex, read_index, read_member
@@ -181,8 +181,8 @@ def _split(name: str) -> tuple[str, str]:
 def _caption_in(data: bytes, name: str) -> bytes:
     """The caption in a sample's JSON. FileNotFoundError if it has none; the image is then left out with this message."""
     try:
-        caption = json.loads(data)[JSON_FIELD]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        caption = parse_json(data)[JSON_FIELD]
+    except (ValueError, KeyError, TypeError):
         caption = None
     if not isinstance(caption, str):
         raise FileNotFoundError(f'{name} has no text for "{JSON_FIELD}"')

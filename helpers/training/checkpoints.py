@@ -10,7 +10,6 @@ order and noise are computed from the step.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from helpers.errors import CheckpointError, StorageError
+from helpers.foreign_json import parse_json
 from helpers.storage.atomic import MANIFEST, atomic_folder, remove_folder, verify_manifest, write_json, write_manifest
 from helpers.storage.memo import file_state
 from helpers.storage.tensors import save_tensors
@@ -174,7 +174,7 @@ class Checkpointer:
         return self._open(folder)
 
     def _open(self, folder: Path) -> Checkpoint:
-        return Checkpoint(folder, json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        return Checkpoint(folder, parse_json((folder / STATE_FILE).read_bytes()))
 
     def _folders(self) -> list[Path]:
         """The folders named checkpoint-<step>, newest step first."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
+import secrets
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from helpers.data.base.draws import seed_of
 from helpers.errors import ConfigError, Interrupted, UserError
 from helpers.library_settings import in_effect
-from helpers.ranks import PROCESSES_VARIABLE, announce_rank
+from helpers.ranks import FOLDER_VARIABLE, PROCESSES_VARIABLE, announce_rank
 from helpers.training.lock import lock_folder
 from helpers.training.meeting import ANSWER_WITHIN, Alone, Meeting
 from helpers.training.stopping import StopRequest
@@ -85,17 +88,34 @@ class Runtime:
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes in rank order, on every process. Plain data only."""
+        """The values of all processes in rank order, on every process. They travel as JSON: what arrives cannot run code."""
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
+        own = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        torch.distributed.all_gather(lengths, torch.tensor([len(own)], device=self.device))
+        longest = max(int(length) for length in lengths)
+        texts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
+        torch.distributed.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))))
+        return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]
 
     def meet(self) -> Meeting | Alone:
-        """Exchange of short texts between all processes during work that may take hours. Every process must call it."""
+        """Exchange of short texts between all processes during work that may take hours. Every process must call it.
+
+        On one machine it goes through a file that only this user can open. On several, a store listens on the network: there every key
+        begins with a secret that the processes share, so that nobody else can ask the run to stop.
+        """
         if self.world_size == 1:
             return Alone(self.stop)
+        folder = tempfile.mkdtemp(prefix="simpletuner-", dir=os.environ.get(FOLDER_VARIABLE)) if self.is_main else ""  # mode 0700
+        secret, folder = self.gather([secrets.token_hex(32), folder])[0]
+        if all(self.gather(os.path.isdir(folder))):
+            file = torch.distributed.FileStore(os.path.join(folder, "store"), -1)
+            file.set_timeout(ANSWER_WITHIN)
+            return Meeting(self.rank, self.world_size, file, self.stop)
+        return Meeting(self.rank, self.world_size, torch.distributed.PrefixStore(secret, self._network_store()), self.stop)
+
+    def _network_store(self) -> torch.distributed.TCPStore:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         port = 0  # the system picks one
         if self.is_main:
@@ -104,7 +124,7 @@ class Runtime:
         port = self.gather(port)[0]
         if not self.is_main:
             store = torch.distributed.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=ANSWER_WITHIN)
-        return Meeting(self.rank, self.world_size, store, self.stop)
+        return store
 
     def clear_cache(self) -> None:
         """Return PyTorch's cached memory to the device."""

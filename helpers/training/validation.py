@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-import json
 import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from helpers.data.base.padding import without_padding
 from helpers.data.base.sample import Size
 from helpers.data.ports import ImageCodec, TextTensors
 from helpers.errors import ConfigError
+from helpers.foreign_json import parse_json
 from helpers.protocols import Img2ImgFamily, ModelFamily, Trainable, ValidationImage, can_img2img
 from helpers.storage.atomic import write_file
 from helpers.training.prompt_library import PROMPTS
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from helpers.data.batches import Batch
 
 UNCONDITIONAL = "unconditional"
+LONGEST_NAME = 180  # bytes of a prompt's name; with step, size and number a file name must stay below 255
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,16 @@ def captions_to_encode(prompts: Sequence[Prompt], options: ValidationOptions, us
 
 def _library(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--user_prompt_library: {path} cannot be read: {error}.") from error
     if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
         raise ConfigError(f"--user_prompt_library: {path} must be a JSON object that maps short names to prompts.")
-    odd = [name for name in content if not name or set(name) & set('/\\:*?"<>|') or name.startswith(".")]
+    odd = [name for name in content if not name or set(name) & set('/\\:*?"<>|') or not name.isprintable() or name.startswith(".")]
     if odd:
         raise ConfigError(f"--user_prompt_library: {path}: {odd[0]!r} cannot be part of a file name.")
+    if long := [name for name in content if len(name.encode()) > LONGEST_NAME]:
+        raise ConfigError(f"--user_prompt_library: {path}: the name {long[0][:40]!r}... is longer than {LONGEST_NAME} bytes: shorten it.")
     return content
 
 

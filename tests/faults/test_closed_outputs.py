@@ -86,3 +86,4 @@ def test_a_closed_terminal_saves_and_the_same_command_resumes(tmp_path: Path) ->
     step = int(saved.name.removeprefix("checkpoint-"))
     assert 3 <= step < 500 and verify_manifest(saved) == []
     assert trainer.finish(max_train_steps=step + 1).losses[:step] == losses
+    assert not list(output.rglob("*-wal")), "a run that has ended leaves its databases complete"

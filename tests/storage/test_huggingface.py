@@ -171,19 +171,21 @@ def test_captions_that_are_null_classes_or_lists(captions: Any, kind: Any, told:
                 source.read(f"{row:07}.txt")
 
 
-def test_pictures_that_a_row_names_by_path_are_read_from_there(tmp_path: Path) -> None:
+def test_images_that_a_row_names_are_read_from_inside_the_dataset_only(tmp_path: Path) -> None:
     folder, outside = tmp_path / "set", tmp_path / "far.png"
     folder.mkdir()
     outside.write_bytes(PICTURES[0])
     (folder / "near.png").write_bytes(PICTURES[1])
-    paths = [str(outside), "near.png", "../far.png", "https://somewhere/x.png", "gone.png"]
-    table = pa.table({"image": [{"bytes": None, "path": path} for path in paths], "text": CAPTIONS})
+    (folder / "nearer.png").write_bytes(PICTURES[0])
+    paths = [str(folder / "nearer.png"), "near.png", "../far.png", "https://somewhere/x.png", "gone.png", str(outside)]
+    table = pa.table({"image": [{"bytes": None, "path": path} for path in paths], "text": [*CAPTIONS, "far"]})
     pq.write_table(table, folder / "train.parquet")
     source = HuggingFaceSource(str(folder))
     assert [source.read("0000000.jpg"), source.read("0000001.jpg")] == PICTURES[:2]
     sizes = {entry.key: entry.size for entry in source.list() if entry.key.endswith("jpg")}
-    assert list(sizes.values()) == [len(PICTURES[0]), len(PICTURES[1]), 0, 0, 0]
-    for row, said in ((2, "is not the name of a file inside"), (3, "has only the URL https://somewhere/x.png"), (4, "No such file")):
+    assert list(sizes.values()) == [len(PICTURES[0]), len(PICTURES[1]), 0, 0, 0, 0]
+    outside_it = "is not the name of a file inside"
+    for row, said in ((2, outside_it), (5, outside_it), (3, "has only the URL https://somewhere/x.png"), (4, "No such file")):
         with pytest.raises(FileNotFoundError, match=said):
             source.read(f"{row:07}.jpg")
 

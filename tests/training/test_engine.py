@@ -214,6 +214,10 @@ def test_two_processes_with_uneven_shares_take_the_step_of_one_and_agree_on_what
     assert pair[0]["sums"]["grad_norm"] == pytest.approx(alone["sums"]["grad_norm"], rel=1e-2)  # bf16 holds three digits
     assert pair[0]["states"].keys() == alone["states"].keys()
     for rank in pair:
+        assert rank["met"]["opened"] == []  # on one machine nobody else can join in
+        texts, values = rank["met"]["told"]
+        assert texts == ["0 ä", "1 ä"] and [value["rank"] for value in values] == [0, 1]
+        assert [len(value["text"]) for value in values] == [1, 1000]
         assert rank["first"]["loss"] == pytest.approx(alone["first"]["loss"], rel=1e-6)
         assert rank["first"]["grad_norm"] == pytest.approx(alone["first"]["grad_norm"], rel=1e-6)
         assert rank["first"]["weights"] == pytest.approx(alone["first"]["weights"], abs=1e-7)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -65,6 +67,22 @@ def sums_in_float32(runtime: Runtime, mine: slice) -> dict[str, object]:
     return {"grad_norm": update.grad_norm, "weights": weights}
 
 
+def listening() -> set[str]:
+    """The addresses on which this process listens, as the kernel lists them."""
+    own = {os.readlink(f"/proc/self/fd/{file}") for file in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{file}")}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
+
+
+def meeting_of(runtime: Runtime) -> dict[str, object]:
+    """What the processes told one another, and where this one listens since they met."""
+    before = listening()
+    meeting = runtime.meet()
+    text = "x" * 10 ** (runtime.rank * 3)  # of another length on each
+    told = [list(meeting.gather(f"{runtime.rank} ä")), runtime.gather({"rank": runtime.rank, "text": text, "none": None})]
+    return {"told": told, "opened": sorted(listening() - before)}
+
+
 def main() -> None:
     runtime = Runtime(Accelerator(cpu=True), StopRequest(), "no", [], [])
     torch.manual_seed(3)
@@ -83,11 +101,12 @@ def main() -> None:
         result = {"taken": update.taken, "loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
         return {**result, "weights": weights}
 
+    met = meeting_of(runtime)
     first = step(0, 1.0)
     second = step(1, float("nan") if runtime.rank == runtime.world_size - 1 else 1.0)
     states = {name: state_after_steps(name, runtime, mine) for name in OPTIMIZERS if name != "auto"}
     sums = sums_in_float32(runtime, mine)
-    print(json.dumps({"sums": sums, "first": first, "second": {**second, "loss": None, "grad_norm": None}, "states": states}))
+    print(json.dumps({"met": met, "sums": sums, "first": first, "second": {**second, "loss": None, "grad_norm": None}, "states": states}))
     runtime.wait_for_everyone()
     runtime.accelerator.end_training()
 

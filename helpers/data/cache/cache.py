@@ -75,7 +75,7 @@ class Cache:
         self.notes: list[str] = []
         self.given_up = False
         self._lock = threading.Lock()
-        self._maps: dict[int, memoryview] = {}
+        self._maps: dict[int, tuple[memoryview, Path]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -267,18 +267,22 @@ class Cache:
 
     def _mapped(self, number: int) -> memoryview:
         """The bytes of a shard, memory-mapped. A mapped shard needs no query of the index, which takes as long as a small record."""
-        mapped = self._maps.get(number)
-        if mapped is None:
-            shard = self._shard(number)
-            path = self.folder / shard.name
-            try:
-                mapped = map_file(path, shard.size)
-            except DamagedShardError as error:
-                raise DamagedRecordError(f"{path}: {error}") from error
-            with self._lock:
-                if len(self._maps) >= _MAPPED_SHARDS:
-                    del self._maps[next(iter(self._maps))]
-                self._maps[number] = mapped
+        known = self._maps.get(number)
+        if known is not None:
+            mapped, path = known
+            if not _is_shorter(path, len(mapped)):
+                return mapped
+            self._maps.pop(number, None)
+        shard = self._shard(number)
+        path = self.folder / shard.name
+        try:
+            mapped = map_file(path, shard.size)
+        except DamagedShardError as error:
+            raise DamagedRecordError(f"{path}: {error}") from error
+        with self._lock:
+            if len(self._maps) >= _MAPPED_SHARDS:
+                del self._maps[next(iter(self._maps))]
+            self._maps[number] = mapped, path
         return mapped
 
     def _payload_of_copy(self, remote: RemoteShards, number: int, offset: int, size: int, crc: int) -> bytearray | None:
@@ -314,6 +318,14 @@ class Cache:
         if shard is None:
             raise DamagedRecordError(f"{self.folder}: a shard of the cache was deleted while it was in use")
         return shard
+
+
+def _is_shorter(path: Path, size: int) -> bool:
+    """Whether a mapped file has been cut off: reading beyond its end would kill the process. One that was deleted can still be read."""
+    try:
+        return os.stat(path).st_size < size
+    except OSError:
+        return False
 
 
 class Writer:

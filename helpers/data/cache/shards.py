@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from helpers.errors import StorageError
+from helpers.foreign_json import parse_json
 from helpers.storage.atomic import sync_folder
 
 SUFFIX = ".safetensors"
@@ -145,11 +146,11 @@ def parse_header(file: BinaryIO, size: int) -> list[RecordEntry]:
     if not 0 < length <= size - 8:
         raise DamagedShardError("it is cut off")
     try:
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
         metadata = header.pop("__metadata__")
         if metadata.get("format") != FORMAT:
             raise DamagedShardError("it is not a cache shard of this version")
-        crcs = json.loads(metadata["crc32"])
+        crcs = parse_json(metadata["crc32"])
         tensors: dict[str, list[tuple[str, str, list[int], int, int]]] = {}
         for name, entry in header.items():
             key, _, tensor = name.partition("/")

@@ -15,6 +15,7 @@ from helpers.data.base.images import MAX_JPEG_PIXELS
 from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, clean, json_list
 from helpers.errors import DataError
+from helpers.foreign_json import parse_json
 
 BLOCK = 8192  # rows in memory at a time
 _SHOWN_COLUMNS = 20  # column names in a message
@@ -115,10 +116,10 @@ def _json_objects(stream: BinaryIO, rule: TableRule) -> Iterator[tuple[str, Any]
 
 def _parsed(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return parse_json(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise DataError(f"{where} is not UTF-8; save the file as UTF-8.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{where} is not JSON: {error}.") from None
 
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import ModelError
+from helpers.foreign_json import parse_json
 from helpers.storage.atomic import write_json
 
 FACTS_FILE = "single_file.json"  # in the folder that the file was converted to
@@ -87,7 +87,7 @@ def read_facts(folder: Path) -> FileFacts | None:
     path = folder / FACTS_FILE
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_text(encoding="utf-8"))
     return FileFacts(content["prediction_type"], content["zero_snr"], content["said_by"], tuple(content["notes"]))
 
 

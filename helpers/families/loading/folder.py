@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import ModelError
 from helpers.families.loading import integrity
+from helpers.foreign_json import parse_json
 
 
 def locate(name: str, revision: str | None = None, variant: str | None = None, without: tuple[str, ...] = ()) -> Path:
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder. Raises ModelError naming the file when it is missing or broken."""
     if problem := integrity.problem_with(path):
         raise ModelError(problem)
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object: {integrity.remedy(path)}.")
     return content

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from helpers.foreign_json import parse_json
 
 LFS_POINTER = b"version https://git-lfs.github.com/"  # how the file begins that Git leaves in place of a large one
 # How files begin that are not what their name says => what they are. The remedy follows.
@@ -38,7 +39,7 @@ def problem_with(path: Path) -> str | None:
         if is_weights and is_cut_off(path):
             return f"{path} is cut off, as an interrupted download leaves it: {remedy(path)}."
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         return f"{path} cannot be read ({error.strerror or error})."
     except ValueError as error:
@@ -73,7 +74,7 @@ def unreadable_settings(component: Path) -> str | None:
     settings = component / settings_file(component.name)
     if problem := problem_with(settings):
         return problem
-    content = json.loads(settings.read_text(encoding="utf-8"))
+    content = parse_json(settings.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not content:
         return f"{settings} holds no settings: {remedy(settings)}."
     if not component.name.startswith("tokenizer"):
@@ -92,8 +93,8 @@ def is_cut_off(path: Path) -> bool:
         if length > size - 8:
             return True
         try:
-            header = json.loads(stream.read(length))
-        except ValueError:
+            header = parse_json(stream.read(length))
+            end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return True
-    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    return 8 + length + max(ends, default=0) > size
+    return 8 + length + end > size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from helpers.families.loading.finite import require_finite
 from helpers.families.loading.folder import read_json
 from helpers.families.loading.hashes import WeightsHashes, fingerprint
 from helpers.families.loading.integrity import problem_with
+from helpers.foreign_json import parse_json
 from helpers.storage.atomic import atomic_folder, write_json
 from helpers.storage.memo import Memo
 
@@ -209,7 +209,7 @@ def _header(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     if problem := problem_with(path):
         raise ModelError(f"--pretrained_model_name_or_path: {problem}")
     with path.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header = parse_json(stream.read(int.from_bytes(stream.read(8), "little")))
     metadata = header.pop("__metadata__", {})
     return header, metadata
 

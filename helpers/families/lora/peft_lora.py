@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.families.lora import kohya_file
 from helpers.families.lora.scales import scales_of
 from helpers.families.original.transformer_names import Names
+from helpers.foreign_json import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,6 @@ def read(path: Path, names: Names) -> tuple[dict[str, Tensor], dict[str, float]]
     if kohya_file.is_kohya(path):
         return kohya_file.read(path, names)
     with safe_open(path, "pt") as file:
-        settings = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        settings = parse_json((file.metadata() or {}).get(METADATA_KEY, "{}"))
         matrices = {name.removeprefix(ROLE): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return matrices, scales_of(matrices, settings, ROLE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from helpers.foreign_json import parse_json
 from helpers.storage.atomic import write_file
 
 
@@ -13,7 +14,7 @@ def complete_clip_tokenizer(folder: Path) -> None:
     combined = folder / "tokenizer.json"
     if (folder / "vocab.json").is_file() or not combined.is_file():
         return
-    model = json.loads(combined.read_text(encoding="utf-8"))["model"]
+    model = parse_json(combined.read_text(encoding="utf-8"))["model"]
     if model["type"] != "BPE":
         return  # another kind of tokenizer, such as T5's
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
