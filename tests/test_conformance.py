@@ -9,6 +9,7 @@ from helpers.choices import known_axes
 from helpers.data.ports import EncodersApart
 from helpers.families import FAMILIES
 from helpers.families.deepfloyd import StageOne, StageTwo
+from helpers.families.flux import Flux
 from helpers.families.hunyuan_dit import HunyuanDiT
 from helpers.families.pixart import PixArtAlpha, PixArtSigma
 from helpers.families.sd import StableDiffusion
@@ -38,6 +39,7 @@ FAMILY_CLASSES: Mapping[str, FamilyClass] = {
     "sdxl_refiner": SDXLRefiner,
     "sd2x": StableDiffusion,
     "sd3": StableDiffusion3,
+    "flux": Flux,
     "pixart_sigma": PixArtSigma,
     "pixart_alpha": PixArtAlpha,
     "hunyuan_dit": HunyuanDiT,

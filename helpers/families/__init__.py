@@ -16,6 +16,7 @@ FAMILIES: Registry[FamilyClass] = Registry(
         "sdxl_refiner": "helpers.families.sdxl_refiner:SDXLRefiner",
         "sd2x": "helpers.families.sd:StableDiffusion",
         "sd3": "helpers.families.sd3:StableDiffusion3",
+        "flux": "helpers.families.flux:Flux",
         "pixart_sigma": "helpers.families.pixart:PixArtSigma",
         "pixart_alpha": "helpers.families.pixart:PixArtAlpha",
         "hunyuan_dit": "helpers.families.hunyuan_dit:HunyuanDiT",

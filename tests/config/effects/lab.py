@@ -87,12 +87,13 @@ class Lab:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other`, `varied`, `refiner`, `sd3`, `alpha` and `sd1` (also as a file), `t5` alone; images, tables, LoRAs, files.
+    """Models `model`, `other`, `varied`, `refiner`, `sd3`, `flux`, `alpha` and `sd1` (also as a file), `t5` alone; images, tables, LoRAs, files.
 
     The images are in `images`, `other_images` and `tagged`, the tables in `tables`.
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
     The same images are in the tars `images.tar` and `other_images.tar`, and as splits of a Hugging Face dataset in `rows`.
     """
+    from helpers.families.miniatures import flux as tiny_flux
     from helpers.families.miniatures import pixart as tiny_pixart
     from helpers.families.miniatures import sd as tiny_sd
     from helpers.families.miniatures import sd3 as tiny_sd3
@@ -106,6 +107,7 @@ def build_lab(folder: Path) -> Lab:
         tiny_sdxl.write_sdxl(folder / name, seed=seed, sizes=tiny_sdxl.SdxlSizes(unet_transformers=(1, 1, 1)))
     tiny_sd.write_sdxl_refiner(folder / "refiner")
     tiny_sd3.write_sd3(folder / "sd3")
+    tiny_flux.write_dev(folder / "flux")
     _write_t5(folder / "t5")
     tiny_pixart.write_pixart_alpha(folder / "alpha")
     write_single_file(tiny_sd.write_sd1(folder / "sd1"), folder / "sd1.safetensors")

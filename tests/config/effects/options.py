@@ -77,6 +77,7 @@ MUCH = "--timestep_bias_multiplier=100000"
 HALF = "--timestep_bias_portion=0.5"
 SD3_MODEL = "--pretrained_model_name_or_path=sd3"
 SD3 = ("--model_family=sd3", SD3_MODEL)
+FLUX_MODEL = "--pretrained_model_name_or_path=flux"
 MODE = "--weighting_scheme=mode"
 
 LIVE = ("--train_text_encoder", "--text_encoder_limit=100")
@@ -95,6 +96,8 @@ MODEL = {
     "sd3_uses_diffusion": Effect(
         lambda lab, flags: refusal(lab, flags) == "", {"false": False, "true": True}, (*SD3, "--validation_noise_scheduler=ddim")
     ),
+    "flux": Effect(lambda lab, flags: refusal(lab, flags) == "", {"false": False, "true": True}, (FLUX_MODEL,)),
+    "flux_guidance": Effect(losses, ["1", "4"], ("--model_family=flux", FLUX_MODEL)),
     "pretrained_model_name_or_path": Effect(losses, ["model", "other"]),
     "single_file_config": Effect(
         refusal,
