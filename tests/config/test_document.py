@@ -15,7 +15,8 @@ from helpers.config.read import known_variables, read_config
 
 OPTIONS = known_axes().options
 
-EXAMPLES = ["sdxl-env.sh.example", "sd21-env.sh.example", "sd3-env.sh.example"]
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted(path.name for path in ROOT.glob("*-env.sh.example"))
 
 
 def test_options_md_is_what_the_code_declares(repository: Path) -> None:
@@ -65,6 +66,12 @@ def test_an_example_follows_the_order_of_options_md(name: str, repository: Path)
     assert merged == [title for title in page if title in merged]
 
 
+def family_of(example: str) -> str:
+    """The family of the wrapper that reads an example's copy."""
+    [wrapper] = [path for path in ROOT.glob("train_*.sh") if f"env_files=({example.removesuffix('.example')}" in path.read_text()]
+    return wrapper.stem.removeprefix("train_")
+
+
 def settings_of(example: Path, folder: Path, family: str = "sdxl") -> Config:
     """The Config of a user who copied an example and changed only its folder."""
     (folder / "images").mkdir()
@@ -93,11 +100,14 @@ def test_the_sd2_example_needs_only_its_paths_changed(repository: Path, tmp_path
     assert (config.method_name, config.run.max_train_steps, config.data.resolution) == ("lora", 3000, 768)
 
 
-def test_the_sd3_example_needs_only_its_paths_changed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_examples_of_flow_matching_need_only_their_paths_changed(
+    family: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    config = settings_of(repository / "sd3-env.sh.example", tmp_path, family="sd3")
+    config = settings_of(repository / f"{family}-env.sh.example", tmp_path, family=family)
     assert config.notes == ()
-    assert (config.family_name, config.objective_name, config.data.resolution) == ("sd3", "flow", 1.0)
+    assert (config.family_name, config.objective_name, config.data.resolution) == (family, "flow", 1.0)
 
 
 def test_the_migration_page_names_every_option_that_does_nothing(repository: Path) -> None:
@@ -117,7 +127,7 @@ def test_the_env_file_scanner_finds_what_bash_sets(name: str, repository: Path) 
 OFFERED = [
     (name, line)
     for name in EXAMPLES
-    for line in (Path(__file__).resolve().parents[2] / name).read_text(encoding="utf-8").splitlines()
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
     if re.match(r"#[A-Z][A-Z0-9_]+=", line) and "TEXT_ENCODER" not in line
 ]
 
@@ -129,6 +139,5 @@ def test_a_line_that_an_example_offers_can_be_taken_as_it_stands(
     monkeypatch.chdir(tmp_path)
     example = tmp_path / name
     example.write_text(f"{(repository / name).read_text(encoding='utf-8')}\n{line[1:]}\n", encoding="utf-8")
-    family = {"sd3-env.sh.example": "sd3", "sd21-env.sh.example": "sd2x"}.get(name, "sdxl")
-    for note in settings_of(example, tmp_path, family=family).notes:
+    for note in settings_of(example, tmp_path, family=family_of(name)).notes:
         assert " with " in line.partition("#")[2].partition("#")[2], note  # it says beside what it goes

@@ -20,7 +20,7 @@ OPTIONS = known_axes().options
 OF_ABSENT_THINGS = {"OPTIONS.md", "documentation/MIGRATION.md", "documentation/ADDING_A_MODEL.md"}
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "documentation").glob("*.md")]
 GUIDES = sorted({str(page.relative_to(ROOT)) for page in PAGES} - OF_ABSENT_THINGS)
-OF_THE_USER = {"sdxl-env.sh", "sd21-env.sh", "sd2x-env.sh", "sd3-env.sh", "env.sh"}
+OF_THE_USER = {"sd2x-env.sh", "env.sh", *(path.name.removesuffix(".example") for path in ROOT.glob("*-env.sh.example"))}
 # Variables that are read before the env file is: by the wrappers and the set-up.
 OF_THE_SET_UP = {"SIMPLETUNER_TORCH_BACKEND", "SIMPLETUNER_PYTHON", "PYTHON", "ENV_FILE"}
 OF_TORCH = {*threads.SETTLE_IT, *library_settings.COUNT, "WORLD_SIZE"}

@@ -87,7 +87,8 @@ class Lab:
 
 
 def build_lab(folder: Path) -> Lab:
-    """Models `model`, `other`, `varied`, `refiner`, `sd3`, `flux`, `alpha` and `sd1` (also as a file), `t5` alone; images, tables, LoRAs, files.
+    """Models `model`, `other`, `varied`, `refiner`, `sd3`, `flux`, `alpha` and `sd1` (also as a file), `t5` alone;
+    images, tables, LoRAs, files.
 
     The images are in `images`, `other_images` and `tagged`, the tables in `tables`.
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
