@@ -14,9 +14,11 @@ from helpers.config.facts import FamilyFacts, Miniature, Settings
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.errors import ConfigError
 from helpers.families.loading.base_model import BaseModel
-from helpers.families.lora import flux_lora, transformer_lora
+from helpers.families.lora import transformer_lora
 from helpers.families.networks.export import modelspec, write_pipeline
-from helpers.protocols import FusedPart, Parts
+from helpers.families.original.flux_names import flux_names
+from helpers.families.original.transformer_names import kohya_transformer_name
+from helpers.protocols import KohyaName, Parts
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +71,8 @@ class Flux:
         wrapper="./train_flux.sh",
         pipelines=("FluxPipeline",),
         miniatures=(
-            Miniature("flux", "helpers.families.miniatures.flux:write_dev", learns_in=90, learns_to=0.1),
-            Miniature("flux_schnell", "helpers.families.miniatures.flux:write_schnell", learns_in=90, learns_to=0.1),
+            Miniature("flux", "helpers.families.miniatures.flux:write_dev", kohya=True, learns_in=90, learns_to=0.1),
+            Miniature("flux_schnell", "helpers.families.miniatures.flux:write_schnell", kohya=True, learns_in=90, learns_to=0.1),
         ),
         section=FluxOptions,
         options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path"}),
@@ -87,6 +89,7 @@ class Flux:
 
         self.base = BaseModel.open(self.facts, ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"), options, cache)
         self.transformer = self.base.config("transformer")
+        self.original_names = flux_names(self.transformer)
         self.vae = Vae.open(self.base, self.transformer["in_channels"] // PATCH**2, options, cache)
         self.name, self.identity = self.base.name, self.base.hash_of("transformer")
         self.latents = dataclasses.replace(self.vae.latents, patch=PATCH)
@@ -165,11 +168,13 @@ class Flux:
         """Without the negative prompt: the network of dev gets the guidance scale itself, and schnell has no guidance."""
         return {"prompt_embeds": text["prompt_embeds"].unsqueeze(0), "pooled_prompt_embeds": text["pooled"].unsqueeze(0)}
 
-    def kohya_name(self, module: str) -> str | FusedPart | None:
-        return flux_lora.kohya_name(module, self.transformer)
+    def kohya_name(self, module: str) -> KohyaName | None:
+        return kohya_transformer_name(self.original_names, module)
 
-    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], list[float]]:
-        return flux_lora.read_lora(path, self.transformer)
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+        from diffusers import FluxPipeline
+
+        return transformer_lora.read_lora(FluxPipeline, path, self.original_names)
 
     def modelspec(self, kind: str) -> dict[str, str]:
         architecture = f"flux-1-{'dev' if self.is_dev else 'schnell'}/{kind}"

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 import train
 from helpers.config.options import AdapterOptions
 from helpers.errors import ConfigError
-from helpers.families.lora import flux_lora
+from helpers.families.lora import kohya_file
+from helpers.families.original.flux_names import flux_names
+from helpers.families.original.transformer_names import kohya_transformer_name
 from helpers.methods.lora import Lora
 from helpers.methods.lora_layouts import to_kohya
 from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
@@ -135,25 +137,23 @@ def test_a_kohya_file_of_two_blocks_of_the_published_width_is_read_by_diffusers(
         into, out = SIZES.get(layer.split(".", 2)[2].replace("_context", ""), (WIDTH, WIDTH))
         tensors[f"{layer}.lora_A.weight"] = torch.randn(4, into, generator=generator)
         tensors[f"{layer}.lora_B.weight"] = torch.randn(out, 4, generator=generator)
-    kohya = to_kohya(tensors, 0.5, lambda module: flux_lora.kohya_name(module, PUBLISHED))
+    names = flux_names(PUBLISHED)
+    kohya = to_kohya(tensors, dict.fromkeys(layers, 0.5), lambda module: kohya_transformer_name(names, module))
     assert "lora_unet_double_blocks_7_img_attn_qkv.lora_down.weight" in kohya
     assert kohya["lora_unet_single_blocks_30_linear1.lora_up.weight"].shape[0] == 7 * WIDTH
     save_file({name: tensor.contiguous() for name, tensor in kohya.items()}, tmp_path / "lora.safetensors")
-    read = FluxPipeline.lora_state_dict(tmp_path, weight_name="lora.safetensors")
-    found, alphas = flux_lora.read_lora(tmp_path / "lora.safetensors", PUBLISHED)
-    assert not alphas and {f"transformer.{name}" for name in found} == read.keys()
-    for layer in {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in read}:
-        a, b = (read[f"transformer.{layer}.lora_{side}.weight"] for side in "AB")
+    theirs: Any = FluxPipeline.lora_state_dict(tmp_path, weight_name="lora.safetensors")
+    ours, scales = kohya_file.read(tmp_path / "lora.safetensors", names)
+    assert set(scales) == set(layers)
+    for layer in {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in theirs}:
+        a, b = (theirs[f"transformer.{layer}.lora_{side}.weight"] for side in "AB")
         x = torch.randn(a.shape[1], generator=generator)
-        trained = (
-            0.5 * tensors[f"{layer}.lora_B.weight"] @ (tensors[f"{layer}.lora_A.weight"] @ x) if layer in layers else torch.zeros(len(b))
-        )
+        trained = torch.zeros(len(b))
+        if layer in layers:
+            trained = 0.5 * tensors[f"{layer}.lora_B.weight"] @ (tensors[f"{layer}.lora_A.weight"] @ x)
+            read = scales[layer] * ours[f"{layer}.lora_B.weight"] @ (ours[f"{layer}.lora_A.weight"] @ x)
+            assert (read - trained).norm() <= 1e-5 * trained.norm(), layer
         assert (b @ (a @ x) - trained).norm() <= 1e-5 * trained.norm(), layer
-
-
-def test_layers_outside_the_blocks_have_no_name_in_kohya_files() -> None:
-    """diffusers reads the final layer of such a file without its scale, and loads nothing of the others."""
-    assert flux_lora.kohya_name("proj_out", PUBLISHED) is None and flux_lora.kohya_name("x_embedder", PUBLISHED) is None
 
 
 @pytest.mark.parametrize("tried", ["flux"], indirect=True)

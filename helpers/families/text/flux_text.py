@@ -11,15 +11,15 @@ from torch import Tensor
 from helpers.families.loading.base_model import BaseModel
 from helpers.families.loading.hashes import fingerprint
 from helpers.families.loading.vae import released
-from helpers.families.text.clip import ClipAnswer, ClipEncoders
+from helpers.families.text.clip import ClipEncoders, ClipOutput
 from helpers.families.text.t5 import T5Encoder
 from helpers.families.text.t5_source import T5Source
 
 
-def pooled(answers: Sequence[ClipAnswer]) -> dict[str, Tensor]:
+def pooled(outputs: Sequence[ClipOutput]) -> dict[str, Tensor]:
     """{"pooled": (B, P)} of the only encoder."""
-    [answer] = answers
-    return {"pooled": answer.pooled}
+    [output] = outputs
+    return {"pooled": output.pooled}
 
 
 class FluxTextEncoders:
@@ -37,9 +37,9 @@ class FluxTextEncoders:
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """B captions => tensors by name, each (B, ...), float32 on the CPU."""
-        answer = self.t5.answer(captions)
-        self.truncated += answer.too_long
-        return {"prompt_embeds": answer.states.float().cpu(), **self.clip.encode(captions)}
+        output = self.t5.encode(captions)
+        self.truncated += output.too_long
+        return {"prompt_embeds": output.states.float().cpu(), **self.clip.encode(captions)}
 
     def unload(self) -> None:
         self.clip.unload()
