@@ -55,7 +55,7 @@ class StableDiffusion:
             Miniature("sd1", "helpers.families.miniatures.sd:write_sd1", kohya=True),
             Miniature("sd2", "helpers.families.miniatures.sd:write_sd2", kohya=True),
         ),
-        options=UNET_OPTIONS | {"long_captions"},
+        options=UNET_OPTIONS | {"long_captions", "export_single_file"},
         img2img=True,
         controlnet=True,
         judge=_judge,

@@ -108,7 +108,7 @@ class StableDiffusion3:
             Miniature("sd35", "helpers.families.miniatures.sd3:write_sd35", kohya=True, learns_in=90, learns_to=0.1, drops_to_zeros=True),
         ),
         section=SD3Options,
-        options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path"}),
+        options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path", "export_single_file"}),
         objective="flow",
         switched={"sd3_uses_diffusion": "diffusion"},
         img2img=True,

@@ -41,7 +41,7 @@ class SDXL:
         accepts=sdxl_inputs.has_first_encoder,
         section=sdxl_inputs.SDXLOptions,
         miniatures=(Miniature("sdxl", "helpers.families.miniatures.sdxl:write_sdxl", kohya=True, drops_to_zeros=True),),
-        options=UNET_OPTIONS | {"long_captions"},
+        options=UNET_OPTIONS | {"long_captions", "export_single_file"},
         img2img=True,
         controlnet=True,
         trains_text_encoders=frozenset({"lora"}),

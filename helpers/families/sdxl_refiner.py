@@ -58,7 +58,7 @@ class SDXLRefiner:
         selectable=False,
         section=RefinerOptions,
         miniatures=(Miniature("sdxl_refiner", "helpers.families.miniatures.sd:write_sdxl_refiner", kohya=True),),
-        options=UNET_OPTIONS | {"sdxl_original_size", "long_captions"},
+        options=UNET_OPTIONS | {"sdxl_original_size", "long_captions", "export_single_file"},
         img2img=True,
     )
     refines = True

@@ -25,6 +25,8 @@ def refusals(settings: Settings) -> Iterator[str]:
         yield f"--controlnet trains a ControlNet, and --model_type={settings['model_type']} an adapter; leave out one of them."
     if settings["freeze_unet_strategy"] == "bitfit":
         yield "--freeze_unet_strategy=bitfit trains the network's biases, and --controlnet freezes the network; leave out one of them."
+    if settings["export_single_file"]:
+        yield "--export_single_file writes a fine-tuned model, and --controlnet leaves the model as it is. Remove it."
     if settings["validation_using_datasets"]:
         yield "--validation_using_datasets is not for --controlnet, whose validation uses images of the datasets anyway. Remove it."
     if settings["validation_torch_compile"]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from helpers.config.options import AdapterOptions
     from helpers.protocols import ModelFamily
 
+PIPELINE = "pipeline"  # the exported model folder
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -88,8 +89,8 @@ class FullFineTune:
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
         """Write `pipeline/`. With an average it holds the average, and `<role>_live/` folders hold the live weights of each network."""
-        written = [folder / "pipeline"]
-        with scratch_folder(folder, "export") as aside, atomic_folder(folder / "pipeline") as pipeline:
+        written = [folder / PIPELINE]
+        with scratch_folder(folder, "export") as aside, atomic_folder(folder / PIPELINE) as pipeline:
             denoiser, *encoders = self.save(trainable, aside, average)
             self.family.export_pipeline(denoiser, schedule, pipeline)
             for encoder in encoders:

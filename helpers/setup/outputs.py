@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.config.rules import VALIDATION_FOLDER
+from helpers.families.original.single_file import modelspec_of_model, write_single_file
+from helpers.methods.full import PIPELINE
 from helpers.reporting.html_report import PAGE, HtmlReport
 from helpers.setup.model import sampler_class
 
@@ -48,6 +50,9 @@ def export(run: Run, learner: Learner) -> list[Path]:
 
     folder = run.config.run.output_dir
     weights = learner.export(folder, {**run.objective.scheduler_config, "_class_name": sampler_class(run.config, run.objective)})
+    if run.config.model.export_single_file:
+        described = modelspec_of_model(run.family.modelspec(""))
+        weights.append(write_single_file(folder / PIPELINE, folder / f"{PIPELINE}.safetensors", described))
     if run.config.adapter.use_dora and run.config.method_name == "lora":
         run.report.chapter(
             "",

@@ -91,7 +91,7 @@ class Checkpointer:
         self._verified: dict[str, object] = {}  # name => state of its files when they were verified
 
     def due(self, step: int) -> bool:
-        return step % self.options.checkpointing_steps == 0
+        return step % self.options.checkpointing_steps == 0 and step >= self.options.checkpointing_start
 
     def find(self) -> Checkpoint | None:
         """The checkpoint to resume from, or None for a new run. Skips damaged ones, with a warning about each.

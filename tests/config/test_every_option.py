@@ -30,6 +30,7 @@ SAMPLES = {
     "user_prompt_library": "data.json",
     "write_batch_size": "8",
     "init_lora": "data.json",  # read only where a LoRA is trained
+    "lora_layers": "data.json",
     "freeze_encoder_strategy": "before",
     "eval_dataset_id": "pictures",
 }

@@ -86,6 +86,13 @@ class ModelOptions:
         choices=("truncate", "chunk"),
         some_families=True,
     )
+    export_single_file: bool = option(
+        False,
+        "At the end also write the whole model as OUTPUT_DIR/pipeline.safetensors, for ComfyUI and other tools, with its prediction type.",
+        some_families=True,
+        needs=(("model_type", ("full",)),),
+        on_resume=FROM_HERE,
+    )
     needs_weights: bool = True  # not an option: the dataset report only needs configs and tokenizers
     family_sections: tuple[Any, ...] = ()  # not an option: the sections that families declare, with their values
 

@@ -265,6 +265,12 @@ class EmaOptions:
 class CheckpointOptions:
     """Checkpoints: saved states from which a run can resume."""
 
+    checkpointing_start: int = option(
+        0,
+        "No checkpoint before this step, except when the run is stopped or ends.",
+        at_least=0,
+        on_resume=FROM_HERE,
+    )
     checkpointing_steps: int = option(500, "Optimizer steps between checkpoints.", at_least=1, on_resume=FROM_HERE)
     checkpoints_total_limit: int | None = option(
         None,

@@ -139,6 +139,7 @@ def build_lab(folder: Path) -> Lab:
     (folder / "conditioned.json").write_text(json.dumps(conditioned()))
     (folder / "mapped").mkdir()
     (folder / "mapped" / "aspect_resolution_map-1.0.json").write_text(json.dumps({"1.5": [1152, 768]}))
+    (folder / "layers.json").write_text(json.dumps({"attn2": {"rank": 5}}))
     (folder / "prompts.json").write_text(json.dumps({"cat": "a cat", "dog": "a dog"}))
     return Lab(folder)
 

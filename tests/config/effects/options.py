@@ -122,6 +122,9 @@ MODEL = {
     "pixart_sigma": Effect(refusal, ["false", "true"]),
     "pixart_alpha": Effect(refusal, ["false", "true"]),
     "hunyuan_dit": Effect(refusal, ["false", "true"]),
+    "export_single_file": Effect(
+        handed_over, {"false": {"pipeline"}, "true": {"pipeline", "pipeline.safetensors"}}, ("--model_type=full",)
+    ),
     "data_aesthetic_score": Effect(losses, ["7", "2.5"], (REFINER,)),
 }
 
@@ -129,6 +132,7 @@ ADAPTER = {
     "lora_algorithm": Effect(losses, ["lora", "locon", "lokr", "loha"], ("--lora_targets=",)),
     "lora_rank": Effect(lora_ranks, {"1": {1}, "3": {3}}),
     "lora_alpha": Effect(losses, ["1", "16"]),
+    "lora_layers": Effect(lora_ranks, {"none": {2}, "layers.json": {2, 5}}),
     "use_rslora": Effect(losses, ["false", "true"]),
     "lora_dropout": Effect(losses, ["0", "0.5"]),
     "lora_init_type": Effect(losses, ["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"], ("--base_quantization=int8",)),
@@ -338,6 +342,7 @@ EMA = {
 
 CHECKPOINTS = {
     "checkpointing_steps": Effect(checkpoints, {"1": {1, 2, 3}, "2": {2, 3}}),
+    "checkpointing_start": Effect(checkpoints, {"0": {1, 2, 3}, "2": {2, 3}, "9": {3}}, ("--checkpointing_steps=1",)),
     "checkpoints_total_limit": Effect(checkpoints, {"1": {3}, "2": {2, 3}}, ("--checkpointing_steps=1",)),
     "keep_every": Effect(checkpoints, {"1": {1, 2, 3}, "2": {2, 3}, "9": {3}}, ("--checkpointing_steps=1", "--checkpoints_total_limit=1")),
     "resume_from_checkpoint": Effect(resumed_from, {"latest": "checkpoint-2", "checkpoint-1": "checkpoint-1"}),

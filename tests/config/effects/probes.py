@@ -58,7 +58,7 @@ def base_weights(lab: Lab, flags: Flags) -> object:
 def handed_over(lab: Lab, flags: Flags) -> object:
     """Names of weights in OUTPUT_DIR."""
     names = {path.name for path in lab.run(flags).folder.iterdir()}
-    return names & {"pipeline", "unet_live", "controlnet", LORA, LORA.replace(".", "_live.")}
+    return names & {"pipeline", "pipeline.safetensors", "unet_live", "controlnet", LORA, LORA.replace(".", "_live.")}
 
 
 def lora_ranks(lab: Lab, flags: Flags) -> object:
