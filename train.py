@@ -167,7 +167,8 @@ class Training:
             if runtime.is_main and update.taken:
                 checkpoints.proved_good()
             ends_well = state.step == total and not has_diverged(state, precision)
-            if save := (checkpoints.due(state.step) and update.taken) or update.stop_asked or ends_well:
+            is_due = (checkpoints.due(state.step) and update.taken) or update.save_asked
+            if save := is_due or update.stop_asked or ends_well:
                 self.save()
             if update.stop_asked and state.step < total:
                 self.leave()

@@ -32,6 +32,7 @@ class Command:
 
 COMMANDS = {
     "cache": Command("toolkit.cache.command:main", "verify, explain, measure and clean the caches of a run"),
+    "checkpoints": Command("toolkit.checkpoints:main", "list, verify and clean up the checkpoints of a run"),
     "class-images": Command("toolkit.datasets.class_images:main", "make regularization images of a class with the base model"),
     "experts": Command("toolkit.inference.experts:main", "make images with two experts, each trained on a part of the noise schedule"),
     "selftest": Command("toolkit.selftest:main", "check the training math of this installation against published numbers"),

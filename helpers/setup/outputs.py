@@ -11,6 +11,7 @@ from helpers.families.original.single_file import modelspec_of_model, write_sing
 from helpers.methods.full import PIPELINE
 from helpers.reporting.html_report import PAGE, HtmlReport
 from helpers.setup.model import sampler_class
+from helpers.training.request_files import remove_old_requests, watch
 
 if TYPE_CHECKING:
     from helpers.config.config import Config
@@ -26,6 +27,9 @@ def open_report(config: Config, runtime: Runtime, report: Reporters) -> None:
     report.chapter("settings", config.describe())
     for note in (*config.notes, *runtime.notes):
         report.chapter("", note)
+    if old := remove_old_requests(config.run.output_dir):
+        report.chapter("", f"removed from an earlier run: {', '.join(old)} in {config.run.output_dir}")
+    watch(config.run.output_dir, runtime.stop)
     logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
 
 

@@ -121,6 +121,11 @@ def remove_leftovers(folder: str | Path) -> list[Path]:
     return removed
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a path has the name of something half-written. A running process may still be writing it."""
+    return _ASIDE.fullmatch(path.name) is not None
+
+
 def remove_leftovers_below(folder: str | Path) -> list[Path]:
     """`remove_leftovers` in a folder and in every folder below it, but not where links lead."""
     removed = []

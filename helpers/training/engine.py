@@ -33,6 +33,7 @@ class Update:
     learning_rate: float  # used by the optimizer: the schedule's, times `d` for optimizers that estimate it
     taken: bool  # False: loss or gradient was not finite, or there was no sample, so the weights are unchanged
     stop_asked: bool  # of any process, so that all processes stop at the same step
+    save_asked: bool  # of any process, by the file SAVE
     text_learning_rate: float | None  # of the text encoders: 0 once they are frozen, None if none is trained
 
 
@@ -115,8 +116,9 @@ class Engine:
         grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
         finite = bool(torch.isfinite(grad_norm))
-        local = (self._loss.item(), float(self._samples), float(not finite), float(self.runtime.stop.asked))
-        loss_sum, samples, bad, stop = self.runtime.sum(*local)
+        request = self.runtime.stop
+        local = (self._loss.item(), float(self._samples), float(not finite), float(request.asked), float(request.take_save_request()))
+        loss_sum, samples, bad, stop, save = self.runtime.sum(*local)
         if 0 < samples < global_samples:
             torch._foreach_mul_(grads, global_samples / samples)
             grad_norm = grad_norm * (global_samples / samples)
@@ -137,6 +139,7 @@ class Engine:
             learning_rate=used[self.optimizer],
             taken=taken,
             stop_asked=bool(stop),
+            save_asked=bool(save),
             text_learning_rate=used.get(self.text_optimizer, 0.0) if self.text_optimizer else None,
         )
 

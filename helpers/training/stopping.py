@@ -18,7 +18,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
-        self.by = ""  # the name of the first signal; empty for the time limit
+        self.by = ""  # the name of the first signal; empty for the time limit and the file STOP
+        self._save_asked = False
 
     def listen(self) -> StopRequest:
         for number in SIGNALS:
@@ -32,6 +33,15 @@ class StopRequest:
         timer.daemon = True
         timer.start()
         return self
+
+    def ask_to_save(self) -> None:
+        """Request a checkpoint at the next step, after which the run continues."""
+        self._save_asked = True
+
+    def take_save_request(self) -> bool:
+        """Whether a checkpoint was requested since the last call."""
+        asked, self._save_asked = self._save_asked, False
+        return asked
 
     def _time_is_up(self, seconds: float) -> None:
         if not self.asked:
