@@ -109,7 +109,7 @@ def set_up_and_train(config: Config, runtime: Runtime, report: Reporters) -> Non
     gc.freeze()
     gc.enable()
     start = resume.find_start(config, runtime, report)
-    run = Run(config, runtime, report, family, method, objective, start)
+    run = Run(config, runtime, report, family, method, objective, start, model.read_base_lora(config, family))
     if config.run.dataset_report:
         return datasets.report_on_data(run)
     run = machine.resolve_for_machine(run)

@@ -201,9 +201,27 @@ def _memory(chosen: Chosen) -> Iterator[str]:
             f"{kind.origin}: {kind.value} rounds the weights of a base model that stands still; "
             "use --model_type=lora, or --base_quantization=none."
         )
+    yield from _base_lora(chosen)
     kernel, sliced = chosen["attention"], chosen["unet_attention_slice"]
     if kernel.value != "auto" and sliced.value:
         yield f"{sliced.origin}: slices are computed without the kernels that {kernel.origin} chooses among; leave one of them out."
+
+
+def _base_lora(chosen: Chosen) -> Iterator[str]:
+    lora = chosen["base_lora"]
+    if lora.value is None:
+        return
+    if chosen_method(dict(chosen)) not in BESIDE_A_FROZEN_BASE:
+        yield (
+            f"{lora.origin}: it is added to a frozen base model, beside which an adapter is trained, and trained weights would keep it; "
+            "use --model_type=lora, or leave it out."
+        )
+    elif not os.path.isfile(lora.value):
+        yield f"{lora.origin}: there is no file {lora.value}; check the path."
+    elif chosen["use_dora"].value:
+        yield f"{lora.origin}: --use_dora trains the magnitudes of weights that would contain it; leave one of them out."
+    elif chosen["lora_init_type"].value == "loftq":
+        yield f"{lora.origin}: --lora_init_type=loftq starts from the weights without it; leave one of them out."
 
 
 def _libraries(chosen: Chosen) -> Iterator[str]:

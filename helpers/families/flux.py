@@ -107,8 +107,8 @@ class Flux:
         if self.is_dev:
             return ()
         return (
-            f"the base model is FLUX.1 schnell, made for few steps: validate with --validation_num_inference_steps={SCHNELL_STEPS}, and "
-            "train beside a training adapter (--base_lora), or it loses that",
+            f"the base model is FLUX.1 schnell, made for {SCHNELL_STEPS} steps, which training takes away: train beside a training adapter "
+            f"(--base_lora), or validate with --validation_num_inference_steps={SCHNELL_STEPS}",
         )
 
     def image_codec(self, device: torch.device) -> AbstractContextManager[ImageCodec]:

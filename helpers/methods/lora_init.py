@@ -102,20 +102,20 @@ class InitialLora:
         }
 
 
-def read_lora(path: Path, family: ModelFamily) -> InitialLora:
+def read_lora(path: Path, family: ModelFamily, option: str = "--init_lora") -> InitialLora:
     """A LoRA file in any format that diffusers reads, or in kohya's.
 
-    Raises ConfigError with the reason where the file cannot be read as a LoRA of the family.
+    Raises ConfigError with the reason where the file cannot be read as a LoRA of the family. `option` names the file, in messages.
     """
     from safetensors.torch import load_file
 
-    unreadable = f"--init_lora: {path} cannot be read as a LoRA of {family.facts.title}"
+    unreadable = f"{option}: {path} cannot be read as a LoRA of {family.facts.title}"
     try:
         stored = load_file(path)
     except Exception as error:  # the library's own, of any kind
         raise ConfigError(f"{unreadable}: {error}") from error
     if tensor := first_not_finite(stored):
-        raise ConfigError(f"--init_lora: {path} holds numbers that are not finite, in {tensor}: use another file.")
+        raise ConfigError(f"{option}: {path} holds numbers that are not finite, in {tensor}: use another file.")
     try:
         matrices, scales = family.read_lora(path)
     except Exception as error:  # diffusers raises errors of many kinds for a file that it cannot convert
@@ -126,7 +126,7 @@ def read_lora(path: Path, family: ModelFamily) -> InitialLora:
     for name, magnitude in magnitudes.items():  # diffusers ignores them
         module = renamed.get(name.removesuffix(".dora_scale"))
         if module is None:
-            raise ConfigError(f"--init_lora: {path} has a dora_scale for {name.partition('.')[0]}, but no LoRA matrices for that layer.")
+            raise ConfigError(f"{option}: {path} has a dora_scale for {name.partition('.')[0]}, but no LoRA matrices for that layer.")
         matrices[f"{module}.lora_magnitude_vector{'.weight' if module.startswith('text_encoder') else ''}"] = magnitude
     return InitialLora({name: tensor.float() for name, tensor in matrices.items()}, scales)
 

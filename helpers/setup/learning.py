@@ -57,10 +57,13 @@ def _attach_method(run: Run) -> Trainable:
 
 
 def _load_network(run: Run) -> Parts:
-    """The network of the base model in the method's precision, quantized if the user asked for it."""
+    """The network of the base model in the method's precision, with --base_lora, quantized if the user asked for it."""
     parts = run.family.load(_weights_dtype(run))
     parts.frozen_dtype = frozen_dtype(run.runtime.mixed_precision)
     parts.report = run.report
+    if run.base_lora:
+        layers = run.base_lora.merge(parts.denoiser, run.runtime.device)
+        run.report.chapter("model", f"{run.base_lora.path.name} is added to {layers} layers while training, and not exported")
     if (kind := run.config.run.base_quantization) != "none":
         before = bytes_of(parts.denoiser)
         quantize(parts.denoiser, kind, run.runtime.device)

@@ -15,6 +15,7 @@ from helpers.families.loading.file_facts import read_facts
 from helpers.families.loading.locate import locate, without_weights
 from helpers.families.loading.recognise import recognise
 from helpers.methods import METHODS
+from helpers.methods.base_lora import BaseLora
 from helpers.methods.text_encoders import require_something_to_train
 from helpers.objectives import OBJECTIVES
 from helpers.protocols import can_train_text_encoders
@@ -69,6 +70,11 @@ def choose_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]
     objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config, family.latents.patch)
     _require_sampler(config, objective)
     return family, method, objective
+
+
+def read_base_lora(config: Config, family: ModelFamily) -> BaseLora | None:
+    """The file of --base_lora. ConfigError where it is no LoRA of the family."""
+    return BaseLora.read(config.adapter.base_lora, family) if config.adapter.base_lora else None
 
 
 def sampler_class(config: Config, objective: Objective) -> str:

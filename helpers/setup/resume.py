@@ -56,7 +56,10 @@ def check_start(run: Run) -> None:
     """
     checkpoint = run.start.checkpoint
     if checkpoint is None:
-        run.method.check(run.family.load(None))
+        outline = run.family.load(None)
+        if run.base_lora:
+            run.base_lora.check(outline.denoiser)
+        run.method.check(outline)
         return
     changes = compare(checkpoint.content["settings"], settings(run), run.config, known_axes(), checkpoint.step)
     changes.refuse(checkpoint.name)
@@ -67,8 +70,10 @@ def check_start(run: Run) -> None:
 def settings(run: Run) -> dict[str, Any]:
     """Every setting with an effect on this run, as its checkpoints keep it, with what the base model and the objective decided."""
     rules = run.config.adapter.lora_layers
-    layers = {"lora_layers_content": rules.read_text(encoding="utf-8")} if rules else {}
-    return run_settings(run.config, known_axes(), {"base_model_hash": run.family.identity, **run.objective.identity, **layers})
+    files = {"lora_layers_content": rules.read_text(encoding="utf-8")} if rules else {}
+    if run.base_lora:
+        files["base_lora"] = f"a file of SHA-256 {run.base_lora.digest}"  # wherever it is
+    return run_settings(run.config, known_axes(), {"base_model_hash": run.family.identity, **run.objective.identity, **files})
 
 
 def set_newer_aside(run: Run) -> None:

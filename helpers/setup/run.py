@@ -9,6 +9,7 @@ from helpers.config.config import Config
 from helpers.training.checkpoints import Checkpoint, Checkpointer
 
 if TYPE_CHECKING:
+    from helpers.methods.base_lora import BaseLora
     from helpers.protocols import ModelFamily, Objective, TrainingMethod
     from helpers.reporting import Reporters
     from helpers.training.runtime import Runtime
@@ -36,6 +37,7 @@ class Run:
     method: TrainingMethod
     objective: Objective
     start: StartPoint
+    base_lora: BaseLora | None = None  # added to the frozen weights of the base model
 
     @property
     def state(self) -> TrainState:

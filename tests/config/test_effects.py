@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 
 import pytest
@@ -105,6 +106,18 @@ def test_a_run_does_not_go_on_with_another_t5_unless_that_is_accepted(lab: Lab) 
     with pytest.raises(CheckpointError, match="has changed since checkpoint-1: text_encoders"):
         lab.run_again(other, folder)
     assert "changed since checkpoint-1 and accepted (text_encoders)" in lab.run_again((*other, "--accept_changed_data"), folder).printed
+
+
+def test_a_run_resumes_with_the_bytes_of_its_base_lora_wherever_they_are(lab: Lab) -> None:
+    folder = lab.new_folder()
+    lab.run_again(("--base_lora=lora_0.safetensors", "--max_train_steps=1"), folder)
+    shutil.copy("lora_0.safetensors", "moved.safetensors")
+    lab.run_again(("--base_lora=moved.safetensors", "--max_train_steps=2"), folder)
+    for other in ("--base_lora=lora_1.safetensors", "--base_lora=none"):
+        with pytest.raises(
+            CheckpointError, match="checkpoint-2 was saved with other settings: base_lora was a file of SHA-256 .* and is now"
+        ):
+            lab.run_again((other, "--max_train_steps=3"), folder)
 
 
 # -- the table is complete: there is no list of exceptions ------------------------------------------------------------------

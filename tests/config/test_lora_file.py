@@ -142,3 +142,15 @@ def test_dropout_is_off_by_itself_where_it_cannot_be(read: Read) -> None:
     for flag in ("--lora_algorithm=lokr", "--lora_algorithm=loha", "--lora_init_type=pissa", "--lora_init_type=olora"):
         assert read(LORA, flag).adapter.lora_dropout == 0
     assert read(LORA, "--lora_algorithm=locon").adapter.lora_dropout == 0.1
+
+
+def test_a_base_lora_needs_an_adapter_beside_frozen_weights(tmp_path: Path, refuse: Refuse) -> None:
+    flag = f"--base_lora={kohya(tmp_path / 'lora.safetensors', torch.tensor(2.0))}"
+    assert refuse("--model_type=full", flag).startswith(
+        "--base_lora: it is added to a frozen base model, beside which an adapter is trained"
+    )
+    assert "--use_dora trains the magnitudes of weights that would contain it" in refuse(LORA, flag, "--use_dora")
+    assert "--lora_init_type=loftq starts from the weights without it" in refuse(
+        LORA, flag, "--lora_init_type=loftq", "--base_quantization=int8"
+    )
+    assert refuse(LORA, "--base_lora=/nowhere.safetensors") == "--base_lora: there is no file /nowhere.safetensors; check the path."

@@ -151,6 +151,12 @@ class AdapterOptions:
         "Start a new run from this LoRA file, in diffusers or kohya format. Rank and alpha are taken from the file unless they are set.",
         needs=LORA,
     )
+    base_lora: Path | None = option(
+        None,
+        "Add this LoRA to the frozen base model while training, such as the training adapter of a distilled model; in diffusers or kohya "
+        "format. The exported files do not contain it.",
+        needs=LORA,
+    )
     use_dora: bool = option(False, "DoRA: also train the magnitude of each layer's weights.", needs=LORA)
     lokr_factor: int | None = option(
         None,

@@ -138,6 +138,7 @@ ADAPTER = {
     "lora_init_type": Effect(losses, ["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"], ("--base_quantization=int8",)),
     "lora_targets": Effect(lora_modules, {"to_q": {"to_q"}, "to_k,to_out.0": {"to_k", "to_out"}}),
     "init_lora": Effect(losses, ["none", "lora_0.safetensors", "lora_1.safetensors"]),
+    "base_lora": Effect(losses, ["none", "lora_0.safetensors", "lora_1.safetensors"]),
     "use_dora": Effect(losses, ["false", "true"]),
     "lokr_factor": Effect(losses, ["2", "4"], ("--lora_algorithm=lokr",)),
 }
