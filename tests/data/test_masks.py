@@ -223,7 +223,13 @@ def test_every_file_is_paired_or_left_out_with_a_reason_and_the_report_has_the_c
 def test_a_set_of_which_no_image_has_a_mask_is_refused(masked: Masked) -> None:
     for place in masked.masks.iterdir():
         place.rename(place.with_name(f"{place.stem}_mask.png"))
-    with pytest.raises(DataError, match=r"all 6 files in .* are left out \(6 no mask\), such as .*no image of 'masks' has this name"):
+    with pytest.raises(
+        DataError, match=r"all 6 files in .* are left out \(6 no mask\), such as .*no image of 'masks' has this name, but 0_mask.png"
+    ):
+        masked.prepare()
+    for place in masked.masks.iterdir():
+        place.unlink()
+    with pytest.raises(DataError, match="no image of 'masks' has this name, and no image at all"):
         masked.prepare()
 
 

@@ -84,20 +84,24 @@ _GUARDED = {
 }
 
 
-def joined_companions(images: str) -> str:
+def joined_companions(images: str, roles: Iterable[str] = ROLES) -> str:
     """SQL that joins the companions of the table `images`, under the names of their roles: columns of NULL where there is none."""
     return "".join(
         f" LEFT JOIN companions {role}_pair ON {role}_pair.id = {images}.id AND {role}_pair.role = '{role}'"
         f" LEFT JOIN files {role} ON {role}.id = {role}_pair.companion"
-        for role in ROLES
+        for role in roles
     )
 
 
-# The content of a sample: the hash of the image, then those of its companions. NULL while one is unknown.
-_CONTENT = "files.content" + "".join(f" || CASE WHEN {role}_pair.id IS NULL THEN '' ELSE ' ' || {role}.content END" for role in ROLES)
-_PAIRED = "files" + joined_companions("files")
+# The content of a sample: the hash of the image, then those of its companions. NULL while one is unknown. Not joined, since most queries
+# of `used` do without it.
+_CONTENT = "files.content" + "".join(
+    f" || (SELECT CASE WHEN pair.id IS NULL THEN '' ELSE ' ' || other.content END FROM (SELECT 1)"
+    f" LEFT JOIN companions pair ON pair.id = files.id AND pair.role = '{role}' LEFT JOIN files other ON other.id = pair.companion)"
+    for role in ROLES
+)
 _VIEWS = f"""
-CREATE TEMP VIEW used AS SELECT files.*, {_CONTENT} AS whole FROM {_PAIRED} WHERE files.kind = 'image' AND files.captions IS NOT NULL;
+CREATE TEMP VIEW used AS SELECT files.*, {_CONTENT} AS whole FROM files WHERE files.kind = 'image' AND files.captions IS NOT NULL;
 CREATE TEMP VIEW used_captions AS SELECT used.dataset, used.key, each.value AS caption FROM used, json_each(used.captions) each;
 """
 
@@ -200,13 +204,13 @@ class Catalogue:
 
     def content(self, row: int) -> str | None:
         """The entry of one image in `contents`. KeyError if there is no such row."""
-        return self._known_row(f"SELECT {_CONTENT} FROM {_PAIRED}", row)[0]
+        return self._known_row(f"SELECT {_CONTENT} FROM files", row)[0]
 
     def with_content_of(self, row: int) -> set[int]:
         """The rows of the dataset with the same content as this one, as far as contents are known. Includes the row itself."""
-        own = f"SELECT files.dataset, files.content, {_CONTENT} whole FROM {_PAIRED} WHERE files.id = ?"
+        own = f"SELECT files.dataset, files.content, {_CONTENT} whole FROM files WHERE files.id = ?"
         query = (
-            f"SELECT files.id FROM {_PAIRED} JOIN ({own}) own"
+            f"SELECT files.id FROM files JOIN ({own}) own"
             f" ON files.dataset = own.dataset AND files.content = own.content AND {_CONTENT} = own.whole"
         )
         return {int(row)} | {other for (other,) in self._database.rows(query, int(row))}
@@ -231,7 +235,9 @@ class Catalogue:
     def unread_files(self, row: int) -> list[int]:
         """Of an image and its companions, the rows whose content hash is unknown."""
         names = ("files", *ROLES)
-        found = self._known_row(f"SELECT {', '.join(f'{name}.id, {name}.content' for name in names)} FROM {_PAIRED}", row)
+        found = self._known_row(
+            f"SELECT {', '.join(f'{name}.id, {name}.content' for name in names)} FROM files {joined_companions('files')}", row
+        )
         return [int(file) for file, content in zip(found[::2], found[1::2], strict=True) if file is not None and content is None]
 
     # -- images that could not be encoded --------------------------------------------------------------------------------
@@ -290,6 +296,12 @@ class Catalogue:
         found = self._database.row(query, dataset)
         assert found is not None, f"no file of {dataset} is left out"
         return LeftOut(*found)
+
+    def first_image(self, dataset: str) -> str | None:
+        """The first key of an image file, used or not."""
+        query = "SELECT key FROM files WHERE dataset = ? AND kind = 'image' ORDER BY key LIMIT 1"
+        found: str | None = _value(self._database.row(query, dataset), None)
+        return found
 
     def skipped_folders(self, dataset: str) -> list[str]:
         """System folders that the last scan found and did not enter, sorted."""

@@ -22,11 +22,12 @@ VERSION = 1  # raise it when the measurement changes: all masks are then measure
 DIM = 128  # a mask whose brightest pixel is below this was hardly meant to be one: labels of 0 and 1, for example
 
 _BLOCK = 256  # masks per transaction: a kill loses at most these
-# What is known about the mask of an image, for a query that joins its companions; `:source` is BRIGHTNESS or ALPHA.
-KNOWN_MASKS = (
-    "masks known ON known.content = CASE :source WHEN 'alpha' THEN {image}.content ELSE mask.content END"
-    f" AND known.source = :source AND known.version = {VERSION}"
-)
+
+
+def known_masks(images: str, are_alpha: bool) -> str:
+    """SQL of what is known about the masks of the images in a table, for a query with `joined_companions`."""
+    content, source = (f"{images}.content", ALPHA) if are_alpha else ("mask.content", BRIGHTNESS)
+    return f"masks known ON known.content = {content} AND known.source = '{source}' AND known.version = {VERSION}"
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def measured_masks(catalogue: Catalogue, dataset: str, source: str) -> list[tupl
     with catalogue.transaction() as database:
         return database.execute(
             f"SELECT used.key, known.mean, known.brightest FROM used {joined_companions('used')}"
-            f" LEFT JOIN {KNOWN_MASKS.format(image='used')} WHERE used.dataset = :dataset ORDER BY used.key",
-            {"dataset": dataset, "source": source},
+            f" LEFT JOIN {known_masks('used', source == ALPHA)} WHERE used.dataset = ? ORDER BY used.key",
+            (dataset,),
         ).fetchall()
 
 

@@ -26,11 +26,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from helpers.data.base.images import ImageError, read_size
-from helpers.data.base.sample import ROLES, Size
+from helpers.data.base.sample import MASK, ROLES, Size
 from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption, json_list
 from helpers.data.catalogue.catalogue import Catalogue, joined_companions, new_token
 from helpers.data.catalogue.listing import Listing
-from helpers.data.catalogue.masks import ALPHA, BRIGHTNESS, KNOWN_MASKS, problem_of_mask
+from helpers.data.catalogue.masks import known_masks, problem_of_mask
 from helpers.data.catalogue.table_join import JoinedTable, join_tables
 from helpers.data.catalogue.tables import TableRule
 from helpers.data.plan.targets import ResolutionRule, unsuitable_size
@@ -61,6 +61,10 @@ class DatasetRules:
     alpha_is_mask: bool = False  # the images' own alpha channels are their loss masks
     role: str = ""  # for a dataset of companions: its role ...
     users: tuple[str, ...] = ()  # ... and the ids of the datasets that use it
+
+    @property
+    def is_masked(self) -> bool:
+        return self.alpha_is_mask or MASK in dict(self.companions)
 
     @property
     def opens_images(self) -> bool:
@@ -156,7 +160,7 @@ def judge(
     used, kinds = catalogue.totals(rules.dataset)
     left_out = kinds.total()
     if not used:
-        raise DataError(_nothing_left(backend, rules.dataset, catalogue, kinds))
+        raise DataError(_nothing_left(backend, rules, catalogue, kinds))
     return ScanResult(
         dataset=rules.dataset,
         found=used + left_out,
@@ -415,14 +419,19 @@ def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[
     """The images in blocks, with their captions and companions. A block may be updated before the next one is read."""
     last = ""
     caption = "i.text, i.text_problem" if rules.captions.table else "t.text, t.problem"
-    companions = ", ".join(f"{role}.id, {role}.width, {role}.height, {role}.problem" for role in ROLES)
-    values = {"dataset": rules.dataset, "block": _BLOCK, "source": ALPHA if rules.alpha_is_mask else BRIGHTNESS}
+    roles = [role for role, _ in rules.companions]
+    companions = "".join(f", {role}.id, {role}.width, {role}.height, {role}.problem" for role in roles)
+    joined = joined_companions("i", roles)
+    if rules.is_masked:
+        companions += ", known.mean, known.problem"
+        joined += f" LEFT JOIN {known_masks('i', rules.alpha_is_mask)}"
+    values = {"dataset": rules.dataset, "block": _BLOCK}
     query = (
-        f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {caption}, {companions}, known.mean, known.problem"
+        f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {caption}{companions}"
         " FROM (SELECT * FROM files WHERE dataset = :dataset AND kind = 'image' AND key > :last ORDER BY key LIMIT :block) i"
         # Of "cat.TXT" and "cat.txt", the first by name is used.
         " LEFT JOIN files t ON t.id = (SELECT id FROM files c WHERE c.dataset = :dataset AND c.stem = i.stem AND c.kind = 'caption'"
-        f" ORDER BY c.key LIMIT 1) {joined_companions('i')} LEFT JOIN {KNOWN_MASKS.format(image='i')} ORDER BY i.key"
+        f" ORDER BY c.key LIMIT 1) {joined} ORDER BY i.key"
     )
     while block := database.execute(query, {**values, "last": last}).fetchall():
         yield block
@@ -433,15 +442,16 @@ def _verdict(
     image: tuple[Any, ...], rules: DatasetRules, captioner: Captioner, undecodable: frozenset[str]
 ) -> tuple[str | None, str | None, int]:
     """The decision for one image: captions as a JSON list or None, the reason or None, and the row id."""
-    key, row, width, height, problem, found_undecodable, text, text_problem, *companions, mean, mask_problem = image
+    key, row, width, height, problem, found_undecodable, text, text_problem, *companions = image
     reason = problem
     if reason is None and key in undecodable:
         reason = found_undecodable or _LEFT_OUT_BEFORE
     reason = reason or unsuitable_size(Size(width, height), rules.resolution)
-    for role, dataset in rules.companions if reason is None else ():
-        first = 4 * ROLES.index(role)
-        reason = reason or _problem_of_companion(Size(width, height), role, dataset, *companions[first : first + 4])
-    reason = reason or problem_of_mask(mean, mask_problem, rules.alpha_is_mask)
+    for number, (role, dataset) in enumerate(rules.companions if reason is None else ()):
+        reason = reason or _problem_of_companion(Size(width, height), role, dataset, *companions[4 * number : 4 * number + 4])
+    if rules.is_masked:
+        mean, mask_problem = companions[-2:]
+        reason = reason or problem_of_mask(mean, mask_problem, rules.alpha_is_mask)
     if reason is None and (rules.captions.reads_files or rules.captions.table):
         reason = text_problem
     if reason is not None:
@@ -472,13 +482,17 @@ def same_shape(image: Size, other: Size) -> bool:
     return abs(across - down) <= max(image.width, image.height, other.width, other.height)
 
 
-def _nothing_left(backend: SourceBackend, dataset: str, catalogue: Catalogue, kinds: Counter[str]) -> str:
+def _nothing_left(backend: SourceBackend, rules: DatasetRules, catalogue: Catalogue, kinds: Counter[str]) -> str:
+    dataset = rules.dataset
     if not kinds:
         folders = catalogue.skipped_folders(dataset)
         but = f" outside of system folders, such as {folders[0]}, which are not read" if folders else ""
         return f"dataset {dataset!r}: there are no files in {backend.name}{but}; put images there, or correct the path."
     first = catalogue.example_left_out(dataset)
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    others = (catalogue.first_image(name) for role, name in rules.companions if first.reason.startswith(f"no {role}: "))
+    names = "".join(f", but {other}, for example" if other else ", and no image at all" for other in others)
     return (
-        f"dataset {dataset!r}: all {kinds.total():,} files in {backend.name} are left out ({counts}), such as {first.key}: {first.reason}."
+        f"dataset {dataset!r}: all {kinds.total():,} files in {backend.name} are left out ({counts}), such as {first.key}:"
+        f" {first.reason}{names}."
     )
