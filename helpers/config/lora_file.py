@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from helpers.config.model_names import address_problem, is_address
 from helpers.foreign_json import parse_json
 
 T = TypeVar("T")
@@ -34,6 +35,8 @@ class LoraFile:
 
 def read_lora_file(path: Path) -> LoraFile:
     """ValueError, a sentence with the path, where it is no LoRA that training can continue."""
+    if is_address(str(path)):
+        raise ValueError(f"{address_problem(str(path))}.")
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

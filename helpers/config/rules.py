@@ -6,13 +6,13 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from helpers.config.aspects import LARGEST_MEGAPIXELS
 from helpers.config.buckets import caches_inside_images
 from helpers.config.datasets import DataConfig
 from helpers.config.libraries import lacking
+from helpers.config.model_names import model_problem
 from helpers.config.optimizer_rules import missing_library, optimizer_problems
 from helpers.config.settle import chosen_method
 from helpers.config.sizes import ALIGNMENTS, IN_THE_UNIT, size_problems
@@ -32,6 +32,7 @@ MODELS = (  # options that name a model
     "pretrained_vae_model_name_or_path",
     "pretrained_t5_model_name_or_path",
     "controlnet_model_name_or_path",
+    "single_file_config",
 )
 BESIDE_A_FROZEN_BASE = ("lora", "lycoris")  # methods that only ask the base model's weights
 
@@ -131,16 +132,11 @@ def _files(chosen: Chosen) -> Iterator[str]:
         yield f"--user_prompt_library: there is no file {library}; check the path."
     for name in MODELS:
         model = chosen[name].value
-        if model and _is_path(model) and not os.path.exists(Path(model).expanduser()):
-            yield f"{said_by(chosen, name)}: there is no folder {model}; check the path."
+        if model and (problem := model_problem(model, may_be_file=name == "pretrained_model_name_or_path")):
+            yield f"{said_by(chosen, name)}: {problem}."
     output = chosen["output_dir"].value
     if os.path.exists(output) and not os.path.isdir(output):
         yield f"{said_by(chosen, 'output_dir')}: {output} is a file; name a folder."
-
-
-def _is_path(model: str) -> bool:
-    """Whether the name of a model can only be a path: `/models/x`, `./x`, `~/x`; `owner/name` may be on the hub."""
-    return model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
 
 
 def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:

@@ -29,6 +29,23 @@ Refuse = Callable[..., str]
         (("--only_instance_prompt", "--prepend_instance_prompt", "--instance_prompt=x"), "exclude each other"),
         (("--user_prompt_library=no.json",), "--user_prompt_library: there is no file no.json"),
         (("--pretrained_model_name_or_path=./nowhere",), "there is no folder ./nowhere"),
+        *(
+            ((f"--{option}={address}",), f"--{option}: {address} is a web address; {remedy}.")
+            for option in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config")
+            for address, remedy in (
+                ("https://huggingface.co/some-one/tiny.model", "write the name of the model alone: some-one/tiny.model"),
+                ("huggingface.co/someone/tiny/", "write the name of the model alone: someone/tiny"),
+                ("https://hf.co/someone/tiny/tree/main?x=1", "write the name of the model alone: someone/tiny"),
+                ("https://huggingface.co/someone/tiny/resolve/main/a.safetensors", "download the file and name its path"),
+                ("https://civitai.com/models/1?modelVersionId=2", "download the file and name its path"),
+                ("HTTP://127.0.0.1/x", "download the file and name its path"),
+            )
+        ),
+        (("--pretrained_model_name_or_path=https://huggingface.co/datasets/a/b",), "the address of something else than a model"),
+        (("--model_type=lora", "--init_lora=https://civitai.com/api/download/models/1"), "is a web address; download the file"),
+        (("--pretrained_model_name_or_path=mine.safetensors",), "there is no folder mine.safetensors; check the path"),
+        ((r"--pretrained_model_name_or_path=C:\models\mine",), r"there is no folder C:\models\mine; check the path"),
+        (("--pretrained_vae_model_name_or_path=data.json",), "data.json is a file; name a folder in diffusers layout"),
         (("--output_dir=data.json",), "--output_dir: data.json is a file"),
         (("--output_dir=images/out",), "--output_dir: images/out is inside the images of data set 'pictures'"),
         (("--output_dir=images",), "--output_dir: images is inside the images of data set 'pictures'"),

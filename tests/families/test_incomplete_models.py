@@ -194,3 +194,48 @@ def test_weights_that_are_not_finite_are_refused_with_file_and_tensor(part: str,
     weights[name].view(-1)[-1] = kept
     save_file(weights, file, {"format": "pt"})
     open_family("sdxl", model, tmp_path / "cache", **options)
+
+
+def raised(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def test_the_reason_why_the_hub_gave_nothing_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Errors as the libraries raise them, wrapped in others."""
+    import httpx2 as httpx
+    from huggingface_hub import errors
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    answer = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+    outcomes = {
+        "cannot be reached: connect this machine": raised(errors.LocalEntryNotFoundError("not cached"), httpx.ConnectError("no route")),
+        "cannot be reached: connect": raised(OSError("not cached"), httpx.ConnectTimeout("late")),
+        "accepted its terms: do so on https://huggingface.co/someone/": errors.GatedRepoError("403", response=answer),
+        "no model of this name that we may see": errors.RepositoryNotFoundError("404", response=answer),
+        "without that --revision": errors.RevisionNotFoundError("404", response=answer),
+        "it has no model_index.json: download its .safetensors": errors.RemoteEntryNotFoundError("404", response=answer),
+        "it is no name of a model": errors.HFValidationError("a b"),
+        "does not give us a model of this name (strange)": ValueError("strange"),
+    }
+    for number, (said, error) in enumerate(outcomes.items()):
+
+        def fail(*arguments: object, error: Exception = error, **named: object) -> None:
+            raise error
+
+        monkeypatch.setattr("diffusers.DiffusionPipeline.download", fail)
+        told = refusal(Path(f"someone/{number}"), tmp_path)
+        assert told.startswith(f"--pretrained_model_name_or_path: 'someone/{number}' is no folder here, and ") and said in told
+
+
+def test_a_folder_without_an_index_says_what_to_name_instead(model: Path, tmp_path: Path) -> None:
+    above = tmp_path / "above"
+    shutil.copytree(model, above / "inside")
+    (tmp_path / "files").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "files" / "a.safetensors")
+    for folder, said in (
+        (model / "unet", "is one part of a model; name the folder above it"),
+        (above, f"it has no model_index.json, but {above / 'inside'} has; name that"),
+        (tmp_path / "files", f"name the file: {tmp_path / 'files' / 'a.safetensors'}"),
+    ):
+        assert said in refusal(folder, tmp_path)

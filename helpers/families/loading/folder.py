@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import ModelError
 from helpers.families.loading import integrity
 from helpers.foreign_json import parse_json
+
+# Errors of the hub's HTTP libraries that mean that it was not reached, by the names of their classes.
+NO_CONNECTION = (
+    "ConnectError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "NetworkError",
+    "ConnectionError",
+    "gaierror",
+    "ProxyError",
+    "NameResolutionError",
+)
 
 
 def locate(name: str, revision: str | None = None, variant: str | None = None, without: tuple[str, ...] = ()) -> Path:
@@ -21,9 +33,20 @@ def locate(name: str, revision: str | None = None, variant: str | None = None, w
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise ModelError(f"--pretrained_model_name_or_path: {folder} is not a model in diffusers layout: it has no model_index.json.")
+            raise ModelError(f"--pretrained_model_name_or_path: {folder} is not a model in diffusers layout: {_no_index(folder)}.")
         return folder
     return _fetch(name, revision, variant, without)
+
+
+def _no_index(folder: Path) -> str:
+    """What a folder without model_index.json may be, and the remedy."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".safetensors")
+    if (folder / "config.json").is_file():
+        return "it has no model_index.json and is one part of a model; name the folder above it"
+    if files:
+        return f"it has no model_index.json; to use a file in it, name the file: {files[0]}"
+    below = sorted(path.parent for path in folder.glob("*/model_index.json"))
+    return f"it has no model_index.json, but {below[0]} has; name that" if below else "it has no model_index.json"
 
 
 @functools.cache  # asked once a process: the hub's answer takes a second
@@ -49,8 +72,51 @@ def _not_had(option: str, name: str, error: Exception) -> ModelError:
             f"{option}: {name!r} is no folder here, and of a model of this name on the Hugging Face Hub not all that is needed lies in the "
             "cache: check the path, or start once without HF_HUB_OFFLINE to have it fetched."
         )
+    return ModelError(f"{option}: {name!r} is no folder here, and {_refusal_of_the_hub(name, error)}.")
+
+
+def _refusal_of_the_hub(name: str, error: BaseException) -> str:
+    """Why the hub did not give us a model, and the remedy. The libraries wrap the error that says it."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    causes = list(_causes(error))
+
+    def any_is(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if any_is(GatedRepoError):
+        terms = f"https://huggingface.co/{name}"
+        return f"the Hugging Face Hub gives it to those who accepted its terms: do so on {terms}, then run `hf auth login`"
+    if any_is(RevisionNotFoundError):
+        return "the Hugging Face Hub has it without that --revision: correct or remove it"
+    if any_is(RepositoryNotFoundError):
+        return (
+            "the Hugging Face Hub has no model of this name that we may see: check the spelling, or run `hf auth login` for a private one"
+        )
+    if any_is(HFValidationError):
+        return "it is no name of a model on the Hugging Face Hub (owner/name): check the path"
+    if any_is(EntryNotFoundError) and not any_is(LocalEntryNotFoundError):
+        return (
+            "on the Hugging Face Hub it has no model_index.json: download its .safetensors file and name that, or name a model in "
+            "diffusers layout"
+        )
+    if any(type(cause).__name__ in NO_CONNECTION or isinstance(cause, ConnectionError | TimeoutError) for cause in causes):
+        return "the Hugging Face Hub cannot be reached: connect this machine to the network, or name a folder or a .safetensors file on it"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelError(f"{option}: {name!r} is neither a folder here nor a model that the Hugging Face Hub gives us ({reason}).")
+    return f"the Hugging Face Hub does not give us a model of this name ({reason}): check the name, or name a folder"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def locate_component(option: str, name: str, component: str) -> Path:
