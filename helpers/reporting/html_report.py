@@ -286,7 +286,7 @@ def _masks_chart(histogram: Mapping[str, Any]) -> Chart:
     edges, counts = histogram["edges"], histogram["counts"]
     names = [f"{100 * low:.0f} to {100 * high:.0f} % white" for low, high in zip(edges, edges[1:], strict=False)]
     labels = [(0, "0 %", "start"), (len(counts) / 2, "50 %", "middle"), (len(counts), "100 %", "end")]
-    return _chart("Share of an image that its mask shows white", counts, names, labels)
+    return _chart("Share of white in masks", counts, names, labels)
 
 
 def _place(edges: Sequence[float], value: float) -> float:
