@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config.axes import Axes
-from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, JsonCaptionConfig, TableConfig, TextCacheConfig
 from helpers.config.declare import Option, by_name, masked, options_of, show
 from helpers.config.effect import Readers, unread
 from helpers.config.facts import FamilyFacts, family_problems, with_origin
@@ -168,12 +168,12 @@ class Config:
         return [sentence for sentence, _ in sentences]
 
 
-def _entry(entry: Entry | TableConfig) -> dict[str, Any]:
+def _entry(entry: Entry | TableConfig | JsonCaptionConfig) -> dict[str, Any]:
     """The effective keys of a data set or a table; those without effect or not available yet say nothing and are left out."""
     return dict(_telling(entry))
 
 
-def _telling(entry: Entry | TableConfig) -> Iterator[tuple[str, Any]]:
+def _telling(entry: Entry | TableConfig | JsonCaptionConfig) -> Iterator[tuple[str, Any]]:
     declared = {item.name: item for item in options_of(type(entry))}
     for field in dataclasses.fields(entry):
         item = declared.get(field.name)
@@ -189,7 +189,7 @@ def plain(value: Any) -> Any:
         return value.id  # it has a place of its own
     if isinstance(value, tuple):
         return [plain(item) for item in value]
-    if isinstance(value, TableConfig):
+    if isinstance(value, TableConfig | JsonCaptionConfig):
         return _entry(value)
     return value
 

@@ -10,13 +10,23 @@ from typing import Any, TypeVar
 from helpers.config.aspects import map_of, maps_in, read_map
 from helpers.config.buckets import bucket_problems, keys_without_a_bucket, without_bucket
 from helpers.config.caption_filters import parse_filter, read_filter_file
-from helpers.config.datasets import ALPHA, DataConfig, DatasetConfig, Entry, TableConfig, TextCacheConfig, complete
+from helpers.config.datasets import (
+    ALPHA,
+    DataConfig,
+    DatasetConfig,
+    Entry,
+    JsonCaptionConfig,
+    TableConfig,
+    TextCacheConfig,
+    complete,
+)
 from helpers.config.declare import Option, options_of
+from helpers.config.expansion import expanded, kohya_note, kohya_problems, looks_like_kohya
 from helpers.config.json_file import JsonDocument, Place, read_json
 from helpers.config.places import placed, text_cache_problems
 from helpers.config.sizes import IN_THE_UNIT, size_notes, size_option_notes
 from helpers.config.suggest import did_you_mean
-from helpers.config.tables import table_problems, unused_tables
+from helpers.config.tables import caption_file_problems, table_problems, unused_caption_keys, unused_tables
 from helpers.errors import ConfigError
 
 E = TypeVar("E", bound=Entry)
@@ -66,6 +76,7 @@ class _Entries:
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.unread: set[tuple[int, str]] = set()  # (entry, key) of values that could not be read
+        self.resolutions: dict[int, tuple[float, ...]] = {}  # of entries with several
 
     def read(self) -> DataConfig:
         datasets: list[tuple[int, DatasetConfig]] = []
@@ -86,7 +97,8 @@ class _Entries:
         complete_sets = [(index, self._dataset(index, dataset, caches)) for index, dataset in datasets]
         by_id = {found.id: found for found in [self._companions(index, dataset) for index, dataset in companions]}
         complete_sets = [(index, self._with_companions(index, dataset, by_id)) for index, dataset in complete_sets]
-        self._unique_ids([*datasets, *companions, *texts])
+        complete_sets = [(index, one) for index, dataset in complete_sets for one in self._expanded(index, dataset)]
+        self._unique_ids([*complete_sets, *companions, *texts])
         self._used_companions(companions, [dataset for _, dataset in complete_sets])
         self._epochs_end(datasets)
         self._something_to_learn(datasets)
@@ -144,6 +156,10 @@ class _Entries:
         try:
             if item.kind is TableConfig:
                 return self._table(index, key, raw)
+            if item.kind is JsonCaptionConfig:
+                return JsonCaptionConfig(**self._object(index, key, raw, JsonCaptionConfig, "json"))
+            if item.name == "resolution" and isinstance(raw, list):
+                return self._several(index, item, raw)
             if item.name == "caption_filter_list":
                 return self._filter_lines(raw)
             value = _typed(item, raw)
@@ -163,18 +179,57 @@ class _Entries:
 
     def _table(self, index: int, key: str, raw: Any) -> TableConfig:
         """The object of a table; its keys are judged as those of an entry are."""
-        if not isinstance(raw, dict):
-            raise ValueError(f"is {_described(raw)}; it must be an object with a path")
-        declared = {item.name: item for item in options_of(TableConfig)}
-        values: dict[str, Any] = {item.name: self.options[item.inherits] for item in declared.values() if item.inherits}
-        for name, said in raw.items():
-            if name not in declared:
-                self._problem(index, f"{key}.{name}", f"is not a key of a table{did_you_mean(name, declared)}")
-            elif (value := self._value(index, f"{key}.{name}", declared[name], said)) is not None:
-                values[name] = value
+        values = self._object(index, key, raw, TableConfig, "a table")
         if not values.get("path"):
             self._problem(index, f"{key}.path", "is missing; name the table")
         return TableConfig(**values)
+
+    def _object(self, index: int, key: str, raw: Any, kind: type, name: str) -> dict[str, Any]:
+        """The values of an object inside an entry, by the names that `kind` declares. `name` is what messages call it."""
+        if not isinstance(raw, dict):
+            raise ValueError(f"is {_described(raw)}; it must be an object" + (" with a path" if kind is TableConfig else ""))
+        declared = {item.name: item for item in options_of(kind)}
+        values: dict[str, Any] = {item.name: self.options[item.inherits] for item in declared.values() if item.inherits}
+        for key_inside, said in raw.items():
+            if key_inside not in declared:
+                self._problem(index, f"{key}.{key_inside}", f"is not a key of {name}{did_you_mean(key_inside, declared)}")
+            elif (value := self._value(index, f"{key}.{key_inside}", declared[key_inside], said)) is not None:
+                values[key_inside] = value
+        return values
+
+    def _several(self, index: int, item: Option, raw: list[Any]) -> float:
+        """Keep a list of resolutions for `_expanded`, and return the first. ValueError if one of them cannot be used."""
+        sizes = [_typed(item, size) for size in raw]
+        for size in sizes:
+            item.check(size)
+        if not sizes or len(set(sizes)) < len(sizes):
+            raise ValueError("is an empty list; name a size" if not sizes else "has a size twice; remove one")
+        self.resolutions[index] = tuple(sizes)
+        first: float = sizes[0]
+        return first
+
+    def _expanded(self, index: int, dataset: DatasetConfig) -> list[DatasetConfig]:
+        """The datasets that an entry stands for (see expansion.py)."""
+        entry = self.document.value[index]
+        sizes = self.resolutions.get(index, ())
+        if sizes and dataset.resolution_type != "pixel":
+            self._problem(index, "resolution", 'is a list, which needs "resolution_type": "pixel"')
+            return [dataset]
+        if folder := looks_like_kohya(dataset):
+            name = f"{self.document.path.name}: datasets[{index}]"
+            what = f"the folders in {dataset.instance_data_dir} have names as in kohya's scripts, such as {folder!r}"
+            self.notes.append(
+                f'{name}: {what}; "layout": "kohya" uses their numbers as repeats and their names as captions, "plain" ends this line.'
+            )
+        if dataset.layout == "kohya":
+            problems = list(kohya_problems(dataset, entry))
+            for key, what in problems:
+                self._problem(index, key, what)
+            if problems:
+                return [dataset]
+            if note := kohya_note(dataset):
+                self.notes.append(f"{self.document.path.name}: datasets[{index}].layout {note}.")
+        return expanded(dataset, entry, sizes, self.options)
 
     def _filter_lines(self, raw: Any) -> tuple[str, ...]:
         """A list of lines as it stands, or what the file of a path holds. ValueError names the first line that cannot be used."""
@@ -218,9 +273,9 @@ class _Entries:
             if (index, key) not in self.unread:
                 self._problem(index, key, what)
         self._check_bucket(index, dataset)
-        for key, what in table_problems(dataset, entry):
+        for key, what in (*table_problems(dataset, entry), *caption_file_problems(dataset, entry)):
             self._problem(index, key, what)
-        for key, why in unused_tables(dataset):
+        for key, why in (*unused_tables(dataset), *unused_caption_keys(dataset, entry)):
             self.notes.append(f"{self.document.path.name}: datasets[{index}].{key} does nothing: {why}.")
         folder: Path = self.options["cache_dir_text"]
         filters: tuple[str, ...] = ()

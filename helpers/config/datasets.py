@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helpers.config.aspects import DEFAULT_ROUNDING, AspectBucket, BucketSize, aspect_bucket
 from helpers.config.declare import option
@@ -84,6 +85,20 @@ class TableConfig:
 
 
 @dataclass(frozen=True)
+class JsonCaptionConfig:
+    """The keys of `json`: the JSON file beside each image that holds its caption."""
+
+    caption_key: str = option("caption", "Key of the caption in the file's object: a text, or with multiple_captions a list of texts.")
+
+
+def caption_extension(raw: Any) -> str:
+    """An element of `caption_extensions` in lower case, with its dot. ValueError for what is not the end of a file name."""
+    if not isinstance(raw, str) or not raw.strip(" .") or "/" in raw:
+        raise ValueError(f'is {raw!r}; it must be the end of a file name, such as ".caption"')
+    return "." + raw.strip().lstrip(".").lower()
+
+
+@dataclass(frozen=True)
 class DatasetConfig(Entry):
     """An entry of type image, with everything it does not say taken from the options."""
 
@@ -96,7 +111,21 @@ class DatasetConfig(Entry):
     text_embeds: str | None = option(
         None, "id of the text_embeds entry to use.", aliases=("text_embed_cache",), default_text="the default entry"
     )
-    resolution: float = option(None, "Size that images are trained at.", above=0, inherits="resolution")
+    layout: str | None = option(
+        None,
+        "What the names of folders say. kohya: in `10_sks dog`, each image is used 10 times an epoch, and images without a caption get"
+        " `sks dog`. plain: nothing.",
+        choices=("kohya", "plain"),
+        default_text="plain",
+        of_type="local",
+    )
+    resolution: float = option(
+        None,
+        "Size that images are trained at. With resolution_type pixel also a list of sizes: each image once an epoch at each size that it"
+        " has.",
+        above=0,
+        inherits="resolution",
+    )
     resolution_type: str = option(None, "Unit of its sizes.", choices=("area", "pixel"), inherits="resolution_type")
     minimum_image_size: float | None = option(None, "Leave out smaller images.", at_least=0, inherits="minimum_image_size")
     maximum_image_size: float | None = option(
@@ -135,6 +164,19 @@ class DatasetConfig(Entry):
     instance_prompt: str | None = option(None, "The caption, or the beginning of it.", inherits="instance_prompt")
     prepend_instance_prompt: bool = option(None, "Put the instance prompt before each caption.", inherits="prepend_instance_prompt")
     only_instance_prompt: bool = option(None, "Use the instance prompt in place of captions.", inherits="only_instance_prompt")
+    caption_extensions: tuple[str, ...] = option(
+        (),
+        "Endings of the caption files beside the images, in any letter case. Where an image has several, the first in the list counts.",
+        default_text='`[".txt"]`',
+        each=caption_extension,
+    )
+    caption_folder: Path | None = option(
+        None,
+        "Folder of the caption files, with the same names and subfolders as the images. Those beside the images are then not read.",
+        default_text="beside the images",
+        of_type="local",
+    )
+    json: JsonCaptionConfig | None = option(None, "With caption_strategy json: where the caption is in the JSON file beside each image.")
     multiple_captions: bool = option(
         False, "Each line of a text, or each element of a table's list, is a caption of its own; one is drawn for each appearance."
     )
@@ -213,6 +255,7 @@ class DatasetConfig(Entry):
     process_queue_size: int = option(64, "Cache queue.", at_least=1, does_nothing=_WORKERS)
     disable_after_epoch_step: int | None = option(None, "Had no effect.", does_nothing="it never did")
 
+    fallback_caption: str = ""  # of images that have no caption file; from the folder's name in the kohya layout
     aspect_bucket_alignment: int = 64  # pixels; from the option, or from the resolution where that is unset
     bucket_sizes: tuple[BucketSize, ...] = ()  # that the user's aspect_resolution_map gives
     aspect_bucket_rounding: int = DEFAULT_ROUNDING  # decimals of the aspects in it
@@ -240,6 +283,16 @@ class DatasetConfig(Entry):
     def caption_table(self) -> str | None:
         """The key of the table that captions come from, or None."""
         return self.caption_strategy if self.caption_strategy in TABLES and not self.only_instance_prompt else None
+
+    @property
+    def reads_caption_files(self) -> bool:
+        """Whether captions are in files with the names of the images."""
+        return self.caption_strategy in ("textfile", "json") and not self.only_instance_prompt
+
+    @property
+    def caption_endings(self) -> tuple[str, ...]:
+        """The endings of caption files, the preferred one first."""
+        return self.caption_extensions or ((".json",) if self.caption_strategy == "json" else (".txt",))
 
     @property
     def tables_in_use(self) -> dict[str, TableConfig]:

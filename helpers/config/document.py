@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from helpers.config.axes import Axes
-from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, JsonCaptionConfig, TableConfig, TextCacheConfig
 from helpers.config.declare import WITH_THE_DATA, WITH_THE_WEIGHTS, AnyBut, Option, options_of, show
 from helpers.config.options import VARIABLES, WITHOUT_EFFECT, IgnoredOptions, Variable
 from helpers.config.sources import ABBREVIATIONS
@@ -92,6 +92,7 @@ def _page(axes: Axes) -> Iterator[str]:
     yield from _keys("Every entry", Entry, ())
     yield from _keys("Image datasets", DatasetConfig, options_of(Entry))
     yield from _keys("Objects `parquet`, `jsonl` and `csv` of an image dataset", TableConfig, ())
+    yield from _keys("The object `json` of an image dataset", JsonCaptionConfig, ())
     yield from _keys("Entries with `dataset_type: text_embeds`", TextCacheConfig, options_of(Entry))
 
 

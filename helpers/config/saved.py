@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from helpers.config.axes import Axes
 from helpers.config.config import Config
-from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, JsonCaptionConfig, TableConfig, TextCacheConfig
 from helpers.config.declare import options_of
 from helpers.config.json_file import read_json
 from helpers.config.options import SECTIONS
@@ -124,6 +124,6 @@ def _value(hint: Any, value: Any) -> Any:
             return kind._make(value)
         if isinstance(value, list) and typing.get_origin(kind) is tuple:
             return tuple(_value(typing.get_args(kind)[0], item) for item in value)
-        if isinstance(value, dict) and kind is TableConfig:
-            return _restored(TableConfig, value)
+        if isinstance(value, dict) and kind in (TableConfig, JsonCaptionConfig):
+            return _restored(kind, value)
     return value

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, JsonCaptionConfig, TableConfig, TextCacheConfig
 from helpers.config.declare import Option, options_of
 from helpers.config.sources import REPOSITORY
 
@@ -118,8 +118,11 @@ def _key(item: Option, name: str) -> Schema:
     choices = [choice for choice in (*item.choices, *item.synonyms) if choice not in item.unavailable_choices]
     if choices:
         told["enum"] = [*choices, None]
-    elif item.kind is TableConfig:
-        told |= {"anyOf": [_object(TableConfig), {"type": "null"}]}
+    elif item.kind in (TableConfig, JsonCaptionConfig):
+        told |= {"anyOf": [_object(item.kind), {"type": "null"}]}
+    elif item.name == "resolution":
+        several = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 1}
+        told |= {"anyOf": [{"type": ["number", "null"]}, several]}
     elif item.kind is tuple:
         elements = {"type": "array", "items": _ELEMENTS.get(item.name, {"type": "string"})}
         alone = [{"type": "string"}] if item.one_or_many or item.name in _TEXT_OR_TEXTS else []

@@ -1,4 +1,4 @@
-"""Tables of captions and sizes: those that are asked for are described and there, and those described are asked for."""
+"""Tables and files of captions and sizes: those that are asked for are described and there, and those described are asked for."""
 
 from __future__ import annotations
 
@@ -24,6 +24,29 @@ def table_problems(dataset: DatasetConfig, entry: Mapping[str, Any]) -> Iterator
         path = dataset.instance_data_dir / Path(table.path).expanduser()  # an absolute path stays as it is
         if table.path and not os.path.isfile(path):
             yield f"{key}.path", f"there is no file {path}; name it from the data set's folder, or from the root: /..."
+
+
+def caption_file_problems(dataset: DatasetConfig, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong with it) of caption files that cannot be read as the entry says."""
+    if dataset.type in ("webdataset", "huggingface"):
+        if dataset.caption_strategy == "json":
+            yield "caption_strategy", f"json reads files beside images, and {dataset.type} has none; use textfile"
+        if entry.get("caption_extensions") is not None:
+            yield "caption_extensions", f"names files beside images, and {dataset.type} has none; remove it"
+    folder = dataset.caption_folder
+    if folder is not None and not os.path.isdir(folder):
+        yield "caption_folder", f"there is no folder {folder}; check the path"
+    if folder is not None and dataset.instance_data_dir is not None and dataset.layout == "kohya":
+        yield "caption_folder", 'cannot be used with "layout": "kohya"; put the captions beside the images'
+
+
+def unused_caption_keys(dataset: DatasetConfig, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, why it does nothing)."""
+    for key in ("caption_extensions", "caption_folder"):
+        if entry.get(key) and not dataset.reads_caption_files and dataset.layout != "kohya":
+            yield key, "captions are not read from files; set caption_strategy to textfile or json"
+    if dataset.json is not None and dataset.caption_strategy != "json":
+        yield "json", "caption_strategy is not json"
 
 
 def unused_tables(dataset: DatasetConfig) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from helpers.config.datasets import DatasetConfig, TableConfig, table_format
 from helpers.data.base.draws import uniform
 from helpers.data.base.sample import Size
-from helpers.data.catalogue.captions import CaptionRule, TagShuffle
+from helpers.data.catalogue.captions import CaptionRule, CaptionStrategy, TagShuffle
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.faces import face_middles
 from helpers.data.catalogue.scan import DatasetRules
@@ -51,10 +51,13 @@ def rules_of(dataset: DatasetConfig, seed: int = 0) -> DatasetRules:
         rounding=dataset.aspect_bucket_rounding,
     )
     captions = CaptionRule(
-        strategy=cast(Literal["textfile", "filename", "instanceprompt", "parquet", "jsonl", "csv"], dataset.caption_strategy),
+        strategy=cast(CaptionStrategy, dataset.caption_strategy),
         instance_prompt=dataset.instance_prompt or "",
         prepend_instance_prompt=dataset.prepend_instance_prompt,
         only_instance_prompt=dataset.only_instance_prompt,
+        fallback=dataset.fallback_caption,
+        extensions=dataset.caption_endings,
+        json_key=dataset.json.caption_key if dataset.json is not None else "caption",
         multiple=dataset.multiple_captions,
         filters=dataset.caption_filters,
         shuffle=TagShuffle(seed, dataset.keep_tags, dataset.tag_separator) if dataset.shuffle_tags else None,

@@ -15,6 +15,7 @@ from helpers.storage.backend import SourceBackend
 from helpers.storage.huggingface import HuggingFaceSource
 from helpers.storage.local import LocalSource
 from helpers.storage.s3_address import S3Address
+from helpers.storage.two_folders import WithCaptionFolder
 from helpers.storage.webdataset import WebDataset
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def open_source(dataset: DatasetConfig) -> SourceBackend:
 
 
 def _local(dataset: DatasetConfig) -> SourceBackend:
+    if dataset.caption_folder is not None and dataset.reads_caption_files:
+        return WithCaptionFolder(dataset.instance_data_dir, dataset.caption_folder, dataset.caption_endings)
     return LocalSource(dataset.instance_data_dir)
 
 

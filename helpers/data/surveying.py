@@ -20,6 +20,7 @@ from helpers.data.report.dataset_report import (
     mask_report,
     summary,
 )
+from helpers.data.report.overlaps import all_entries, overlap_lines
 from helpers.data.report.survey import Survey
 from helpers.data.report.thumbnails import thumbnails
 from helpers.data.scanning import Scanner
@@ -107,11 +108,21 @@ class Surveyor:
             if faceless := len(self._scanner.faceless.get(result.dataset, ())):
                 text = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
                 self._report.chapter("faces", f"{result.dataset}: {text}")
+        for line in self._overlaps():
+            self._report.chapter("overlap", line)
         for role, result in self._scanner.companions:
             self._report.chapter(SECTIONS[role], summary(result))
         for dataset, result in zip(self._data.datasets, self._scanner.results, strict=True):
             if dataset.mask_data is not None:
                 self._report.chapter("masks", mask_line(dataset.id, result.used, mask_report(dataset, self._data.catalogue)))
+
+    def _overlaps(self) -> list[str]:
+        """What `overlap_lines` says, from an earlier start if nothing changed since."""
+        entries = list(all_entries(self._data.datasets))
+        if len(entries) < 2:
+            return []
+        revisions = [self._data.catalogue.revision(entry.id) for entry in entries]
+        return self._memo.recall("overlaps", digest_of(self._inputs(), revisions), lambda: overlap_lines(entries, self._data.catalogue))
 
     def _report_unread_captions(self) -> None:
         """File names are the default captions. Users who wrote .txt captions should not learn from the result that nobody read them."""

@@ -395,12 +395,15 @@ BESIDE: dict[str, dict[str, Any]] = {
     "crop_aspect_buckets": {"crop": True, "crop_aspect": "random"},
     "maximum_image_size": {"crop": True, "target_downsample_size": 1},
     "target_downsample_size": {"crop": True, "maximum_image_size": 1},
-    **dict.fromkeys(("multiple_captions", "keep_tags", "tag_separator"), {"caption_strategy": "textfile", "shuffle_tags": True}),
+    **dict.fromkeys(
+        ("multiple_captions", "keep_tags", "tag_separator", "caption_extensions"), {"caption_strategy": "textfile", "shuffle_tags": True}
+    ),
 }
 OTHER_VALUES: dict[str, Any] = {
     "crop_style": "center",  # the last choice, face, needs a library
     "crop_aspect_buckets": [{"aspect": 1.5, "weight": 2}, 1],
 }
+OF_FILES = ("caption_folder", "json")
 OF_COMPANIONS = ("conditioning_data", "resize_filter", "mask_data", "mask_outside_weight")
 SAMPLES = {"type": "aws", "path": "someone/pictures", "urls": ["a.tar", "b.tar"]}
 STARTS = {"huggingface": ROWS, "webdataset": TARS}
@@ -427,7 +430,17 @@ def other_value(item: Option) -> Any:
 def test_every_key_lands_in_its_field_or_is_refused_by_name(
     kind: type[Entry], item: Option, folder: Path, write_data: Write, read: Read, refuse: Refuse
 ) -> None:
-    if item.name in ("id", "dataset_type", "disabled", "instance_data_dir", "text_embeds", "metadata_backend", *TABLES, *OF_COMPANIONS):
+    if item.name in (
+        "id",
+        "dataset_type",
+        "disabled",
+        "instance_data_dir",
+        "text_embeds",
+        "metadata_backend",
+        *TABLES,
+        *OF_COMPANIONS,
+        *OF_FILES,
+    ):
         return  # tested by name
     value = other_value(item)
     start = STARTS.get(item.of_type, IMAGES) if kind is DatasetConfig else {"id": "t", "dataset_type": "text_embeds"}
@@ -644,3 +657,62 @@ def test_masks_without_an_effect_are_named(read: Read, write_data: Write) -> Non
 def test_nothing_is_written_into_a_folder_of_conditions(write_data: Write, refuse: Refuse) -> None:
     write_data([{**IMAGES, "conditioning_data": "edges"}, EDGES])
     assert "is inside the images of data set 'edges'" in refuse("--controlnet", "--output_dir=edges/out")
+
+
+def folders(*names: str) -> None:
+    for name in names:
+        (Path("images") / name).mkdir(parents=True)
+
+
+def test_kohya_folders_are_recognized_and_used_by_one_key(read: Read, write_data: Write, refuse: Refuse) -> None:
+    folders("10_sks dog", "1_dog", ".thumbs")
+    write_data([IMAGES])
+    assert [dataset.id for dataset in read().datasets] == ["a"]
+    assert any("'10_sks dog'" in note and '"layout": "kohya"' in note for note in read().notes)
+    write_data([{**IMAGES, "layout": "plain"}])
+    assert not any("kohya" in note for note in read().notes)
+    write_data([{**IMAGES, "layout": "kohya"}])
+    first, second = read().datasets
+    assert (first.id, first.repeats, first.fallback_caption) == ("a/10_sks dog", 9, "sks dog")
+    assert (second.id, second.repeats, second.fallback_caption) == ("a/1_dog", 0, "dog")
+    assert (first.instance_data_dir, first.caption_strategy) == (Path("images/10_sks dog"), "textfile")
+    assert first.caption_endings == (".txt", ".caption") and not any("kohya" in note for note in read().notes)
+    folders("others")
+    assert any("1 folders without a number, such as 'others'" in note for note in read().notes)
+    write_data([{**IMAGES, "layout": "kohya", "repeats": 3}])
+    assert "datasets[0].repeats: cannot be used" in refuse()
+    write_data([{**IMAGES, "layout": "kohya", "instance_data_dir": "images/1_dog"}])
+    assert "there is no folder such as 10_dog" in refuse()
+
+
+def test_a_list_of_resolutions_stands_for_a_dataset_each(read: Read, write_data: Write, refuse: Refuse) -> None:
+    several = {**IMAGES, "resolution": [512, 256], "resolution_type": "pixel", "probability": 1}
+    write_data([several])
+    sizes = [(each.id, each.resolution, each.minimum_image_size, each.aspect_bucket_alignment) for each in read().datasets]
+    assert sizes == [("a@512", 512, 512, 64), ("a@256", 256, 256, 8)]
+    assert [each.probability for each in read().datasets] == [0.5, 0.5]
+    write_data([{**several, "minimum_image_size": 0}])
+    assert [each.minimum_image_size for each in read().datasets] == [0, 0]
+    for wrong, why in {"[]": "empty list", "[512, 512]": "a size twice", '["512"]': "must be a number", "[0]": "not above 0"}.items():
+        write_data([{**several, "resolution": json.loads(wrong)}])
+        assert why in refuse(), wrong
+    write_data([{**several, "resolution_type": "area"}])
+    assert '"resolution_type": "pixel"' in refuse()
+    write_data([several, {**IMAGES, "id": "a@256"}])
+    assert "'a@256' is the id of" in refuse()
+
+
+def test_caption_files_are_named_by_ending_folder_and_key(read: Read, write_data: Write, refuse: Refuse) -> None:
+    folders("captions")
+    write_data([{**IMAGES, "caption_strategy": "textfile", "caption_extensions": ["Caption", ".txt"], "caption_folder": "images/captions"}])
+    (dataset,) = read().datasets
+    assert (dataset.caption_endings, dataset.caption_folder) == ((".caption", ".txt"), Path("images/captions"))
+    write_data([{**IMAGES, "caption_strategy": "json", "json": {"caption_key": "prompt"}}])
+    (dataset,) = read().datasets
+    assert dataset.json is not None and (dataset.caption_endings, dataset.json.caption_key) == ((".json",), "prompt")
+    write_data([{**IMAGES, "caption_strategy": "json", "json": {"captoin_key": "prompt"}, "caption_folder": "nowhere"}])
+    assert "did you mean caption_key?" in refuse() and "there is no folder nowhere" in refuse()
+    write_data([{**IMAGES, "caption_extensions": [".tags"]}])
+    assert any("caption_extensions does nothing" in note for note in read().notes)
+    write_data([{**TARS, "caption_strategy": "json"}])
+    assert "use textfile" in refuse()

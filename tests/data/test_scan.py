@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import shutil
 import sqlite3
@@ -14,19 +15,24 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 from PIL import Image
 
+from helpers.config.datasets import DatasetConfig
 from helpers.data.base.sample import LeftOut, Sample, Size
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, ScanOptions, scan
 from helpers.data.plan.targets import ResolutionRule
 from helpers.data.report.dataset_report import summary
+from helpers.data.report.overlaps import overlap_lines
+from helpers.data.sources import open_source
 from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.local import LocalSource
+from helpers.storage.two_folders import WithCaptionFolder
+from tests.data.toys import dataset
 from tests.storage.memory import MemoryBackend
 
 RULES = DatasetRules("set", ResolutionRule(0.25), CaptionRule("textfile"))
@@ -519,3 +525,78 @@ def test_where_everything_is_left_out_the_example_is_an_image_and_its_most_commo
     files = {f"{number}.png": picture() for number in range(3)} | {f"{number}.md": b"x" for number in range(9)} | {"0_bad.png": b"x"}
     with pytest.raises(DataError, match=r"are left out \(9 not an image, 3 no caption, 1 unreadable\), such as 0\.png: no caption"):
         scan(MemoryBackend(files), RULES, catalogue)
+
+
+def test_caption_files_of_several_endings_and_json_are_read(catalogue: Catalogue) -> None:
+    tags = json.dumps({"prompt": "from json", "tags": ["a", "b"]}).encode()
+    files = {name: picture() for name in ("a.png", "b.png", "c.png")}
+    files |= {"a.caption": b"first", "a.txt": b"second", "b.txt": b"of b", "a.json": tags, "b.json": b"[1]", "c.json": b"{"}
+    backend = MemoryBackend(files)
+    with pytest.raises(DataError, match=r"3 files with names of images end in \.json: caption_strategy json reads them") as caught:
+        scan(backend, replace(RULES, captions=CaptionRule("textfile", extensions=(".tags",))), catalogue)
+    assert "a.tags is missing" in str(caught.value)
+    both = replace(RULES, captions=CaptionRule("textfile", extensions=(".caption", ".txt"), fallback="dog"))
+    assert scan(backend, both, catalogue).used == 3  # the endings changed: files are sorted anew
+    assert list(catalogue.captions_by_image("set")) == ['["first"]', '["of b"]', '["dog"]']
+    in_json = CaptionRule("json", extensions=(".json",), json_key="prompt")
+    scan(backend, replace(RULES, captions=in_json), catalogue)
+    assert list(catalogue.captions("set")) == ["from json"]
+    assert reasons(catalogue)["b.png"].startswith("no caption: b.json has no key 'prompt'")
+    assert reasons(catalogue)["c.png"].startswith("caption is not JSON: c.json")
+    with pytest.raises(DataError, match="caption is a list: 'tags' of a.json; set multiple_captions"):
+        scan(backend, replace(RULES, captions=replace(in_json, json_key="tags")), catalogue)
+    scan(backend, replace(RULES, captions=replace(in_json, json_key="tags", multiple=True)), catalogue)
+    assert list(catalogue.captions("set")) == ["a", "b"]
+
+
+def test_captions_in_a_folder_of_their_own(catalogue: Catalogue, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    texts = {
+        "sub/a.png": "",
+        "b.png": "",
+        "b.txt": "stray",
+        "captions/sub/a.txt": "of a",
+        "captions/b.txt": "of b",
+        "captions/notes.md": "",
+    }
+    for name, text in texts.items():
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(picture() if name.endswith("png") else text.encode())
+    (images / "c.png").write_bytes(picture())
+    (images / "c.txt").write_text("beside")
+    source = WithCaptionFolder(images, images / "captions", (".txt",))
+    assert scan(source, RULES, catalogue).used == 2
+    assert list(catalogue.captions("set")) == ["of a", "of b"]
+    assert reasons(catalogue).keys() == {"c.png", "c.txt"}
+    assert reasons(catalogue)["c.txt"] == f"caption beside the image: captions are read from {images / 'captions'}"
+
+
+def test_images_in_two_datasets_are_told_with_the_remedy(catalogue: Catalogue, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "reg/c.png"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(picture())
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "reg")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "far").symlink_to(tmp_path / "data" / "reg")
+
+    def lines(*sets: DatasetConfig) -> list[str]:
+        for each in sets:
+            scan(open_source(each), replace(BY_NAME, dataset=each.id), catalogue)
+        return overlap_lines(sets, catalogue)
+
+    def at(name: str, folder: str, **changed: Any) -> DatasetConfig:
+        return dataset(tmp_path / folder, tmp_path, id=name, **changed)
+
+    data, reg = at("sks", "data"), at("class", "data/reg")
+    (line,) = lines(data, reg)
+    assert line.startswith("1 of 3 images of sks are also in class") and f"move {tmp_path}/data/reg out of" in line
+    assert lines(reg, data) == [line]
+    (line,) = lines(data, at("class", "link"))
+    assert "1 of 3 images of sks are also in class" in line
+    (line,) = lines(data, at("far", "other"))
+    assert "links lead to the same files" in line
+    (line,) = lines(data, at("edges", "data/reg", dataset_type="conditioning"))
+    assert "trained as images and as conditioning" in line
+    (line,) = lines(data, at("again", "data"))
+    assert line.startswith("sks and again both read")
+    assert lines(data, at("larger", "data", resolution=128)) == []

@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers.config.aspects import AspectBucket, read_map
 from helpers.config.dataloader import read_dataloader
-from helpers.config.datasets import DatasetConfig, Entry, TableConfig, TextCacheConfig
+from helpers.config.datasets import DatasetConfig, Entry, JsonCaptionConfig, TableConfig, TextCacheConfig
 from helpers.config.declare import options_of
 from helpers.config.options import OPTIONS
 from helpers.data.base.images import EXTENSIONS, decode_mask
@@ -36,10 +36,10 @@ def size(text: str) -> Size:
 def test_json_samples_are_accepted_as_they_stand(sample: str, tmp_path: Path) -> None:
     text = sample.replace("/home/user", str(tmp_path))
     for folder in re.findall(r'"instance_data_dir": "([^"]+)"', text):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "10_dog").mkdir(parents=True) if '"layout": "kohya"' in text else Path(folder).mkdir(parents=True, exist_ok=True)
         for table in re.findall(r'"path": "([^"]+\.(?:parquet|jsonl|csv))"', text):
             (Path(folder) / table).touch()
-    for name in ("rows", "tars"):
+    for name in ("rows", "tars", "captions"):
         (tmp_path / name).mkdir()
     for number in range(3):
         (tmp_path / "tars" / f"{number:05}.tar").touch()
@@ -69,6 +69,7 @@ def test_the_sample_makes_masks_of_cutouts(tmp_path: Path) -> None:
         ("Every entry", Entry),
         ("Image datasets", DatasetConfig),
         ("`parquet`, `jsonl` and `csv`", TableConfig),
+        ("object `json`", JsonCaptionConfig),
         ("text_embeds", TextCacheConfig),
     ],
 )

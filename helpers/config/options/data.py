@@ -8,7 +8,7 @@ from pathlib import Path
 from helpers.config.declare import FROM_HERE, ROUNDING, WITH_THE_DATA, option
 
 TABLES = ("parquet", "jsonl", "csv")
-CAPTION_STRATEGIES = ("filename", "textfile", "instanceprompt", *TABLES)
+CAPTION_STRATEGIES = ("filename", "textfile", "json", "instanceprompt", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DataOptions:
     )
     caption_strategy: str = option(
         "filename",
-        "Where captions come from: the file's name, the .txt beside it, --instance_prompt, or the data set's table of this kind.",
+        "Where captions come from: the file's name, the .txt or .json beside it, --instance_prompt, or the data set's table of this kind.",
         env="DEFAULT_CAPTION_STRATEGY",
         choices=CAPTION_STRATEGIES,
         synonyms={"instance_prompt": "instanceprompt"},

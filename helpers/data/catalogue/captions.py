@@ -7,15 +7,16 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from helpers.data.base.draws import seed_of
 from helpers.data.catalogue.caption_filters import CaptionFilters
 
-CAPTION_EXTENSION = ".txt"  # in any case
 MAX_CAPTION_BYTES = 1 << 20  # a longer text beside an image is a mistake, not a caption
 SHUFFLES = 8  # tag orders of one caption: enough to make the position meaningless, few enough to cache the embeddings of all
 TABLES = ("parquet", "jsonl", "csv")
+_SHOWN_KEYS = 10  # keys of a JSON file in a message
+CaptionStrategy = Literal["textfile", "json", "filename", "instanceprompt", "parquet", "jsonl", "csv"]
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -32,15 +33,19 @@ class TagShuffle:
 class CaptionRule:
     """A dataset's settings for captions.
 
-    strategy textfile: the .txt file with the image's name. filename: the name without its extension, with `_` as a space. parquet, jsonl,
+    strategy textfile: the file with the image's name and one of `extensions`. json: the same, as a JSON object that holds the caption under
+    `json_key`. filename: the name without its extension, with `_` as a space. parquet, jsonl,
     csv: the image's row of a table. instanceprompt: `instance_prompt` for every image; `only_instance_prompt` does the same for any
     strategy. Captions are filtered, then their tags are shuffled, then `prepend_instance_prompt` puts the instance prompt before them.
     """
 
-    strategy: Literal["textfile", "filename", "instanceprompt", "parquet", "jsonl", "csv"] = "filename"
+    strategy: CaptionStrategy = "filename"
     instance_prompt: str = ""
     prepend_instance_prompt: bool = False
     only_instance_prompt: bool = False
+    extensions: tuple[str, ...] = (".txt",)  # of caption files, in lower case; of several files the first in this order is read
+    json_key: str = "caption"
+    fallback: str = ""  # the caption of images whose caption file is missing or empty; "" leaves them out
     multiple: bool = False  # every line of a text is a caption of its own
     filters: tuple[str, ...] = ()
     shuffle: TagShuffle | None = None
@@ -48,7 +53,7 @@ class CaptionRule:
     @property
     def reads_files(self) -> bool:
         """Whether captions are in files beside the images."""
-        return self.strategy == "textfile" and not self.only_instance_prompt
+        return self.strategy in ("textfile", "json") and not self.only_instance_prompt
 
     @property
     def table(self) -> str | None:
@@ -94,17 +99,18 @@ class Captioner:
     def _written(self, key: str, texts: Sequence[str] | None) -> list[str]:
         """The captions before filtering. CaptionError if there is none."""
         stem = posixpath.splitext(key)[0]
+        expected = " or ".join(stem + ending for ending in self.rule.extensions)
+        if self.rule.fallback and not any(texts or ()):
+            texts = [self.rule.fallback]
         if self.rule.strategy == "filename":
             texts = [" ".join(posixpath.basename(stem).replace("_", " ").split())]
         elif texts is None:
-            raise CaptionError(f"no caption: {stem}{CAPTION_EXTENSION} is missing")
+            raise CaptionError(f"no caption: {expected} is missing")
         if self.rule.multiple:
             texts = [line.strip() for text in texts for line in text.split("\n")]
         found = [text for text in texts if text]
         if not found:
-            raise CaptionError(
-                f"empty caption: {stem + CAPTION_EXTENSION if self.rule.reads_files else posixpath.basename(key)} holds no text"
-            )
+            raise CaptionError(f"empty caption: {expected if self.rule.reads_files else posixpath.basename(key)} holds no text")
         return found
 
     def _shuffled(self, key: str, captions: Sequence[str]) -> list[str]:
@@ -153,3 +159,23 @@ def decode_caption(data: bytes, key: str) -> str:
         return clean(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise CaptionError(f"caption is not UTF-8: {key}; save it as UTF-8 text") from None
+
+
+def captions_in_json(text: str, key: str, rule: CaptionRule) -> list[str]:
+    """The captions in the JSON file beside the image `key`, white space around them removed. CaptionError if they cannot be used."""
+    name = posixpath.splitext(posixpath.basename(key))[0] + ".json"
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CaptionError(f"caption is not JSON: {name}: {error}") from None
+    if not isinstance(found, dict) or rule.json_key not in found:
+        keys = ", ".join(map(repr, list(found)[:_SHOWN_KEYS])) if isinstance(found, dict) else ""
+        what = f"it has {keys or 'none'}" if isinstance(found, dict) else "it is not an object"
+        raise CaptionError(f"no caption: {name} has no key {rule.json_key!r}; {what}")
+    value: Any = found[rule.json_key]
+    if isinstance(value, list) and not rule.multiple:
+        raise CaptionError(f"caption is a list: {rule.json_key!r} of {name}; set multiple_captions to true to use each element")
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str) for each in texts):
+        raise CaptionError(f"caption is not text: {rule.json_key!r} of {name} is {json.dumps(value)[:40]}")
+    return [clean(each) for each in texts]

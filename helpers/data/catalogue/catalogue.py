@@ -338,6 +338,23 @@ class Catalogue:
             dataset,
         )
 
+    def endings_beside_images(self, dataset: str) -> dict[str, int]:
+        """The numbers of files that are neither images nor captions and have the name of an image, by extension in lower case."""
+        query = (
+            "SELECT lower(substr(key, length(stem) + 1)) ending, count(*) FROM files WHERE dataset = ? AND kind = 'other' AND EXISTS"
+            " (SELECT 1 FROM files image WHERE image.dataset = files.dataset AND image.stem = files.stem AND image.kind = 'image')"
+            " GROUP BY ending ORDER BY ending"
+        )
+        return dict(self._database.rows(query, dataset))
+
+    def shared_files(self, dataset: str, other: str) -> int:
+        """The number of images in use in both datasets that are one file, under whatever path."""
+        query = (
+            "SELECT count(*) FROM (SELECT DISTINCT size, modified_ns, etag FROM files WHERE dataset = ? AND captions IS NOT NULL"
+            " AND etag <> '' INTERSECT SELECT size, modified_ns, etag FROM files WHERE dataset = ? AND captions IS NOT NULL)"
+        )
+        return int(_value(self._database.row(query, dataset, other), 0))
+
     def caption_files(self, dataset: str) -> int:
         """The number of caption files that have an image of the same name, whether or not the settings read them."""
         query = "SELECT count(*) FROM files WHERE dataset = ? AND kind = 'caption' AND left_out IS NULL"

@@ -6,13 +6,12 @@ import hashlib
 import itertools
 import posixpath
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from helpers.data.base.images import EXTENSIONS
-from helpers.data.catalogue.captions import CAPTION_EXTENSION
 from helpers.storage.backend import Entry, SourceBackend
 
 _BLOCK = 4096  # entries written, and read back, at a time
@@ -24,8 +23,9 @@ Row = tuple[str, str, str, int, int, str, str | None]  # key, kind, stem, size, 
 class Listing:
     """All entries of a source, in its order. A long listing is kept in a temporary file beside the catalogue."""
 
-    def __init__(self, backend: SourceBackend, folder: Path) -> None:
-        """List the source. Errors of the source are passed on."""
+    def __init__(self, backend: SourceBackend, folder: Path, captions: Collection[str]) -> None:
+        """List the source. `captions` are the endings of caption files, in lower case. Errors of the source are passed on."""
+        self._captions = captions
         self._kept: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(folder))  # noqa: SIM115  # closed by __exit__
         self._lengths: list[int] = []  # of the blocks, in bytes
         self.folders: list[str] = []  # system folders that were not entered
@@ -38,7 +38,7 @@ class Listing:
             hashed.update(block)
             self._kept.write(block)
             self._lengths.append(len(block))
-        hashed.update("\0".join(["", *self.folders]).encode())
+        hashed.update("\0".join(["", *self.folders, "", *captions]).encode())
         self.digest = hashed.hexdigest()
 
     def __enter__(self) -> Listing:
@@ -53,7 +53,7 @@ class Listing:
         for length in self._lengths:
             fields = iter(self._kept.read(length).decode("utf-8", "surrogateescape").split("\0")[:-1])
             for key, size, modified_ns, etag, problem in zip(fields, fields, fields, fields, fields, strict=True):
-                yield _row(key, int(size), int(modified_ns), etag, problem)
+                yield _row(key, int(size), int(modified_ns), etag, problem, self._captions)
 
 
 def _blocks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
@@ -61,7 +61,7 @@ def _blocks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
         yield block
 
 
-def _row(key: str, size: int, modified_ns: int, etag: str, found: str) -> Row:
+def _row(key: str, size: int, modified_ns: int, etag: str, found: str, captions: Collection[str]) -> Row:
     """`kind` is given by the extension. `problem` is what the source `found`, or that the file is neither image nor caption."""
     stem, ending = posixpath.splitext(key)
     kind, problem = "other", None
@@ -72,7 +72,7 @@ def _row(key: str, size: int, modified_ns: int, etag: str, found: str) -> Row:
         problem = found
     elif ending.lower() in EXTENSIONS:
         kind = "image"
-    elif ending.lower() == CAPTION_EXTENSION:
+    elif ending.lower() in captions:
         kind = "caption"
     else:
         problem = f"not an image: its name ends in {ending}" if ending else "not an image: its name has no ending"

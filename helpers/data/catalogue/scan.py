@@ -27,7 +27,15 @@ from typing import Any
 
 from helpers.data.base.images import ImageError, read_size
 from helpers.data.base.sample import MASK, ROLES, Size
-from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, Captioner, CaptionError, CaptionRule, decode_caption, json_list
+from helpers.data.catalogue.captions import (
+    MAX_CAPTION_BYTES,
+    Captioner,
+    CaptionError,
+    CaptionRule,
+    captions_in_json,
+    decode_caption,
+    json_list,
+)
 from helpers.data.catalogue.catalogue import Catalogue, joined_companions, new_token
 from helpers.data.catalogue.listing import Listing
 from helpers.data.catalogue.masks import known_masks, problem_of_mask
@@ -130,7 +138,7 @@ def refresh(backend: SourceBackend, rules: DatasetRules, catalogue: Catalogue, o
     if options.trust_listing and catalogue.was_listed(rules.dataset):
         new = changed = removed = 0
     else:
-        new, changed, removed = _compare(backend, rules.dataset, catalogue)
+        new, changed, removed = _compare(backend, rules, catalogue)
     tables = join_tables(backend, rules.dataset, rules.tables, catalogue, options.should_stop)
     opened = 0
     pending = _count_pending(catalogue, rules)
@@ -175,9 +183,10 @@ def judge(
 # -- 1. compare the listing with the catalogue -------------------------------------------------------------------------------
 
 
-def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tuple[int, int, int]:
+def _compare(backend: SourceBackend, rules: DatasetRules, catalogue: Catalogue) -> tuple[int, int, int]:
     """Apply the listing in one transaction. Returns the numbers of new, changed and removed files. Changed files are read again."""
-    with Listing(backend, catalogue.path.parent) as listing, catalogue.transaction() as database:
+    dataset = rules.dataset
+    with Listing(backend, catalogue.path.parent, rules.captions.extensions) as listing, catalogue.transaction() as database:
         if database.execute("SELECT digest FROM listings WHERE dataset = ?", (dataset,)).fetchone() == (listing.digest,):
             return 0, 0, 0
         database.execute("DELETE FROM skipped WHERE dataset = ?", (dataset,))
@@ -193,10 +202,11 @@ def _compare(backend: SourceBackend, dataset: str, catalogue: Catalogue) -> tupl
             gone = "NOT IN (SELECT id FROM files)"
             database.execute(f"DELETE FROM companions WHERE id {gone} OR companion {gone}")
         changed = database.execute(
-            "UPDATE files SET size = l.size, modified_ns = l.modified_ns, etag = l.etag, was_read = 0, width = NULL, height = NULL,"
+            "UPDATE files SET kind = l.kind, size = l.size, modified_ns = l.modified_ns, etag = l.etag, was_read = 0, width = NULL,"
+            " height = NULL,"
             " text = NULL, text_problem = NULL, problem = l.problem, undecodable = NULL, content = NULL, captions = NULL, left_out = NULL"
             " FROM listed l WHERE dataset = ? AND files.key = l.key"
-            " AND (files.size, files.modified_ns, files.etag) IS NOT (l.size, l.modified_ns, l.etag)",
+            " AND (files.size, files.modified_ns, files.etag, files.kind) IS NOT (l.size, l.modified_ns, l.etag, l.kind)",
             (dataset,),
         ).rowcount
         new = database.execute(
@@ -429,10 +439,12 @@ def _images(database: sqlite3.Connection, rules: DatasetRules) -> Iterator[list[
     query = (
         f"SELECT i.key, i.id, i.width, i.height, i.problem, i.undecodable, {caption}{companions}"
         " FROM (SELECT * FROM files WHERE dataset = :dataset AND kind = 'image' AND key > :last ORDER BY key LIMIT :block) i"
-        # Of "cat.TXT" and "cat.txt", the first by name is used.
+        # Of several caption files, that with the first extension in the settings is used; of "cat.TXT" and "cat.txt", the first by name.
         " LEFT JOIN files t ON t.id = (SELECT id FROM files c WHERE c.dataset = :dataset AND c.stem = i.stem AND c.kind = 'caption'"
-        f" ORDER BY c.key LIMIT 1) {joined} ORDER BY i.key"
+        f" ORDER BY extension_rank(c.key), c.key LIMIT 1) {joined} ORDER BY i.key"
     )
+    ranks = {extension: rank for rank, extension in enumerate(rules.captions.extensions)}
+    database.create_function("extension_rank", 1, lambda key: ranks.get(posixpath.splitext(key)[1].lower(), 0), deterministic=True)
     while block := database.execute(query, {**values, "last": last}).fetchall():
         yield block
         last = block[-1][0]
@@ -456,11 +468,18 @@ def _verdict(
         reason = text_problem
     if reason is not None:
         return None, reason, row
-    texts = text if text is None else json.loads(text) if rules.captions.table else [text]
     try:
+        texts = _texts(text, key, rules.captions)
         return json_list(captioner.captions(key, texts)), None, row
     except CaptionError as error:
         return None, str(error), row
+
+
+def _texts(text: str | None, key: str, rule: CaptionRule) -> list[str] | None:
+    """The captions that an image's file or table holds; None if there is no such file. CaptionError if a JSON file has none."""
+    if text is None or rule.strategy == "json":
+        return None if text is None else captions_in_json(text, key, rule)
+    return list(json.loads(text)) if rule.table else [text]
 
 
 def _problem_of_companion(
@@ -492,7 +511,13 @@ def _nothing_left(backend: SourceBackend, rules: DatasetRules, catalogue: Catalo
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     others = (catalogue.first_image(name) for role, name in rules.companions if first.reason.startswith(f"no {role}: "))
     names = "".join(f", but {other}, for example" if other else ", and no image at all" for other in others)
-    return (
+    sentence = (
         f"dataset {dataset!r}: all {kinds.total():,} files in {backend.name} are left out ({counts}), such as {first.key}:"
-        f" {first.reason}{names}."
+        f" {first.reason}{names}"
     )
+    beside = catalogue.endings_beside_images(dataset) if rules.captions.reads_files else {}
+    if first.reason.startswith("no caption:") and beside:
+        ending, count = max(beside.items(), key=lambda item: item[1])
+        setting = "caption_strategy json" if ending == ".json" else f'"caption_extensions": ["{ending}"]'
+        sentence += f"; {count:,} files with names of images end in {ending}: {setting} reads them"
+    return f"{sentence}."
