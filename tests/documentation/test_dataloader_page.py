@@ -154,7 +154,7 @@ def test_the_formats_are_those_of_the_code() -> None:
 def test_the_reasons_for_leaving_a_file_out_are_those_of_the_code() -> None:
     [_, *rows] = next(PAGE.section("Files").tables())
     names = ("scan", "listing", "captions", "tables", "table_join", "images", "targets", "codec", "pipeline", "masks", "items")
-    modules = [path for name in (*names, "tar", "webdataset") for path in sorted((ROOT / "helpers").rglob(f"{name}.py"))]
+    modules = [path for name in (*names, "tar", "two_folders", "webdataset") for path in sorted((ROOT / "helpers").rglob(f"{name}.py"))]
     assert len(modules) >= len(names)
     texts = [path.read_text(encoding="utf-8").replace("{rules.role}", "{role}") for path in modules]
     sources = "".join(text.replace("{role}", role) for text in texts for role in ROLES)
