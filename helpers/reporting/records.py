@@ -13,6 +13,7 @@ from typing import Any
 from helpers.errors import StorageError
 from helpers.protocols import Reporter, StepResult
 from helpers.storage.atomic import open_own, rewritten
+from helpers.storage.full_disk import until_written
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -121,9 +122,13 @@ def _step(line: bytes) -> int | None:
 
 def _append(stream: FileIO, row: Mapping[str, Any]) -> None:
     line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    def write() -> None:
+        nonlocal line
+        while line:
+            line = line[stream.write(line) :]
+
     try:
-        written = stream.write(line)
+        until_written(Path(str(stream.name)), write)
     except OSError as error:
         raise StorageError(f"{stream.name!s} could not be written: {error.strerror}.") from error
-    if written != len(line):
-        raise StorageError(f"{stream.name!s} could not be written: the disk is full.")

@@ -25,6 +25,7 @@ from typing import IO, Any, BinaryIO
 
 from helpers.errors import StorageError
 from helpers.foreign_json import parse_json
+from helpers.storage.full_disk import until_written
 
 MANIFEST = "manifest.json"
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)\.\d+\.[0-9a-f]{8}")
@@ -32,8 +33,12 @@ _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)\.\d+\.[0-9a-f]{8}")
 
 def write_file(path: str | Path, data: bytes) -> None:
     """Replace a file's content, or leave the file unchanged and raise StorageError. Durable when it returns."""
-    with rewritten(path) as stream:
-        stream.write(data)
+
+    def write() -> None:
+        with rewritten(path) as stream:
+            stream.write(data)
+
+    until_written(Path(path), write)
 
 
 @contextlib.contextmanager

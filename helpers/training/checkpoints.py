@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from helpers.errors import CheckpointError, StorageError
 from helpers.foreign_json import parse_json
 from helpers.storage.atomic import MANIFEST, atomic_folder, remove_folder, verify_manifest, write_json, write_manifest
+from helpers.storage.full_disk import until_written
 from helpers.storage.memo import file_state
 from helpers.storage.tensors import save_tensors
 
@@ -125,12 +126,7 @@ class Checkpointer:
         `position` is everything else that a resumed run needs, as JSON values.
         """
         final = self.output_dir / f"checkpoint-{step}"
-        with atomic_folder(final) as folder:
-            learner.write_weights(folder)
-            tensors, numbers = learner.optimizer_state()
-            save_tensors(tensors, folder / OPTIMIZER_FILE)
-            write_json(folder / STATE_FILE, {**position, "numbers": numbers})
-            write_manifest(folder)
+        until_written(final, lambda: _write(final, learner, position))
         if problems := self._problems(final):
             raise StorageError(f"{final} was written but does not read back: {problems[0]}")
         self._written, self._awaits_proof = final.name, True
@@ -227,6 +223,15 @@ class Checkpointer:
             remove_folder(folder)
         except OSError as error:
             self._warn(f"{folder.name} could not be removed ({error.strerror}); what is left of it is removed later.")
+
+
+def _write(final: Path, learner: Savable, position: Mapping[str, Any]) -> None:
+    with atomic_folder(final) as folder:
+        learner.write_weights(folder)
+        tensors, numbers = learner.optimizer_state()
+        save_tensors(tensors, folder / OPTIMIZER_FILE)
+        write_json(folder / STATE_FILE, {**position, "numbers": numbers})
+        write_manifest(folder)
 
 
 def _step_of(folder: Path) -> int:

@@ -25,6 +25,7 @@ from helpers.data.base.draws import seed_of
 from helpers.errors import ConfigError, Interrupted, UserError
 from helpers.library_settings import in_effect
 from helpers.ranks import FOLDER_VARIABLE, PROCESSES_VARIABLE, announce_rank
+from helpers.storage.full_disk import wait_for_space
 from helpers.training.lock import lock_folder
 from helpers.training.meeting import ANSWER_WITHIN, Alone, Meeting
 from helpers.training.stopping import StopRequest
@@ -137,6 +138,7 @@ class Runtime:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        wait_for_space(None)
         # If all processes finish or are interrupted, they exit together: closing the process group while others still use it aborts
         # them. After any other error the others may never get here; the launcher ends them.
         if kind is None or issubclass(kind, Interrupted):
@@ -172,6 +174,7 @@ def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Coll
     if kernels := in_effect(os.environ):
         notes.append(f"kernels of torch are chosen by the environment: {kernels}")
     runtime = Runtime(accelerator, stop, mixed_precision, notes, [])
+    wait_for_space((lambda: stop.asked) if options.disk_full == "wait" else None)
     refusals = runtime.gather(_take_locks(runtime, folders))
     if refusal := next(filter(None, refusals), None):
         raise UserError(refusal)

@@ -47,6 +47,12 @@ class RunOptions:
         above=0,
         on_resume=FROM_HERE,
     )
+    disk_full: str = option(
+        "stop",
+        "What happens when a disk is full: stop ends the run with exit code 1, wait waits for space and continues.",
+        choices=("stop", "wait"),
+        on_resume=FROM_HERE,
+    )
     gradient_accumulation_steps: int = option(
         4,
         "Micro-batches of each process in one optimizer step.",

@@ -45,6 +45,7 @@ from helpers.data.cache.shards import (
     unused_file,
 )
 from helpers.errors import DataError, StorageError
+from helpers.storage.full_disk import until_written
 
 IN_USE = ".in-use"  # every process that has the cache open holds a shared lock on it
 SHARD_BYTES = 64 * 2**20
@@ -371,7 +372,7 @@ class Writer:
             return
         try:
             if not self.cache.given_up:
-                self._seal()
+                until_written(self.cache.folder, self._seal)
         except StorageError:
             if not self.cache.given_up:  # else its folder may have been deleted meanwhile
                 raise

@@ -5,6 +5,8 @@ Libraries, and what imports them, are imported where they are used: the tables o
 
 from __future__ import annotations
 
+import errno
+import gc
 import hashlib
 import json
 import shutil
@@ -368,6 +370,29 @@ def ends(lab: Lab, flags: Flags) -> object:
     except Interrupted:
         return "stopped"
     return "finished"
+
+
+def ends_on_a_full_disk(lab: Lab, flags: Flags) -> object:
+    """How a run does whose first checkpoint finds the disk full; a moment later there is space."""
+    from helpers.errors import StorageError
+    from helpers.training import checkpoints
+
+    save, is_full = checkpoints.save_tensors, iter([True])
+
+    def on_a_full_disk(*arguments: Any) -> None:
+        if next(is_full, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save_tensors", on_a_full_disk)
+        patch.setattr("helpers.storage.full_disk.TRY_SECONDS", 0.0)
+        try:
+            outcome = ends(lab, flags)
+        except StorageError:
+            outcome = "stopped"
+    gc.collect()  # what caused the error holds frames of the run, and with them its locks
+    return outcome
 
 
 def rates(lab: Lab, flags: Flags) -> object:
