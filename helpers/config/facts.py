@@ -56,6 +56,14 @@ class Miniature:
 
 
 @dataclass(frozen=True)
+class SingleFile:
+    """Base models in one .safetensors file that the family converts itself: the network, without the other parts of the model."""
+
+    tensors: tuple[str, ...]  # a file of the family has one of these
+    convert: str  # "package.module:function": (file, header, folder of a model with the other parts, target) => notes for the run
+
+
+@dataclass(frozen=True)
 class FamilyFacts(Facts):
     """What a family of base models declares beside that.
 
@@ -80,6 +88,7 @@ class FamilyFacts(Facts):
     encoders_apart: bool = False  # a caption can be dropped for one text encoder and kept for another
     controlnet: bool = False  # a ControlNet can be trained for its networks
     edge: int | None = None  # the shorter edge in pixels that all its base models are made for
+    single_file: SingleFile | None = None  # where diffusers' pipelines do not read its single files
     miniatures: tuple[Miniature, ...] = ()  # one for each variant of the architecture
 
     def objective_for(self, settings: Settings) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.config.declare import option
-from helpers.config.facts import FamilyFacts, Miniature, Settings
+from helpers.config.facts import FamilyFacts, Miniature, Settings, SingleFile
 from helpers.data.ports import CaptionLengths, ImageCodec, TextEncoders, TextTensors
 from helpers.errors import ConfigError
 from helpers.families.loading.base_model import BaseModel
@@ -78,6 +78,10 @@ class Flux:
         options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path"}),
         objective="flow",
         judge=_judge,
+        single_file=SingleFile(
+            tensors=("double_blocks.0.img_attn.qkv.weight", "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"),
+            convert="helpers.families.original.flux_file:convert",
+        ),
     )
     refines = False
     loads_lora = True

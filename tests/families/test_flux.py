@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
 import train
 from helpers.config.options import AdapterOptions
-from helpers.errors import ConfigError
+from helpers.errors import ConfigError, ModelError
 from helpers.families.lora import kohya_file
+from helpers.families.original import flux_file
 from helpers.families.original.flux_names import flux_names
 from helpers.families.original.transformer_names import kohya_transformer_name
 from helpers.methods.lora import Lora
 from helpers.methods.lora_layouts import to_kohya
+from helpers.protocols import FusedPart, SwappedHalves
 from tests.families.conftest import CAPTIONS, CPU, Tried, open_family
 
 BOTH = ("flux", "flux_schnell")
@@ -171,3 +175,58 @@ def test_a_lora_on_attention_is_written_and_read_in_both_layouts(tried: Tried, t
         "lora_unet_single_blocks_1_linear1",
     } <= names
     assert all(name.startswith("transformer.") for name in load_file(plain))
+
+
+def write_original(network: Path, config: dict[str, Any], path: Path, prefix: str = "") -> Path:
+    """A network of diffusers in one file with the names and layers of Black Forest Labs."""
+    names, fused, tensors = flux_names(config), {}, {}
+    for name, tensor in load_file(network).items():
+        module, _, kind = name.rpartition(".")
+        original: Any = names[module]
+        if isinstance(original, FusedPart):
+            fused.setdefault(f"{original.layer}.{kind}", {})[original.index] = tensor
+        elif isinstance(original, SwappedHalves):
+            tensors[f"{original.layer}.{kind}"] = torch.cat(tensor.chunk(2)[::-1])
+        else:
+            tensors[f"{original}.{'scale' if original.endswith('_norm') else kind}"] = tensor
+    tensors |= {layer: torch.cat([parts[index] for index in sorted(parts)]) for layer, parts in fused.items()}
+    save_file({f"{prefix}{name}": tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("flux", ""), ("flux_schnell", "model.diffusion_model.")])
+def test_a_network_in_one_file_is_trained_with_the_other_parts_of_a_folder(
+    name: str, prefix: str, miniature: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, kind = miniature(name), flux_file.WEIGHTS
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    file = write_original(folder / "transformer" / kind, config, tmp_path / "flux1.safetensors", prefix)
+    family: Any = open_family("flux", file, tmp_path / "cache", single_file_config=str(folder))
+    found, expected = load_file(family.base.folder / "transformer" / kind), load_file(folder / "transformer" / kind)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert family.vae.folder.parent != folder and family.is_dev == (name == "flux")
+    with pytest.raises(ModelError, match="holds the network of FLUX.1 alone: name with --single_file_config a model folder"):
+        open_family("flux", file, tmp_path / "cache")
+    other = miniature("flux_schnell" if name == "flux" else "flux")
+    with pytest.raises(ModelError, match=f"--single_file_config: {other} is a model of FLUX.1 .*; name a folder of FLUX.1"):
+        open_family("flux", file, tmp_path / "cache", single_file_config=str(other))
+
+
+def test_a_published_file_is_read_as_diffusers_converts_it(tmp_path: Path) -> None:
+    """Names and rows of the published network, which diffusers' converter knows; one column of each weight is enough."""
+    config = {**PUBLISHED, "num_layers": 1, "num_single_layers": 1}
+    rows = {"mod.lin": 6, "modulation.lin": 3, "attn.qkv": 3, "mlp.0": 4, "linear1": 7, "adaLN_modulation.1": 2}
+    generator, checkpoint = torch.Generator().manual_seed(1), {}
+    for original in flux_names(config).values():
+        layer = original if isinstance(original, str) else original.layer
+        many = WIDTH * next((count for ending, count in rows.items() if layer.endswith(ending)), 1)
+        if layer.endswith("_norm"):
+            checkpoint[f"{layer}.scale"] = torch.randn(128, generator=generator)
+        else:
+            checkpoint[f"{layer}.weight"], checkpoint[f"{layer}.bias"] = torch.randn(2, many, generator=generator).unbind()
+    save_file({name: tensor.clone() for name, tensor in checkpoint.items()}, tmp_path / "flux1.safetensors")
+    expected = convert_flux_transformer_checkpoint_to_diffusers(dict(checkpoint))
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    found = dict(flux_file.read_network(tmp_path / "flux1.safetensors", "", flux_names(config), shapes))
+    assert len(found) == len(expected) > 50
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -97,7 +97,7 @@ def facts_of(path: Path, header: Mapping[str, Any], metadata: Mapping[str, str],
     Raises ModelError for EDM models and quantized weights, and for metadata that names another kind of model than Stable Diffusion.
     """
     _refuse_edm(path, header, metadata)
-    _refuse_quantized(path, header)
+    refuse_quantized(path, header)
     flow = pipeline == "StableDiffusion3Pipeline"
     said, notes = _predictions(path, header, metadata, flow)
     zero = _zero_snr(header, metadata)
@@ -159,7 +159,8 @@ def _refuse_edm(path: Path, header: Mapping[str, Any], metadata: Mapping[str, st
         )
 
 
-def _refuse_quantized(path: Path, header: Mapping[str, Any]) -> None:
+def refuse_quantized(path: Path, header: Mapping[str, Any]) -> None:
+    """Raises ModelError for a file whose weights are numbers times scales of their own."""
     if scale := next((name for name in header if SCALED.fullmatch(name)), None):
         raise ModelError(
             f"--pretrained_model_name_or_path: {path} holds quantized weights with scales of their own ({scale}); name the file in fp16, "

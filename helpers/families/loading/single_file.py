@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helpers.errors import ModelError
-from helpers.families.loading.file_facts import FileFacts, facts_of, resolution_note, unread_note
+from helpers.families import family_facts
+from helpers.families.loading.file_facts import FileFacts, facts_of, refuse_quantized, resolution_note, unread_note
 from helpers.families.loading.finite import require_finite
 from helpers.families.loading.folder import read_json
 from helpers.families.loading.hashes import WeightsHashes, fingerprint
 from helpers.families.loading.integrity import problem_with
 from helpers.foreign_json import parse_json
+from helpers.registry import Registry
 from helpers.storage.atomic import atomic_folder, write_json
 from helpers.storage.memo import Memo
+
+if TYPE_CHECKING:
+    from helpers.config.facts import FamilyFacts
 
 # A tensor that only files of this kind have => the class of diffusers that reads the file. The first that is found counts.
 PIPELINE_OF_TENSOR: Mapping[str, str] = {
@@ -67,6 +72,9 @@ def converted(path: Path, config: str | None, cache_dir: Path, with_t5: bool = T
             f"--pretrained_model_name_or_path: {path} is no .safetensors file; convert it first, formats that run code are not opened."
         )
     header, metadata = _header(path)
+    converting = (facts for facts in family_facts().values() if facts.single_file and header.keys() & set(facts.single_file.tensors))
+    if family := next(converting, None):
+        return _converted_by_family(path, header, family, config, cache_dir)
     kind = _pipeline_of(path, header)
     facts = facts_of(path, header, metadata, kind)
     memo = Memo(cache_dir / "memo")
@@ -85,6 +93,27 @@ def converted(path: Path, config: str | None, cache_dir: Path, with_t5: bool = T
             _convert(path, header, kind, config, elsewhere, aside)
             _take_prediction(aside, kind, facts)
             facts.with_notes(_compare(path, header, metadata, kind, facts, aside)).write(aside)
+    return target
+
+
+def _converted_by_family(path: Path, header: Mapping[str, Any], family: FamilyFacts, config: str | None, cache_dir: Path) -> Path:
+    """The same for a file that its family converts. ModelError unless `config` is a folder with the other parts of a model."""
+    refuse_quantized(path, header)
+    parts = Path(config).expanduser() if config else None
+    if parts is None or not parts.is_dir():
+        raise ModelError(
+            f"--pretrained_model_name_or_path: {path} holds the network of {family.title} alone: name with --single_file_config a model "
+            "folder on this machine, in diffusers layout, which has the VAE, the text encoders and their tokenizers."
+        )
+    memo = Memo(cache_dir / "memo")
+    require_finite([path], memo)
+    hashes = WeightsHashes(memo)
+    target = cache_dir / "converted" / fingerprint({"weights": hashes.of_file(path), "parts": hashes.hash_folders(parts)})
+    if not (target / "model_index.json").is_file():
+        assert family.single_file
+        convert = Registry[Callable[..., Iterable[str]]]({"convert": family.single_file.convert})["convert"]
+        with atomic_folder(target) as aside:
+            FileFacts(notes=tuple(convert(path, header, parts, aside))).write(aside)
     return target
 
 

@@ -34,8 +34,17 @@ DOUBLE: Mapping[str, str] = {
     "ff_context.net.2": "txt_mlp.2",
     "norm1.linear": "img_mod.lin",
     "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
 }
-SINGLE: Mapping[str, str] = {"proj_out": "linear2", "norm.linear": "modulation.lin"}
+SINGLE: Mapping[str, str] = {
+    "proj_out": "linear2",
+    "norm.linear": "modulation.lin",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
 # Layers of blocks that are several modules in diffusers, in the order of their output rows.
 DOUBLE_FUSED: Mapping[str, tuple[str, ...]] = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
