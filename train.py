@@ -103,7 +103,7 @@ def set_up_and_train(config: Config, runtime: Runtime, report: Reporters) -> Non
     # The base model and the settings decide family, method and objective; OUTPUT_DIR decides whether the run resumes.
     config = model.resolve_base_model(config, runtime, report)
     family, method, objective = model.choose_axes(config)
-    for note in family.notes:
+    for note in (*family.notes, *model.zero_snr_notes(config, family, objective)):
         report.chapter("", note)
     validation.note_unused_options(config, family, report)
     gc.freeze()

@@ -40,6 +40,7 @@ UNAVAILABLE_STRATEGIES = {
     "--use_parallelism_config": "accelerate's parallelism configuration",
     "--tpu": "a TPU",
 }
+CHECK_ONLY = "SIMPLETUNER_CHECK_ONLY"  # set by the wrappers before the installation: check the settings, and start nothing
 AVAILABLE_KINDS = frozenset(("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"))  # as accelerate's configuration file names them
 
 
@@ -56,6 +57,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         # The trainer reads the same settings again: a fifth of a second, and it can be started without this program.
         config = read_config(argv, environ, known_axes())
+        if environ.get(CHECK_ONLY):
+            return 0
         launch = plan_launch(config.launch, environ, wants_file=config.run.demo is None)
         notes = [*remove_library_settings(environ), *remove_ranks(environ)]
     except ConfigError as mistake:

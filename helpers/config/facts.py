@@ -83,6 +83,7 @@ class FamilyFacts(Facts):
     model_types: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # further values of --model_type => the options they set
     objective: str = "diffusion"  # what its networks predict, by the name in the objectives registry
     switched: Mapping[str, str] = field(default_factory=dict)  # switch of the settings => the objective with it
+    zero_snr: bool = False  # base models that predict the velocity are trained with zero terminal SNR, unless the user turns it off
     img2img: bool = False  # validation can start from images
     trains_text_encoders: frozenset[str] = frozenset()  # values of --model_type that can train its text encoders too
     encoders_apart: bool = False  # a caption can be dropped for one text encoder and kept for another

@@ -103,7 +103,7 @@ def _schedule(chosen: Chosen) -> Iterator[str]:
         yield f"--lr_end {end:g} must be below --learning_rate {peak:g} for --lr_scheduler=polynomial."
     elif kind in ("linear", "cosine", "cosine_with_restarts", "sine") and end > peak:
         yield f"--lr_end {end:g} is above --learning_rate {peak:g}; lower it."
-    if kind in ("linear", "cosine", "cosine_with_restarts", "polynomial") and steps and warmup >= steps:
+    if kind in ("linear", "cosine", "cosine_with_restarts", "polynomial") and steps and warmup is not None and warmup >= steps:
         yield f"--lr_warmup_steps {warmup} leaves no step of --max_train_steps {steps} for --lr_scheduler={kind}; lower it."
 
 

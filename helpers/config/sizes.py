@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config.datasets import DatasetConfig
-from helpers.config.libraries import install
+from helpers.config.libraries import install, nothing_is_installed
 
 IN_THE_UNIT = ("minimum_image_size", "maximum_image_size", "target_downsample_size")  # in the unit of the set's own resolution_type
 ALIGNMENTS = (8, 64)
@@ -55,6 +55,8 @@ def _shrinking(name: str, dataset: DatasetConfig) -> Iterator[str]:
 
 def finds_faces() -> bool:
     """Whether an OpenCV with a face detector is installed; told from its files, because importing it takes a while."""
+    if nothing_is_installed():
+        return True  # checked again after the installation
     library = importlib.util.find_spec("cv2")
     folders = (library.submodule_search_locations if library else None) or []
     return any((Path(folder) / "data" / FACE_CASCADE).is_file() for folder in folders)

@@ -56,6 +56,7 @@ class StableDiffusion:
             Miniature("sd2", "helpers.families.miniatures.sd:write_sd2", kohya=True),
         ),
         options=UNET_OPTIONS | {"long_captions", "export_single_file"},
+        zero_snr=True,
         img2img=True,
         controlnet=True,
         judge=_judge,

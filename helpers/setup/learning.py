@@ -17,6 +17,8 @@ from helpers.training.live_text import text_stop
 from helpers.training.memory import apply_memory_options, choose_attention
 from helpers.training.schedules import Schedule
 
+LOW_MEAN = 0.25  # a mean learning rate below this share of its peak is reported
+
 if TYPE_CHECKING:
     import torch
 
@@ -93,7 +95,18 @@ def _schedule(run: Run, total: int) -> Schedule:
         if now != then:
             next_step = f"step {run.state.step + 1:,} has the learning rate {now:.3g}"
             run.report.chapter("", f"{next_step}; with the settings and the length of {checkpoint.name} it would be {then:.3g}")
+    if schedule.mean < schedule.rate * LOW_MEAN:
+        run.report.chapter("", _low_mean(schedule))
     return schedule
+
+
+def _low_mean(schedule: Schedule) -> str:
+    settings = f"--lr_scheduler={schedule.name} and --lr_warmup_steps={schedule.warmup_steps}"
+    return (
+        f"the learning rate averages {schedule.mean:.2g} over these {schedule.total_steps:,} steps, "
+        f"{schedule.mean / schedule.rate:.0%} of its peak of {schedule.rate:.2g}: with {settings}, little is learned. "
+        "Lower --lr_warmup_steps, or set --lr_scheduler=constant_with_warmup"
+    )
 
 
 def _text_encoder_stop(run: Run, total: int) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helpers.choices import known_axes
 from helpers.config.declare import show
@@ -22,6 +22,8 @@ from helpers.protocols import can_train_text_encoders
 
 if TYPE_CHECKING:
     from helpers.config.config import Config
+    from helpers.config.facts import FamilyFacts
+    from helpers.config.options import ObjectiveOptions
     from helpers.protocols import ModelFamily, Objective, TrainingMethod
     from helpers.reporting import Reporters
     from helpers.training.runtime import Runtime
@@ -67,7 +69,8 @@ def choose_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]
     if config.text_encoder.train_text_encoder and config.model.model_type == "full":
         assert can_train_text_encoders(family), "the settings refuse --train_text_encoder for other families"
         require_something_to_train(family, config.text_encoder)
-    objective = OBJECTIVES[config.objective_name](config.objective, family.scheduler_config, family.latents.patch)
+    options = with_zero_snr(config.objective, family.facts, family.scheduler_config)
+    objective = OBJECTIVES[config.objective_name](options, family.scheduler_config, family.latents.patch)
     _require_sampler(config, objective)
     return family, method, objective
 
@@ -75,6 +78,26 @@ def choose_axes(config: Config) -> tuple[ModelFamily, TrainingMethod, Objective]
 def read_base_lora(config: Config, family: ModelFamily) -> BaseLora | None:
     """The file of --base_lora. ConfigError where it is no LoRA of the family."""
     return BaseLora.read(config.adapter.base_lora, family) if config.adapter.base_lora else None
+
+
+def with_zero_snr(options: ObjectiveOptions, family: FamilyFacts, schedule: Mapping[str, Any]) -> ObjectiveOptions:
+    """With zero terminal SNR where it is the family's default: for v-prediction without offset noise, which cannot be combined with it."""
+    predicted = options.prediction_type or schedule.get("prediction_type")
+    if family.zero_snr and predicted == "v_prediction" and options.rescale_betas_zero_snr is None and not options.offset_noise:
+        return dataclasses.replace(options, rescale_betas_zero_snr=True)
+    return options
+
+
+def zero_snr_notes(config: Config, family: ModelFamily, objective: Objective) -> Iterator[str]:
+    """One line if the default of the family decides about zero terminal SNR."""
+    if not family.facts.zero_snr or config.objective.rescale_betas_zero_snr is not None:
+        return
+    if objective.identity.get("prediction_type") != "v_prediction":
+        return
+    if config.objective.offset_noise:
+        yield "zero terminal SNR is off, because --offset_noise cannot be combined with it"
+    else:
+        yield "zero terminal SNR is on, the default for v-prediction (--no-rescale_betas_zero_snr turns it off)"
 
 
 def sampler_class(config: Config, objective: Objective) -> str:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from helpers.config.options import ScheduleOptions
 
 WITHOUT_WARMUP = ("constant", "sine")
+LONGEST_WARMUP = 100  # steps, unless the user sets them
+HALF_A_SINE = 500  # steps, unless the user sets them
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,17 @@ class Schedule:
             name=options.lr_scheduler,
             rate=options.learning_rate,
             floor=options.lr_end,
-            warmup_steps=options.lr_warmup_steps,
+            warmup_steps=_warmup_steps(options, total_steps),
             total_steps=total_steps,
             cycles=options.lr_num_cycles,
             power=options.lr_power,
         )
+
+    @property
+    def mean(self) -> float:
+        """The mean learning rate over the run: of all steps, or of a thousand of them that are spread evenly."""
+        steps = range(0, self.total_steps, max(1, self.total_steps // 1000))
+        return sum(map(self, steps)) / len(steps) if steps else self.rate
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps and self.name not in WITHOUT_WARMUP:
@@ -49,6 +57,13 @@ class Schedule:
         """p in [0, 1]: the position of step t between the end of the warm-up (0) and the end of the run (1)."""
         length = max(1, self.total_steps - self.warmup_steps)
         return min(1.0, (step - self.warmup_steps) / length)
+
+
+def _warmup_steps(options: ScheduleOptions, total_steps: int) -> int:
+    """A short run learns too: unless the user sets the warm-up, it is at most a tenth of the run."""
+    if options.lr_warmup_steps is not None:
+        return options.lr_warmup_steps
+    return HALF_A_SINE if options.lr_scheduler == "sine" else min(LONGEST_WARMUP, total_steps // 10)
 
 
 def _constant(schedule: Schedule, step: int) -> float:

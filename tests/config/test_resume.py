@@ -35,7 +35,7 @@ def with_effect(config: Config, item: Option) -> Config:
 def _needed(item: Option) -> Iterator[tuple[str, Any]]:
     for name, values in item.needs:
         other = AXES.options[name]
-        yield name, other.default if other.default in values else next(iter(values))
+        yield name, other.default if other.default in values else next(value for value in other.choices or values if value in values)
         yield from _needed(other)
 
 

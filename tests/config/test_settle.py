@@ -127,3 +127,9 @@ def test_where_on_the_hub_a_local_base_model_would_be_is_said_to_do_nothing(read
     assert read(*elsewhere, f"--pretrained_model_name_or_path={tmp_path / 'model'}").notes == (revision, single)
     assert read(*elsewhere, f"--pretrained_model_name_or_path={tmp_path / 'model.safetensors'}").notes == (revision,)
     assert read(*elsewhere, "--pretrained_model_name_or_path=someone/model").notes == ()
+
+
+@pytest.mark.parametrize(("model_type", "rate"), [("full", 1e-5), ("lora", 1e-4)])
+def test_a_run_with_bare_defaults_has_a_learning_rate_that_teaches(model_type: str, rate: float, read: Read) -> None:
+    schedule = read(f"--model_type={model_type}").schedule
+    assert (schedule.learning_rate, schedule.lr_scheduler, schedule.lr_warmup_steps) == (rate, "constant_with_warmup", None)

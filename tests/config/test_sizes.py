@@ -89,7 +89,7 @@ def test_what_has_no_effect_beside_other_settings_says_so(read: Read, write_data
 
 def test_faces_need_a_library_that_has_a_detector(write_data: Write, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data([{**CROPPED, "crop_style": "face"}])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "torch" else None)
     assert refuse("--report_to=none") == (
         "data set 'a': crop_style face needs the face detector of OpenCV 4, which OpenCV 5 no longer has;"
         " .venv/bin/pip install -c constraints/pins.txt opencv-python-headless, or choose another crop_style."

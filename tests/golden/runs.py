@@ -141,6 +141,7 @@ GOLDEN: Mapping[str, GoldenRun] = {
         {
             **FULL,
             "model_family": "sd2x",
+            "rescale_betas_zero_snr": False,
             "train_text_encoder": True,
             "text_encoder_lr": 0.05,
             "text_encoder_limit": 75,

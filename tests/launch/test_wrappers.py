@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,36 @@ def test_shell_scripts_parse(repository: Path) -> None:
     others = ("simpletuner", "tests/run.sh", ".ci/run")
     for script in [*repository.glob("*.sh"), *repository.glob("helpers/*.sh"), *map(repository.joinpath, others)]:
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_an_env_file_that_ends_the_wrapper_is_refused(sandbox: Any) -> None:
+    """`exit 0` at its end would end the wrapper with "finished", and nothing would be trained."""
+    for line in ("exit 0", "exit 3", "set -e\nfalse"):
+        (sandbox.folder / "sdxl-env.sh").write_text(f"{NEEDED}{line}\n")
+        done = sandbox.run()
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), line
+        assert "sdxl-env.sh ended early" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_an_env_file_in_utf_16_is_refused_and_one_with_a_mark_is_read(sandbox: Any, encoding: str) -> None:
+    (sandbox.folder / "sdxl-env.sh").write_bytes(f"\ufeff{NEEDED}".encode(encoding))
+    done = sandbox.run()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "is UTF-16; save it as UTF-8" in done.stderr
+    (sandbox.folder / "sdxl-env.sh").write_text(f"\ufeff{NEEDED}TRAINING_SEED='3'\n", encoding="utf-8")
+    assert sandbox.told()["values"]["seed"] == 3
+
+
+def test_help_and_mistakes_do_not_wait_for_the_installation(sandbox: Any, tmp_path: Path) -> None:
+    """In a fresh clone, by a Python without any package."""
+    bare = tmp_path / "python3"
+    bare.write_text(f'#!/bin/bash\nexec "{sys.executable}" -S "$@"\n')  # -S: no site-packages
+    bare.chmod(0o755)
+    (sandbox.root / "ubuntu.sh").write_text("echo installing; exit 9\n")
+    (sandbox.folder / "sdxl-env.sh").write_text(NEEDED)
+    done = sandbox.run("--help", python="", PYTHON=str(bare))
+    assert done.returncode == 0 and "--learning_rate" in done.stdout and "installing" not in done.stdout
+    done = sandbox.run("--learning_rat=1", python="", PYTHON=str(bare))
+    assert done.returncode == 2 and "did you mean --learning_rate?" in done.stderr and "installing" not in done.stdout
+    done = sandbox.run("--optimizer=prodigy", python="", PYTHON=str(bare))  # a library that the installation brings is not missed
+    assert (done.returncode, done.stdout) == (9, "installing\n"), done.stderr

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from helpers.config.options import ScheduleOptions
 from helpers.training.schedules import Schedule
 
 L, E, W, N = 1e-3, 1e-5, 10, 110
@@ -72,3 +73,20 @@ def test_every_step_has_the_rate_of_the_formula(name: str) -> None:
 def test_every_step_of_the_sine_has_the_rate_of_the_formula() -> None:
     rates = schedule("sine")
     assert [rates(step) for step in range(N)] == pytest.approx([E + (L - E) * (1 - math.cos(math.pi * step / W)) / 2 for step in range(N)])
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 0), (100, 10), (3000, 100)])
+def test_a_short_run_has_a_short_warm_up_unless_the_user_sets_it(steps: int, warmup: int) -> None:
+    assert Schedule.create(ScheduleOptions(), steps).warmup_steps == warmup
+    assert Schedule.create(ScheduleOptions(lr_warmup_steps=7), steps).warmup_steps == 7
+    assert Schedule.create(ScheduleOptions(lr_scheduler="sine"), steps).warmup_steps == 500
+
+
+def test_the_mean_rate_is_that_of_all_steps() -> None:
+    """A LoRA of 100 steps on the old defaults (sine, half a period of 500) has 4 % of its learning rate; on the new ones, 95 %."""
+    sine = Schedule.create(ScheduleOptions(learning_rate=1e-4, lr_scheduler="sine"), 100)
+    assert sine.mean == pytest.approx(sum(map(sine, range(100))) / 100) and 0.03 < sine.mean / 1e-4 < 0.05
+    usual = Schedule.create(ScheduleOptions(learning_rate=1e-4), 100)
+    assert usual.mean == pytest.approx((90 + sum(range(1, 11)) / 10) / 100 * 1e-4)
+    long = Schedule.create(ScheduleOptions(learning_rate=1e-4, lr_scheduler="cosine", lr_end=0), 10**7)
+    assert long.mean == pytest.approx(0.5e-4, rel=0.01)

@@ -210,24 +210,25 @@ class ScheduleOptions:
     """Learning rate: its peak, and its schedule over the run."""
 
     learning_rate: float = option(
-        4e-7,
+        1e-5,
         "Peak learning rate.",
         above=0,
-        default_text="4e-07; 1 for optimizers that estimate it (prodigy, dadaptation)",
+        default_text="1e-05 for full fine-tuning, 0.0001 for adapters; 1 for optimizers that estimate it (prodigy, dadaptation)",
         on_resume=FROM_HERE,
     )
     lr_scheduler: str = option(
-        "sine",
+        "constant_with_warmup",
         "Learning rate schedule over the run.",
         env="LR_SCHEDULE",
         choices=SCHEDULES,
-        default_text="sine; constant for optimizers that estimate the rate, constant_with_warmup for schedulefree_adamw",
+        default_text="constant_with_warmup; constant for optimizers that estimate the rate",
         on_resume=FROM_HERE,
     )
-    lr_warmup_steps: int = option(
-        500,
+    lr_warmup_steps: int | None = option(
+        None,
         "Optimizer steps of warm-up; with sine, half of a period.",
         at_least=0,
+        default_text="a tenth of the steps, at most 100; 500 with sine",
         needs=(("lr_scheduler", AnyBut(("constant",))),),
         on_resume=FROM_HERE,
     )
