@@ -124,10 +124,11 @@ def test_sizes_from_a_table_give_the_same_plan_and_latents_as_those_of_the_pictu
     fingerprint = prepared(pictures).fingerprint()
     assert prepared(pictures, family, **table(pictures)).fingerprint() == fingerprint
     assert not family.codec.batches
-    assert report(pictures)["tables"] == [{"path": "sizes.parquet", "rows": 4, "unnamed": 0, "without_image": 0, "example": ""}]
+    counts = {"compared": 4, "swapped": 0}
+    assert report(pictures)["tables"] == [{"path": "sizes.parquet", "rows": 4, "unnamed": 0, "without_image": 0, "example": ""} | counts]
 
 
-@pytest.mark.parametrize("wrong", [(96, 64), (128, 192), (65, 96)], ids=["swapped", "twice as large", "one pixel off"])
+@pytest.mark.parametrize("wrong", [(128, 192), (65, 96)], ids=["twice as large", "one pixel off"])
 def test_a_picture_of_another_size_than_its_table_says_is_left_out_and_never_cut_wrongly(pictures: Path, wrong: tuple[int, int]) -> None:
     Image.open(pictures / "1.png").save(pictures / "1.jpg")  # a JPEG may be decoded at half its size
     (pictures / "1.png").unlink()

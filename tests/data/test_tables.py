@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import ExifTags, Image
 
 from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import CaptionRule
@@ -83,7 +84,7 @@ def rules(*tables: TableRule, strategy: Any = "parquet", **changed: Any) -> Data
 
 
 def images(*keys: str, **tables: bytes) -> dict[str, bytes]:
-    """Files that are no images under images' names: whoever opens them fails."""
+    """Files that are no images under images' names: whoever needs what is in them fails."""
     return {**dict.fromkeys(keys, b"never opened"), **{f"t.{ending}": data for ending, data in tables.items()}}
 
 
@@ -100,7 +101,7 @@ ROWS: Rows = [
 
 
 @pytest.mark.parametrize(("format", "write"), FORMATS, ids=["parquet", "jsonl", "json list", "csv"])
-def test_captions_and_sizes_come_from_any_table_and_no_image_is_opened(
+def test_captions_and_sizes_come_from_any_table_and_only_a_sample_of_headers_is_read(
     format: str, write: Callable[[Rows], bytes], catalogue: Catalogue
 ) -> None:
     store = Watched({**images("a.jpg", "sub/b.png", "c.jpg"), "t.any": write(ROWS)})
@@ -112,8 +113,8 @@ def test_captions_and_sizes_come_from_any_table_and_no_image_is_opened(
         "sub/b.png": (Size(300, 500), ('a "bee",\nsitting',)),
     }
     assert (result.found, result.used, result.left_out, result.opened) == (3, 3, 0, 0)
-    assert store.opened == ["t.any"]
-    assert result.tables == (JoinedTable("t.any", 3, 0, 0),)
+    assert store.opened == ["t.any", "a.jpg", "sub/b.png"], "of images that are no squares, a sample is compared"
+    assert result.tables == (JoinedTable("t.any", 3, 0, 0, compared=0),)
     store.opened.clear()
     assert scan(store, rules(table, strategy=format), catalogue).tables == result.tables
     assert store.opened == [], "a table that has not changed is not read again"
@@ -295,15 +296,15 @@ def test_captions_that_are_no_text_are_left_out_by_name(catalogue: Catalogue) ->
 
 def test_a_changed_table_is_read_again_and_only_it(catalogue: Catalogue) -> None:
     store = Watched(images("a.png", "b.png", parquet=parquet(ROWS[:1])))
-    assert store.reopened(rules(BOTH), catalogue) == ["t.parquet"]
+    assert store.reopened(rules(BOTH), catalogue) == ["a.png", "t.parquet"]
     assert reasons(catalogue).keys() == {"b.png"}
     catalogue.set_content([(int(catalogue.columns("set").rows[0]), "f" * 64)])
     store.write("t.parquet", parquet([{**ROWS[0], "description": "other"}, {**ROWS[0], "id": "b"}]))
-    assert store.reopened(rules(BOTH), catalogue) == ["t.parquet"]
+    assert store.reopened(rules(BOTH), catalogue) == ["a.png", "b.png", "t.parquet"]
     assert list(catalogue.captions("set")) == ["an ant", "other"]
     assert list(catalogue.contents("set")) == ["f" * 64, None], "a file's bytes are known whatever the table says"
     store.write("c.jpg", b"never opened")
-    assert store.reopened(rules(BOTH), catalogue) == ["t.parquet"]
+    assert store.reopened(rules(BOTH), catalogue) == ["a.png", "b.png", "t.parquet"]
     assert reasons(catalogue).keys() == {"c.jpg"}
 
 
@@ -319,7 +320,7 @@ def test_sizes_from_a_table_are_forgotten_when_they_come_from_the_images_again(c
     store = Watched({"a.png": picture(40, 30), "t.parquet": parquet([{"id": "a", "width": 4, "height": 3}])})
     by_name = DatasetRules("set", ResolutionRule(0.25), CaptionRule("filename"))
     for _ in range(2):
-        assert store.reopened(rules(SIZES), catalogue) == ["t.parquet"]
+        assert store.reopened(rules(SIZES), catalogue) == ["a.png", "t.parquet"], "its header is compared"
         assert told(catalogue)["a.png"][0] == Size(4, 3)
         assert store.reopened(by_name, catalogue) == ["a.png"]
         assert told(catalogue)["a.png"][0] == Size(40, 30)
@@ -448,3 +449,23 @@ def test_where_names_do_not_fit_one_of_the_table_is_shown(catalogue: Catalogue) 
         "b.png": "not in the table: t.jsonl has no row of this name; a row that names no image has 'elsewhere_17'"
     }
     assert summary(result).endswith(" · 1 of 2 rows of t.jsonl name no image, such as 'elsewhere_17'")
+
+
+def test_a_table_made_without_regard_to_rotation_is_not_believed(catalogue: Catalogue) -> None:
+    rotated = io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 30)).save(rotated, "JPEG", exif=exif)
+    files = {f"{number:03}.jpg": rotated.getvalue() if number % 50 == 0 else picture(format="JPEG") for number in range(200)}
+    rows: Rows = [{"id": name, "description": "x", "width": 40, "height": 30} for name in files]
+    store = Watched({**files, "t.jsonl": jsonl(rows)})
+    table = replace(BOTH, path="t.jsonl", format="jsonl")
+    result = scan(store, rules(table, strategy="jsonl"), catalogue)
+    (joined,) = result.tables
+    assert joined.compared == 64 and joined.swapped >= 1 and result.used == 200
+    assert told(catalogue)["050.jpg"][0] == Size(30, 40) and told(catalogue)["051.jpg"] == (Size(40, 30), ("x",))
+    assert f"t.jsonl has sizes before EXIF rotation ({joined.swapped} of 64 images compared)" in summary(result)
+    assert store.reopened(rules(table, strategy="jsonl"), catalogue) == []
+    store.write("new.jpg", rotated.getvalue())
+    scan(store, rules(table, strategy="jsonl"), catalogue)
+    assert told(catalogue)["050.jpg"][0] == Size(30, 40)

@@ -286,7 +286,8 @@ def _not_an_image(stream: BinaryIO) -> str:
 
 
 def _wrong_size(size: Size, expected: Size) -> ImageError:
-    return ImageError(f"wrong size: the image is {size} and not {expected}, as the scan or a table said")
+    rotated = "; EXIF rotation swaps the sides" if size == expected[::-1] else ""
+    return ImageError(f"wrong size: the image is {size} and not {expected}, as the scan or a table said{rotated}")
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ are refreshed first, because an image without a usable one is left out. They are
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import posixpath
@@ -139,10 +140,12 @@ def refresh(backend: SourceBackend, rules: DatasetRules, catalogue: Catalogue, o
         new = changed = removed = 0
     else:
         new, changed, removed = _compare(backend, rules, catalogue)
-    tables = join_tables(backend, rules.dataset, rules.tables, catalogue, options.should_stop)
+    tables = join_tables(backend, rules.dataset, rules.tables, catalogue, functools.partial(_known_size, backend), options.should_stop)
+    opens_images = rules.opens_images or any(table.swapped for table in tables)
     opened = 0
-    pending = _count_pending(catalogue, rules)
-    for block in _pending(catalogue, rules):
+    which = (rules.dataset, opens_images, rules.captions.reads_files)
+    pending = _count_pending(catalogue, which)
+    for block in _pending(catalogue, which):
         for files in _read_block(backend, rules.dataset, block, catalogue, options):
             opened += files
             options.on_progress(opened, pending)
@@ -243,26 +246,22 @@ def _pair_captions(database: sqlite3.Connection, dataset: str) -> None:
 
 # -- 2. read new and changed files -------------------------------------------------------------------------------------------
 
+_Which = tuple[str, bool, bool]  # the dataset, and whether its images and its caption files are read
 _PENDING = "dataset = ? AND was_read = 0 AND ((kind = 'image' AND ?) OR (kind = 'caption' AND ?))"
 
 
-def _pending_values(rules: DatasetRules) -> tuple[str, bool, bool]:
-    """The values for the question marks of `_PENDING`."""
-    return rules.dataset, rules.opens_images, rules.captions.reads_files
-
-
-def _count_pending(catalogue: Catalogue, rules: DatasetRules) -> int:
+def _count_pending(catalogue: Catalogue, which: _Which) -> int:
     with catalogue.transaction() as database:
-        return database.execute(f"SELECT count(*) FROM files WHERE {_PENDING}", _pending_values(rules)).fetchone()[0]
+        return database.execute(f"SELECT count(*) FROM files WHERE {_PENDING}", which).fetchone()[0]
 
 
-def _pending(catalogue: Catalogue, rules: DatasetRules) -> Iterator[list[_File]]:
+def _pending(catalogue: Catalogue, which: _Which) -> Iterator[list[_File]]:
     """The files to read, in blocks."""
     last = -1
     query = f"SELECT id, kind, key FROM files WHERE {_PENDING} AND id > ? ORDER BY id LIMIT {_BLOCK}"
     while True:
         with catalogue.transaction() as database:
-            block = database.execute(query, (*_pending_values(rules), last)).fetchall()
+            block = database.execute(query, (*which, last)).fetchall()
         if not block:
             return
         yield block
@@ -353,6 +352,18 @@ def _size(backend: SourceBackend, key: str) -> Size:
         if not isinstance(backend, RemoteSource):
             raise
     return read_size(io.BytesIO(backend.read(key)))
+
+
+def _known_size(backend: SourceBackend, key: str) -> Size | None:
+    """The size of an image from its header, or None. StorageError if the source fails."""
+    try:
+        return _size(backend, key)
+    except (ImageError, FileNotFoundError, PermissionError):
+        return None
+    except OSError as error:
+        if error.errno is None:  # a stream that cannot seek
+            return None
+        raise StorageError(f"{backend.name}: {key} could not be read: {error.strerror or error}") from error
 
 
 # -- 3. decide ---------------------------------------------------------------------------------------------------------------

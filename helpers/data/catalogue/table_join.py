@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.data.base.sample import Size
 from helpers.data.catalogue.catalogue import FROM_TABLE, Catalogue
 from helpers.data.catalogue.loose_names import match_loosely
 from helpers.data.catalogue.tables import TableRule, read_rows
@@ -17,7 +18,10 @@ from helpers.errors import DataError, Interrupted, StorageError
 from helpers.storage.backend import SourceBackend
 from helpers.storage.local import LocalSource
 
-_VERSION = 2  # of how names are compared; tables are joined again when it changes
+_VERSION = 3  # of how names and sizes are compared; tables are joined again when it changes
+_COMPARED = 64  # images whose headers are compared with the sizes in a table
+
+SizeOf = Callable[[str], Size | None]  # the size of the image of a key, from its header; None if it cannot be read
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class JoinedTable:
     unnamed: int  # rows without a file name
     without_image: int  # rows that name no image of the dataset
     example: str = ""  # the name in one of these rows
+    compared: int = 0  # images whose headers were compared with the table's sizes
+    swapped: int = 0  # of these, images whose width and height are exchanged: the table has sizes before EXIF rotation
 
 
 def join_tables(
@@ -36,9 +42,13 @@ def join_tables(
     dataset: str,
     tables: Sequence[TableRule],
     catalogue: Catalogue,
+    size_of: SizeOf = lambda key: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[JoinedTable]:
     """Store captions and sizes from a dataset's tables in the rows of its images. If nothing has changed, no table is read.
+
+    The sizes of some images are compared with `size_of`. If one of them is exchanged, the table was made without regard to EXIF rotation:
+    then no size of it is stored, and the images count as not read.
 
     An image that a table does not name, or names twice, gets the reason. Values from tables that are no longer configured are removed.
     DataError if a table is missing or unusable, StorageError if its store fails.
@@ -61,6 +71,8 @@ def join_tables(
         for table in tables:
             _load(database, backend, table, should_stop)
             joined.append(_join(database, dataset, table, root))
+            if table.width_column:
+                joined[-1] = _without_swapped_sizes(database, dataset, joined[-1], size_of)
         counts = json.dumps([dataclasses.asdict(table) for table in joined])
         database.execute("INSERT OR REPLACE INTO joined (dataset, stated, counts) VALUES (?, ?, ?)", (dataset, stated, counts))
         database.execute("DELETE FROM verdicts WHERE dataset = ?", (dataset,))
@@ -153,6 +165,26 @@ def _join(database: sqlite3.Connection, dataset: str, table: TableRule, root: st
     for name in ("row", "named", "matched"):
         database.execute(f"DROP TABLE temp.{name}")
     return JoinedTable(table.path, rows, unnamed, rows - unnamed - named_rows, example[0] if example else "")
+
+
+def _without_swapped_sizes(database: sqlite3.Connection, dataset: str, joined: JoinedTable, size_of: SizeOf) -> JoinedTable:
+    """Compare an even sample of headers with the sizes just stored, and forget all of these if one is exchanged."""
+    stored = f"FROM files WHERE dataset = ? AND kind = 'image' AND was_read = {FROM_TABLE} AND problem IS NULL AND width <> height"
+    (count,) = database.execute(f"SELECT count(*) {stored}", (dataset,)).fetchone()
+    numbered = f"SELECT key, width, height, row_number() OVER (ORDER BY key) - 1 AS number {stored}"
+    sample = database.execute(
+        f"SELECT key, width, height FROM ({numbered}) WHERE number * {_COMPARED} / ? <> (number - 1) * {_COMPARED} / ? OR number = 0",
+        (dataset, max(count, _COMPARED), max(count, _COMPARED)),
+    ).fetchall()
+    found = [(size, (width, height)) for key, width, height in sample if (size := size_of(key)) is not None]
+    swapped = sum((size.height, size.width) == told for size, told in found)
+    if swapped:
+        database.execute(
+            "UPDATE files SET was_read = 0, width = NULL, height = NULL, problem = NULL, undecodable = NULL"
+            f" WHERE dataset = ? AND kind = 'image' AND was_read = {FROM_TABLE}",
+            (dataset,),
+        )
+    return dataclasses.replace(joined, compared=len(found), swapped=swapped)
 
 
 def _identifiers(table: TableRule, all_numbers: bool) -> tuple[str, str]:

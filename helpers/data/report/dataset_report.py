@@ -193,6 +193,9 @@ def summary(result: ScanResult, buckets: int | None = None) -> str:
         if stray := table.unnamed + table.without_image:
             such_as = f", such as {table.example!r}" if table.example else ""
             line += f" · {stray:,} of {table.rows:,} rows of {table.path} name no image{such_as}"
+        if table.swapped:
+            swapped = f"{table.swapped:,} of {table.compared:,} images compared"
+            line += f" · {table.path} has sizes before EXIF rotation ({swapped}): all sizes are read from the images instead"
     return line if buckets is None else line + f" · {buckets:,} bucket{'s' if buckets != 1 else ''}"
 
 
