@@ -46,6 +46,7 @@ WEIGHTS_NAME = "pytorch_lora_weights"
 TEXT_ENCODER = "text_encoder"  # prefix of the roles of text encoders, and of their weights' names
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 LARGEST_DIFFERENCE = 1e-5  # of the norm of a layer's change, where a reader applies the scale to the matrices
+MATRICES = ("lora_A", "lora_B")
 LEARNING_RATE = 1e-4  # the declared default is for full fine-tuning
 
 
@@ -388,8 +389,10 @@ class Lora:
         found, found_scales = self.family.read_lora(path)
         wrong = []
         for module in sorted({split_name(name)[0] for name in (*tensors, *found)}):
+            if _same(tensors, found, module) and math.isclose(scales[module], found_scales.get(module, 1.0), rel_tol=1e-6):
+                continue
             ours, theirs = _change(tensors, module, scales), _change(found, module, found_scales)
-            if (theirs - ours.cpu()).norm() > LARGEST_DIFFERENCE * ours.norm():
+            if (theirs - ours).norm() > LARGEST_DIFFERENCE * ours.norm():
                 wrong.append(module)
         others = [name for name in tensors if "magnitude" in name]
         wrong += [name for name in others if name not in found or not torch.equal(found[name], tensors[name].cpu())]
@@ -474,13 +477,21 @@ def require_each_to_fit(targets: Sequence[str], network: nn.Module) -> None:
             raise ConfigError(f"--lora_targets: no module name of this model ends with {target}{near}; correct it.")
 
 
+def _same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], module: str) -> bool:
+    """Whether both have the same A and B of a module, bit for bit."""
+    import torch
+
+    names = [f"{module}.{name}.weight" for name in MATRICES]
+    return all(name in ours and name in theirs and torch.equal(ours[name].cpu(), theirs[name]) for name in names)
+
+
 def _change(weights: Mapping[str, Tensor], module: str, scales: Mapping[str, float]) -> Tensor:
     """scale x B A of a module (linear layers have matrices, convolutions kernels), 0 without one."""
     import torch
 
     if f"{module}.lora_A.weight" not in weights:
         return torch.zeros(())
-    down, up = (weights[f"{module}.{name}.weight"].float() for name in ("lora_A", "lora_B"))
+    down, up = (weights[f"{module}.{name}.weight"].float().cpu() for name in MATRICES)  # a GPU may round products to TF32
     return scales.get(module, 1.0) * (up.flatten(1) @ down.flatten(1))
 
 

@@ -157,11 +157,11 @@ def test_a_lora_is_also_a_folder_in_the_layout_of_peft(pixart: Tried, tmp_path: 
     trainable = method.attach(pixart.family.load(torch.float32))
     live = dict(trainable.parameters)
     written = method.export(trainable, tmp_path, {}, live)
-    names = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights.peft"]
+    names = [f"pytorch_lora_weights.{ending}" for ending in ("safetensors", "kohya.safetensors", "peft")]
     assert [path.name for path in written] == [*names, *(name.replace("weights", "weights_live", 1) for name in names)]
-    config = json.loads((written[1] / "adapter_config.json").read_text())
+    config = json.loads((written[2] / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["lora_dropout"]) == ("LORA", 4, 8.0, 0.0)
-    stored = load_file(written[1] / "adapter_model.safetensors")
+    stored = load_file(written[2] / "adapter_model.safetensors")
     layer = "transformer_blocks.0.attn1.to_q.lora_A"
     assert torch.equal(stored[f"base_model.model.{layer}.weight"], live[f"{layer}.default.weight"])
 

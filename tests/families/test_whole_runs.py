@@ -54,8 +54,8 @@ def images(tmp_path: Path) -> Path:
         ("sdxl_refiner", "train_sdxl.sh", "lora", LORA),
         ("sd3", "train_sd3.sh", "full", {"pipeline"}),
         ("sd35", "train_sd3.sh", "lora", {"pytorch_lora_weights.safetensors"}),
-        ("pixart_sigma", "train_sdxl.sh", "lora", {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.peft"}),
-        pytest.param("hunyuan_dit", "train_sdxl.sh", "lora", {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.peft"}, marks=LONG),
+        ("pixart_sigma", "train_sdxl.sh", "lora", {*LORA, "pytorch_lora_weights.peft"}),
+        pytest.param("hunyuan_dit", "train_sdxl.sh", "lora", {*LORA, "pytorch_lora_weights.peft"}, marks=LONG),
         pytest.param("pixart_alpha", "train_sdxl.sh", "full", {"pipeline"}, marks=LONG),
     ],
 )

@@ -94,7 +94,9 @@ class Toy:
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         from safetensors.torch import load_file
 
-        return {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}, {}
+        matrices = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
+        end = ".lora_A.weight"
+        return matrices, {name.removesuffix(end): 16.0 / len(tensor) for name, tensor in matrices.items() if name.endswith(end)}
 
     def modelspec(self, kind: str) -> dict[str, str]:
         return {}

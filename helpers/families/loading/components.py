@@ -67,13 +67,18 @@ def weight_files(component: Path, variant: str | None) -> list[Path]:
     return []
 
 
-def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant: str | None) -> Any:
-    """A module by `from_pretrained`, in the dtype asked for; the plain weights when the variant's are not there."""
+def silence_bars() -> None:
+    """Turn off the progress bars of diffusers and transformers: for files of a second they would run through ours."""
     import diffusers
     import transformers
 
-    diffusers.utils.logging.disable_progress_bar()  # their bars for files of a second would run through ours
+    diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant: str | None) -> Any:
+    """A module by `from_pretrained`, in the dtype asked for; the plain weights when the variant's are not there."""
+    silence_bars()
     arguments = {"subfolder": subfolder, "local_files_only": True, "use_safetensors": True}
     # diffusers and transformers spell the argument differently.
     arguments["dtype" if kind.__module__.startswith("transformers") else "torch_dtype"] = dtype

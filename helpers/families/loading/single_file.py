@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.errors import ModelError
 from helpers.families import family_facts
+from helpers.families.loading.components import silence_bars
 from helpers.families.loading.file_facts import FileFacts, facts_of, refuse_quantized, resolution_note, unread_note
 from helpers.families.loading.finite import require_finite
 from helpers.families.loading.folder import read_json
@@ -249,6 +250,7 @@ def _convert(
     import diffusers
     import torch
 
+    silence_bars()
     dtypes = _dtypes(header)
     together = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else "float32"  # which holds all others exactly
     chosen: dict[str, Any] = {"config": config} if config else {}
