@@ -13,7 +13,7 @@ from helpers.errors import ConfigError
 from helpers.families import FAMILIES
 from helpers.families.loading.file_facts import read_facts
 from helpers.families.loading.locate import locate, without_weights
-from helpers.families.loading.recognise import recognise
+from helpers.families.loading.recognize import recognize
 from helpers.methods import METHODS
 from helpers.methods.base_lora import BaseLora
 from helpers.methods.text_encoders import require_something_to_train
@@ -41,9 +41,9 @@ def resolve_base_model(config: Config, runtime: Runtime, report: Reporters) -> C
         config = dataclasses.replace(config, model=without_weights(config.model))
     axes = known_axes()
     if runtime.is_main:
-        recognise(config.family_name, config.model, config.cache)
+        recognize(config.family_name, config.model, config.cache)
     runtime.wait_for_everyone()
-    family = axes.families[recognise(config.family_name, config.model, config.cache)]
+    family = axes.families[recognize(config.family_name, config.model, config.cache)]
     if family.name != config.family_name:
         defaults = [f"{name} {show(value)}" for name, value in family.defaults.items() if name not in config.given]
         config = config.of_family(family)

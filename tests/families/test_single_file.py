@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.errors import ModelError
 from helpers.families.loading.file_facts import FileFacts, read_facts
-from helpers.families.loading.recognise import recognise
+from helpers.families.loading.recognize import recognize
 from helpers.families.miniatures.sdxl import SdxlSizes, write_sdxl
 from tests.families.conftest import CPU, Tried, family_name, open_family
 from tests.families.original_layout import write_single_file
@@ -225,7 +225,7 @@ def test_files_that_cannot_be_trained_are_refused_by_name(
 def refusal(path: Path, tmp_path: Path, config: Path | None = None, family: str = "sdxl") -> str:
     options = ModelOptions(pretrained_model_name_or_path=str(path), single_file_config=str(config) if config else None)
     with pytest.raises(ModelError) as caught:
-        recognise(family, options, dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
+        recognize(family, options, dataclasses.replace(CacheOptions(), cache_dir=tmp_path / "cache"))
     return str(caught.value)
 
 

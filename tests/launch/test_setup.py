@@ -54,7 +54,7 @@ def set_up(root: Path, *arguments: str, first: Path | None = None, **variables: 
         ("uname", "echo Darwin", "default"),
     ],
 )
-def test_the_machine_is_recognised_by_its_drivers(fresh: Path, tools: Path, tool: str, answer: str, backend: str) -> None:
+def test_the_machine_is_recognized_by_its_drivers(fresh: Path, tools: Path, tool: str, answer: str, backend: str) -> None:
     for other in ("nvidia-smi", "rocminfo"):
         command(tools, other, "exit 1")
     command(tools, tool, answer)

@@ -1,4 +1,4 @@
-"""The base model of a run: a folder in diffusers layout that was found, is of the right family and whole."""
+"""The base model of a run: a complete folder in diffusers layout, of the right family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.families.loading.finite import require_finite
 from helpers.families.loading.hashes import WeightsHashes
 from helpers.families.loading.integrity import settings_file
 from helpers.families.loading.locate import locate
-from helpers.families.loading.recognise import require_family
+from helpers.families.loading.recognize import require_family
 from helpers.storage.memo import Memo
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Reads the parts of a base model; no weights are loaded before `load`."""
+    """A base model whose files have been checked. Weights are only loaded by `load`."""
 
     name: str  # as the user named it
     folder: Path
@@ -57,7 +57,7 @@ class BaseModel:
         require_finite(weight_files(component, self.variant), self.hashes.memo)
 
     def config(self, component: str) -> Mapping[str, Any]:
-        """How a component is built; a scheduler's is its noise schedule."""
+        """The settings of a component; those of a scheduler are its noise schedule."""
         if component not in self.settings:
             self.settings[component] = files.read_settings(self.folder / component / settings_file(component))
         return self.settings[component]
@@ -67,7 +67,7 @@ class BaseModel:
         return self.hashes.hash_folders(*(self.folder / component for component in components))
 
     def load(self, kind: Any, component: str, dtype: Any) -> Any:
-        """A component of this class, in this precision, on the CPU; with None as it is built, without weights (on the meta device)."""
+        """A component of this class, in this precision, on the CPU. If `dtype` is None, without weights, on the meta device."""
         if dtype is None:
             return outline(kind, self.folder / component, self.variant)
         return load_component(kind, self.folder, component, dtype, self.variant)

@@ -1,4 +1,4 @@
-"""The parts of a model folder: whole or not, and loaded."""
+"""The components of a model folder: checking that they are complete, and loading them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALIGNMENT = 64  # bytes: a cache line, and what torch's own allocator gives on a
 
 
 def require_components(folder: Path, components: Sequence[str], variant: str | None = None, needs_weights: bool = True) -> None:
-    """Refuse a folder that lacks a part of the model, before hours are spent on the other parts."""
+    """Raises ModelError if a component is missing or incomplete, before hours are spent on the others."""
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise ModelError(f"The model in {folder} has no {', '.join(missing)} folder: it is incomplete or of another family.")
@@ -25,13 +25,13 @@ def require_components(folder: Path, components: Sequence[str], variant: str | N
 
 
 def component_problem(component: Path, variant: str | None, needs_weights: bool) -> str | None:
-    """What keeps a part of a model from being used, as one sentence."""
+    """The reason why a component cannot be used, as one sentence; None if it can."""
     problem = integrity.unreadable_settings(component) or weights_problem(component, variant)
     return problem or (_absent_weights(component, variant) if needs_weights else None)
 
 
 def weights_problem(component: Path, variant: str | None) -> str | None:
-    """What keeps the weights in a folder from being loaded, as one sentence; weights that are not there are no problem."""
+    """The reason why the weights in a folder cannot be loaded, as one sentence; None if they can, or if there are none."""
     wanted = weight_files(component, variant)
     if not wanted and any(component.glob("*.bin")) and not any(component.glob("*.safetensors")):
         return f"The weights in {component} are no .safetensors; convert them first, formats that run code are not opened."
@@ -39,7 +39,7 @@ def weights_problem(component: Path, variant: str | None) -> str | None:
 
 
 def _absent_weights(component: Path, variant: str | None) -> str | None:
-    """Which weights a network lacks, as one sentence; only a network has a config.json."""
+    """Which weights of a network are missing, as one sentence. (Only networks have a config.json.)"""
     if not (component / "config.json").is_file():
         return None
     wanted = weight_files(component, variant)
@@ -54,9 +54,9 @@ def _absent_weights(component: Path, variant: str | None) -> str | None:
 
 
 def weight_files(component: Path, variant: str | None) -> list[Path]:
-    """The .safetensors of a component that are loaded, behind the index that lists them where there is one; none where it has none.
+    """The .safetensors files of a component that `load_component` loads, after their index if there is one.
 
-    As `load_component` chooses them: the variant's, or else the plain ones.
+    These are the variant's files, or those without a variant. Empty if the component has no weights.
     """
     for kind in dict.fromkeys((f".{variant}" if variant else "", "")):
         for stem in WEIGHTS_STEMS:
@@ -77,7 +77,7 @@ def silence_bars() -> None:
 
 
 def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant: str | None) -> Any:
-    """A module by `from_pretrained`, in the dtype asked for; the plain weights when the variant's are not there."""
+    """A module by `from_pretrained`, in the given dtype. If the variant does not exist, the weights without a variant are loaded."""
     silence_bars()
     arguments = {"subfolder": subfolder, "local_files_only": True, "use_safetensors": True}
     # diffusers and transformers spell the argument differently.
@@ -97,9 +97,9 @@ def load_component(kind: Any, folder: Path, subfolder: str, dtype: Any, variant:
 
 
 def outline(kind: Any, component: Path, variant: str | None) -> Any:
-    """A module of diffusers without weights: names, shapes and kinds of its layers, for next to nothing.
+    """A module of diffusers without weights (on the meta device), which costs next to nothing.
 
-    Raises ModelError where the files of its weights, if there are any, have others. Only their headers are read.
+    Raises ModelError if the weight files, if there are any, do not match its names and shapes. Only their headers are read.
     """
     import torch
     from safetensors import safe_open
@@ -127,9 +127,9 @@ def _refuse_missing(component: Path, names: Iterable[str]) -> None:
 
 
 def _aligned(module: Any) -> Any:
-    """Move weights that lie at odd addresses, as views of a file do, to where torch itself would put them.
+    """Copy weights at unaligned addresses, such as views of a file, to where torch itself would allocate them.
 
-    Matrix kernels answer in other last bits for other alignments, and a resumed run must not depend on where its weights lie.
+    The last bits of a matrix product depend on the alignment, and a resumed run must not depend on the addresses of its weights.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.data_ptr() % ALIGNMENT:

@@ -1,4 +1,4 @@
-"""Finding a model: a folder in diffusers layout, local or fetched from the hub, and its settings."""
+"""Finding a model in diffusers layout, in a local folder or on the hub, and reading its settings."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ NO_CONNECTION = (
 
 
 def locate(name: str, revision: str | None = None, variant: str | None = None, without: tuple[str, ...] = ()) -> Path:
-    """The folder of a model, fetched from the hub unless `name` is a folder. Raises ModelError when it is neither.
+    """The folder of a model: `name` itself, or a download from the hub. Raises ModelError if it is neither.
 
-    Components of the classes in `without` are not fetched.
+    Components of the classes in `without` are not downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -120,9 +120,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def locate_component(option: str, name: str, component: str) -> Path:
-    """The folder of one part of a model that an option names: a folder, one with the part in it, or a name on the hub.
+    """The folder of a model's component that an option names: a folder, a folder that contains the component, or a name on the hub.
 
-    Raises ModelError, naming the option, when it is none of them.
+    Raises ModelError, naming the option, if it is none of them.
     """
     found = Path(name).expanduser()
     if found.is_dir():
@@ -131,9 +131,10 @@ def locate_component(option: str, name: str, component: str) -> Path:
 
 
 def fetch(option: str, name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The snapshot of a model on the hub, with the files that match in it; a commit as `revision` asks the hub no second time.
+    """Download the files of a model on the hub that match `patterns` => the folder of the snapshot.
 
-    Raises ModelError, naming the option, where the hub does not give them and the local cache has not got them.
+    If `revision` is a commit whose files are in the local cache, the hub is not asked. Raises ModelError, naming the option, if files are
+    neither on the hub nor in the local cache.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -159,11 +160,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """How a component is built, by its JSON file, and by its class where the file leaves something out.
+    """The settings of a component: its JSON file, and the defaults of its class for what the file does not contain.
 
-    Files of the first models name what their class did not have yet: the VAEs of Stable Diffusion 1 no scaling factor, their schedulers
-    no prediction type. What the classes of diffusers and transformers then take is what these models were trained with.
-    Raises ModelError naming the file when it is missing or broken.
+    Files of early models lack settings that were added to the classes later: the VAEs of Stable Diffusion 1 have no scaling factor, their
+    schedulers no prediction type. The defaults in diffusers and transformers are what these models were trained with.
+    Raises ModelError, naming the file, if it is missing or damaged.
     """
     settings = read_json(path)
     return {**_defaults(settings), **settings}

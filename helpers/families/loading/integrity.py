@@ -23,7 +23,7 @@ TABLES = (*VOCABULARIES, "merges.txt")
 
 
 def problem_with(path: Path) -> str | None:
-    """What keeps a file from being read; None for one that is there and, as JSON or safetensors, is whole."""
+    """The reason why a file cannot be read; None if it exists and, for JSON and safetensors, is complete."""
     if not path.is_file():
         return f"{path} is missing: {remedy(path)}."
     try:
@@ -54,7 +54,7 @@ def _disguise(start: bytes, is_weights: bool) -> str | None:
 
 
 def remedy(path: Path) -> str:
-    """How the user comes to a whole file: of the hub's cache some may just not have been fetched, as for a look at the data."""
+    """How to get a complete file. Files in the hub's cache may not have been downloaded yet, as after a dataset report."""
     from huggingface_hub import constants
 
     if "snapshots" in path.parts and constants.HF_HUB_OFFLINE:
@@ -63,7 +63,7 @@ def remedy(path: Path) -> str:
 
 
 def settings_file(component: str) -> str:
-    """The name of the file that says how a component is built."""
+    """The name of the file with a component's settings."""
     if component.endswith("scheduler"):
         return "scheduler_config.json"
     return "tokenizer_config.json" if component.startswith("tokenizer") else "config.json"

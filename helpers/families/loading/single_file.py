@@ -1,4 +1,4 @@
-"""A base model that is one .safetensors file in Stability AI's layout: made into a folder in diffusers layout, once."""
+"""A base model in one .safetensors file in Stability AI's layout, which is converted to a folder in diffusers layout once."""
 
 from __future__ import annotations
 
@@ -60,13 +60,12 @@ T5 = "text_encoder_3"  # may be left out
 
 
 def converted(path: Path, config: str | None, cache_dir: Path, with_t5: bool = True) -> Path:
-    """The folder that a single file was made into; made if it is not there. `config` is --single_file_config.
+    """The folder that a single file is converted to, unless that was done before. `config` is --single_file_config.
 
-    Without `with_t5` a T5 in a file of Stable Diffusion 3, the largest of its parts, is left out: another one is used.
-
-    Settings and tokenizers are not in such a file: they come from `config`, or from the model on the hub that diffusers takes the file
-    for. Text encoders that a file of Stable Diffusion 3 lacks come from `config` too; it does without T5 where that has none. Raises
-    ModelError when the file is no complete model of a known kind, or these cannot be had.
+    Such a file has no configs and tokenizers: they are those of `config`, or of the model on the hub that diffusers recognizes in the
+    file. Text encoders that a file of Stable Diffusion 3 does not contain are taken from `config` too; T5 may be missing in both. Without
+    `with_t5`, the file's T5, its largest part, is not converted, because another one is used.
+    Raises ModelError if the file is not a complete model of a known kind, or the other parts cannot be found.
     """
     if path.suffix.lower() != ".safetensors":
         raise ModelError(

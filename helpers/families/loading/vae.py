@@ -1,4 +1,4 @@
-"""The image codec of latent models: diffusers' AutoencoderKL, loaded when first needed and let go afterwards."""
+"""The image codec of latent models: diffusers' AutoencoderKL, loaded when first needed and released afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLASS = "AutoencoderKL"
 
 @dataclass(frozen=True)
 class Vae:
-    """Where the VAE of a run is and how it is used: the base model's own, or the one that the user named."""
+    """The VAE of a run and how it is used: the base model's own, or the one that the user named."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -69,7 +69,7 @@ class Vae:
         """Encodes and decodes on a device. Raises ModelError for fp16 with a VAE that overflows there."""
         dtype = self._dtype(device)
         facts = {"weights": self.base.hashes.hash_folders(self.folder), "dtype": str(dtype), "deviations": self.deviations}
-        facts["shift"], facts["scale"] = normalisation(self.config)
+        facts["shift"], facts["scale"] = normalization(self.config)
         if self.tiling:
             facts["tiling"] = True  # latents of large pictures differ a little
 
@@ -95,7 +95,7 @@ class Vae:
 
 
 class VaeSettings:
-    """Stands where a pipeline looks into the settings of its VAE and asks nothing else of it, since it is handed latents."""
+    """Takes the place of the VAE in a pipeline that gets latents, and so only reads the VAE's settings."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         from diffusers.configuration_utils import FrozenDict
@@ -104,16 +104,16 @@ class VaeSettings:
 
 
 def locate(name: str | None, base: BaseModel) -> Path:
-    """The folder of a VAE, of the base model where none is named."""
+    """The folder of the VAE with this name, or of the base model's own."""
     if not name:
         return base.folder / "vae"
     return folder.locate_component(OPTION, name, "vae")
 
 
-def normalisation(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Shift and scale of a VAE's latents by its config, one number for all channels or one for each.
+def normalization(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Shift and scale of a VAE's latents from its config, one number for all channels or one for each.
 
-    Where the config has the mean and standard deviation of each channel they count, as in diffusers' pipelines of SDXL.
+    A mean and standard deviation of each channel in the config take precedence, as in diffusers' SDXL pipelines.
     """
     scale = float(config.get("scaling_factor") or 1.0)
     shift = config.get("latents_mean") or [float(config.get("shift_factor") or 0.0)]
@@ -123,14 +123,14 @@ def normalisation(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
 class VaeCodec:
     """Pixels to scaled latents and back: latents = (z - shift) * scale, of unit variance for the network.
 
-    `load` gives the VAE in its precision; `fingerprint` is known without loading it. With `deviations` the standard deviation
-    of the posterior is encoded too, so that each step can draw its own sample from it.
+    `load` loads the VAE in its precision; `fingerprint` is known without loading it. With `deviations`, the standard deviation
+    of the posterior is encoded too, so that each step can sample from it.
     """
 
     def __init__(self, load: Callable[[], Any], config: dict[str, Any], fingerprint: str, device: torch.device, deviations: bool) -> None:
         self._load = load
         self._vae: Any = None
-        self.shift, self.scale = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation(config))
+        self.shift, self.scale = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalization(config))
         self.fingerprint = fingerprint
         self.device = device
         self.deviations = deviations
@@ -162,7 +162,7 @@ class VaeCodec:
 
 @contextmanager
 def released(holder: Any, device: torch.device) -> Iterator[Any]:
-    """Let the weights of a lazy encoder go at the end, whatever happened."""
+    """Release the weights of a lazily loaded encoder at the end, also after an error."""
     try:
         yield holder
     finally:

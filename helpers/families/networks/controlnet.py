@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from helpers.errors import ModelError
 from helpers.families.loading import components, folder
-from helpers.families.loading.vae import Vae, normalisation
+from helpers.families.loading.vae import Vae, normalization
 
 if TYPE_CHECKING:
     from helpers.config.options import ModelOptions
@@ -185,7 +185,7 @@ def controlled_transformer(denoiser: Any, start: Path | None, vae: Vae) -> Contr
         controlnet = _loaded(SD3ControlNetModel, start, denoiser.dtype)
         if controlnet.config.extra_conditioning_channels or controlnet.pos_embed is None or controlnet.context_embedder is None:
             raise ModelError(f"{OPTION}: {start} needs other inputs than an image and a caption. Only plain ControlNets can be trained.")
-    (shift,), (scale,) = normalisation(vae.config)
+    (shift,), (scale,) = normalization(vae.config)
     return ControlledTransformer(denoiser, nn.Module.to(controlnet, denoiser.dtype), shift * scale)
 
 

@@ -13,13 +13,13 @@ import pytest
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.errors import ModelError
 from helpers.families import family_facts
-from helpers.families.loading.recognise import family_of, recognise
+from helpers.families.loading.recognize import family_of, recognize
 from helpers.families.tiny import MINIATURES
 from tests.families.conftest import family_name, open_family
 
 
-def recognised(asked: str, model: Path) -> str:
-    return recognise(asked, dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model)), CacheOptions())
+def recognized(asked: str, model: Path) -> str:
+    return recognize(asked, dataclasses.replace(ModelOptions(), pretrained_model_name_or_path=str(model)), CacheOptions())
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def recognised(asked: str, model: Path) -> str:
 def test_a_base_model_is_of_the_family_of_its_wrapper_or_of_one_that_shares_it(
     name: str, wrapper: str, miniature: Callable[[str], Path]
 ) -> None:
-    assert recognised(wrapper, miniature(name)) == family_name(name)
+    assert recognized(wrapper, miniature(name)) == family_name(name)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_base_model_of_another_wrapper_is_refused_with_its_name(
     name: str, wrapper: str, said: str, miniature: Callable[[str], Path]
 ) -> None:
     with pytest.raises(ModelError) as caught:
-        recognised(wrapper, miniature(name))
+        recognized(wrapper, miniature(name))
     assert said in str(caught.value)
 
 
@@ -84,10 +84,10 @@ def test_every_pipeline_of_a_family_is_recognized_or_refused_with_its_command(na
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     for asked, facts in family_facts().items():
         if facts.command == family_facts()[name].command:
-            assert recognised(asked, tmp_path) == name
+            assert recognized(asked, tmp_path) == name
         else:
             with pytest.raises(ModelError, match=r"train it with \./train_\w+\.sh"):
-                recognised(asked, tmp_path)
+                recognized(asked, tmp_path)
 
 
 def test_no_model_index_belongs_to_two_families() -> None:
@@ -115,4 +115,4 @@ def test_a_pipeline_that_nothing_trains_is_named(miniature: Callable[[str], Path
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
     with pytest.raises(ModelError, match="has the pipeline StableDiffusionInpaintPipeline, which cannot be trained"):
-        recognised("sd2x", copy)
+        recognized("sd2x", copy)

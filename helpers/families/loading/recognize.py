@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from helpers.config.options import CacheOptions, ModelOptions
 
 
-def recognise(asked: str, options: ModelOptions, cache: CacheOptions) -> str:
+def recognize(asked: str, options: ModelOptions, cache: CacheOptions) -> str:
     """The name of the base model's family in the registry; downloads or converts the model if needed.
 
     It is `asked`, which the wrapper chose, or another family that the same command trains. Raises ModelError for any other family, with
