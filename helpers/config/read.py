@@ -20,7 +20,7 @@ from helpers.config.facts import Facts, FamilyFacts, family_problems, size_notes
 from helpers.config.optimizer_rules import optimizer_notes
 from helpers.config.options import SECTIONS, VARIABLES, WITHOUT_EFFECT
 from helpers.config.rules import impossible
-from helpers.config.settle import Chosen, chosen_method, settle, take_switches
+from helpers.config.settle import Chosen, chosen_method, layers_kept, settle, take_switches
 from helpers.config.sources import REPOSITORY, Options, Rank, Setting, from_extra_args, from_flags, from_preset, from_variables, strongest
 from helpers.errors import ConfigError
 
@@ -148,6 +148,7 @@ def _notes(axes: Axes, chosen: Chosen, choices: Sequence[tuple[str, Facts]], dat
     yield from without_effect(axes, chosen)
     yield from optimizer_notes(chosen)
     yield from _of_another_place(chosen)
+    yield from layers_kept(chosen)
     yield from data.notes
     yield from _size_notes(choices, data)
     yield from _variables_without_effect(env_file)

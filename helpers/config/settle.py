@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,20 @@ def _adapter(chosen: Chosen, problems: list[str]) -> None:
         if said.rank <= Rank.FAMILY:
             chosen[name] = Setting(value, f"from {start.value.name}", Rank.FAMILY)
         elif name in ("lora_rank", "lora_alpha") and found.differing:
-            problems.append(f"{said.origin}: the layers of {start.value} have {found.differing}, which they keep; leave {said.origin} out.")
+            if said.rank >= Rank.EXTRA_ARGS:  # from a variable it does nothing, and `layers_kept` says so
+                problems.append(f"{said.origin}: the layers of {start.value} have {found.differing}, which they keep; remove it.")
         elif said.value != value:
             problems.append(f"{said.origin} is {show(said.value)}, but {start.value} has {show(value)}; leave it out, or set it to that.")
+
+
+def layers_kept(chosen: Mapping[str, Setting]) -> Iterator[str]:
+    """Variables for rank and alpha that a file of --init_lora whose layers differ does not follow."""
+    start = chosen["init_lora"].value
+    said = [chosen[name].origin for name in ("lora_rank", "lora_alpha") if chosen[name].rank > Rank.FAMILY]
+    if start is None or chosen["model_type"].value != "lora" or not said:
+        return
+    if differing := read_lora_file(start).differing:
+        yield f"{' and '.join(said)} {'do' if len(said) > 1 else 'does'} nothing: the layers of {start} have {differing}, which they keep."
 
 
 def _min_snr(chosen: Chosen, problems: list[str]) -> None:

@@ -82,7 +82,9 @@ def test_layers_keep_the_ranks_and_alphas_that_they_have(tmp_path: Path, read: R
     path = kohya(tmp_path / "lora.safetensors", torch.tensor(2.0), **other)
     assert read(LORA, f"--init_lora={path}").adapter.lora_rank in (4, 8)
     said = refuse(LORA, f"--init_lora={path}", "--lora_rank=4")
-    assert said == f"--lora_rank: the layers of {path} have ranks 4 and 8 and alphas 1 and 2, which they keep; leave --lora_rank out."
+    assert said == f"--lora_rank: the layers of {path} have ranks 4 and 8 and alphas 1 and 2, which they keep; remove it."
+    [note] = read(LORA, f"--init_lora={path}", LORA_RANK="4", LORA_ALPHA="4").notes  # as example env files have them
+    assert note == f"LORA_RANK and LORA_ALPHA do nothing: the layers of {path} have ranks 4 and 8 and alphas 1 and 2, which they keep."
 
 
 @pytest.mark.parametrize(
