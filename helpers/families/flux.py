@@ -71,8 +71,8 @@ class Flux:
         wrapper="./train_flux.sh",
         pipelines=("FluxPipeline",),
         miniatures=(
-            Miniature("flux", "helpers.families.miniatures.flux:write_dev", kohya=True, learns_in=90, learns_to=0.1),
-            Miniature("flux_schnell", "helpers.families.miniatures.flux:write_schnell", kohya=True, learns_in=90, learns_to=0.1),
+            Miniature("flux", "helpers.families.miniatures.flux:write_dev", kohya=True, learns_in=50, learns_to=0.2),
+            Miniature("flux_schnell", "helpers.families.miniatures.flux:write_schnell", kohya=True, learns_in=50, learns_to=0.2),
         ),
         section=FluxOptions,
         options=frozenset({"tokenizer_max_length", "pretrained_t5_model_name_or_path"}),

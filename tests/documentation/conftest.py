@@ -21,6 +21,7 @@ PHOTOGRAPHS = ("coffee.jpg", "cat.webp", "camera.png")
 SDXL_ON_THE_HUB = "stabilityai/stable-diffusion-xl-base-1.0"
 REFINER_ON_THE_HUB = "stabilityai/stable-diffusion-xl-refiner-1.0"
 SD3_ON_THE_HUB = "stabilityai/stable-diffusion-3.5-medium"
+FLUX_ON_THE_HUB = "black-forest-labs/FLUX.1-dev"
 SD2_ON_THE_HUB = "stabilityai/stable-diffusion-2-1"
 HUNYUAN_ON_THE_HUB = "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"
 IF_ONE_ON_THE_HUB = "DeepFloyd/IF-I-XL-v1.0"
@@ -87,6 +88,7 @@ def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Miniatures in place of the models that the pages name."""
     from helpers.families.miniatures import deepfloyd as tiny_deepfloyd
+    from helpers.families.miniatures import flux as tiny_flux
     from helpers.families.miniatures import hunyuan_dit as tiny_hunyuan
     from helpers.families.miniatures import pixart as tiny_pixart
     from helpers.families.miniatures import sd as tiny_sd
@@ -98,6 +100,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         SDXL_ON_THE_HUB: tiny_sdxl.write_sdxl(folder / "sdxl"),
         REFINER_ON_THE_HUB: tiny_sd.write_sdxl_refiner(folder / "refiner"),
         SD3_ON_THE_HUB: tiny_sd3.write_sd3(folder / "sd3"),
+        FLUX_ON_THE_HUB: tiny_flux.write_dev(folder / "flux"),
         SD2_ON_THE_HUB: tiny_sd.write_sd2(folder / "sd2"),
         HUNYUAN_ON_THE_HUB: tiny_hunyuan.write_hunyuan_dit(folder / "hunyuan"),
         IF_ONE_ON_THE_HUB: tiny_deepfloyd.write_deepfloyd_1(folder / "if_one"),

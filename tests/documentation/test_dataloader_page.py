@@ -22,7 +22,17 @@ from helpers.data.plan.targets import ResolutionRule, target_size
 from tests.documentation.pages import ROOT, Page
 
 PAGE = Page.named("documentation/DATALOADER.md")
-PAGES = ("DATALOADER", "QUICKSTART", "QUICKSTART_SD2", "QUICKSTART_SD3", "SIGMA", "HUNYUAN_DIT", "DEEPFLOYD", "DREAMBOOTH")
+PAGES = (
+    "DATALOADER",
+    "QUICKSTART",
+    "QUICKSTART_SD2",
+    "QUICKSTART_SD3",
+    "QUICKSTART_FLUX",
+    "SIGMA",
+    "HUNYUAN_DIT",
+    "DEEPFLOYD",
+    "DREAMBOOTH",
+)
 BLOCKS = [block.text for name in PAGES for block in Page.named(f"documentation/{name}.md").blocks("json", "json5")]
 SAMPLES = [text for text in BLOCKS if text.startswith("[")]  # the others are settings of editors
 

@@ -16,6 +16,7 @@ from tests.documentation.conftest import Followed, new_reader
 from tests.documentation.pages import Page
 
 SD3 = Page.named("documentation/QUICKSTART_SD3.md")
+FLUX = Page.named("documentation/QUICKSTART_FLUX.md")
 SD2 = Page.named("documentation/QUICKSTART_SD2.md")
 REFINER = Page.named("documentation/REFINER.md")
 SIGMA = Page.named("documentation/SIGMA.md")
@@ -42,6 +43,27 @@ def test_the_quick_start_for_stable_diffusion_2_trains_a_lora_that_its_sample_lo
     assert (tmp_path / "rex.png").stat().st_size > 0
     exec(SD2.section("Zero terminal SNR").block("python"), names)
     assert names["pipeline"].scheduler.config.rescale_betas_zero_snr
+
+
+@pytest.mark.slow
+def test_the_quick_start_for_flux_trains_a_lora_that_its_sample_loads(
+    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = new_reader(tmp_path, models, "training/images", settings="flux-env.sh")
+    datasets = reader.home / "training" / "multidatabackend_flux.json"
+    assert f"`/home/user/training/{datasets.name}`" in FLUX.text
+    datasets.write_text(reader.own(FLUX.section("1. ").block("json")), encoding="utf-8")
+    copy, settings = (block.text for block in FLUX.section("2. ").blocks("bash"))
+    reader.type(copy)
+    reader.edit(settings)
+    said = reader.type(FLUX.section("3. ").block("bash"))
+    assert "weights in int8" in said and "finished   2 steps" in said
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(reader.own(FLUX.section("4. ").block("python")).replace("guidance_scale", "num_inference_steps=2, guidance_scale"), names)
+    assert names["pipeline"].transformer.peft_config, "no adapter was loaded"
+    assert (tmp_path / "rex.png").stat().st_size > 0
+    assert (reader.home / "training" / "models" / "pytorch_lora_weights.kohya.safetensors").is_file()
 
 
 @pytest.mark.slow
