@@ -112,6 +112,7 @@ GOLDEN: Mapping[str, GoldenRun] = {
     "sd3_flow": GoldenRun(
         "sd3", {**FULL, "model_family": "sd3", "weighting_scheme": "logit_normal", "flow_shift": 3, "sd3_caption_dropout": "apart"}
     ),
+    "flux_lora": GoldenRun("flux", {**LORA, "model_family": "flux", "tokenizer_max_length": 32, "flux_guidance": 1}),
     "pixart_lora": GoldenRun("pixart_sigma", {**LORA, "model_family": "pixart_sigma", "gradient_checkpointing": True}),
     "hunyuan_lokr": GoldenRun(
         "hunyuan_dit", {**LORA, "model_family": "hunyuan_dit", "lora_algorithm": "lokr", "loss": "huber", "huber_delta": 0.3}
