@@ -59,7 +59,7 @@ def _list(chosen: argparse.Namespace) -> int:
     found = list(_checkpoints(chosen.output_dir))
     for folder, reason in found:
         print(f"{folder.name:<32}{_size(folder):>12}  {reason or 'a checkpoint of this run'}")
-    print(f"{len(found)} checkpoint(s) in {chosen.output_dir}")
+    print(f"checkpoints in {chosen.output_dir}: {len(found)}")
     return WELL
 
 
@@ -86,7 +86,7 @@ def _clean(chosen: argparse.Namespace) -> int:
         print(f"{path.name:<48}{_size(path):>12}{'  deleted' if chosen.delete else ''}")
         if chosen.delete:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    print(f"{len(found)} file(s) and folder(s)" + ("" if chosen.delete or not found else "; --delete deletes them"))
+    print(f"files and folders: {len(found)}" + ("" if chosen.delete or not found else "; --delete deletes them"))
     if lock is not None:
         lock.close()
     return WELL

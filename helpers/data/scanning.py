@@ -70,7 +70,7 @@ class Scanner:
         try:
             catalogue = Catalogue(path)
             if damaged := catalogue.forget_damaged():
-                self._context.report.chapter("dataset", f"{path}: {damaged:,} row(s) were damaged; their files are read again")
+                self._context.report.chapter("dataset", f"{path}: damaged rows, whose files are read again: {damaged:,}")
         except DamagedDatabaseError as error:
             self._context.report.chapter("dataset", f"{error} It is built again.")
             remove_database(path)

@@ -56,7 +56,7 @@ class Records(Reporter):
         open_own(path, "a+b").close()  # refuses a link before anything is replaced
         kept = cut_back(path, step)
         if kept.unreadable:
-            self.notes.append(f"{path}: {kept.unreadable:,} unreadable line(s) removed")
+            self.notes.append(f"{path}: unreadable lines, removed: {kept.unreadable:,}")
         if path.name == METRICS and kept.steps < step:  # a step may have no row in samples.jsonl
             self.notes.append(f"{path} has no line for {step - kept.steps:,} of the {step:,} steps up to here")
         stream: FileIO = open_own(path, "a+b")  # type: ignore[assignment]  # unbuffered: a kill loses at most the last line

@@ -193,13 +193,11 @@ class Checkpointer:
         Never removes the checkpoint that was saved last, a link, or an older one that is incomplete. What cannot be removed is reported,
         and tried again the next time.
         """
-        limit = self.options.checkpoints_total_limit
-        if limit is None:
-            return
+        limit, folders = self.options.checkpoints_total_limit, [folder for folder in self._folders() if not folder.is_symlink()]
+        if limit is None or len(folders) <= limit:
+            return  # nothing would be removed, so none needs to be read
         kept = 0
-        for folder in self._folders():
-            if folder.is_symlink():
-                continue
+        for folder in folders:
             if kept < limit:
                 kept += self._is_intact(folder)
             elif folder.name != self._written and (folder / MANIFEST).is_file() and not self._is_kept_for_good(folder):

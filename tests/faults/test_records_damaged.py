@@ -40,7 +40,7 @@ def test_an_unreadable_line_is_left_out_and_counted(damage: bytes, tmp_path: Pat
     records.close()
     assert (tmp_path / METRICS).read_bytes() == line(1) + line(2)
     assert records.notes == [
-        f"{tmp_path / METRICS}: 1 unreadable line(s) removed",
+        f"{tmp_path / METRICS}: unreadable lines, removed: 1",
         f"{tmp_path / METRICS} has no line for 1 of the 3 steps up to here",
     ]
     (tmp_path / METRICS).write_bytes(damage)

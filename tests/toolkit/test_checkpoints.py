@@ -29,7 +29,7 @@ def test_list(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(output)]) == 0
     *rows, last = capsys.readouterr().out.splitlines()
     names = ["checkpoint-100", "checkpoint-40", "checkpoint-2", "damaged-checkpoint-60-2", "left-checkpoint-50"]
-    assert [row.split()[0] for row in rows] == names and last == f"5 checkpoint(s) in {output}"
+    assert [row.split()[0] for row in rows] == names and last == f"checkpoints in {output}: 5"
 
 
 def test_verify(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +45,7 @@ def test_verify(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_clean(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = there(output)
     assert main(["clean", str(output)]) == 0
-    assert there(output) == before and "3 file(s) and folder(s); --delete deletes them" in capsys.readouterr().out
+    assert there(output) == before and "files and folders: 3; --delete deletes them" in capsys.readouterr().out
     assert main(["clean", str(output), "--delete"]) == 0
     assert there(output) == [".lock", "checkpoint-100", "checkpoint-2", "checkpoint-40", "checkpoint-final"]
 
