@@ -12,6 +12,7 @@ from typing import Any
 from helpers.config.datasets import DatasetConfig, TextCacheConfig
 from helpers.config.libraries import lacking
 from helpers.config.shards import expanded, shard_problems
+from helpers.errors import quoted
 
 CAPTIONED_TYPES = ("huggingface", "webdataset")  # whose captions come with the images, unless the entry says otherwise
 
@@ -41,10 +42,20 @@ def _folder(folder: Path | None) -> Problems:
     if folder is None:
         return [("instance_data_dir", "is missing; name the folder of the images")]
     if not os.path.exists(folder):
-        return [("instance_data_dir", f"there is no folder {folder}; check the path")]
+        return [("instance_data_dir", f"there is no folder {quoted(folder)}; {_hint(folder)}")]
     if not os.path.isdir(folder):
-        return [("instance_data_dir", f"{folder} is a file; name the folder it is in")]
+        return [("instance_data_dir", f"{quoted(folder)} is a file; name the folder it is in")]
     return []
+
+
+def _hint(path: str | Path) -> str:
+    """What to do about a path that does not exist."""
+    text = str(path)
+    if any(letter in text for letter in "\t\n\r\b\f"):
+        return "in JSON, write each backslash twice, or write / instead"
+    if re.match(r"[A-Za-z]:[\\/]", text) and os.sep == "/":
+        return "paths of Windows are not known here; in WSL, C:\\ is /mnt/c/"
+    return "remove the blank at its end" if text != text.rstrip() else "check the path"
 
 
 def _library_rows(dataset: DatasetConfig, entry: Mapping[str, Any], base: Path) -> tuple[DatasetConfig, Problems]:
@@ -61,7 +72,7 @@ def _library_rows(dataset: DatasetConfig, entry: Mapping[str, Any], base: Path) 
     if os.path.exists(here):
         path = str(here)
     elif not _HUB_ID.fullmatch(path):
-        problems.append(("path", f"there is no folder {path}; check the path"))
+        problems.append(("path", f"there is no folder {quoted(path)}; {_hint(path)}"))
     return dataclasses.replace(_with_captions(dataset, entry), path=path), problems
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from helpers.errors import quoted
+
 
 def nearest(name: str, known: Iterable[str], *, similarity: float = 0.6) -> str | None:
     """The known name most like `name`, letter case aside; None when none is near."""
@@ -16,7 +18,7 @@ def nearest(name: str, known: Iterable[str], *, similarity: float = 0.6) -> str 
 def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """` (did you mean --lora_rank?)`, or nothing."""
     found = nearest(name, known)
-    return f" (did you mean {prefix}{found}?)" if found else ""
+    return f" (did you mean {prefix}{quoted(found)}?)" if found else ""
 
 
 def looks_misspelt(name: str, known: Iterable[str]) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from helpers.config.datasets import DatasetConfig
 from helpers.config.options.data import TABLES
+from helpers.errors import quoted
 
 
 def table_problems(dataset: DatasetConfig, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -23,7 +24,7 @@ def table_problems(dataset: DatasetConfig, entry: Mapping[str, Any]) -> Iterator
     for key, table in dataset.tables_in_use.items():
         path = dataset.instance_data_dir / Path(table.path).expanduser()  # an absolute path stays as it is
         if table.path and not os.path.isfile(path):
-            yield f"{key}.path", f"there is no file {path}; name it from the data set's folder, or from the root: /..."
+            yield f"{key}.path", f"there is no file {quoted(path)}; name it from the data set's folder, or from the root: /..."
 
 
 def caption_file_problems(dataset: DatasetConfig, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -35,7 +36,7 @@ def caption_file_problems(dataset: DatasetConfig, entry: Mapping[str, Any]) -> I
             yield "caption_extensions", f"names files beside images, and {dataset.type} has none; remove it"
     folder = dataset.caption_folder
     if folder is not None and not os.path.isdir(folder):
-        yield "caption_folder", f"there is no folder {folder}; check the path"
+        yield "caption_folder", f"there is no folder {quoted(folder)}; check the path"
     if folder is not None and dataset.instance_data_dir is not None and dataset.layout == "kohya":
         yield "caption_folder", 'cannot be used with "layout": "kohya"; put the captions beside the images'
 

@@ -24,6 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from helpers.errors import visible
 from helpers.protocols import Reporter, StepResult, ValidationImage
 
 INDENT = 11  # width of a chapter's title, in columns
@@ -55,7 +56,7 @@ class FailureReporter(Reporter):
         self.name = name
 
     def failed(self, reason: str) -> None:
-        print(f"{self.name}: {reason}", file=sys.stderr, flush=True)
+        print(visible(f"{self.name}: {reason}"), file=sys.stderr, flush=True)
 
 
 class Console(Reporter):
@@ -70,7 +71,7 @@ class Console(Reporter):
 
     def chapter(self, title: str, text: str) -> None:
         width = self.out.width if self.out.is_terminal else PLAIN_WIDTH
-        first, *more = textwrap.wrap(text, max(40, width - INDENT), break_long_words=False, break_on_hyphens=False) or [""]
+        first, *more = textwrap.wrap(visible(text), max(40, width - INDENT), break_long_words=False, break_on_hyphens=False) or [""]
         self.out.print(f"[bold]{title:<{INDENT}}[/bold]", end="")
         self.out.print("\n".join([first, *(" " * INDENT + line for line in more)]), markup=False)
 
@@ -116,7 +117,7 @@ class Console(Reporter):
         self._stop_bar()
         self.chapter("finished", f"{step:,} steps. Files:")
         for path in outputs:
-            self.out.print(f"  {path}", markup=False)
+            self.out.print(visible(f"  {path}"), markup=False)
 
     def failed(self, reason: str) -> None:
         self._stop_bar()

@@ -18,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.errors import visible
 from helpers.protocols import Reporter
 from helpers.storage.atomic import write_file
 
@@ -143,7 +144,9 @@ def page(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
     """The HTML page for the content of dataset_report.json and the thumbnails of its datasets, in any order."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+    )
     environment.filters["count"] = "{:,}".format
     environment.filters["percent"] = percent
     environment.filters["short"] = short
@@ -189,6 +192,11 @@ def _section(entry: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> Secti
 def _kinds(entry: Mapping[str, Any]) -> list[tuple[str, int]]:
     """The reasons why files are left out, with the number of files; the most frequent reason first."""
     return Counter(item["reason"].partition(":")[0] for item in entry["left_out"]).most_common()
+
+
+def _visible(value: object) -> object:
+    """What a template prints, with control characters of file names and captions as escapes. The page isolates bidirectional text."""
+    return visible(value, keep_marks=True) if type(value) is str else value
 
 
 def findings(entry: Mapping[str, Any]) -> Iterator[str]:

@@ -479,7 +479,7 @@ def test_captions_come_with_rows_and_tars_unless_something_else_is_asked_for(fol
 
 def test_a_library_that_is_not_there_is_named_with_its_remedy(write_data: Write, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data([ROWS])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "torch" else None)
     remedy = ".venv/bin/pip install -c constraints/pins.txt datasets"
     assert f"datasets[0].type: huggingface needs the library datasets; {remedy}" in refuse("--report_to=none")
 
@@ -716,3 +716,18 @@ def test_caption_files_are_named_by_ending_folder_and_key(read: Read, write_data
     assert any("caption_extensions does nothing" in note for note in read().notes)
     write_data([{**TARS, "caption_strategy": "json"}])
     assert "use textfile" in refuse()
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    {
+        "D:\new\train": r"there is no folder 'D:\new\train'; in JSON, write each backslash twice",
+        "images ": "there is no folder 'images '; remove the blank at its end",
+        "\x1b[2Jred": r"there is no folder '\x1b[2Jred'; check the path",
+        "\u202egpj": r"there is no folder '\u202egpj'; check the path",
+        "nowhere": "there is no folder nowhere; check the path",
+    }.items(),
+)
+def test_a_path_is_shown_so_that_its_fault_can_be_seen(path: str, shown: str, refuse: Refuse, write_data: Write) -> None:
+    write_data([{**IMAGES, "instance_data_dir": path}])
+    assert shown in refuse()

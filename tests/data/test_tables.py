@@ -236,9 +236,13 @@ def test_sizes_in_texts_are_numbers_and_captions_that_look_like_numbers_are_text
             b"id,description\na,b\nc,a cat, a mat\n",
             "t, line 3: 3 values for 2 columns; a value that contains a comma must be in dou",
         ),
-        ("csv", b'id,description\na,"b\n', "t, line 2 is not CSV: "),
-        ("csv", b"id,description\na,caf\xe9\n", "t is not UTF-8 after line"),
+        ("csv", b'id,description\na,"b\n', "t, line 2: the closing quote of a value is missing"),
+        ("csv", b"id,description\na,caf\xe9\n", "t, line 2 is not UTF-8; save the file as UTF-8."),
         ("jsonl", b'{"id": "a", "description": "x"}\n{"id": \n', "t, line 2 is not JSON: "),
+        ("csv", b'id,description\na,"two\nlines"\nb,caf\xe9\n', "t, line 4 is not UTF-8"),
+        ("csv", b'id,description\r\na,"two\r\nlines"\r\nb,"c"d\r\n', "t, line 4: text follows the closing quote"),
+        ("csv", b"id\rdescription\r", "t has no column 'description'"),
+        ("csv", b"id, description\na,b\n", r"t has no column 'description' \(did you mean ' description'\?\); it has id, ' description'"),
         ("jsonl", b'{"id": "a", "description": "caf\xe9"}', "t, line 1 is not UTF-8"),
         ("jsonl", b'{"id": "a"}\n[1]\n', r"t, line 2: \[1\] is not a JSON object"),
         ("jsonl", b'[{"id": "a", "description": "x"}, 7]', "t, element 2: 7 is not a JSON object"),
@@ -469,3 +473,13 @@ def test_a_table_made_without_regard_to_rotation_is_not_believed(catalogue: Cata
     store.write("new.jpg", rotated.getvalue())
     scan(store, rules(table, strategy="jsonl"), catalogue)
     assert told(catalogue)["050.jpg"][0] == Size(30, 40)
+
+
+def test_a_long_caption_in_csv_is_a_caption_and_a_longer_one_leaves_out_its_image(catalogue: Catalogue) -> None:
+    rows: Rows = [
+        {"id": name, "description": "word " * count, "width": 64, "height": 64} for name, count in (("a", 30_000), ("b", 300_000))
+    ]
+    store = MemoryBackend({**images("a.png", "b.png"), "t.csv": comma_separated(rows)})
+    table = replace(BOTH, path="t.csv", format="csv")
+    assert scan(store, rules(table, strategy="csv"), catalogue).used == 1
+    assert reasons(catalogue)["b.png"].startswith("caption too long: ")

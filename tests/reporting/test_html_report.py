@@ -79,6 +79,13 @@ def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
     assert text.count("data:image/jpeg;base64,") == 1
 
 
+def test_control_characters_of_file_names_are_escaped_on_the_page(tmp_path: Path) -> None:
+    left_out = [{"key": "\x1b[31mred.png", "reason": "unreadable: \x07 & <b>"}]
+    page = written(tmp_path, [entry(left_out=left_out)]).read_text(encoding="utf-8")
+    assert r"\x1b[31mred.png" in page and r"unreadable: \x07 &amp; &lt;b&gt;" in page
+    assert "\x1b" not in page and "\x07" not in page
+
+
 def test_conditioning_images_have_a_section_that_lists_what_has_no_image() -> None:
     left_out = [{"key": f"{EVIL}_{number}.png", "reason": "condition without an image"} for number in range(3)]
     report = {"datasets": [entry()], "conditions": [{"id": "edges", "found": 11, "used": 8, "left_out": left_out}]}

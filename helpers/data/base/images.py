@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import logging
 import warnings
 from collections.abc import Callable
 from typing import BinaryIO
@@ -64,6 +65,9 @@ _JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 # Pillow warns above its own limit, and refuses above twice that. `_open` applies ours before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Warnings about a file, such as damaged EXIF data, do not name it. What matters becomes an `ImageError` with its name.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\b")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # A compressed color profile may be larger than Pillow's limit of 1 MiB. Texts of any length are dropped by `_without_texts`.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
 

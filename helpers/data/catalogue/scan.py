@@ -43,7 +43,7 @@ from helpers.data.catalogue.masks import known_masks, problem_of_mask
 from helpers.data.catalogue.table_join import JoinedTable, join_tables
 from helpers.data.catalogue.tables import TableRule
 from helpers.data.plan.targets import ResolutionRule, unsuitable_size
-from helpers.errors import DataError, Interrupted, StorageError
+from helpers.errors import DataError, Interrupted, StorageError, quoted
 from helpers.storage.backend import RemoteSource, SourceBackend
 
 _BLOCK = 2048  # files read, or images judged, in one transaction: a kill loses at most these
@@ -523,7 +523,7 @@ def _nothing_left(backend: SourceBackend, rules: DatasetRules, catalogue: Catalo
     others = (catalogue.first_image(name) for role, name in rules.companions if first.reason.startswith(f"no {role}: "))
     names = "".join(f", but {other}, for example" if other else ", and no image at all" for other in others)
     sentence = (
-        f"dataset {dataset!r}: all {kinds.total():,} files in {backend.name} are left out ({counts}), such as {first.key}:"
+        f"dataset {dataset!r}: all {kinds.total():,} files in {backend.name} are left out ({counts}), such as {quoted(first.key)}:"
         f" {first.reason}{names}"
     )
     beside = catalogue.endings_beside_images(dataset) if rules.captions.reads_files else {}

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
@@ -14,11 +15,13 @@ from helpers.config.suggest import did_you_mean
 from helpers.data.base.images import MAX_JPEG_PIXELS
 from helpers.data.base.sample import Size
 from helpers.data.catalogue.captions import MAX_CAPTION_BYTES, clean, json_list
-from helpers.errors import DataError
+from helpers.errors import DataError, quoted
 from helpers.foreign_json import parse_json
 
 BLOCK = 8192  # rows in memory at a time
 _SHOWN_COLUMNS = 20  # column names in a message
+_LONGEST_VALUE = 16 * MAX_CAPTION_BYTES  # characters of a value in CSV; longer captions than the limit leave out their image
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 @dataclass(frozen=True)
@@ -125,41 +128,63 @@ def _parsed(data: bytes, where: str) -> Any:
 
 def _csv(stream: BinaryIO, rule: TableRule) -> Iterator[Block]:
     """CSV after RFC 4180, with column names in the first line. Separated by tabs instead of commas if the name ends in .tsv."""
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    reader = csv.reader(text, delimiter="\t" if rule.path.lower().endswith(".tsv") else ",", strict=True)
+    csv.field_size_limit(_LONGEST_VALUE)
+    reader = csv.reader(_csv_lines(stream, rule.path), delimiter="\t" if rule.path.lower().endswith(".tsv") else ",", strict=True)
+    started = 1  # the line in which the row being read starts
     try:
         heading = next(reader, [])
         _require_columns(heading, rule)
         places = [heading.index(name) for name in rule.columns]
-        rows = _csv_rows(reader, len(heading), rule)
-        while block := list(itertools.islice(rows, BLOCK)):
-            yield [[row[place] for row in block] for place in places]
+        rows: list[list[str]] = []
+        started = reader.line_num + 1
+        for row in reader:
+            if row and len(row) != len(heading):
+                raise DataError(
+                    f"{quoted(rule.path)}, line {started}: {len(row)} values for {len(heading)} columns;"
+                    " a value that contains a comma must be in double quotes."
+                )
+            started = reader.line_num + 1
+            rows += [row] if row else []
+            if len(rows) == BLOCK:
+                yield [[row[place] for row in rows] for place in places]
+                rows = []
+        yield [[row[place] for row in rows] for place in places]
     except csv.Error as error:
-        raise DataError(f"{rule.path}, line {reader.line_num} is not CSV: {error}.") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{rule.path} is not UTF-8 after line {reader.line_num}; save it as UTF-8.") from None
+        raise DataError(f"{quoted(rule.path)}, line {started}: {_csv_problem(str(error))}.") from None
 
 
-def _csv_rows(reader: Any, columns: int, rule: TableRule) -> Iterator[list[str]]:
-    """The rows that are not empty. DataError if one does not have as many values as there are columns."""
-    for row in reader:
-        if row and len(row) != columns:
-            raise DataError(
-                f"{rule.path}, line {reader.line_num}: {len(row)} values for {columns} columns;"
-                " a value that contains a comma must be in double quotes."
-            )
-        if row:
-            yield row
+def _csv_lines(stream: BinaryIO, path: str) -> Iterator[str]:
+    """The lines of a text, with their ends. DataError with the number of the first line that is not UTF-8."""
+    number = 0
+    for data in stream:
+        try:
+            text = data.decode("utf-8-sig" if not number else "utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"{quoted(path)}, line {number + 1} is not UTF-8; save the file as UTF-8.") from None
+        for line in _LINE.findall(text):
+            number += 1
+            yield line
+
+
+def _csv_problem(error: str) -> str:
+    """What Python's csv module found, in words for the user."""
+    if error.startswith("field larger"):
+        return f"a value has more than {_LONGEST_VALUE:,} characters; probably its closing quote is missing"
+    if error.startswith("unexpected end of data"):
+        return "the closing quote of a value is missing"
+    if "expected after" in error:
+        return 'text follows the closing quote of a value; write a quote inside a quoted value twice: ""'
+    return f"not CSV: {error}"
 
 
 def _require_columns(found: Sequence[str], rule: TableRule) -> None:
     """DataError unless every column to read is there exactly once."""
     if len(found) == 1 and ";" in found[0]:  # as spreadsheets write it in countries with decimal commas
-        raise DataError(f"{rule.path} separates columns with semicolons ({found[0]}); save it with commas.")
+        raise DataError(f"{rule.path} separates columns with semicolons ({quoted(found[0])}); save it with commas.")
     for name in rule.columns:
         if name not in found:
-            named = ", ".join(found[:_SHOWN_COLUMNS]) + (", ..." if len(found) > _SHOWN_COLUMNS else "")
-            raise DataError(f"{rule.path} has no column {name!r}{did_you_mean(name, found)}; it has {named or 'none'}.")
+            named = ", ".join(map(quoted, found[:_SHOWN_COLUMNS])) + (", ..." if len(found) > _SHOWN_COLUMNS else "")
+            raise DataError(f"{quoted(rule.path)} has no column {name!r}{did_you_mean(name, found)}; it has {named or 'none'}.")
         if found.count(name) > 1:
             raise DataError(f"{rule.path} has {found.count(name)} columns {name!r}; rename all but one.")
 

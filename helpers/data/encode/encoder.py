@@ -26,7 +26,7 @@ from helpers.data.order.epoch_order import MicroBatch, OrderStart
 from helpers.data.order.steps import Steps
 from helpers.data.planned import PlannedData
 from helpers.data.settings import DataContext
-from helpers.errors import DataError, Interrupted
+from helpers.errors import DataError, Interrupted, quoted
 
 POLL_SECONDS = 0.05  # between two looks for what another process encodes
 SHARE_SECONDS = 2.0  # until what has been encoded is visible to other processes
@@ -207,7 +207,7 @@ class LatentEncoder:
             return self._wait_for(latents, row)
         except DamagedRecordError as error:
             sample = self._data.sample(row)
-            log.warning("%s, that of %s/%s; it is encoded again.", error, sample.dataset, sample.key)
+            log.warning("%s, that of %s/%s; it is encoded again.", error, sample.dataset, quoted(sample.key))
         with self._repairing:
             if not self._repair(latents, row):
                 raise DataError(
