@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helpers.config.options import AdapterOptions
+from helpers.config.options import AdapterOptions, TextEncoderOptions
 from helpers.methods.lora import Lora
+from helpers.methods.text_encoders import add_text_encoders
+from helpers.protocols import can_train_text_encoders
 from tests.families.conftest import Tried, family_name, open_family
 from tests.families.test_exports import changed, everywhere
 
@@ -80,18 +83,60 @@ TABLES = {
     "hunyuan_dit": HUNYUAN_DIT,
     "hunyuan_dit_11": HUNYUAN_DIT,
 }
-KINDS = {"alpha twice the rank": {"lora_alpha": 8.0}, "rsLoRA": {"lora_alpha": 3.0, "use_rslora": True}}
+KINDS: dict[str, dict[str, Any]] = {"alpha twice the rank": {"lora_alpha": 8.0}, "rsLoRA": {"lora_alpha": 3.0, "use_rslora": True}}
 
 
-def read_by_the_rules(path: Path) -> dict[str, Tensor]:
-    """The change of each layer, by its name after `lora_unet_`."""
+# Of U-Nets: names as files of kohya's scripts have them (https://github.com/Comfy-Org/ComfyUI/issues/6397), those of text encoders with
+# `lora_te`. The miniature has one layer a block, where SDXL has two: its input block 3 is SDXL's 4.
+UNET = "transformer_blocks_0_attn1_to_q", "transformer_blocks.0.attn1.to_q"
+TEXT = "text_model_encoder_layers_0_self_attn_q_proj", "encoder.layers.0.self_attn.q_proj"
+WITH_TEXT: dict[str, dict[str, tuple[str, str]]] = {
+    "sd1": {
+        f"lora_unet_down_blocks_0_attentions_0_{UNET[0]}": ("unet", f"down_blocks.0.attentions.0.{UNET[1]}"),
+        f"lora_te_{TEXT[0]}": ("text_encoder", TEXT[1]),
+    },
+    "sdxl": {
+        f"lora_unet_input_blocks_3_1_{UNET[0]}": ("unet", f"down_blocks.1.attentions.0.{UNET[1]}"),
+        f"lora_te1_{TEXT[0]}": ("text_encoder", TEXT[1]),
+        f"lora_te2_{TEXT[0]}": ("text_encoder_2", TEXT[1]),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_text_encoders_get_the_trained_change_too(name: str, kind: str, miniature: Callable[[str], Path], tmp_path: Path) -> None:
+    family = open_family(family_name(name), miniature(name), tmp_path / "cache")
+    assert can_train_text_encoders(family)
+    parts = family.load(torch.float32)
+    add_text_encoders(parts, family, TextEncoderOptions(), torch.float32, freezes=False)
+    method = Lora(dataclasses.replace(AdapterOptions(), lora_rank=4, **KINDS[kind]), family)
+    trainable = changed(method.attach(parts), 0.05)
+    found = read_by_the_rules(method.save(trainable, tmp_path / "out")[1], "")
+    networks = {"unet": trainable.denoiser, **trainable.text_encoders}
+    layers = {
+        (role, place.removeprefix("text_model.")): layer.get_delta_weight("default").detach().flatten(1)
+        for role, network in networks.items()
+        for place, layer in network.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    assert len(found) == len(layers)
+    for layer, place in WITH_TEXT[name].items():
+        assert (found[layer] - layers[place]).norm() <= 1e-5 * layers[place].norm(), layer
+    assert sum(change.square().sum().item() for change in found.values()) == pytest.approx(
+        sum(change.square().sum().item() for change in layers.values()), rel=1e-5
+    )
+
+
+def read_by_the_rules(path: Path, prefix: str = "lora_unet_") -> dict[str, Tensor]:
+    """The change of each layer, by its name after the prefix."""
     stored = load_file(path)
     layers = {name.partition(".")[0] for name in stored}
-    assert all(layer.startswith("lora_unet_") for layer in layers)
+    assert all(layer.startswith(prefix) for layer in layers)
     changes = {}
     for layer in layers:
         up, down = stored[f"{layer}.lora_up.weight"], stored[f"{layer}.lora_down.weight"]
-        changes[layer.removeprefix("lora_unet_")] = stored[f"{layer}.alpha"] / down.shape[0] * (up.flatten(1) @ down.flatten(1))
+        changes[layer.removeprefix(prefix)] = stored[f"{layer}.alpha"] / down.shape[0] * (up.flatten(1) @ down.flatten(1))
     return changes
 
 
@@ -122,8 +167,8 @@ def test_each_layer_gets_the_trained_change(name: str, kind: str, miniature: Cal
             parts.append(torch.cat(change.chunk(2)[::-1]) if module.startswith("~") else change)
         expected = torch.cat(parts)
         assert (found[layer] - expected).norm() <= 1e-5 * expected.norm(), layer
-    assert sum(change.square().sum() for change in found.values()).item() == pytest.approx(
-        sum(layer.get_delta_weight("default").square().sum() for layer in layers.values()).item(), rel=1e-5
+    assert sum(change.square().sum().item() for change in found.values()) == pytest.approx(
+        sum(layer.get_delta_weight("default").square().sum().item() for layer in layers.values()), rel=1e-5
     )  # no layer is left out
     stored = load_file(files["pytorch_lora_weights.safetensors"])
     assert all(torch.equal(stored[f"transformer.{place}.lora_B.weight"], layer.lora_B["default"].weight) for place, layer in layers.items())
