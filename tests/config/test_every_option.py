@@ -31,12 +31,14 @@ SAMPLES = {
     "write_batch_size": "8",
     "init_lora": "data.json",  # read only where a LoRA is trained
     "lora_layers": "data.json",
+    "base_lora": "data.json",
     "freeze_encoder_strategy": "before",
     "eval_dataset_id": "pictures",
 }
 # Other settings that a value needs beside it.
 COMPANIONS = {
     ("pretrained_t5_model_name_or_path", "some text"): ("--model_family=sd3",),
+    ("base_lora", "data.json"): ("--model_type=lora",),
     ("controlnet", "true"): ("--data_backend_config=conditioned.json",),
     ("resolution_type", "pixel"): ("--resolution=512",),
     ("maximum_image_size", "0.05"): ("--target_downsample_size=0.05",),
