@@ -105,7 +105,7 @@ def _bucket_size(name: str, size: Any, alignment: int, rounding: int) -> BucketS
     if aspect is None:
         raise ValueError("is no aspect; write width / height as a number in quotes")
     if not 1 / LARGEST_ASPECT <= aspect <= LARGEST_ASPECT:
-        raise ValueError(f"is no aspect of a picture; width / height is between {1 / LARGEST_ASPECT:g} and {LARGEST_ASPECT}")
+        raise ValueError(f"is not an aspect ratio of an image; width / height is between {1 / LARGEST_ASPECT:g} and {LARGEST_ASPECT}")
     if round(aspect, rounding) != aspect:
         raise ValueError(f"has more than {rounding} decimals and would fit no bucket; round it, or raise --aspect_bucket_rounding")
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(edge, int) and not isinstance(edge, bool) for edge in size)):

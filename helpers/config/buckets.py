@@ -73,7 +73,7 @@ def keys_without_a_bucket(entry: Entry, said: Mapping[str, Any]) -> Iterator[tup
 def caches_inside_images(data: DataConfig) -> Iterator[str]:
     """Sentences about caches in buckets that would be written below the prefix of images."""
     written: list[tuple[str, Entry, str | None]] = [
-        *((f"data set {dataset.id!r}, cache_dir_vae", dataset, dataset.latents_prefix) for dataset in data.datasets),
+        *((f"dataset {dataset.id!r}, cache_dir_vae", dataset, dataset.latents_prefix) for dataset in data.datasets),
         *((f"text_embeds {text.id!r}, aws_data_prefix", text, text.aws_data_prefix) for text in data.text_caches),
     ]
     for what, entry, prefix in written:
@@ -82,7 +82,7 @@ def caches_inside_images(data: DataConfig) -> Iterator[str]:
             same_bucket = (entry.aws_bucket_name, entry.aws_endpoint_url) == (dataset.aws_bucket_name, dataset.aws_endpoint_url)
             if entry.type == dataset.type == "aws" and prefix and same_bucket and _as_folder(prefix).startswith(images):
                 place = f"below {images}" if images else "the whole bucket: give it an aws_data_prefix"
-                yield f"{what}: {prefix} is inside the images of data set {dataset.id!r} ({place}), which are never written to."
+                yield f"{what}: {prefix} is inside the images of dataset {dataset.id!r} ({place}), which are never written to."
 
 
 def _as_folder(prefix: str | None) -> str:

@@ -71,7 +71,7 @@ class Config:
 
     @property
     def conditioning(self) -> tuple[DatasetConfig, ...]:
-        """The data sets of conditions that are in use."""
+        """The datasets of conditions that are in use."""
         return tuple({of.id: of for dataset in self.datasets if (of := dataset.condition) is not None}.values())
 
     @property
@@ -169,7 +169,7 @@ class Config:
 
 
 def _entry(entry: Entry | TableConfig | JsonCaptionConfig) -> dict[str, Any]:
-    """The effective keys of a data set or a table; those without effect or not available yet say nothing and are left out."""
+    """The effective keys of a dataset or a table; those without effect or not available yet say nothing and are left out."""
     return dict(_telling(entry))
 
 

@@ -1,4 +1,4 @@
-"""The dataloader JSON -> data sets, with every mistake named by entry, key, file and line."""
+"""The dataloader JSON -> datasets, with every mistake named by entry, key, file and line."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ _KINDS: dict[type, str] = {
 
 
 def read_dataloader(path: Path, options: Mapping[str, Any], base: Path | None = None) -> DataConfig:
-    """Read the data sets of a dataloader JSON.
+    """Read the datasets of a dataloader JSON.
 
-    `options` are the effective options by name, which data sets fall back to; relative paths are taken from `base`, or mean the
+    `options` are the effective options by name, which datasets fall back to; relative paths are taken from `base`, or mean the
     caller's directory. Mistakes are returned in `problems`, never raised.
     """
     try:
@@ -61,7 +61,7 @@ def read_dataloader(path: Path, options: Mapping[str, Any], base: Path | None = 
     except ConfigError as error:
         return DataConfig(problems=tuple(error.problems))
     if not isinstance(document.value, list):
-        return DataConfig(problems=(f"{path}: holds {_described(document.value)}; it must be a list of data sets: [{{...}}, ...].",))
+        return DataConfig(problems=(f"{path}: holds {_described(document.value)}; it must be a list of datasets: [{{...}}, ...].",))
     reader = _Entries(document, options, base)
     return reader.read()
 
@@ -105,7 +105,7 @@ class _Entries:
         self.notes += size_option_notes(self.options, [dataset for _, dataset in complete_sets])
         self._used_maps([dataset for _, dataset in complete_sets])
         if not datasets and not self.problems:
-            self.problems.append(f"{self.document.path}: has no enabled image data set; add one with an instance_data_dir.")
+            self.problems.append(f"{self.document.path}: has no enabled image dataset; add one with an instance_data_dir.")
         # What stands in for a value that could not be read would be judged with the others, and told as a second mistake.
         unread = {index for index, _ in self.unread}
         readable = tuple(dataset for index, dataset in complete_sets if index not in unread)
@@ -319,7 +319,7 @@ class _Entries:
         if dataset.resize_filter != "lanczos":
             self._problem(index, "resize_filter", 'is for conditioning sets; put it into the one that "conditioning_data" names')
         if trained and dataset.conditioning_data is None and (index, "conditioning_data") not in self.unread:
-            what = "is missing; with --controlnet each data set names the entry of dataset_type conditioning that holds what to follow"
+            what = "is missing; with --controlnet each dataset names the entry of dataset_type conditioning that holds what to follow"
             self._problem(index, "conditioning_data", what)
         condition, mask = (self._named(index, dataset, kind, companions) for kind in NAMED_BY)
         if condition is not None and not trained:
@@ -361,13 +361,13 @@ class _Entries:
         for index, entry in companions:
             key = NAMED_BY[entry.dataset_type]
             if entry.id and entry.id not in {getattr(dataset, key) for dataset in datasets}:
-                self.notes.append(f"{self.document.path.name}: datasets[{index}] does nothing: no data set's {key} names it.")
+                self.notes.append(f"{self.document.path.name}: datasets[{index}] does nothing: no dataset's {key} names it.")
 
     def _sizes(self, index: int, dataset: DatasetConfig) -> DatasetConfig:
-        """The data set with the sizes that are not its own in its own unit, and with those of the user's file."""
+        """The dataset with the sizes that are not its own in its own unit, and with those of the user's file."""
         entry = self.document.value[index]
         if dataset.resolution_type != self.options["resolution_type"]:
-            # The options' numbers are in the options' unit, which is not this data set's.
+            # The options' numbers are in the options' unit, which is not this dataset's.
             foreign: dict[str, Any] = {name: None for name in IN_THE_UNIT if name not in entry}
             dataset = dataclasses.replace(dataset, **foreign)
         self.notes += [f"{self.document.path.name}: datasets[{index}].{note}." for note in size_notes(entry, dataset)]
@@ -376,7 +376,7 @@ class _Entries:
             if path is None:
                 return dataset
             if dataset.resolution_type != "area":
-                self.notes.append(f"{path} does nothing for data set {dataset.id!r}: only sizes of resolution_type area have such a file.")
+                self.notes.append(f"{path} does nothing for dataset {dataset.id!r}: only sizes of resolution_type area have such a file.")
                 return dataset
             sizes = read_map(path, dataset.aspect_bucket_alignment, dataset.aspect_bucket_rounding)
             return dataclasses.replace(dataset, bucket_sizes=sizes)
@@ -389,7 +389,7 @@ class _Entries:
         for path, resolution in maps_in(self.options["output_dir"]).items():
             if resolution not in resolutions:
                 present = ", ".join(f"{size:g}" for size in sorted(resolutions))
-                self.notes.append(f"{path} does nothing: no data set has the resolution in its name, only {present}.")
+                self.notes.append(f"{path} does nothing: no dataset has the resolution in its name, only {present}.")
 
     def _require_id(self, index: int, entry: Entry) -> None:
         if not entry.id and (index, "id") not in self.unread:
@@ -412,11 +412,11 @@ class _Entries:
             return
         silent = [index for index, dataset in datasets if dataset.probability == 0]
         if len(silent) == len(datasets):
-            self._problem(silent[0], "probability", "is 0 here and in every other data set; give one of them more")
+            self._problem(silent[0], "probability", "is 0 here and in every other dataset; give one of them more")
         elif all(dataset.ignore_epochs for _, dataset in datasets):
-            self._problem(datasets[0][0], "ignore_epochs", "is true in every data set, so that no epoch would end; leave it out of one")
+            self._problem(datasets[0][0], "ignore_epochs", "is true in every dataset, so that no epoch would end; leave it out of one")
         elif all(dataset.ignore_epochs or dataset.probability == 0 for _, dataset in datasets):
-            self._problem(silent[0], "probability", "is 0 in every data set without ignore_epochs, so that no epoch would end; raise one")
+            self._problem(silent[0], "probability", "is 0 in every dataset without ignore_epochs, so that no epoch would end; raise one")
         for index, dataset in datasets:
             if dataset.ignore_epochs and dataset.probability == 0 and len(silent) < len(datasets):
                 self._problem(
@@ -425,7 +425,7 @@ class _Entries:
 
     def _something_to_learn(self, datasets: list[tuple[int, DatasetConfig]]) -> None:
         if datasets and all(dataset.is_regularisation_data for _, dataset in datasets):
-            what = "is true in every data set, so that there is nothing to learn; leave it out of the set to train on"
+            what = "is true in every dataset, so that there is nothing to learn; leave it out of the set to train on"
             self._problem(datasets[0][0], "is_regularisation_data", what)
 
     def _problem(self, index: int, key: str, what: str) -> None:
@@ -487,7 +487,7 @@ def _described(raw: Any) -> str:
 
 
 def _entry_name(kind: type[Entry]) -> str:
-    return "a text_embeds entry" if kind is TextCacheConfig else "an image data set"
+    return "a text_embeds entry" if kind is TextCacheConfig else "an image dataset"
 
 
 def _elsewhere(key: str, kind: type[Entry], spelling: Mapping[str, Option]) -> str:

@@ -1,4 +1,4 @@
-"""One data set of the dataloader JSON: every key declared once, with the option it falls back to."""
+"""One dataset of the dataloader JSON: every key declared once, with the option it falls back to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Entry:
     id: str = option("", "Name of the entry, unique in the file. Required.", default_text="required")
     type: str = option(
         "local",
-        "Where it is kept: a local folder, a bucket of an S3-compatible store (aws), a Hugging Face data set, or webdataset tars.",
+        "Where it is kept: a local folder, a bucket of an S3-compatible store (aws), a Hugging Face dataset, or webdataset tars.",
         choices=("local", "aws", "huggingface", "webdataset"),
     )
     dataset_type: str = option(
@@ -56,7 +56,7 @@ class TextCacheConfig(Entry):
     """An entry of type text_embeds: where embeddings of captions are kept."""
 
     cache_dir: Path = option(None, "Folder of the embeddings.", default_text="--cache_dir_text")
-    default: bool = option(False, "Used by data sets that name no text_embeds entry; a single entry is the default.")
+    default: bool = option(False, "Used by datasets that name no text_embeds entry; a single entry is the default.")
     caption_filter_list: tuple[str, ...] = option(
         (), "What to remove from or replace in captions: a list of lines, or the path of a .json or .txt file that holds them."
     )
@@ -70,7 +70,7 @@ class TableConfig:
     """The keys of `parquet`, `jsonl` and `csv`: a table of captions and sizes. Only the columns that are needed must be there."""
 
     path: str = option(
-        "", "The table: a path inside the data set's folder, or from the root of this machine. Required.", default_text="required"
+        "", "The table: a path inside the dataset's folder, or from the root of this machine. Required.", default_text="required"
     )
     filename_column: str = option(None, "The file each row is about.", inherits="parquet_filename_column")
     identifier_includes_extension: bool | None = option(
@@ -78,8 +78,8 @@ class TableConfig:
     )
     caption_column: str = option(None, "Captions.", inherits="parquet_caption_column")
     fallback_caption_column: str | None = option(None, "Captions where that column is empty.")
-    width_column: str = option("width", "Width in pixels of the picture as shown.")
-    height_column: str = option("height", "Height in pixels of the picture as shown.")
+    width_column: str = option("width", "Width in pixels of the image as it is shown.")
+    height_column: str = option("height", "Height in pixels of the image as it is shown.")
     aspect_ratio_column: str | None = option(None, "Aspect ratios.", does_nothing="they follow from width and height")
     luminance_column: str | None = option(None, "Luminance.", does_nothing="nothing is chosen by it")
 
@@ -198,7 +198,7 @@ class DatasetConfig(Entry):
     is_regularisation_data: bool = option(
         False, "It is there to keep what the model can do, and counts by its loss_weight: a run needs another set to learn from."
     )
-    metadata_backend: str = option("json", "Where sizes come from: the pictures themselves (json), or a table.", choices=("json", *TABLES))
+    metadata_backend: str = option("json", "Where sizes come from: the images themselves (json), or a table.", choices=("json", *TABLES))
     parquet: TableConfig | None = option(None, "Parquet table of captions or sizes.")
     jsonl: TableConfig | None = option(None, "The same as JSON lines.")
     csv: TableConfig | None = option(None, "The same as comma-separated values.")
@@ -206,7 +206,7 @@ class DatasetConfig(Entry):
         False, "Draw random cuts and mirroring anew for each epoch, and encode them while the epoch before is trained."
     )
     conditioning_data: str | None = option(
-        None, "With --controlnet: id of the entry of dataset_type conditioning with a picture of the same name for each image."
+        None, "With --controlnet: id of the entry of dataset_type conditioning with a conditioning image of the same name for each image."
     )
     mask_data: str | None = option(
         None,
@@ -216,16 +216,16 @@ class DatasetConfig(Entry):
     mask_outside_weight: float = option(0.0, "Loss weight of what the mask leaves black; white has 1.", at_least=0, at_most=1)
     resize_filter: str = option(
         "lanczos",
-        "In a conditioning set, how its pictures are resized: smoothly, or so that no new colours arise (nearest), for maps of labels.",
+        "In a conditioning set, how its images are resized: smoothly, or so that no new colors arise (nearest), for maps of labels.",
         choices=("lanczos", "nearest"),
     )
     path: str | None = option(
         None,
-        "Folder or file of a Hugging Face data set, or its id where the hub's cache holds it. Required.",
+        "Folder or file of a Hugging Face dataset, or its id where the hub's cache holds it. Required.",
         default_text="required",
         of_type="huggingface",
     )
-    split: str | None = option(None, "Split of the Hugging Face data set.", default_text="the only one, or `train`", of_type="huggingface")
+    split: str | None = option(None, "Split of the Hugging Face dataset.", default_text="the only one, or `train`", of_type="huggingface")
     image_column: str | None = option(None, "Its column of images.", default_text="`image`, `img`, `jpg` or `png`", of_type="huggingface")
     caption_column: str | None = option(
         None, "Its column of captions.", default_text="`caption`, `text` or `prompt`", of_type="huggingface"
@@ -237,7 +237,7 @@ class DatasetConfig(Entry):
         one_or_many=True,
         of_type="webdataset",
     )
-    disable_validation: bool = option(False, "Begin no validation picture with one of it.")
+    disable_validation: bool = option(False, "Start no image-to-image validation from its images.")
     preserve_data_backend_cache: bool = option(
         None,
         "Once it was listed, take it to be as it was and do not list it again.",
@@ -313,7 +313,7 @@ class DatasetConfig(Entry):
 
     @property
     def folder(self) -> Path | None:
-        """The folder that is all of this data set, and so is never written to; None where there is none on this machine."""
+        """The folder that is all of this dataset, and so is never written to; None where there is none on this machine."""
         if self.type == "huggingface":
             return Path(self.path) if self.path and Path(self.path).is_dir() else None
         return self.instance_data_dir
@@ -331,7 +331,7 @@ class DataConfig:
 
 
 def alignment(resolution: float, resolution_type: str) -> int:
-    """The pixel grid for a data set that names none: 64, or 8 where a square image has under a quarter of a megapixel."""
+    """The pixel grid for a dataset that names none: 64, or 8 where a square image has under a quarter of a megapixel."""
     megapixels = resolution if resolution_type == "area" else resolution**2 / 1e6
     return 64 if megapixels >= 0.25 else 8
 

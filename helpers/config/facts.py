@@ -114,12 +114,12 @@ def family_problems(family: FamilyFacts, settings: Settings) -> Iterable[str]:
     if settings["validation_using_datasets"] and not family.img2img:
         yield f"--validation_using_datasets: {family.title} has no image-to-image pipeline. Remove it."
     if settings["train_text_encoder"] and settings["controlnet"]:
-        yield "--train_text_encoder goes without --controlnet, beside which everything else stands still; remove one of them."
+        yield "--train_text_encoder cannot be combined with --controlnet, which freezes everything else. Remove one of them."
     elif settings["train_text_encoder"] and settings["model_type"] not in family.trains_text_encoders:
         yield _without_text_encoders(family)
     for name in ("controlnet", "train_text_encoder"):
         if settings[name] and settings["long_captions"] == "chunk":
-            yield f"--long_captions=chunk goes without --{name}, which reads 77 tokens; remove one of them."
+            yield f"--long_captions=chunk cannot be combined with --{name}, which reads 77 tokens. Remove one of them."
     if settings["pretrained_t5_model_name_or_path"] and "pretrained_t5_model_name_or_path" not in family.options:
         yield f"--pretrained_t5_model_name_or_path is not for {family.title}, whose captions no T5 reads; remove it."
     if settings["controlnet"] and not family.controlnet:
@@ -128,7 +128,7 @@ def family_problems(family: FamilyFacts, settings: Settings) -> Iterable[str]:
 
 
 def size_notes(family: FamilyFacts, resolution_of: Mapping[str, tuple[float, str]]) -> Iterable[str]:
-    """One sentence for every data set that is trained at another size than the family's models are for.
+    """One sentence for every dataset that is trained at another size than the family's models are for.
 
     `resolution_of` holds each one's resolution and its unit, "pixel" or "area", by the set's id.
     """
@@ -136,7 +136,7 @@ def size_notes(family: FamilyFacts, resolution_of: Mapping[str, tuple[float, str
         edge = resolution if unit == "pixel" else math.sqrt(resolution * 1e6)
         if family.edge and not 1 / SAME_SIZE <= edge / family.edge <= SAME_SIZE:
             yield (
-                f"data set {dataset!r} is trained at {edge:.0f} pixels, and {family.title} makes pictures of {family.edge}: "
+                f"dataset {dataset!r} is trained at {edge:.0f} pixels, and {family.title} generates images of {family.edge}: "
                 "leave RESOLUTION empty, and the set without a resolution, for that size."
             )
 
@@ -152,4 +152,4 @@ def _without_text_encoders(family: FamilyFacts) -> str:
     if family.trains_text_encoders:
         kinds = " or ".join(f"--model_type={kind}" for kind in sorted(family.trains_text_encoders))
         return f"--train_text_encoder: the text encoders of {family.title} are trained by {kinds} alone; set that, or remove it."
-    return f"--train_text_encoder: what {family.title} is told of captions comes from encoders that are not trained; remove it."
+    return f"--train_text_encoder: the text encoders of {family.title} cannot be trained here. Remove it."

@@ -1,4 +1,4 @@
-"""What follows from the choice of an optimiser, what contradicts it, and what is worth a word."""
+"""What follows from the choice of an optimizer, what contradicts it, and what is worth a word."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from helpers.config.sources import Rank, Setting, said_by
 
 CONSTANT = ("constant", "constant_with_warmup")
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.01, 100.0  # beyond them a learning rate cannot have been meant as a factor to an estimated one
-LARGE_RATE = 0.1  # of an optimiser that does not estimate it
+LARGE_RATE = 0.1  # of an optimizer that does not estimate it
 
 
 def settle_optimizer(chosen: dict[str, Setting]) -> None:
-    """Fill in what depends on the optimiser, where nobody has said it."""
+    """Fill in what depends on the optimizer, where nobody has said it."""
     name = chosen["optimizer"].value
     if name in IS_ADAMW:
         for option, value in ADAMW_DEFAULTS.items():
@@ -52,7 +52,7 @@ def _prefer(chosen: dict[str, Setting], option: str, value: object) -> None:
 
 
 def optimizer_problems(chosen: Mapping[str, Setting]) -> Iterator[str]:
-    """One sentence for everything about the optimiser that cannot be used, naming options and remedy."""
+    """One sentence for everything about the optimizer that cannot be used, naming options and remedy."""
     yield from _arguments(chosen)
     yield from _rate(chosen)
     name = chosen["optimizer"].value
@@ -117,7 +117,7 @@ def optimizer_notes(chosen: Mapping[str, Setting]) -> Iterator[str]:
 
 
 def highest_rate(optimizer: str, optimizer_args: str | None, adafactor_relative_step: bool, rate: float) -> str:
-    """The peak of a learning rate in words: for some optimisers it is a factor to what they find, or means nothing."""
+    """The peak of a learning rate in words: for some optimizers it is a factor to what they find, or means nothing."""
     if optimizer in FINDS_RATE:
         return f"up to {rate:g} times the learning rate that {optimizer} finds for them"
     if _takes_relative_steps(optimizer, optimizer_args, adafactor_relative_step):

@@ -1,4 +1,4 @@
-"""Where the images of a data set are, for each `type`: checked as far as that needs no library, with patterns expanded."""
+"""Where the images of a dataset are, for each `type`: checked as far as that needs no library, with patterns expanded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Problems = list[tuple[str, str]]  # (key, the rest of a sentence about it)
 
 
 def placed(dataset: DatasetConfig, entry: Mapping[str, Any], base: Path | None) -> tuple[DatasetConfig, Problems]:
-    """A data set with its place settled, and what is wrong with it. Relative paths are taken from `base`."""
+    """A dataset with its place settled, and what is wrong with it. Relative paths are taken from `base`."""
     if dataset.type == "huggingface":
         return _library_rows(dataset, entry, base or Path())
     if dataset.type == "webdataset":
@@ -59,14 +59,14 @@ def _hint(path: str | Path) -> str:
 
 
 def _library_rows(dataset: DatasetConfig, entry: Mapping[str, Any], base: Path) -> tuple[DatasetConfig, Problems]:
-    """A Hugging Face data set. Its path stays as it stands where there is nothing of that name here, but it may be an id."""
+    """A Hugging Face dataset. Its path stays as it stands where there is nothing of that name here, but it may be an id."""
     problems: Problems = []
     if lacks := lacking("huggingface", "datasets", "datasets"):
         problems.append(("type", lacks))
     if entry.get("caption_strategy") == "filename":
         problems.append(("caption_strategy", "filename has nothing to say of rows, which have no names; use textfile"))
     if not dataset.path:
-        return dataset, [*problems, ("path", "is missing; name the folder of the data set, or its id on the hub")]
+        return dataset, [*problems, ("path", "is missing; name the folder of the dataset, or its id on the hub")]
     path = dataset.path
     here = base / Path(path).expanduser()
     if os.path.exists(here):

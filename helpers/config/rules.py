@@ -19,7 +19,7 @@ from helpers.config.sizes import ALIGNMENTS, IN_THE_UNIT, size_problems
 from helpers.config.sources import Rank, Setting, said_by
 
 SMALLEST_PIXELS = 16  # nobody trains below it: the number is an area in megapixels
-VALIDATION_FOLDER = "validation_images"  # in OUTPUT_DIR; those of an earlier run are tempting as a data set
+VALIDATION_FOLDER = "validation_images"  # in OUTPUT_DIR; those of an earlier run are tempting as a dataset
 _SIZE = re.compile(r"[1-9]\d*x[1-9]\d*|[1-9]\d*|\d*\.\d+|\d+\.", re.IGNORECASE)
 TRACKERS = {  # choice of --report_to -> module, package
     "tensorboard": ("tensorboard", "tensorboard"),
@@ -76,11 +76,11 @@ def _sizes(chosen: Chosen, data: DataConfig) -> Iterator[str]:
         for name in ("resolution", *IN_THE_UNIT):
             value = getattr(dataset, name)
             if value != chosen[name].value or dataset.resolution_type != unit:
-                yield from _size(f"data set {dataset.id!r}, {name}", value, dataset.resolution_type, "resolution_type ")
+                yield from _size(f"dataset {dataset.id!r}, {name}", value, dataset.resolution_type, "resolution_type ")
 
 
 def _falls_back(name: str, chosen: Chosen, data: DataConfig) -> bool:
-    """Whether a data set takes a size from the options, or might: where none was read, nothing is known of them."""
+    """Whether a dataset takes a size from the options, or might: where none was read, nothing is known of them."""
     told = (chosen[name].value, chosen["resolution_type"].value)
     return not data.datasets or any((getattr(dataset, name), dataset.resolution_type) == told for dataset in data.datasets)
 
@@ -115,15 +115,15 @@ def _captions(data: DataConfig) -> Iterator[str]:
             "prepend_instance_prompt": dataset.prepend_instance_prompt,
         }
         for setting in (name for name, used in uses.items() if used and not dataset.instance_prompt):
-            yield f"data set {dataset.id!r}: {setting} needs an instance_prompt."
+            yield f"dataset {dataset.id!r}: {setting} needs an instance_prompt."
         if dataset.only_instance_prompt and dataset.prepend_instance_prompt:
-            yield f"data set {dataset.id!r}: only_instance_prompt and prepend_instance_prompt exclude each other; remove one."
+            yield f"dataset {dataset.id!r}: only_instance_prompt and prepend_instance_prompt exclude each other; remove one."
         if dataset.multiple_captions and dataset.caption_strategy in ("filename", "instanceprompt"):
-            yield f"data set {dataset.id!r}: multiple_captions needs caption_strategy textfile, parquet, jsonl or csv."
+            yield f"dataset {dataset.id!r}: multiple_captions needs caption_strategy textfile, parquet, jsonl or csv."
         if dataset.shuffle_tags and not dataset.tag_separator:
-            yield f"data set {dataset.id!r}: tag_separator is empty; name what stands between tags, or a space."
+            yield f"dataset {dataset.id!r}: tag_separator is empty; name what stands between tags, or a space."
         if dataset.keep_tags and not dataset.shuffle_tags:
-            yield f"data set {dataset.id!r}: keep_tags needs shuffle_tags: true."
+            yield f"dataset {dataset.id!r}: keep_tags needs shuffle_tags: true."
 
 
 def _files(chosen: Chosen) -> Iterator[str]:
@@ -145,7 +145,7 @@ def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     written: list[tuple[str, Any]] = [(said_by(chosen, "output_dir"), folder) for folder in (output, output / VALIDATION_FOLDER)]
     written += [(f"--{name}", chosen[name].value) for name in ("cache_dir", "cache_dir_vae", "cache_dir_text")]
     written += [
-        (f"data set {dataset.id!r}, cache_dir_vae", dataset.cache_dir_vae) for dataset in data.datasets if not dataset.latents_prefix
+        (f"dataset {dataset.id!r}, cache_dir_vae", dataset.cache_dir_vae) for dataset in data.datasets if not dataset.latents_prefix
     ]
     written += [
         (f"{entry.id!r}, cache_local_dir", entry.cache_local_dir) for entry in (*data.datasets, *data.text_caches) if entry.cache_local_dir
@@ -159,7 +159,7 @@ def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
             images = dataset.folder.resolve()
             if folder.resolve().is_relative_to(images):
                 told.add(folder)
-                yield f"{what}: {folder} is inside the images of data set {dataset.id!r} ({images}), which are never written to."
+                yield f"{what}: {folder} is inside the images of dataset {dataset.id!r} ({images}), which are never written to."
 
 
 def _validation(chosen: Chosen, data: DataConfig) -> Iterator[str]:
@@ -170,9 +170,9 @@ def _validation(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     chosen_set, shown = chosen["eval_dataset_id"], [dataset.id for dataset in data.datasets if not dataset.disable_validation]
     if data.datasets and chosen_set.value is not None and chosen_set.value not in shown:
         known = f"it can be {', '.join(shown)}" if shown else "all of them have disable_validation"
-        yield f"{chosen_set.origin}: no data set that validation may use has the id {chosen_set.value!r}; {known}."
+        yield f"{chosen_set.origin}: no dataset that validation may use has the id {chosen_set.value!r}; {known}."
     elif data.datasets and chosen["validation_using_datasets"].value and not shown:
-        yield f"{chosen['validation_using_datasets'].origin}: every data set has disable_validation; remove it from one."
+        yield f"{chosen['validation_using_datasets'].origin}: every dataset has disable_validation; remove it from one."
 
 
 def _reporting(chosen: Chosen) -> Iterator[str]:
@@ -193,10 +193,7 @@ def _launch(chosen: Chosen) -> Iterator[str]:
 def _memory(chosen: Chosen) -> Iterator[str]:
     kind = chosen["base_quantization"]
     if kind.value != "none" and chosen_method(dict(chosen)) not in BESIDE_A_FROZEN_BASE:
-        yield (
-            f"{kind.origin}: {kind.value} rounds the weights of a base model that stands still; "
-            "use --model_type=lora, or --base_quantization=none."
-        )
+        yield (f"{kind.origin}: {kind.value} quantizes a frozen base model; use --model_type=lora, or --base_quantization=none.")
     yield from _base_lora(chosen)
     kernel, sliced = chosen["attention"], chosen["unet_attention_slice"]
     if kernel.value != "auto" and sliced.value:

@@ -36,7 +36,7 @@ def dataloader_schema() -> Schema:
     disabled = {"anyOf": [_says("disabled", True), _says("disable", True)]}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
-        "title": "SimpleTuner data sets",
+        "title": "SimpleTuner datasets",
         "description": "Generated from helpers/config/datasets.py by ./simpletuner document; see documentation/DATALOADER.md.",
         "allowComments": True,  # these two are for VS Code, and mean what the reader allows
         "allowTrailingCommas": True,

@@ -31,7 +31,7 @@ def expanded(pattern: str) -> list[str]:
 
 
 def shard_problems(shards: Iterable[Path]) -> Iterator[str]:
-    """What is wrong with the tars of a data set, each as the rest of a sentence about `urls`."""
+    """What is wrong with the tars of a dataset, each as the rest of a sentence about `urls`."""
     first: dict[str, Path] = {}
     for shard in shards:
         if not shard.exists():
@@ -41,7 +41,7 @@ def shard_problems(shards: Iterable[Path]) -> Iterator[str]:
         elif shard.suffix != ".tar":
             yield f"{shard} is not named .tar; unpack what is compressed"
         elif (other := first.setdefault(shard.stem, shard)) is not shard:
-            again = "stands there twice" if other == shard else f"and {other} have one name, which keys begin with; make them two data sets"
+            again = "stands there twice" if other == shard else f"and {other} have one name, which keys begin with; make them two datasets"
             yield f"{shard} {again}"
 
 

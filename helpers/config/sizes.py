@@ -1,4 +1,4 @@
-"""What the sizes and cuts of a data set say together: what cannot be meant, and what has no effect."""
+"""What the sizes and cuts of a dataset say together: what cannot be meant, and what has no effect."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _WITH_CROP = ("crop_style", "crop_aspect", "crop_aspect_buckets", "maximum_image
 
 
 def size_problems(dataset: DatasetConfig) -> Iterator[str]:
-    """One sentence for every combination of a data set's sizes and cuts that cannot be used."""
-    name = f"data set {dataset.id!r}"
+    """One sentence for every combination of a dataset's sizes and cuts that cannot be used."""
+    name = f"dataset {dataset.id!r}"
     yield from _shrinking(name, dataset)
     if dataset.minimum_aspect and dataset.maximum_aspect and dataset.minimum_aspect > dataset.maximum_aspect:
         yield f"{name}: minimum_aspect {dataset.minimum_aspect:g} is above maximum_aspect {dataset.maximum_aspect:g}; exchange them."
@@ -41,11 +41,11 @@ def _shrinking(name: str, dataset: DatasetConfig) -> Iterator[str]:
     if largest is None and shrunk is None:
         return
     if shrunk is None:
-        yield f"{name}: maximum_image_size {largest:g} needs target_downsample_size, the size that larger pictures are shrunk to."
+        yield f"{name}: maximum_image_size {largest:g} needs target_downsample_size, the size to which larger images are downscaled."
     elif largest is None:
-        yield f"{name}: target_downsample_size {shrunk:g} needs maximum_image_size, above which pictures are shrunk to it."
+        yield f"{name}: target_downsample_size {shrunk:g} needs maximum_image_size, above which images are downscaled to it."
     elif shrunk > largest:
-        yield f"{name}: target_downsample_size {shrunk:g} is above maximum_image_size {largest:g}, so pictures would grow; lower it."
+        yield f"{name}: target_downsample_size {shrunk:g} is above maximum_image_size {largest:g}, so images would be upscaled. Lower it."
     elif dataset.crop and shrunk < dataset.resolution:
         yield (
             f"{name}: target_downsample_size {shrunk:g} is below the resolution {dataset.resolution:g},"
@@ -72,7 +72,7 @@ def size_notes(entry: Mapping[str, Any], dataset: DatasetConfig) -> Iterator[str
 
 
 def size_option_notes(options: Mapping[str, Any], datasets: Sequence[DatasetConfig]) -> Iterator[str]:
-    """The same of the options that data sets fall back to."""
+    """The same of the options that datasets fall back to."""
     for name in ("maximum_image_size", "target_downsample_size"):
         if options[name] is not None and datasets and not any(dataset.crop for dataset in datasets):
-            yield f"--{name} does nothing while crop is off in every data set."
+            yield f"--{name} does nothing while crop is off in every dataset."

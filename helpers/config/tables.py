@@ -13,7 +13,7 @@ from helpers.errors import quoted
 
 
 def table_problems(dataset: DatasetConfig, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong with it). `entry` is the data set as it stands in the file."""
+    """(key, what is wrong with it). `entry` is the dataset as it stands in the file."""
     wanted = {"caption_strategy": dataset.caption_table, "metadata_backend": dataset.metadata_backend}
     for setting, key in wanted.items():
         # A table that is described by a value of the wrong kind has been told already.
@@ -24,7 +24,7 @@ def table_problems(dataset: DatasetConfig, entry: Mapping[str, Any]) -> Iterator
     for key, table in dataset.tables_in_use.items():
         path = dataset.instance_data_dir / Path(table.path).expanduser()  # an absolute path stays as it is
         if table.path and not os.path.isfile(path):
-            yield f"{key}.path", f"there is no file {quoted(path)}; name it from the data set's folder, or from the root: /..."
+            yield f"{key}.path", f"there is no file {quoted(path)}; name it from the dataset's folder, or from the root: /..."
 
 
 def caption_file_problems(dataset: DatasetConfig, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -35,7 +35,7 @@ class Batch:
     captions: tuple[str, ...]  # "" where the caption was dropped and the text is the family's unconditional
     samples: tuple[Sample, ...]
     geometry: tuple[Geometry, ...]
-    loss_weight: Tensor  # (B,) float32, of the data set
+    loss_weight: Tensor  # (B,) float32, of the dataset
     draws: StepDraws  # the randomness of these samples in this step
     epoch: int  # from 0
     dropped: tuple[bool, ...] = ()  # which captions were

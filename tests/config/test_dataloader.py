@@ -69,13 +69,13 @@ def test_disabled_entries_are_left_out_whatever_they_say(read: Read, write_data:
     write_data([IMAGES, {"disabled": True, "type": "aws"}, {"disable": True, "id": "b"}])
     assert [dataset.id for dataset in read().datasets] == ["a"]
     write_data([{**IMAGES, "disabled": True}])
-    assert "has no enabled image data set" in refuse()
+    assert "has no enabled image dataset" in refuse()
 
 
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([{**IMAGES, "crop_stile": 1}], "datasets[0].crop_stile is not a key of an image data set (did you mean crop_style?)"),
+        ([{**IMAGES, "crop_stile": 1}], "datasets[0].crop_stile is not a key of an image dataset (did you mean crop_style?)"),
         ([{**IMAGES, "crop_style": "middle"}], "datasets[0].crop_style: 'middle' is not one of random, corner, center, face"),
         ([{**IMAGES, "type": "azure"}], "datasets[0].type: 'azure' is not one of local"),
         ([{**IMAGES, "repeats": "3"}], 'datasets[0].repeats is the text "3"; it must be a whole number'),
@@ -93,16 +93,16 @@ def test_disabled_entries_are_left_out_whatever_they_say(read: Read, write_data:
         ([{**IMAGES, "cache_dir_vae": "a\0b"}], "datasets[0].cache_dir_vae: holds a zero byte"),
         ([IMAGES, IMAGES], "datasets[1].id: 'a' is the id of datasets[0] already"),
         ([IMAGES, 7], "datasets[1] is the number 7; it must be an object"),
-        ([{**IMAGES, "cache_dir": "x"}], "datasets[0].cache_dir is not a key of an image data set; it belongs to a text_embeds entry"),
+        ([{**IMAGES, "cache_dir": "x"}], "datasets[0].cache_dir is not a key of an image dataset; it belongs to a text_embeds entry"),
         ([IMAGES, {"id": "t", "dataset_type": "text_embeds", "repeats": 1}], "datasets[1].repeats is not a key of a text_embeds entry"),
         ([{**IMAGES, "text_embeds": "t", "text_embed_cache": "t"}], "datasets[0].text_embed_cache: says text_embeds a second time"),
-        ([{**IMAGES, "cache_dir_vae": "images/latents"}], "data set 'a', cache_dir_vae: images/latents is inside the images"),
+        ([{**IMAGES, "cache_dir_vae": "images/latents"}], "dataset 'a', cache_dir_vae: images/latents is inside the images"),
         ([{**IMAGES, "path": "x"}], "datasets[0].path is a key of type huggingface; remove it, or set type"),
         ([{**ROWS, "instance_data_dir": "images"}], "datasets[0].instance_data_dir is a key of type local; remove it"),
-        ([{"id": "a", "type": "huggingface"}], "datasets[0].path is missing; name the folder of the data set"),
+        ([{"id": "a", "type": "huggingface"}], "datasets[0].path is missing; name the folder of the dataset"),
         ([{**ROWS, "path": "/no/where"}], "datasets[0].path: there is no folder /no/where; check the path"),
         ([{**ROWS, "caption_strategy": "filename"}], "datasets[0].caption_strategy: filename has nothing to say of rows"),
-        ([{**ROWS, "path": "images", "cache_dir_vae": "images/x"}], "images/x is inside the images of data set 'a'"),
+        ([{**ROWS, "path": "images", "cache_dir_vae": "images/x"}], "images/x is inside the images of dataset 'a'"),
         ([{"id": "a", "type": "webdataset"}], "datasets[0].urls is missing; name the tars"),
         ([{**TARS, "urls": []}], "datasets[0].urls is missing; name the tars"),
         ([{**TARS, "urls": [7]}], "datasets[0].urls is a list; it must be a text or a list of texts"),
@@ -127,15 +127,15 @@ MORE = {**IMAGES, "id": "b"}
 @pytest.mark.parametrize(
     ("one", "other", "said"),
     [
-        ({"probability": 0}, {"probability": 0}, "datasets[0].probability is 0 here and in every other data set"),
-        ({"ignore_epochs": True}, {"ignore_epochs": True}, "datasets[0].ignore_epochs is true in every data set"),
-        ({"ignore_epochs": True}, {"probability": 0}, "datasets[1].probability is 0 in every data set without ignore_epochs"),
+        ({"probability": 0}, {"probability": 0}, "datasets[0].probability is 0 here and in every other dataset"),
+        ({"ignore_epochs": True}, {"ignore_epochs": True}, "datasets[0].ignore_epochs is true in every dataset"),
+        ({"ignore_epochs": True}, {"probability": 0}, "datasets[1].probability is 0 in every dataset without ignore_epochs"),
         ({}, {"probability": 0, "ignore_epochs": True}, "datasets[1].probability is 0 in a set with ignore_epochs"),
         ({"probability": -1}, {}, "datasets[0].probability: -1.0 is below 0"),
         (
             {"is_regularisation_data": True},
             {"is_regularisation_data": True},
-            "datasets[0].is_regularisation_data is true in every data set",
+            "datasets[0].is_regularisation_data is true in every dataset",
         ),
     ],
 )
@@ -149,7 +149,7 @@ def test_data_sets_that_make_no_epoch_together_are_refused(
 
 def test_a_disabled_data_set_does_not_end_epochs(write_data: Write, refuse: Refuse) -> None:
     write_data([{**IMAGES, "ignore_epochs": True}, {**MORE, "disabled": True}])
-    assert "ignore_epochs is true in every data set" in refuse()
+    assert "ignore_epochs is true in every dataset" in refuse()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_every_mistake_of_a_file_is_told_at_once(write_data: Write, refuse: Refu
         ([{**BUCKET, "cache_dir_vae": "/"}], "datasets[0].cache_dir_vae is the whole bucket; name a prefix"),
         (
             [{**BUCKET, "cache_dir_vae": "train/latents"}],
-            "cache_dir_vae: train/latents is inside the images of data set 'a' (below train/)",
+            "cache_dir_vae: train/latents is inside the images of dataset 'a' (below train/)",
         ),
         (
             [{**BUCKET, "aws_data_prefix": "", "cache_dir_vae": "x"}],
@@ -246,7 +246,7 @@ def test_every_mistake_of_a_file_is_told_at_once(write_data: Write, refuse: Refu
         ([{**IMAGES, "cache_local_limit_gb": 1}], "datasets[0].cache_local_limit_gb is for buckets"),
         (
             [{**IMAGES, "id": "b"}, {**BUCKET, "cache_local_dir": "images/x"}],
-            "'a', cache_local_dir: images/x is inside the images of data set 'b'",
+            "'a', cache_local_dir: images/x is inside the images of dataset 'b'",
         ),
     ],
 )
@@ -279,12 +279,12 @@ def test_keys_are_in_no_description_of_the_settings(read: Read, write_data: Writ
 
 def test_a_mistake_is_named_by_file_and_line(write_data: Write, refuse: Refuse) -> None:
     write_data('[\n  // first\n  {"id": "a", "instance_data_dir": "images",\n   "crop_stile": "x",},\n]')
-    assert refuse() == "datasets[0].crop_stile is not a key of an image data set (did you mean crop_style?) (data.json, line 4)."
+    assert refuse() == "datasets[0].crop_stile is not a key of an image dataset (did you mean crop_style?) (data.json, line 4)."
 
 
 def test_the_file_must_be_a_list(write_data: Write, refuse: Refuse) -> None:
     write_data('{"id": "a"}')
-    assert "data.json: holds an object; it must be a list of data sets" in refuse()
+    assert "data.json: holds an object; it must be a list of datasets" in refuse()
 
 
 def test_relative_folders_can_be_taken_from_another_place(folder: Path, write_data: Write, read: Read) -> None:
@@ -329,12 +329,12 @@ def test_a_table_falls_back_to_the_options_for_its_columns(table: Path, read: Re
         ),
         ({"csv": {}}, "datasets[0].csv.path is missing; name the table"),
         ({"csv": "t.csv"}, 'datasets[0].csv is the text "t.csv"; it must be an object with a path'),
-        ({"csv": {"path": "no.csv"}}, "datasets[0].csv.path: there is no file images/no.csv; name it from the data set's folder"),
+        ({"csv": {"path": "no.csv"}}, "datasets[0].csv.path: there is no file images/no.csv; name it from the dataset's folder"),
         ({"csv": None}, "datasets[0].csv is missing; caption_strategy csv needs it"),
         ({"metadata_backend": "parquet"}, "datasets[0].parquet is missing; metadata_backend parquet needs it"),
-        ({"caption_strategy": "filename", "multiple_captions": True}, "data set 'a': multiple_captions needs caption_strategy textfile"),
-        ({"shuffle_tags": True, "tag_separator": ""}, "data set 'a': tag_separator is empty; name what stands between tags"),
-        ({"keep_tags": 1}, "data set 'a': keep_tags needs shuffle_tags: true"),
+        ({"caption_strategy": "filename", "multiple_captions": True}, "dataset 'a': multiple_captions needs caption_strategy textfile"),
+        ({"shuffle_tags": True, "tag_separator": ""}, "dataset 'a': tag_separator is empty; name what stands between tags"),
+        ({"keep_tags": 1}, "dataset 'a': keep_tags needs shuffle_tags: true"),
     ],
 )
 def test_a_mistake_about_captions_or_tables_is_named(
@@ -380,7 +380,7 @@ def test_a_filter_that_cannot_be_used_is_named_before_the_run(lines: Any, said: 
     write_data([IMAGES, {"id": "t", "dataset_type": "text_embeds", "caption_filter_list": lines}])
     assert said in refuse()
     write_data([{**IMAGES, "caption_filter_list": lines}])
-    assert "datasets[0].caption_filter_list is not a key of an image data set; it belongs to a text_embeds entry" in refuse()
+    assert "datasets[0].caption_filter_list is not a key of an image dataset; it belongs to a text_embeds entry" in refuse()
 
 
 def keys(kind: type[Entry]) -> Iterator[Any]:
@@ -516,7 +516,7 @@ def test_tars_of_one_name_are_refused(folder: Path, write_data: Write, refuse: R
         (folder / name).mkdir()
         (folder / name / "0.tar").touch()
     write_data([{**TARS, "urls": "{one,two}/0.tar"}])
-    assert "datasets[0].urls: two/0.tar and one/0.tar have one name, which keys begin with; make them two data sets" in refuse()
+    assert "datasets[0].urls: two/0.tar and one/0.tar have one name, which keys begin with; make them two datasets" in refuse()
     write_data([{**TARS, "urls": ["one/0.tar", "one/0.tar"]}])
     assert "datasets[0].urls: one/0.tar stands there twice" in refuse()
 
@@ -572,14 +572,14 @@ def test_conditions_wait_for_a_controlnet(read: Read, write_data: Write) -> None
     config = read()
     assert config.datasets[0].condition is None
     assert "data.json: datasets[0].conditioning_data does nothing without --controlnet." in config.notes
-    assert "data.json: datasets[2] does nothing: no data set's conditioning_data names it." in config.notes
+    assert "data.json: datasets[2] does nothing: no dataset's conditioning_data names it." in config.notes
 
 
 @pytest.mark.usefixtures("edges")
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([IMAGES, EDGES], "datasets[0].conditioning_data is missing; with --controlnet each data set names the entry of dataset_type"),
+        ([IMAGES, EDGES], "datasets[0].conditioning_data is missing; with --controlnet each dataset names the entry of dataset_type"),
         (
             [{**IMAGES, "conditioning_data": "edge"}, EDGES],
             "'edge' is not the id of an entry of dataset_type conditioning (did you mean edges?)",
@@ -594,7 +594,7 @@ def test_conditions_wait_for_a_controlnet(read: Read, write_data: Write) -> None
             "datasets[1].instance_data_dir: there is no folder",
         ),
         ([{**IMAGES, "conditioning_data": "edges"}, {**EDGES, "id": "a"}], "datasets[1].id: 'a' is the id of datasets[0] already"),
-        ([EDGES], "has no enabled image data set"),
+        ([EDGES], "has no enabled image dataset"),
     ],
 )
 def test_conditions_that_cannot_be_meant_are_named(entries: list[dict[str, Any]], said: str, write_data: Write, refuse: Refuse) -> None:
@@ -650,13 +650,13 @@ def test_masks_without_an_effect_are_named(read: Read, write_data: Write) -> Non
     notes = read().notes
     assert "data.json: datasets[0].mask_outside_weight does nothing without mask_data." in notes
     assert any(note.startswith("data.json: datasets[1].mask_data does nothing with mask_outside_weight 1: ") for note in notes)
-    assert "data.json: datasets[2] does nothing: no data set's mask_data names it." in notes
+    assert "data.json: datasets[2] does nothing: no dataset's mask_data names it." in notes
 
 
 @pytest.mark.usefixtures("edges")
 def test_nothing_is_written_into_a_folder_of_conditions(write_data: Write, refuse: Refuse) -> None:
     write_data([{**IMAGES, "conditioning_data": "edges"}, EDGES])
-    assert "is inside the images of data set 'edges'" in refuse("--controlnet", "--output_dir=edges/out")
+    assert "is inside the images of dataset 'edges'" in refuse("--controlnet", "--output_dir=edges/out")
 
 
 def folders(*names: str) -> None:

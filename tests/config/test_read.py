@@ -218,7 +218,7 @@ def test_what_the_run_does_not_read_is_refused_as_a_flag_and_left_out_as_a_varia
 )
 def test_another_size_than_deepfloyds_is_said_aloud(flags: Sequence[str], edge: int | None, read: Read) -> None:
     config = read("--model_type=deepfloyd-lora", *flags, SIMPLETUNER_FAMILY="sd2x", facts=known_axes())
-    said = f"data set 'pictures' is trained at {edge} pixels, and DeepFloyd IF stage I makes pictures of 64: leave RESOLUTION empty"
+    said = f"dataset 'pictures' is trained at {edge} pixels, and DeepFloyd IF stage I generates images of 64: leave RESOLUTION empty"
     assert [note.startswith(said) for note in config.notes if "is trained at" in note] == [True] * bool(edge)
 
 

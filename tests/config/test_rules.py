@@ -24,7 +24,7 @@ Refuse = Callable[..., str]
         (("--lr_scheduler=cosine", "--learning_rate=1e-6", "--lr_end=1e-5"), "is above --learning_rate"),
         (("--lr_scheduler=cosine", "--max_train_steps=100", "--lr_warmup_steps=100"), "leaves no step"),
         (("--optimizer=adamw_bf16", "--mixed_precision=fp16"), "needs --mixed_precision=bf16"),
-        (("--caption_strategy=instanceprompt",), "data set 'pictures': caption_strategy=instanceprompt needs an instance_prompt."),
+        (("--caption_strategy=instanceprompt",), "dataset 'pictures': caption_strategy=instanceprompt needs an instance_prompt."),
         (("--only_instance_prompt",), "only_instance_prompt needs an instance_prompt"),
         (("--only_instance_prompt", "--prepend_instance_prompt", "--instance_prompt=x"), "exclude each other"),
         (("--user_prompt_library=no.json",), "--user_prompt_library: there is no file no.json"),
@@ -47,8 +47,8 @@ Refuse = Callable[..., str]
         ((r"--pretrained_model_name_or_path=C:\models\mine",), r"there is no folder C:\models\mine; check the path"),
         (("--pretrained_vae_model_name_or_path=data.json",), "data.json is a file; name a folder in diffusers layout"),
         (("--output_dir=data.json",), "--output_dir: data.json is a file"),
-        (("--output_dir=images/out",), "--output_dir: images/out is inside the images of data set 'pictures'"),
-        (("--output_dir=images",), "--output_dir: images is inside the images of data set 'pictures'"),
+        (("--output_dir=images/out",), "--output_dir: images/out is inside the images of dataset 'pictures'"),
+        (("--output_dir=images",), "--output_dir: images is inside the images of dataset 'pictures'"),
         (("--cache_dir_vae=images/cache",), "--cache_dir_vae: images/cache is inside the images"),
         (("--validation_resolution=512,big",), "--validation_resolution: 'big' is not a size"),
         (("--validation_resolution=0x64",), "'0x64' is not a size"),
@@ -92,7 +92,7 @@ def test_a_size_that_fits_its_unit_is_accepted(read: Read) -> None:
 def test_the_sizes_of_each_data_set_are_judged_in_its_own_unit(folder: Path, refuse: Refuse) -> None:
     entry = {"id": "a", "instance_data_dir": "images", "resolution_type": "pixel"}
     (folder / "data.json").write_text(json.dumps([entry]))
-    assert refuse() == "data set 'a', resolution: 1 pixels; did you mean resolution_type area?"
+    assert refuse() == "dataset 'a', resolution: 1 pixels; did you mean resolution_type area?"
 
 
 def test_a_default_that_no_data_set_falls_back_to_is_not_judged(folder: Path, read: Read, refuse: Refuse) -> None:
@@ -116,7 +116,7 @@ def test_a_default_that_no_data_set_falls_back_to_is_not_judged(folder: Path, re
 def test_validation_is_refused_where_no_data_set_may_be_used_for_it(folder: Path, refuse: Refuse) -> None:
     entry = {"id": "pictures", "instance_data_dir": "images", "disable_validation": True}
     (folder / "data.json").write_text(json.dumps([entry]))
-    assert "every data set has disable_validation" in refuse("--validation_using_datasets")
+    assert "every dataset has disable_validation" in refuse("--validation_using_datasets")
     assert "all of them have disable_validation" in refuse("--validation_using_datasets", "--eval_dataset_id=pictures")
 
 

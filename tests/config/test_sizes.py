@@ -1,4 +1,4 @@
-"""Sizes and cuts of data sets: what is refused, what has no effect, and the user's own sizes."""
+"""Sizes and cuts of datasets: what is refused, what has no effect, and the user's own sizes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_shapes_are_numbers_or_objects_with_relative_weights(read: Read, write_d
         ([{"aspect": 1.5, "weight": 0}], "element 0 has the weight 0; it must be a number above 0 and at most 1000000"),
         ([{"aspect": 1.5, "weight": "2"}], "element 0 has the weight '2'; it must be a number above 0"),
         (1.5, "datasets[0].crop_aspect_buckets is the number 1.5; it must be a list"),
-        ([], "data set 'a': crop_aspect random needs crop_aspect_buckets, the shapes to draw from"),
+        ([], "dataset 'a': crop_aspect random needs crop_aspect_buckets, the shapes to draw from"),
     ],
 )
 def test_a_shape_that_is_none_is_refused(buckets: Any, said: str, write_data: Write, refuse: Refuse) -> None:
@@ -54,8 +54,8 @@ def test_a_shape_that_is_none_is_refused(buckets: Any, said: str, write_data: Wr
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"maximum_image_size": 4}, "data set 'a': maximum_image_size 4 needs target_downsample_size"),
-        ({"target_downsample_size": 2}, "data set 'a': target_downsample_size 2 needs maximum_image_size"),
+        ({"maximum_image_size": 4}, "dataset 'a': maximum_image_size 4 needs target_downsample_size"),
+        ({"target_downsample_size": 2}, "dataset 'a': target_downsample_size 2 needs maximum_image_size"),
         ({"maximum_image_size": 2, "target_downsample_size": 3}, "target_downsample_size 3 is above maximum_image_size 2"),
         ({"maximum_image_size": 2, "target_downsample_size": 0.5}, "target_downsample_size 0.5 is below the resolution 1,"),
         ({"maximum_image_size": 4, "target_downsample_size": 1024}, "target_downsample_size: 1024 megapixels; did you mean"),
@@ -91,7 +91,7 @@ def test_faces_need_a_library_that_has_a_detector(write_data: Write, refuse: Ref
     write_data([{**CROPPED, "crop_style": "face"}])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "torch" else None)
     assert refuse("--report_to=none") == (
-        "data set 'a': crop_style face needs the face detector of OpenCV 4, which OpenCV 5 no longer has;"
+        "dataset 'a': crop_style face needs the face detector of OpenCV 4, which OpenCV 5 no longer has;"
         " .venv/bin/pip install -c constraints/pins.txt opencv-python-headless, or choose another crop_style."
     )
 
@@ -136,7 +136,7 @@ def test_sizes_of_ones_own_are_read_from_the_output_folder(name: str, folder: Pa
         ({"1.46": "1216x832"}, '"1.46" must have a size such as [1216, 832]'),
         ({"1.46": [1216.0, 832]}, '"1.46" must have a size such as [1216, 832]'),
         ({"wide": [1216, 832]}, '"wide" is no aspect; write width / height as a number in quotes'),
-        ({"nan": [1216, 832]}, '"nan" is no aspect of a picture'),
+        ({"nan": [1216, 832]}, '"nan" is not an aspect ratio of an image'),
         ({"1.4615": [1216, 832]}, '"1.4615" has more than 2 decimals and would fit no bucket; round it, or raise --aspect_bucket_rounding'),
         ({"1.5": [1216, 832], "1.50": [1152, 768]}, '"1.50" says the same aspect a second time'),
         ({"1.0": [8192, 8192]}, '"1.0" has the size 8192x8192; nothing is trained above 32 megapixels'),
@@ -164,7 +164,7 @@ def test_two_files_for_one_resolution_are_one_too_many(folder: Path, refuse: Ref
 def test_a_file_that_is_for_no_data_set_says_so(folder: Path, read: Read) -> None:
     for name in ("aspect_resolution_map-0.75.json", "aspect_resolution_map-mine.json"):
         write_map(folder, {"1.46": [1152, 768]}, name)
-    said = "does nothing: no data set has the resolution in its name, only 1."
+    said = "does nothing: no dataset has the resolution in its name, only 1."
     assert read("--output_dir=out").notes == tuple(f"out/aspect_resolution_map-{name}.json {said}" for name in ("0.75", "mine"))
 
 
@@ -172,4 +172,4 @@ def test_a_file_for_pixels_does_nothing_and_says_so(folder: Path, read: Read, wr
     write_map(folder, {"1.5": [768, 512]}, "aspect_resolution_map-512.json")
     write_data([{**IMAGES, "resolution": 512, "resolution_type": "pixel"}])
     [note] = read("--output_dir=out").notes
-    assert note == "out/aspect_resolution_map-512.json does nothing for data set 'a': only sizes of resolution_type area have such a file."
+    assert note == "out/aspect_resolution_map-512.json does nothing for dataset 'a': only sizes of resolution_type area have such a file."

@@ -1,4 +1,4 @@
-"""The order of an epoch, as properties that must hold for any data set."""
+"""The order of an epoch, as properties that must hold for any dataset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helpers.data.order.interleaving import GROUP_SIZE
 REPEATS = (0, 2, 1)
 MIXES: list[tuple[float | None, ...]] = [(None, None, None), (1, 1, 1), (0.7, 0.3, 0.05), (0, 3, 1), (None, 5, 0)]
 
-samples = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=60)  # (shape, data set) of each
+samples = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=60)  # (shape, dataset) of each
 mixes = st.sampled_from(MIXES)
 
 
@@ -29,13 +29,13 @@ def order_of(
 
 
 def of_sizes(sizes: list[int], shares: list[Share], shapes: int = 3, batch_size: int = 2, seed: int = 1) -> EpochOrder:
-    """Data sets of so many samples each, in turn of each shape."""
+    """Datasets of so many samples each, in turn of each shape."""
     datasets = np.repeat(np.arange(len(sizes)), sizes)
     return EpochOrder(np.arange(len(datasets)) % shapes, datasets, shares, batch_size, seed)
 
 
 def datasets_of(batches: list[MicroBatch], sizes: list[int]) -> list[int]:
-    """The data set of each micro-batch."""
+    """The dataset of each micro-batch."""
     return np.searchsorted(np.cumsum(sizes), [batch.samples[0] for batch in batches], side="right").tolist()
 
 
@@ -45,7 +45,7 @@ def epoch(order: EpochOrder, number: int) -> list[MicroBatch]:
 
 
 def some_count(rows: list[tuple[int, int]], mix: tuple[float | None, ...], fills: tuple[int, ...] = ()) -> bool:
-    """Whether there is a sample of a data set that counts and has a probability above 0."""
+    """Whether there is a sample of a dataset that counts and has a probability above 0."""
     return any(dataset not in fills and mix[dataset] != 0 for _, dataset in rows)
 
 
@@ -181,7 +181,7 @@ def test_an_order_of_nothing_is_refused(shapes: list[int], batch_size: int) -> N
         EpochOrder(shapes, [0] * len(shapes), [Share()], batch_size, seed=0)
 
 
-# -- several data sets --------------------------------------------------------------------------------------------------------
+# -- several datasets --------------------------------------------------------------------------------------------------------
 
 
 def test_data_sets_have_the_shares_asked_for_until_one_is_used_up_and_the_rest_is_even() -> None:
@@ -275,7 +275,7 @@ def test_an_epoch_that_nothing_would_end_is_refused(shares: list[Share]) -> None
 
 
 def of_changing_shapes(batch_size: int = 4) -> EpochOrder:
-    """Three data sets of thirty samples in all, whose shapes are drawn anew each epoch, so that epochs differ in their micro-batches."""
+    """Three datasets of thirty samples in all, whose shapes are drawn anew each epoch, so that epochs differ in their micro-batches."""
     datasets = np.repeat([0, 1, 2], [18, 7, 5])
     shares = [Share(1, 1.0), Share(0, 0.5), Share(0, 0.5, ignore_epochs=True)]
     return EpochOrder(lambda number: np.random.default_rng(number).integers(0, 2 + 2 * number, 30), datasets, shares, batch_size, seed=1)

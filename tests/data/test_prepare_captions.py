@@ -108,7 +108,7 @@ def test_the_fingerprint_covers_every_caption_and_not_only_the_first(pictures: P
 
 
 def table(data: Path, **sizes: tuple[int, int]) -> dict[str, Any]:
-    """Keys of a data set whose sizes come from a table, which is right but for what `sizes` says."""
+    """Keys of a dataset whose sizes come from a table, which is right but for what `sizes` says."""
     right = {str(index): SIZES[index % 2] for index in range(4)}
     rows = [{"id": name, "width": width, "height": height} for name, (width, height) in (right | sizes).items()]
     (data / "sizes.parquet").write_bytes(parquet(rows))

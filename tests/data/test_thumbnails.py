@@ -103,7 +103,7 @@ def test_large_pictures_are_shown_small(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def planned(*counts: int) -> BucketPlan:
-    """One data set with so many pictures of each of several shapes."""
+    """One dataset with so many pictures of each of several shapes."""
     sizes = [(64 * (index + 1), 64) for index, count in enumerate(counts) for _ in range(count)]
     width, height = (np.array(side) for side in zip(*sizes, strict=True))
     rule = ResolutionRule(64, "pixel", alignment=64)

@@ -116,7 +116,7 @@ def pictures(folder: Path, count: int = 10) -> Path:
 
 
 def dataset(folder: Path, caches: Path, **changed: Any) -> DatasetConfig:
-    """A data set of small pictures, as the dataloader JSON would give it."""
+    """A dataset of small pictures, as the dataloader JSON would give it."""
     values: dict[str, Any] = {
         "id": "toys",
         "instance_data_dir": folder,

@@ -134,6 +134,6 @@ def quick_start(models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def finished_report(quick_start: Followed) -> dict[str, Any]:
-    """The report on the quick start's one data set."""
+    """The report on the quick start's one dataset."""
     [entry] = json.loads((quick_start.output / "dataset_report.json").read_text(encoding="utf-8"))["datasets"]
     return entry

@@ -1,4 +1,4 @@
-"""The page on data sets says what the code does: keys, defaults, sizes, cuts, reasons."""
+"""The page on datasets says what the code does: keys, defaults, sizes, cuts, reasons."""
 
 from __future__ import annotations
 

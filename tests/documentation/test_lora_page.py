@@ -27,7 +27,7 @@ REQUIRED = ("--pretrained_model_name_or_path=someone/model", "--data_backend_con
 
 @pytest.fixture
 def accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Read flags as a run would, with a data set there, and a LoRA of rank 8."""
+    """Read flags as a run would, with a dataset there, and a LoRA of rank 8."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "data.json").write_text(json.dumps([{"id": "mine", "instance_data_dir": "images"}]))

@@ -41,13 +41,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--lora_algorithm=loha --init_lora=first.safetensors", "LoHa cannot start from a file"),
         ("--lora_algorithm=lokr --lora_dropout=0.1", "set --lora_dropout=0"),
         ("--lora_algorithm=lokr --use_rslora", "--use_rslora scales by the rank, and some matrices of LoKr have none"),
-        ("--model_type=full --base_quantization=nf4", "--base_quantization: nf4 rounds the weights of a base model that stands still"),
+        ("--model_type=full --base_quantization=nf4", "--base_quantization: nf4 quantizes a frozen base model"),
         ("--model_type=full --use_bitfit --base_quantization=int8", "use --model_type=lora, or --base_quantization=none"),
         ("--lora_init_type=loftq", "this base model is not quantized; set --base_quantization to int8, fp8"),
         ("--lora_init_type=loftq --base_quantization=int8 --use_dora", "changes the weights whose magnitudes --use_dora trains"),
         ("--lora_init_type=loftq --base_quantization=int8 --init_lora=first.safetensors", "both set the initial matrices"),
         ("--lora_init_type=loftq --base_quantization=int8 --lora_algorithm=lokr", "--lora_init_type=loftq is for LoRA and LoCon"),
-        ("--lora_init_type=loftq --base_quantization=nf4 --model_type=full", "nf4 rounds the weights of a base model that stands still"),
+        ("--lora_init_type=loftq --base_quantization=nf4 --model_type=full", "nf4 quantizes a frozen base model"),
     ],
 )
 def test_a_combination_that_cannot_be_is_named_with_the_remedy(flags: str, said: str) -> None:

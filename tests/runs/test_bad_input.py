@@ -34,8 +34,8 @@ def no_secret_in(*texts: str | bytes) -> bool:
         ({"crop": "yes"}, {}, 'datasets[0].crop is the text "yes"; it must be'),
         ({"aws_secret_access_key": [SECRETS["AWS_SECRET_ACCESS_KEY"]]}, {}, "aws_secret_access_key"),
         ({}, {"pretrained_model_name_or_path": "./gone"}, "--pretrained_model_name_or_path: there is no folder ./gone; check the path"),
-        ({"instance_data_dir": "images"}, {"output_dir": "images/out"}, "images/out is inside the images of data set 'images'"),
-        ({"instance_data_dir": "out/validation_images"}, {"output_dir": "out"}, "out/validation_images is inside the images of data set"),
+        ({"instance_data_dir": "images"}, {"output_dir": "images/out"}, "images/out is inside the images of dataset 'images'"),
+        ({"instance_data_dir": "out/validation_images"}, {"output_dir": "out"}, "out/validation_images is inside the images of dataset"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused_in_a_sentence(

@@ -26,7 +26,7 @@ USUAL: dict[str, object] = {
 
 @pytest.fixture
 def steered(trainer: Trainer) -> Trainer:
-    """The images' edges at half their size, as another data set."""
+    """The images' edges at half their size, as another dataset."""
     edges = trainer.folder / "edges"
     edges.mkdir()
     for place in trainer.images.glob("*.png"):

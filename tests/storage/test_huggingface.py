@@ -68,9 +68,9 @@ def saved_splits(folder: Path) -> Path:
 
 
 def parquet(folder: Path) -> Path:
-    """As a data set lies on the hub: numbered files of two splits, and a page."""
+    """As a dataset lies on the hub: numbered files of two splits, and a page."""
     (folder / "data").mkdir(parents=True)
-    (folder / "README.md").write_text("# a data set")
+    (folder / "README.md").write_text("# a dataset")
     rows().select(range(3)).to_parquet(folder / "data" / "train-00000-of-00002.parquet")
     rows().select(range(3, 5)).to_parquet(folder / "data" / "train-00001-of-00002.parquet")
     rows().select([0]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")

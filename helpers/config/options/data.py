@@ -59,7 +59,7 @@ class DataOptions:
     )
     caption_strategy: str = option(
         "filename",
-        "Where captions come from: the file's name, the .txt or .json beside it, --instance_prompt, or the data set's table of this kind.",
+        "Where captions come from: the file's name, the .txt or .json beside it, --instance_prompt, or the dataset's table of this kind.",
         env="DEFAULT_CAPTION_STRATEGY",
         choices=CAPTION_STRATEGIES,
         synonyms={"instance_prompt": "instanceprompt"},

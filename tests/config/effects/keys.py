@@ -57,7 +57,7 @@ def mixed_in_thinly(key: str, value: Any) -> list[dict[str, Any]]:
 
 
 def of_kind(key: str, value: str) -> list[dict[str, Any]]:
-    """A second entry that is a data set or a place for embeddings."""
+    """A second entry that is a dataset or a place for embeddings."""
     second = dict(SECOND) if value == "image" else {"id": "second", "cache_dir": "unused"}
     return [dict(ENTRY), {**second, key: value}]
 
