@@ -27,11 +27,12 @@ REQUIRED = ("--pretrained_model_name_or_path=someone/model", "--data_backend_con
 
 @pytest.fixture
 def accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Read flags as a run would, with a dataset there, and a LoRA of rank 8."""
+    """Read flags as a run would, with a dataset there, and two LoRAs of rank 8."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "data.json").write_text(json.dumps([{"id": "mine", "instance_data_dir": "images"}]))
-    save_file({"unet.a.to_q.lora_A.weight": torch.zeros(8, 4)}, tmp_path / "first.safetensors")
+    for name in ("first", "training-adapter"):
+        save_file({"unet.a.to_q.lora_A.weight": torch.zeros(8, 4)}, tmp_path / f"{name}.safetensors")
     return lambda flags: read_config([*REQUIRED, *flags], {}, known_axes())
 
 
