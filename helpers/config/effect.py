@@ -51,7 +51,7 @@ class Readers:
             instead = f" ({trained_by.instead[item.name]})" if item.name in trained_by.instead else ""
             return f"is for {its}, and {title} is trained by {trained_by.title}{instead}"
         if not any(family.reads(item) for family in self.families):
-            return f"is for {' and '.join(reader.title for reader in self.axes.readers(item))}, not for {title}"
+            return f"is for {', '.join(reader.title for reader in self.axes.readers(item))}, not for {title}"
         return ""
 
 
@@ -77,15 +77,18 @@ def unread(item: Option, reason: str, setting: Setting) -> tuple[str, bool]:
 
 
 def without_effect(axes: Axes, chosen: Mapping[str, Setting]) -> Iterator[str]:
-    """One sentence for every setting of the user that has no effect, whatever the family is."""
+    """One sentence for each reason why settings of the user have no effect, whatever the family is."""
     values = {name: setting.value for name, setting in chosen.items()}
+    by_reason: dict[str, list[str]] = {}
     for item in axes.options.values():
         setting = chosen[item.name]
         if item.does_nothing:
             if setting.value != item.default:
-                yield f"{setting.origin} does nothing: {item.does_nothing}."
+                by_reason.setdefault(f": {item.does_nothing}", []).append(setting.origin)
         elif _says_something(setting, item) and (unmet := unmet_need(item, values)):
-            yield f"{setting.origin} does nothing while {unmet}."
+            by_reason.setdefault(f" while {unmet}", []).append(setting.origin)
+    for reason, origins in by_reason.items():
+        yield f"{', '.join(origins)} {'does' if len(origins) == 1 else 'do'} nothing{reason}."
 
 
 def _says_something(setting: Setting, item: Option) -> bool:
