@@ -67,10 +67,14 @@ def kohya_note(dataset: DatasetConfig) -> str:
     found = kohya_folders(dataset.instance_data_dir)
     parts = []
     if found.others:
-        parts.append(f"{len(found.others):,} folders without a number, such as {found.others[0]!r}")
+        parts.append(f"{_count(len(found.others), 'folder')} without a number, such as {found.others[0]!r}")
     if found.files:
-        parts.append(f"{found.files:,} files that are in no folder")
+        parts.append(f"{_count(found.files, 'file')} outside of folders")
     return f"does not read {' and '.join(parts)} in {dataset.instance_data_dir}" if parts and found.named else ""
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' if number != 1 else ''}"
 
 
 def expanded(

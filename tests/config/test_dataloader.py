@@ -678,7 +678,7 @@ def test_kohya_folders_are_recognized_and_used_by_one_key(read: Read, write_data
     assert (first.instance_data_dir, first.caption_strategy) == (Path("images/10_sks dog"), "textfile")
     assert first.caption_endings == (".txt", ".caption") and not any("kohya" in note for note in read().notes)
     folders("others")
-    assert any("1 folders without a number, such as 'others'" in note for note in read().notes)
+    assert any("1 folder without a number, such as 'others'" in note for note in read().notes)
     write_data([{**IMAGES, "layout": "kohya", "repeats": 3}])
     assert "datasets[0].repeats: cannot be used" in refuse()
     write_data([{**IMAGES, "layout": "kohya", "instance_data_dir": "images/1_dog"}])

@@ -532,7 +532,7 @@ def test_caption_files_of_several_endings_and_json_are_read(catalogue: Catalogue
     files = {name: picture() for name in ("a.png", "b.png", "c.png")}
     files |= {"a.caption": b"first", "a.txt": b"second", "b.txt": b"of b", "a.json": tags, "b.json": b"[1]", "c.json": b"{"}
     backend = MemoryBackend(files)
-    with pytest.raises(DataError, match=r"3 files with names of images end in \.json: caption_strategy json reads them") as caught:
+    with pytest.raises(DataError, match=r"files with the names of images end in \.json \(3\): caption_strategy json reads them") as caught:
         scan(backend, replace(RULES, captions=CaptionRule("textfile", extensions=(".tags",))), catalogue)
     assert "a.tags is missing" in str(caught.value)
     both = replace(RULES, captions=CaptionRule("textfile", extensions=(".caption", ".txt"), fallback="dog"))

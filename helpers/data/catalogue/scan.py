@@ -530,7 +530,7 @@ def _nothing_left(backend: SourceBackend, rules: DatasetRules, catalogue: Catalo
     if first.reason.startswith("no caption:") and beside:
         ending, count = max(beside.items(), key=lambda item: item[1])
         setting = "caption_strategy json" if ending == ".json" else f'"caption_extensions": ["{ending}"]'
-        sentence += f"; {count:,} files with names of images end in {ending}: {setting} reads them"
+        sentence += f"; files with the names of images end in {ending} ({count:,}): {setting} reads them"
     if first.reason.startswith("below "):
         sentence += "; choose a lower resolution, or a lower minimum_image_size to upscale images"
     return f"{sentence}."

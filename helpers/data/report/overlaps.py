@@ -64,9 +64,7 @@ def _is_same_view(one: DatasetConfig, other: DatasetConfig) -> bool:
 
 def _twice(one: DatasetConfig, other: DatasetConfig, catalogue: Catalogue) -> str:
     shared = catalogue.shared_files(one.id, other.id)
-    return (
-        f"{one.id} and {other.id} both read {_shown(one)}, so its {shared:,} images are trained twice; remove one of them, or say `repeats`"
-    )
+    return f"{one.id} and {other.id} both read {_shown(one)}, so its {shared:,} images are trained twice; remove one, or use `repeats`"
 
 
 def _line(one: DatasetConfig, other: DatasetConfig, catalogue: Catalogue) -> str:
