@@ -23,6 +23,7 @@ from helpers.config.datasets import (
 from helpers.config.declare import Option, options_of
 from helpers.config.expansion import expanded, kohya_note, kohya_problems, looks_like_kohya
 from helpers.config.json_file import JsonDocument, Place, read_json
+from helpers.config.other_names import KEYS, from_another_trainer
 from helpers.config.places import placed, text_cache_problems
 from helpers.config.sizes import IN_THE_UNIT, size_notes, size_option_notes
 from helpers.config.suggest import did_you_mean
@@ -495,4 +496,4 @@ def _elsewhere(key: str, kind: type[Entry], spelling: Mapping[str, Option]) -> s
     other = DatasetConfig if kind is TextCacheConfig else TextCacheConfig
     if any(key in (item.name, *item.aliases) for item in options_of(other)):
         return f"; it belongs to {_entry_name(other)}"
-    return did_you_mean(key, spelling)
+    return from_another_trainer(key, KEYS) or did_you_mean(key, spelling)

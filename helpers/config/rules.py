@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from helpers.config.aspects import LARGEST_MEGAPIXELS
@@ -151,14 +152,14 @@ def _folders(chosen: Chosen, data: DataConfig) -> Iterator[str]:
         (f"{entry.id!r}, cache_local_dir", entry.cache_local_dir) for entry in (*data.datasets, *data.text_caches) if entry.cache_local_dir
     ]
     written += [(f"text_embeds {text.id!r}, cache_dir", text.cache_dir) for text in data.text_caches]
-    told = set()
+    refused: list[Path] = []  # what is inside one of them has the same cause
     for what, folder in written:
         for dataset in (*data.datasets, *data.companions):
-            if dataset.folder is None or folder in told:
+            if dataset.folder is None or any(folder.resolve().is_relative_to(outer) for outer in refused):
                 continue
             images = dataset.folder.resolve()
             if folder.resolve().is_relative_to(images):
-                told.add(folder)
+                refused.append(folder.resolve())
                 yield f"{what}: {folder} is inside the images of dataset {dataset.id!r} ({images}), which are never written to."
 
 

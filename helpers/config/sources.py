@@ -13,6 +13,7 @@ from typing import Any
 from helpers.config.declare import FALSE_WORDS, TRUE_WORDS, Option
 from helpers.config.env_file import EnvFile
 from helpers.config.json_file import read_json
+from helpers.config.other_names import FLAGS, from_another_trainer
 from helpers.config.suggest import did_you_mean
 from helpers.errors import ConfigError
 
@@ -81,7 +82,7 @@ def from_flags(options: Options, argv: Sequence[str], rank: Rank = Rank.FLAG, th
             continue
         item = _option(options, name)
         if item is None:
-            source.problems.append(f"--{name} is not an option{did_you_mean(name, options, prefix='--')}{_by(through)}.")
+            source.problems.append(f"--{name} is not an option{_meant(options, name)}{_by(through)}.")
             if not has_value and words and not words[0].startswith("--"):
                 words.pop(0)  # most likely its value
             continue
@@ -91,6 +92,10 @@ def from_flags(options: Options, argv: Sequence[str], rank: Rank = Rank.FLAG, th
         else:
             source.take(item, text, f"--{name}" + (f" in {through}" if through else ""), rank)
     return source
+
+
+def _meant(options: Options, name: str) -> str:
+    return from_another_trainer(name, FLAGS) or did_you_mean(name, options, prefix="--")
 
 
 def _option(options: Options, name: str) -> Option | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from hypothesis import strategies as st
 from helpers.choices import known_axes
 from helpers.config.axes import Axes
 from helpers.config.config import Config
+from helpers.config.datasets import DatasetConfig
+from helpers.config.declare import options_of
 from helpers.config.env_file import EnvFile
 from helpers.config.facts import Facts, FamilyFacts, Settings
 from helpers.config.options import OPTIONS
+from helpers.config.other_names import FLAGS, KEYS
 from helpers.config.read import read_config
 from helpers.config.sources import from_flags, from_preset, from_variables
 from helpers.errors import ConfigError
@@ -323,3 +327,17 @@ def test_an_empty_negative_prompt_is_one_and_other_empty_variables_are_not_set(r
     config = read(VALIDATION_NEGATIVE_PROMPT="", LEARNING_RATE="")
     assert config.validation.validation_negative_prompt == ""
     assert "learning_rate" not in config.given
+
+
+def test_names_of_other_trainers_are_answered_with_the_name_here(refuse: Refuse) -> None:
+    assert "--network_dim is not an option; in this trainer it is --lora_rank." in refuse("--network_dim=16", "--save_every_n_steps", "9")
+    options = known_axes().options
+    keys = {key for item in options_of(DatasetConfig) for key in (item.name, *item.aliases)}
+    named = " ".join([*FLAGS.values(), *KEYS.values()])
+    assert {flag for flag in re.findall(r"--(\w+)", named)} <= options.keys()
+    assert {key for key in re.findall(r'"(\w+)"', named)} <= keys
+    assert not FLAGS.keys() & options.keys() and not KEYS.keys() & keys
+
+
+def test_an_output_dir_inside_the_images_is_refused_once(refuse: Refuse) -> None:
+    assert refuse("--output_dir=images/out").count("is inside the images") == 1
