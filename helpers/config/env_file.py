@@ -21,6 +21,7 @@ class EnvFile:
     name: str = ""  # as in messages
     lines: dict[str, int] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
+    repeated: dict[str, list[int]] = field(default_factory=dict)  # variables that are assigned more than once, and the lines
 
     def origin(self, variable: str) -> str:
         """`LORA_RANK (sdxl-env.sh:12)`, or just the name when the file does not set it."""
@@ -38,6 +39,12 @@ class EnvFile:
             if meant:
                 yield f"{self.name}, line {self.lines[name]}: {name} is not a variable of the trainer; did you mean {meant}?"
 
+    def twice(self, known: frozenset[str]) -> Iterator[str]:
+        """One sentence for every known variable that is assigned more than once."""
+        for name, lines in self.repeated.items():
+            if name in known:
+                yield f"{self.name} sets {name} on lines {' and '.join(map(str, lines))}; the last one that bash reaches counts."
+
     def maybe_misspelt(self, known: frozenset[str]) -> Iterator[str]:
         """One sentence for every variable that reads like a known one with a word missing or too many."""
         for name in self.unknown(known):
@@ -52,4 +59,9 @@ def read_env_file(path: Path) -> EnvFile:
     # A prompt may hold anything, even `LORA_RANK=4` on a line of its own: what is quoted or a comment is emptied, its lines kept.
     bare = _NOT_BARE.sub(lambda match: "''" + "\n" * match[0].count("\n"), text)
     lines = {match[1]: bare.count("\n", 0, match.start(1)) + 1 for match in _ASSIGNMENT.finditer(bare)}
-    return EnvFile(path.name, lines, frozenset(_USE.findall(text)))
+    assigned: dict[str, list[int]] = {}
+    for match in _ASSIGNMENT.finditer(bare):
+        if not match[0].endswith("+="):
+            assigned.setdefault(match[1], []).append(bare.count("\n", 0, match.start(1)) + 1)
+    repeated = {name: found for name, found in assigned.items() if len(found) > 1}
+    return EnvFile(path.name, lines, frozenset(_USE.findall(text)), repeated)

@@ -152,6 +152,7 @@ def _notes(axes: Axes, chosen: Chosen, choices: Sequence[tuple[str, Facts]], dat
     yield from data.notes
     yield from _size_notes(choices, data)
     yield from _variables_without_effect(env_file)
+    yield from env_file.twice(known_variables(axes.options))
     yield from env_file.maybe_misspelt(known_variables(axes.options))
 
 

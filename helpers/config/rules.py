@@ -99,7 +99,8 @@ def _schedule(chosen: Chosen) -> Iterator[str]:
     kind, peak, end = (chosen[name].value for name in ("lr_scheduler", "learning_rate", "lr_end"))
     warmup, steps = chosen["lr_warmup_steps"].value, chosen["max_train_steps"].value
     if kind == "sine" and warmup == 0:
-        yield "--lr_scheduler=sine needs --lr_warmup_steps above 0: it is half the length of a wave."
+        said = said_by(chosen, "lr_warmup_steps")
+        yield f"{said} is 0, but --lr_scheduler=sine needs --lr_warmup_steps above 0: it is half the length of a wave."
     if kind == "polynomial" and end >= peak:
         yield f"--lr_end {end:g} must be below --learning_rate {peak:g} for --lr_scheduler=polynomial."
     elif kind in ("linear", "cosine", "cosine_with_restarts", "sine") and end > peak:

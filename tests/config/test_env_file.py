@@ -88,3 +88,10 @@ def test_variables_of_the_june_2024_release_without_effect_are_said_aloud(folder
 
 def test_an_env_file_that_cannot_be_read_is_named(refuse: Refuse) -> None:
     assert "nowhere.sh: No such file or directory" in refuse(SIMPLETUNER_ENV_FILE="nowhere.sh")
+
+
+def test_a_variable_that_is_set_twice_is_said_with_its_lines(tmp_path: Path) -> None:
+    file = tmp_path / "env.sh"
+    file.write_text("LORA_RANK=4\nMINE=1\n#LORA_RANK=5\nMINE=2\nLORA_RANK=8\nEXTRA=a\nEXTRA+=b\n")
+    said = "env.sh sets LORA_RANK on lines 1 and 5; the last one that bash reaches counts."
+    assert list(read_env_file(file).twice(frozenset(["LORA_RANK", "EXTRA"]))) == [said]
