@@ -96,3 +96,16 @@ class TrainingError(Exception):
 
 class Interrupted(Exception):
     """The user asked the run to stop, and everything worth keeping has been saved."""
+
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|STATUS_ALLOC_FAILED|failed to allocate", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on any device.
+
+    torch has an exception for it, but MPS, cuDNN, cuBLAS and the CPU raise a RuntimeError that says so in their own words.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (type(error).__name__ == "OutOfMemoryError" or _OUT_OF_MEMORY.search(str(error)) is not None)

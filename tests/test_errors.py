@@ -8,7 +8,7 @@ import re
 import pytest
 
 from helpers import errors
-from helpers.errors import ConfigError, DataError, StorageError, UserError, quoted, visible
+from helpers.errors import ConfigError, DataError, StorageError, UserError, is_out_of_memory, quoted, visible
 
 
 def test_the_drawn_tree_is_the_real_one() -> None:
@@ -49,3 +49,19 @@ def test_a_value_that_cannot_be_seen_is_quoted_and_escaped(value: str, shown: st
 def test_no_message_carries_control_characters_to_the_terminal(kind: type[Exception]) -> None:
     assert str(kind("left out: \x1b[31mred.png\x07\r")) == r"left out: \x1b[31mred.png\x07\r"
     assert ConfigError("a\x1bb", "c").problems == (r"a\x1bb", "c")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_every_device_says_in_its_own_words_that_memory_ran_out(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected

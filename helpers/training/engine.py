@@ -100,7 +100,7 @@ class Engine:
         """
         total = (losses * weights).sum()
         self._samples += len(losses) if samples is None else samples
-        self._loss += total.detach().double().to(self._loss.device)
+        self._loss += total.detach().to(self._loss.device).double()  # in this order: MPS has no float64
         scaled = total * (self.runtime.world_size / global_samples)
         self.accelerator.backward(scaled)
         if self._sums is not None:

@@ -167,8 +167,7 @@ def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Coll
         raise RuntimeError(f"{wanted} processes were requested, but the launcher started a group of {state.num_processes}.")
     announce_rank(os.environ)
     mixed_precision, note = resolve_precision(options.mixed_precision, "mixed_precision" in chosen, state.device)
-    # Without the plugin, accelerate reads the number of steps from the environment and divides every gradient by it.
-    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    accelerator = make_accelerator(mixed_precision, state.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     notes = [note] if note else []
     if kernels := in_effect(os.environ):
@@ -205,6 +204,20 @@ def resolve_precision(asked: str, chosen: bool, device: torch.device) -> tuple[s
     if chosen:
         return asked, None
     return "no", "mixed_precision is no: this machine trains on its CPU, where float32 is faster than bf16"
+
+
+def make_accelerator(mixed_precision: str, device: torch.device) -> Accelerator:
+    """Raises ConfigError if the device does not support the precision."""
+    # Without the plugin, accelerate reads the number of steps from the environment and divides every gradient by it.
+    plugin = GradientAccumulationPlugin(num_steps=1)
+    try:
+        return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_plugin=plugin)
+    except ValueError as error:
+        if mixed_precision == "no":
+            raise
+        raise ConfigError(
+            f"--mixed_precision={mixed_precision} does not work on this {device.type} device ({error}): use --mixed_precision=no."
+        ) from error
 
 
 def configure_logging() -> None:

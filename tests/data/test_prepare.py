@@ -264,14 +264,23 @@ def test_latents_beyond_the_range_of_the_cache_are_left_out_and_told(place: Plac
 class Small(ConvCodec):
     """A codec on a device with room for two images."""
 
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory")
+
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         if len(pixels) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return super().encode(pixels)
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_everything_is_cached(place: Place) -> None:
     codec = Small()
+    data = place.prepare(ToyFamily(codec), vae_batch_size=5)
+    assert len(latents(data)) == 10 and max(codec.batches) == 2
+
+
+def test_a_batch_is_halved_on_a_device_that_says_it_in_its_own_words(place: Place) -> None:
+    codec = Small()
+    codec.error = RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)")
     data = place.prepare(ToyFamily(codec), vae_batch_size=5)
     assert len(latents(data)) == 10 and max(codec.batches) == 2
 

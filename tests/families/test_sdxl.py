@@ -147,6 +147,15 @@ def test_a_vae_that_overflows_in_fp16_is_refused_there(model: Path, tmp_path: Pa
         pass
 
 
+def test_a_vae_is_loaded_in_float32_unless_asked_otherwise_on_every_device(model: Path, tmp_path: Path) -> None:
+    """Opening the codec loads nothing, so a device that is not here will do."""
+    keys = {}
+    for dtype in ("default", "fp32", "bf16"):
+        with make(model, tmp_path, vae_dtype=dtype).image_codec(torch.device("meta")) as codec:
+            keys[dtype] = codec.fingerprint
+    assert keys["default"] == keys["fp32"] != keys["bf16"]
+
+
 def test_other_models_and_broken_ones_are_named(model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)

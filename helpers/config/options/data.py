@@ -121,7 +121,7 @@ class CacheOptions:
         "default",
         "Precision of the VAE.",
         choices=("default", "bf16", "fp16", "fp32"),
-        default_text="bf16, and fp32 on a CPU",
+        default_text="fp32",
         on_resume=WITH_THE_DATA,
     )
     vae_cache_preprocess: bool = option(

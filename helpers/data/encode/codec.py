@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from helpers.data.base.sample import Size
+from helpers.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from helpers.data.ports import ModelEncoders
@@ -62,8 +63,12 @@ class SharedCodec:
         with self._lock:
             try:
                 return self._codec.encode(torch.stack(list(images)))
-            except torch.OutOfMemoryError:
-                pass  # outside the handler, or the exception would keep the tensors of the failed attempt alive
-            if torch.cuda.is_available():
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the handler: the exception would keep the tensors of the failed attempt alive.
+            if self._device.type == "cuda":
                 torch.cuda.empty_cache()
+            elif self._device.type == "mps":
+                torch.mps.empty_cache()
             return None

@@ -67,7 +67,7 @@ class Vae:
     @contextmanager
     def codec(self, device: torch.device) -> Iterator[VaeCodec]:
         """Encodes and decodes on a device. Raises ModelError for fp16 with a VAE that overflows there."""
-        dtype = self._dtype(device)
+        dtype = self._dtype()
         facts = {"weights": self.base.hashes.hash_folders(self.folder), "dtype": str(dtype), "deviations": self.deviations}
         facts["shift"], facts["scale"] = normalization(self.config)
         if self.tiling:
@@ -84,14 +84,13 @@ class Vae:
         with released(codec, device):
             yield codec
 
-    def _dtype(self, device: torch.device) -> torch.dtype:
+    def _dtype(self) -> torch.dtype:
         if self.dtype == "fp16" and self.config.get("force_upcast", True):
             raise ModelError(
                 "--vae_dtype=fp16: this VAE overflows in fp16 and would give black images (its config says force_upcast); "
                 f"use bf16 or fp32, or a VAE made for fp16 with {OPTION}."
             )
-        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(self.dtype, usual)
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.dtype, torch.float32)
 
 
 class VaeSettings:
