@@ -174,7 +174,7 @@ def _csv_problem(error: str) -> str:
         return "the closing quote of a value is missing"
     if "expected after" in error:
         return 'text follows the closing quote of a value; write a quote inside a quoted value twice: ""'
-    return f"not CSV: {error}"
+    return f"this is not CSV ({error})"
 
 
 def _require_columns(found: Sequence[str], rule: TableRule) -> None:
