@@ -110,6 +110,41 @@ def test_the_examples_of_flow_matching_need_only_their_paths_changed(
     assert (config.family_name, config.objective_name, config.data.resolution) == (family, "flow", 1.0)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("name", "wrapper", "changes", "family"),
+    [
+        ("sdxl-env.sh.example", "sdxl", {}, "sdxl"),
+        ("sdxl-env.sh.example", "sdxl", {"STABLE_DIFFUSION_3": "true"}, "sd3"),
+        ("sdxl-env.sh.example", "sdxl", {"PIXART_SIGMA": "true"}, "pixart_sigma"),
+        ("sdxl-env.sh.example", "sdxl", {"PIXART_ALPHA": "true"}, "pixart_alpha"),
+        ("sdxl-env.sh.example", "sdxl", {"HUNYUAN_DIT": "true"}, "hunyuan_dit"),
+        ("sdxl-env.sh.example", "sd3", {}, "sd3"),  # train_sd3.sh reads an sdxl-env.sh where there is no other
+        ("sd3-env.sh.example", "sd3", {}, "sd3"),
+        ("sd21-env.sh.example", "sd2x", {}, "sd2x"),
+        ("sd21-env.sh.example", "sd2x", {"MODEL_TYPE": "deepfloyd-{kind}", "RESOLUTION": ""}, "deepfloyd_1"),
+        ("sd21-env.sh.example", "sd2x", {"MODEL_TYPE": "deepfloyd-stage2-{kind}", "RESOLUTION": ""}, "deepfloyd_2"),
+    ],
+)
+def test_an_example_starts_for_every_family_that_it_names(
+    name: str,
+    wrapper: str,
+    changes: dict[str, str],
+    family: str,
+    kind: str,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = {"MODEL_TYPE": kind, **changes}
+    changes["MODEL_TYPE"] = changes["MODEL_TYPE"].format(kind=kind).replace("stage2-full", "stage2")
+    lines = "".join(f"{variable}='{value}'\n" for variable, value in changes.items())
+    example = tmp_path / name
+    example.write_text((repository / name).read_text(encoding="utf-8") + lines, encoding="utf-8")
+    assert settings_of(example, tmp_path, family=wrapper).family_name == family
+
+
 def test_the_migration_page_names_every_option_that_does_nothing(repository: Path) -> None:
     page = (repository / "documentation" / "MIGRATION.md").read_text(encoding="utf-8")
     missing = [item.flag for item in OPTIONS.values() if item.does_nothing and f"`{item.flag}`" not in page]
