@@ -54,6 +54,13 @@ def sd3_modules() -> list[str]:
     return [name for name in names if name != "transformer_blocks.23.attn.to_add_out"]
 
 
+def sd3_original_modules() -> list[str]:
+    """Stability AI's names. Queries, keys and values are one layer there; the last block has no output projection for text."""
+    parts = ("x_block.attn.qkv", "x_block.attn.proj", "context_block.attn.qkv", "context_block.attn.proj")
+    names = [f"joint_blocks.{block}.{part}" for block in range(24) for part in parts]
+    return [name for name in names if name != "joint_blocks.23.context_block.attn.proj"]
+
+
 def diffusers_layout(role: str, modules: list[str]) -> set[str]:
     return {f"{role}.{module}.{matrix}.weight" for module in modules for matrix in ("lora_A", "lora_B")}
 
@@ -73,5 +80,8 @@ PUBLISHED = {  # network => file => tensor names
         "pytorch_lora_weights.safetensors": diffusers_layout("unet", list(sdxl_modules())),
         "pytorch_lora_weights.kohya.safetensors": kohya_layout(list(sdxl_modules().values())),
     },
-    "sd3": {"pytorch_lora_weights.safetensors": diffusers_layout("transformer", sd3_modules())},
+    "sd3": {
+        "pytorch_lora_weights.safetensors": diffusers_layout("transformer", sd3_modules()),
+        "pytorch_lora_weights.kohya.safetensors": kohya_layout(sd3_original_modules()),
+    },
 }

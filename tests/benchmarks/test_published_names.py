@@ -28,6 +28,7 @@ def test_names_are_those_of_published_files(name: str, tmp_path: Path) -> None:
         trainable = method.attach(parts)
     tensors = {f"{parameter.replace('.default', '')}": weights for parameter, weights in trainable.parameters.items()}
     found = {"pytorch_lora_weights.safetensors": {f"{trainable.role}.{parameter}" for parameter in tensors}}
-    if kohya := to_kohya(tensors, 1.0, family.kohya_name):
+    scales = {name.partition(".lora_")[0]: 1.0 for name in tensors}
+    if kohya := to_kohya(tensors, scales, family.kohya_name):
         found["pytorch_lora_weights.kohya.safetensors"] = set(kohya)
     assert found == PUBLISHED[name]
