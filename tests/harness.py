@@ -137,16 +137,20 @@ class Trainer:
         output: str = "out",
         *,
         wrapper: str = "",
+        python: str = sys.executable,
         variables: Mapping[str, str] | None = None,
         command: Sequence[str] = (sys.executable,),
         **settings: Any,
     ) -> subprocess.Popen[str]:
-        """The same in a process that begins from nothing: by a wrapper, such as train_sdxl.sh, as users do, or by a command."""
+        """The same in a process that begins from nothing: by a wrapper, such as train_sdxl.sh, as users do, or by a command.
+
+        `python` is what the wrapper calls: warm_python() is quicker where no import matters.
+        """
         program = ["bash", str(ROOT / wrapper)] if wrapper else [*command, str(ROOT / "train.py")]
         flags = self._flags_of_run(output, settings)
         settings_file = self.folder / "empty-env.sh"
         settings_file.touch()
-        environment = {**os.environ, "ENV_FILE": str(settings_file), "SIMPLETUNER_PYTHON": sys.executable, **(variables or {})}
+        environment = {**os.environ, "ENV_FILE": str(settings_file), "SIMPLETUNER_PYTHON": python, **(variables or {})}
         return subprocess.Popen(
             [*program, *flags], cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

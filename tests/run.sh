@@ -24,7 +24,8 @@ check() { # check NAME COMMAND...: go on after a failure, so that one run tells 
 check 'lint' "$python" -m ruff check .
 check 'types' "$python" -m mypy
 check 'shell scripts' .venv/bin/shellcheck -x ./*.sh simpletuner tests/run.sh .ci/run helpers/launch.sh
-check 'tests' "$python" -m pytest -n "${SIMPLETUNER_TEST_WORKERS:-auto}" --dist worksteal "$@"
+# One worker more than there are cores: tests of signals, timeouts and storage mostly wait.
+check 'tests' "$python" -m pytest -n "${SIMPLETUNER_TEST_WORKERS:-$(($(nproc) + 1))}" --dist worksteal "$@"
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[*]}"

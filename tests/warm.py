@@ -49,7 +49,7 @@ class Program:
         self._output = Path(name)
         weakref.finalize(self, self._output.unlink, missing_ok=True)
         environ = {**os.environ, **(variables or {})}
-        self._process = _serving().Process(target=_become, args=(self.args, str(checkout), str(folder), environ, name))
+        self._process = serving().Process(target=_become, args=(self.args, str(checkout), str(folder), environ, name))
         self._process.start()
 
     @property
@@ -101,7 +101,7 @@ def run_program(
 
 
 @functools.cache
-def _serving() -> ForkServerContext:
+def serving() -> ForkServerContext:
     """The server, started when the first program is."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([IMPORTS])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import bisect
+import functools
 import json
 import math
 import os
@@ -23,6 +24,8 @@ from helpers.protocols import Reporter
 from helpers.storage.atomic import write_file
 
 if TYPE_CHECKING:
+    import jinja2
+
     from helpers.data.report.survey import Survey, Thumbnail
 
 PAGE = "dataset_report.html"
@@ -142,6 +145,21 @@ class SheetImage:
 
 def page(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
     """The HTML page for the content of dataset_report.json and the thumbnails of its datasets, in any order."""
+    sections = [_section(entry, [each for each in thumbnails if each.dataset == entry["id"]]) for entry in report["datasets"]]
+    companions = [
+        CompanionsSection(name, title, entry, _kinds(entry), _truncated(entry["left_out"], MOST_LEFT_OUT))
+        for name, title in (("conditions", "Conditioning images"), ("masks", "Loss masks"))
+        for entry in report.get(name, ())
+    ]
+    buckets = sum(len(entry["buckets"]) for entry in report["datasets"])
+    totals = {name: sum(entry[name] for entry in report["datasets"]) for name in ("found", "used")}
+    return _template().render(
+        sections=sections, companions=companions, buckets=buckets, chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(
@@ -151,18 +169,7 @@ def page(report: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> str:
     environment.filters["percent"] = percent
     environment.filters["short"] = short
     environment.filters["sizes"] = lambda text: text.replace("x", "\u00a0×\u00a0")
-    sections = [_section(entry, [each for each in thumbnails if each.dataset == entry["id"]]) for entry in report["datasets"]]
-    companions = [
-        CompanionsSection(name, title, entry, _kinds(entry), _truncated(entry["left_out"], MOST_LEFT_OUT))
-        for name, title in (("conditions", "Conditioning images"), ("masks", "Loss masks"))
-        for entry in report.get(name, ())
-    ]
-    buckets = sum(len(entry["buckets"]) for entry in report["datasets"])
-    totals = {name: sum(entry[name] for entry in report["datasets"]) for name in ("found", "used")}
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        sections=sections, companions=companions, buckets=buckets, chart_width=CHART_WIDTH, chart_height=CHART_HEIGHT, **totals
-    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _section(entry: Mapping[str, Any], thumbnails: Sequence[Thumbnail]) -> Section:

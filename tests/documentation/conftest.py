@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.documentation.pages import ROOT, Page
+from tests.warm_python import warm_python
 
 PHOTOGRAPHS = ("coffee.jpg", "cat.webp", "camera.png")
 SDXL_ON_THE_HUB = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -41,7 +41,7 @@ class Reader:
     clone: Path
     home: Path
     models: Mapping[str, Path]  # by their names on the hub
-    python: str = sys.executable
+    python: str
     settings: str = "sdxl-env.sh"
 
     def own(self, text: str) -> str:
@@ -81,7 +81,7 @@ def new_reader(folder: Path, models: Mapping[str, Path], pictures: str, settings
     for name in PHOTOGRAPHS:
         for file in (name, Path(name).with_suffix(".txt").name):
             shutil.copy(ROOT / "demo" / "photos" / file, home / pictures)
-    return Reader(clone, home, models, settings=settings)
+    return Reader(clone, home, models, warm_python(), settings)
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +107,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         IF_TWO_ON_THE_HUB: tiny_deepfloyd.write_deepfloyd_2(folder / "if_two"),
         SIGMA_ON_THE_HUB: tiny_pixart.write_pixart_sigma(folder / "sigma"),
     }
+
+
+def in_two_steps(sample: str) -> str:
+    """A page's Python, whose one call `pipeline("PROMPT"...)` samples in 2 steps instead of 30 or 50."""
+    short, count = re.subn(r'pipeline\(("[^"]+")', r"pipeline(\1, num_inference_steps=2", sample)
+    assert count == 1, sample
+    return short
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from tests.documentation.pages import ROOT, Page
+from tests.warm_python import warm_python
 
 PAGE = Page.named("documentation/ADDING_A_MODEL.md")
 PIECES = re.findall(r"^`([\w./]+)`([^\n]*):\n\n```(python|diff)\n(.*?)^```$", PAGE.text, re.MULTILINE | re.DOTALL)
@@ -55,8 +55,8 @@ SPACE = {True: "\n", False: "\n\n"}  # before a method, and before a class or fu
 
 
 def type_there(copy: Path, commands: str, home: Path) -> str:
-    commands = commands.replace("/home/user", str(home)).replace(".venv/bin/python", sys.executable)
-    environ = {**os.environ, "SIMPLETUNER_PYTHON": sys.executable, "ENV_FILE": os.devnull, "PYTHONPATH": str(copy)}
+    commands = commands.replace("/home/user", str(home)).replace(".venv/bin/python", warm_python())
+    environ = {**os.environ, "SIMPLETUNER_PYTHON": warm_python(), "ENV_FILE": os.devnull, "PYTHONPATH": str(copy)}
     ended = subprocess.run(
         ["bash", "-ec", commands], cwd=copy, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.documentation.conftest import new_reader
+from tests.documentation.conftest import in_two_steps, new_reader
 from tests.documentation.pages import Page
 
 PAGE = Page.named("documentation/DREAMBOOTH.md")
@@ -47,6 +47,6 @@ def test_the_page_leads_to_a_lora_that_was_held_to_its_class(
 
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(reader.own(PAGE.section("6. ").block("python")), names)
+    exec(in_two_steps(reader.own(PAGE.section("6. ").block("python"))), names)
     assert names["pipeline"].unet.peft_config, "no adapter was loaded"
     assert Path("rex.png").stat().st_size > 0

@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers.families.miniatures.sd3 import TEXT_WIDTH
 from helpers.families.miniatures.t5 import t5_encoder, t5_tokenizer
-from tests.documentation.conftest import Followed, new_reader
+from tests.documentation.conftest import Followed, in_two_steps, new_reader
 from tests.documentation.pages import Page
 
 SD3 = Page.named("documentation/QUICKSTART_SD3.md")
@@ -38,7 +38,7 @@ def test_the_quick_start_for_stable_diffusion_2_trains_a_lora_that_its_sample_lo
     assert "finished   2 steps" in reader.type(SD2.section("3. ").block("bash"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(reader.own(SD2.section("4. ").block("python")), names)
+    exec(in_two_steps(reader.own(SD2.section("4. ").block("python"))), names)
     assert names["pipeline"].unet.peft_config, "no adapter was loaded"
     assert (tmp_path / "rex.png").stat().st_size > 0
     exec(SD2.section("Zero terminal SNR").block("python"), names)
@@ -119,7 +119,7 @@ def test_the_quick_starts_for_transformers_train_a_lora_that_their_samples_load(
     assert "finished 2 steps" in story and said in story
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(reader.own(page.section("4. ").block("python")), names)
+    exec(in_two_steps(reader.own(page.section("4. ").block("python"))), names)
     assert any("lora_A" in name for name, _ in names["pipeline"].transformer.named_parameters()), "no adapter was loaded"
     assert (tmp_path / "rex.png").stat().st_size > 0
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.harness import Trainer, draw_images, succeeded
 from tests.runs.evidence import unwrapped
+from tests.warm_python import warm_python
 
 LORA = {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.kohya.safetensors"}
 LONG = pytest.mark.skipif(
@@ -64,7 +65,7 @@ def test_a_run_through_the_wrapper_trains_resumes_and_hands_over(
 ) -> None:
     switch = {name: True} if name in SWITCHES else {}
     trainer = Trainer(images, tmp_path, miniature(name), {**SHORT, "model_type": method, **switch})
-    succeeded(trainer.run_plain(wrapper=wrapper, max_train_steps=1))
+    succeeded(trainer.run_plain(wrapper=wrapper, python=warm_python(), max_train_steps=1))
     ended = trainer.finish(variables=family_of(wrapper))
     assert "resuming from checkpoint-1" in ended.printed
     assert [row["step"] for row in ended.rows("metrics.jsonl")] == [1, 2]
@@ -98,7 +99,7 @@ def test_a_stage_of_deepfloyd_trains_through_its_wrapper_and_resumes_to_the_bit(
     trainer = Trainer(images, tmp_path, miniature(name), {**SHORT, "model_type": model_type, **size})
     trainer.dataloader(resolution=32)
     undisturbed = trainer.finish("whole", variables=family_of(WRAPPER))
-    succeeded(trainer.run_plain(wrapper=WRAPPER, max_train_steps=1))
+    succeeded(trainer.run_plain(wrapper=WRAPPER, python=warm_python(), max_train_steps=1))
     ended = trainer.finish(variables=family_of(WRAPPER))
     assert "resuming from checkpoint-1" in ended.printed
     assert ended.losses == undisturbed.losses

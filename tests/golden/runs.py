@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from tests.warm import Finished, run_program
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ((64, 64), (96, 64), (64, 96), (160, 80))  # width, height of the images in turn; trained at 64 pixels
@@ -183,7 +183,7 @@ def _train(golden: GoldenRun, folder: Path, flags: Sequence[str], checkout: Path
         return _succeed(run_program([str(checkout / "train.py"), *flags], folder, PLAIN, checkout))
     settings = folder / "empty-env.sh"
     settings.touch()
-    processes = {"ENV_FILE": str(settings), "SIMPLETUNER_PYTHON": sys.executable, "TRAINING_NUM_PROCESSES": str(golden.processes)}
+    processes = {"ENV_FILE": str(settings), "SIMPLETUNER_PYTHON": warm_python(), "TRAINING_NUM_PROCESSES": str(golden.processes)}
     command = ["bash", str(checkout / "train_sdxl.sh"), *flags]
     environment = {**os.environ, **PLAIN, **processes}
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)

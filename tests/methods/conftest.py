@@ -1,11 +1,10 @@
-"""A miniature SDXL as a family, and a fresh interpreter that knows nothing of this project."""
+"""A miniature SDXL as a family, and a process that knows nothing of this project."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.families.miniatures.sdxl import write_sdxl
 from helpers.families.sdxl import SDXL
+from tests.warm_python import warm_python
 
 # What the network is asked: two noisy latents with their conditioning.
 QUESTION = {
@@ -64,12 +64,15 @@ def ask(family: SDXL, denoiser: Any) -> torch.Tensor:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Callable[[str, torch.Tensor], str]:
-    """Run code in a fresh interpreter, offline, outside the project; `difference(unet)` there compares with the answer given."""
+    """Run code offline in a process that does not find the project; `difference(unet)` there compares with the answer given.
+
+    tests/families/test_exports.py opens what is exported in a fresh interpreter.
+    """
 
     def run(code: str, answer: torch.Tensor) -> str:
         save_file({**QUESTION, "answer": answer}, tmp_path / "question.safetensors")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | {"HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(code), str(tmp_path / "question.safetensors")]
+        command = [warm_python(), "-c", PREAMBLE + textwrap.dedent(code), str(tmp_path / "question.safetensors")]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.families.miniatures.sdxl import write_sdxl
-from tests.harness import Ended, Trainer, same_weights
+from tests.harness import NO_VALIDATION, Ended, Trainer, same_weights
 from tests.runs.evidence import refusal, unwrapped
 
 pytestmark = pytest.mark.slow
@@ -40,16 +40,20 @@ def test_time_ids_come_from_the_cut_that_was_made(finished: Ended) -> None:
         assert min(row["target_size"]) == 64
 
 
-def test_captions_are_dropped_at_their_rate_and_the_rest_arrive(trainer: Trainer) -> None:
-    ended = trainer.finish(max_train_steps=20, checkpointing_steps=100, caption_dropout_probability=0.5, validation_prompt=None)
+def test_training_lowers_the_loss_of_random_weights_and_captions_are_dropped_at_their_rate(trainer: Trainer) -> None:
+    trainer.model = write_sdxl(trainer.folder / "random")
+    usual = {"model_type": "full", "max_train_steps": 60, "learning_rate": 2e-3, "checkpointing_steps": 100, "use_ema": False}
+    ended = trainer.finish(**usual, **NO_VALIDATION, caption_dropout_probability=0.5)
+    assert sum(ended.losses[-10:]) < 0.8 * sum(ended.losses[:10])
     captions = [row["caption"] for row in ended.rows("samples.jsonl")]
     dropped = captions.count("")
     assert abs(dropped - len(captions) / 2) < 3 * (len(captions) / 4) ** 0.5
     assert {caption for caption in captions if caption} <= {f"a red circle {number:02}" for number in range(14)}
 
 
-def test_gradient_checkpointing_changes_nothing(trainer: Trainer, finished: Ended) -> None:
-    ended = trainer.finish(gradient_checkpointing=True)
+def test_neither_validation_nor_gradient_checkpointing_changes_what_is_trained(trainer: Trainer, finished: Ended) -> None:
+    ended = trainer.finish(gradient_checkpointing=True, **NO_VALIDATION)
+    assert not (ended.folder / "validation_images").exists()
     assert ended.losses == finished.losses
     assert same_weights(finished, ended)
 
@@ -78,14 +82,6 @@ def test_a_full_fine_tune_learns_and_resumes_bit_for_bit(settings: dict[str, obj
     average = load_file(undisturbed.folder / "checkpoint-4" / "unet_ema" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in average.values()} == {torch.float32}
     assert (undisturbed.folder / "pipeline" / "model_index.json").is_file()
-
-
-def test_training_lowers_the_loss_of_random_weights(trainer: Trainer) -> None:
-    trainer.model = write_sdxl(trainer.folder / "random")
-    ended = trainer.finish(
-        model_type="full", max_train_steps=60, learning_rate=2e-3, checkpointing_steps=100, validation_prompt=None, use_ema=False
-    )
-    assert sum(ended.losses[-10:]) < 0.8 * sum(ended.losses[:10])
 
 
 def test_latents_can_be_drawn_anew_each_time(trainer: Trainer, finished: Ended) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from helpers.training.engine import Engine
 from helpers.training.runtime import Runtime
 from helpers.training.schedules import Schedule
 from helpers.training.stopping import StopRequest
+from tests.warm import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUTS = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
@@ -198,11 +196,10 @@ def on_processes(count: int) -> list[dict[str, Any]]:
     ranks = []
     for rank in range(count):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-        environ = {**os.environ, "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+        environ = {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
         environ |= {name: str(value) for name, value in group.items()} if count > 1 else {}
-        command = [sys.executable, "-m", "tests.training.two_processes"]
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True))
-    return [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
+        ranks.append(Program(["-m", "tests.training.two_processes"], ROOT, environ))
+    return [json.loads(next(line for line in rank.communicate(120)[0].splitlines() if line.startswith("{"))) for rank in ranks]
 
 
 @pytest.mark.slow
