@@ -12,6 +12,8 @@ python=.venv/bin/python
 
 # One thread each: on a few shared cores, the threads of several test processes would mostly wait for one another.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+# The processes that tests start need not compile the project anew.
+unset PYTHONDONTWRITEBYTECODE
 
 failed=()
 check() { # check NAME COMMAND...: go on after a failure, so that one run tells everything
