@@ -167,11 +167,15 @@ class Trainer:
         return succeeded(self.run(output, **settings))
 
     def finish_on(self, processes: int, output: str = "out", **settings: Any) -> Ended:
-        """The same on several processes, which find one another as torchrun has them do."""
+        """The same on several processes."""
+        ranks = [self._ended(program, output) for program in self.start_on(processes, output, **settings)]
+        return succeeded(Ended(max(abs(rank.code) for rank in ranks), "".join(rank.printed for rank in ranks), ranks[0].folder))
+
+    def start_on(self, processes: int, output: str = "out", **settings: Any) -> list[Program]:
+        """Start a run on several processes, which find one another as torchrun has them do."""
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
         variables = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        ranks = [self._ended(program, output) for program in [self.start(output, variables=own, **settings) for own in variables]]
-        return succeeded(Ended(max(abs(rank.code) for rank in ranks), "".join(rank.printed for rank in ranks), ranks[0].folder))
+        return [self.start(output, variables=own, **settings) for own in variables]
 
     def _flags_of_run(self, output: str, settings: Mapping[str, object]) -> list[str]:
         if not (self.folder / "dataloader.json").exists():

@@ -147,12 +147,15 @@ def test_accelerate_launch_by_hand_does_the_same(trainer: Trainer, finished: End
 
 @pytest.mark.slow
 def test_two_killed_processes_go_on_as_two_and_stopped_ones_as_one(trainer: Trainer, finished: Ended) -> None:
+    metrics = trainer.folder / "out" / "metrics.jsonl"
+    ranks = trainer.start_on(2, gradient_accumulation_steps=1)
+    wait_for(lambda: lines(metrics) >= 3, ranks[0])
+    for rank in ranks:
+        rank.kill()
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
+    before = metrics.stat().st_mtime_ns
     process = trainer.start_plain(wrapper=WRAPPER, python=warm_python(), variables=TWO, gradient_accumulation_steps=1)
-    wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 3, process)
-    process.kill()
-    process.wait()
-    process = trainer.start_plain(wrapper=WRAPPER, python=warm_python(), variables=TWO, gradient_accumulation_steps=1)
-    wait_for(lambda: lines(trainer.folder / "out" / "metrics.jsonl") >= 4, process)
+    wait_for(lambda: lines(metrics) >= 3 and metrics.stat().st_mtime_ns > before, process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
