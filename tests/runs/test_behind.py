@@ -13,7 +13,6 @@ import pytest
 
 from tests.harness import NO_VALIDATION, Ended, Trainer, draw_images, lines, same_weights, wait_for, without_loss
 from tests.runs.evidence import unwrapped
-from tests.warm_python import warm_python
 
 BEHIND = {"vae_cache_preprocess": False}
 WRAPPER = "train_sdxl.sh"
@@ -30,14 +29,26 @@ def slow_encoder_of_rank(rank: str, folder: Path, seconds: float) -> dict[str, s
     """Variables under which the VAE of one rank takes so long for each batch, however its process is started."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
-        "import os, time\n"
+        "import os, sys, time\n"
+        "import importlib.abc, importlib.util\n"
+        "class Slow(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name != 'helpers.families.loading.vae':\n"
+        "            return None\n"
+        "        sys.meta_path.remove(self)\n"
+        "        spec = importlib.util.find_spec(name)\n"
+        "        run = spec.loader.exec_module\n"
+        "        def exec_module(module):\n"
+        "            run(module)\n"
+        "            encode = module.VaeCodec.encode\n"
+        "            def slowly(self, pixels):\n"
+        f"                time.sleep({seconds})\n"
+        "                return encode(self, pixels)\n"
+        "            module.VaeCodec.encode = slowly\n"
+        "        spec.loader.exec_module = exec_module\n"
+        "        return spec\n"
         f"if os.environ.get('RANK') == {rank!r}:\n"
-        "    from helpers.families.loading.vae import VaeCodec\n"
-        "    encode = VaeCodec.encode\n"
-        "    def slowly(self, pixels):\n"
-        f"        time.sleep({seconds})\n"
-        "        return encode(self, pixels)\n"
-        "    VaeCodec.encode = slowly\n"
+        "    sys.meta_path.insert(0, Slow())\n"
     )
     return {"PYTHONPATH": str(folder)}
 
@@ -111,7 +122,7 @@ def ranks_below(process: subprocess.Popen[str]) -> Iterator[tuple[str, int]]:
 @pytest.mark.slow
 def test_a_signal_to_a_rank_that_waits_for_the_others_encoding_stops_all(trainer: Trainer) -> None:
     variables = {**TWO, **slow_encoder_of_rank("1", trainer.folder / "slow", 30.0)}
-    process = trainer.start_plain(wrapper=WRAPPER, python=warm_python(), variables=variables, gradient_accumulation_steps=1)
+    process = trainer.start_plain(wrapper=WRAPPER, variables=variables, gradient_accumulation_steps=1)
     latents = trainer.folder / "out" / "cache" / "latents"
     wait_for(lambda: any(latents.glob("*.safetensors")), process)  # rank 0 is through with its share
     asked = time.monotonic()
