@@ -126,7 +126,7 @@ def set_up_and_train(config: Config, runtime: Runtime, report: Reporters) -> Non
     validator = validation.make_validator(run, data, live)
     if runtime.is_main:
         outputs.join_reporters(run, total)
-    steps = f"from step {run.state.step:,} to {total:,}"
+    steps = outputs.describe_steps(run.state.step, total)
     report.chapter("training", f"{family.facts.title} · {learner.trainable.description} · {steps} · {data.describe()}")
     Training(run, data, learner, live, validator, total).advance()
     refuse_export(run.state, runtime.mixed_precision, run.checkpoints)

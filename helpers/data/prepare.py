@@ -17,7 +17,7 @@ from helpers.data.encode.encoder import LatentEncoder
 from helpers.data.encode.texts import TextStore
 from helpers.data.fingerprint import DataFingerprint
 from helpers.data.planned import PlannedData, steps_of
-from helpers.data.report.dataset_report import mix_summary
+from helpers.data.report.dataset_report import mix_summary, regularization_note
 from helpers.data.scanning import Scanner
 from helpers.data.settings import DataContext, DataSettings
 from helpers.data.surveying import Surveyor
@@ -54,6 +54,8 @@ def prepare_data(
 
     if len(datasets) > 1:
         report.chapter("mix", mix_summary(data.plan.datasets, steps.order.mix))
+        if note := regularization_note(data.datasets, steps.order.mix):
+            report.chapter("", note)
     records = CachedRecords(data, family, encoder, texts)
     maker = BatchMaker(records, settings.seed, settings.caption_dropout, settings.encoders_apart)
     fixed = _fixed(data, settings, encoder.codec.fingerprint, texts.fingerprint)

@@ -33,6 +33,13 @@ def open_report(config: Config, runtime: Runtime, report: Reporters) -> None:
     logging.getLogger("helpers").debug("variables of the env file that are not ours: %s", ", ".join(config.passed_variables) or "none")
 
 
+def describe_steps(step: int, total: int) -> str:
+    """Which steps this start trains: `from step 100 to 3,000`, or that there is nothing left to train."""
+    if step < total:
+        return f"from step {step:,} to {total:,}"
+    return f"already at step {step:,} of {total:,}, nothing to train (a larger --max_train_steps or --num_train_epochs continues)"
+
+
 def join_reporters(run: Run, total: int) -> None:
     """Add the metrics files and trackers. Rows of steps later than this start are removed from the files."""
     from helpers.reporting.records import Records

@@ -216,6 +216,22 @@ def cut_off_line(count: int) -> str:
     return f"{count:,} caption{'s' if count != 1 else ''} {are} longer than the text encoders read, and {are} cut off"
 
 
+def regularization_note(datasets: Sequence[DatasetConfig], mix: Mix) -> str:
+    """A line for the console if regularization images outweigh the others only because there are more of them, else ""."""
+    if any(dataset.probability is not None for dataset in datasets):
+        return ""
+    counts = {regularization: 0 for regularization in (False, True)}
+    for dataset, count in zip(datasets, mix.counts, strict=True):
+        counts[dataset.is_regularisation_data] += int(count)
+    share = counts[True] / sum(counts.values())
+    if not 0.5 < share < 1:
+        return ""
+    return (
+        f"regularization images are {100 * share:.0f} % of the micro-batches, because datasets are mixed by size; "
+        '"probability": 1 in each dataset gives all of them equal shares, as in the June 2024 release'
+    )
+
+
 def mix_summary(datasets: Sequence[str], mix: Mix) -> str:
     """One line for the console, such as `faces 60 % + streets 40 % of the micro-batches, for 75 % of an epoch, until faces is used up`."""
     until = mix.even_from
