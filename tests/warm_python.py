@@ -12,7 +12,6 @@ read while they are imported, need a plain interpreter.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import gc
@@ -28,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 from tests.warm import IMPORTS, ROOT, serving
@@ -67,7 +67,7 @@ def warm_python() -> str:
     address = str(folder / "server")
     server = serving().Process(target=_serve, args=(address,))
     server.start()
-    atexit.register(server.kill)  # before multiprocessing waits for it
+    Finalize(None, server.kill, exitpriority=10)  # before multiprocessing waits for it, in a forked process too
     while not Path(address).exists():
         if server.exitcode is not None:
             raise RuntimeError("the server of warm_python() did not start")
@@ -82,14 +82,15 @@ def _serve(address: str) -> None:
     if IMPORTS not in sys.modules:
         raise RuntimeError(f"{IMPORTS} was not imported by the server")
     gc.freeze()
-    parent = os.getppid()
+    tests = multiprocessing.parent_process()  # whose end nothing else tells: the fork server lives on while this process does
+    assert tests is not None
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that mind a call
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(64)
     os.rename(f"{address}.new", address)
     listener.settimeout(2)
-    while os.getppid() == parent:
+    while tests.is_alive():
         with contextlib.suppress(TimeoutError):
             client, _ = listener.accept()
             if os.fork() == 0:
