@@ -55,7 +55,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str], axes: Axes) -> 
     values = {name: setting.value for name, setting in chosen.items()}
     given = {name: setting.origin for name, setting in chosen.items() if setting.rank > Rank.DECLARED}
     judged = _judged(choices, values)
-    problems += [*data.problems, *impossible(chosen, data), *(with_origin(problem, given) for problem in judged)]
+    problems += [*data.problems, *impossible(chosen, data, environ), *(with_origin(problem, given) for problem in judged)]
     if problems:
         raise ConfigError(*dict.fromkeys(masked(problem) for problem in problems))
     return Config(

@@ -12,12 +12,13 @@ from typing import Any
 from helpers.config.aspects import LARGEST_MEGAPIXELS
 from helpers.config.buckets import caches_inside_images
 from helpers.config.datasets import DataConfig
-from helpers.config.libraries import lacking
+from helpers.config.libraries import lacking, nothing_is_installed
 from helpers.config.model_names import model_problem
 from helpers.config.optimizer_rules import missing_library, optimizer_problems
 from helpers.config.settle import chosen_method
 from helpers.config.sizes import ALIGNMENTS, IN_THE_UNIT, size_problems
 from helpers.config.sources import Rank, Setting, said_by
+from helpers.config.tracker_login import missing_login
 
 SMALLEST_PIXELS = 16  # nobody trains below it: the number is an area in megapixels
 VALIDATION_FOLDER = "validation_images"  # in OUTPUT_DIR; those of an earlier run are tempting as a dataset
@@ -40,7 +41,7 @@ BESIDE_A_FROZEN_BASE = ("lora", "lycoris")  # methods that only ask the base mod
 Chosen = Mapping[str, Setting]
 
 
-def impossible(chosen: Chosen, data: DataConfig) -> Iterator[str]:
+def impossible(chosen: Chosen, data: DataConfig, environ: Mapping[str, str]) -> Iterator[str]:
     """One sentence for every combination that cannot be used, naming the options and the remedy."""
     yield from _required(chosen)
     yield from _sizes(chosen, data)
@@ -54,7 +55,7 @@ def impossible(chosen: Chosen, data: DataConfig) -> Iterator[str]:
     yield from _reporting(chosen)
     yield from _launch(chosen)
     yield from _memory(chosen)
-    yield from _libraries(chosen)
+    yield from _libraries(chosen, environ)
 
 
 def _required(chosen: Chosen) -> Iterator[str]:
@@ -219,11 +220,13 @@ def _base_lora(chosen: Chosen) -> Iterator[str]:
         yield f"{lora.origin}: --lora_init_type=loftq starts from the weights without it; leave one of them out."
 
 
-def _libraries(chosen: Chosen) -> Iterator[str]:
-    """What is asked for and not installed, said before hours of caching rather than after."""
+def _libraries(chosen: Chosen, environ: Mapping[str, str]) -> Iterator[str]:
+    """What is asked for and not installed, or cannot log in, said before hours of caching rather than after."""
     for name in chosen["report_to"].value:
         if name in TRACKERS and (lacks := lacking(name, *TRACKERS[name])):
             yield f"{said_by(chosen, 'report_to')}: {lacks}, or choose another."
+        elif not (nothing_is_installed() or chosen["dataset_report"].value) and (lacks := missing_login(name, environ)):
+            yield f"{said_by(chosen, 'report_to')}: {lacks}"
     if chosen["base_quantization"].value == "nf4" and (lacks := lacking("nf4", "bitsandbytes", "bitsandbytes")):
         yield f"{said_by(chosen, 'base_quantization')}: {lacks}, or choose int8."
     if chosen_method(dict(chosen)) == "lycoris" and (lacks := lacking(chosen["lora_algorithm"].value, "lycoris", "lycoris-lora")):

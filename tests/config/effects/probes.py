@@ -493,7 +493,7 @@ def project_of_wandb(lab: Lab, flags: Flags) -> object:
     vars(wandb).update(init=lambda **given: told.update(given) or run, config={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", wandb)
-        lab.run(("--report_to=wandb", *flags))
+        lab.run(("--report_to=wandb", "WANDB_MODE=offline", *flags))
     return told["project"]
 
 
