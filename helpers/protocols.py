@@ -268,6 +268,9 @@ class SwappedHalves:
 KohyaName = str | FusedPart | SwappedHalves
 
 
+LIVE = "_live"  # in names of files and folders with the live weights, where the plain name has their average
+
+
 @dataclass(frozen=True)
 class Corrupted:
     """The network's input and its target. B samples."""

@@ -10,6 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 bash ubuntu.sh --test || exit
 python=.venv/bin/python
 
+# One worker more than there are cores: tests of signals, timeouts and storage mostly wait. Asked before OMP_NUM_THREADS, which nproc heeds.
+workers=${SIMPLETUNER_TEST_WORKERS:-$(($(nproc) + 1))}
 # One thread each: on a few shared cores, the threads of several test processes would mostly wait for one another.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # The processes that tests start need not compile the project anew.
@@ -26,8 +28,7 @@ check() { # check NAME COMMAND...: go on after a failure, so that one run tells 
 check 'lint' "$python" -m ruff check .
 check 'types' "$python" -m mypy
 check 'shell scripts' .venv/bin/shellcheck -x ./*.sh simpletuner tests/run.sh .ci/run helpers/launch.sh
-# One worker more than there are cores: tests of signals, timeouts and storage mostly wait.
-check 'tests' "$python" -m pytest -n "${SIMPLETUNER_TEST_WORKERS:-$(($(nproc) + 1))}" --dist worksteal "$@"
+check 'tests' "$python" -m pytest -n "$workers" --dist worksteal "$@"
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[*]}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config.facts import Facts, Settings
 from helpers.methods.full import FullFineTune, check
-from helpers.protocols import Parts, Trainable, can_controlnet
+from helpers.protocols import LIVE, Parts, Trainable, can_controlnet
 from helpers.storage.atomic import atomic_folder, scratch_folder
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ControlNet(FullFineTune):
 
     def export(self, trainable: Trainable, folder: Path, schedule: Mapping[str, Any], average: Mapping[str, Tensor] | None) -> list[Path]:
         """Write `controlnet/`. With an average it holds the average, and `controlnet_live/` holds the live weights."""
-        wanted = {"": average, **({"_live": None} if average is not None else {})}
+        wanted = {"": average, **({LIVE: None} if average is not None else {})}
         for label, weights in wanted.items():
             with scratch_folder(folder, "export") as aside, atomic_folder(folder / f"{FOLDER}{label}") as target:
                 [written] = self.save(trainable, aside, weights)

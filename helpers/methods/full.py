@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.config.facts import Facts
 from helpers.methods.text_encoders import WEIGHTS_FILE as TEXT_WEIGHTS_FILE
 from helpers.methods.text_encoders import name_in_files, train_only
-from helpers.protocols import Parts, Trainable
+from helpers.protocols import LIVE, Parts, Trainable
 from helpers.storage.atomic import atomic_folder, scratch_folder
 from helpers.storage.tensors import save_tensors
 
@@ -102,7 +102,7 @@ class FullFineTune:
                 self.save(trainable, aside)
                 self._check_all(aside, trainable, None)
                 for role in trainable.modules:
-                    written.append(folder / f"{role}_live")
+                    written.append(folder / f"{role}{LIVE}")
                     with atomic_folder(written[-1]) as live:
                         shutil.copytree(aside / role, live, dirs_exist_ok=True)
         return written

@@ -29,7 +29,7 @@ from helpers.methods.lora_init import FROM_WEIGHTS, INITIALIZATIONS, first_matri
 from helpers.methods.lora_layouts import kohya_metadata, split_name, to_kohya
 from helpers.methods.peft_layout import write_adapter
 from helpers.methods.text_encoders import name_in_files, projections
-from helpers.protocols import Parts, Trainable
+from helpers.protocols import LIVE, Parts, Trainable
 from helpers.storage.atomic import atomic_folder, scratch_folder, write_file
 from helpers.storage.tensors import save_tensors
 
@@ -224,7 +224,7 @@ class Lora:
         with scratch_folder(folder, "lora") as aside:
             files = self.save(trainable, aside, average)
             if average is not None:
-                files += self.save(trainable, aside, label="_live")
+                files += self.save(trainable, aside, label=LIVE)
             for file in files:
                 _publish(file, folder / file.name)
         return [folder / file.name for file in files]

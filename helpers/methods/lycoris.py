@@ -25,7 +25,7 @@ from helpers.methods.lora import (
     require_each_to_fit,
 )
 from helpers.methods.lora_layouts import kohya_metadata
-from helpers.protocols import Parts, Trainable
+from helpers.protocols import LIVE, Parts, Trainable
 from helpers.storage.atomic import scratch_folder, write_file
 from helpers.storage.tensors import save_tensors
 
@@ -129,7 +129,7 @@ class Lycoris:
         with scratch_folder(folder, "lora") as aside:
             files = self.save(trainable, aside, average)
             if average is not None:
-                files += self.save(trainable, aside, label="_live")
+                files += self.save(trainable, aside, label=LIVE)
             for file in files:
                 write_file(folder / file.name, file.read_bytes())
         return [folder / file.name for file in files]

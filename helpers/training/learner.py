@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.protocols import Trainable, TrainingMethod
+from helpers.protocols import LIVE, Trainable, TrainingMethod
 from helpers.training.ema import Average
 from helpers.training.engine import Engine
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from helpers.training.checkpoints import Checkpoint
-
-EMA_LABEL = "_ema"
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,18 @@ class Learner:
     average: Average | None
 
     def write_weights(self, folder: Path) -> None:
-        """Write the weights (of a schedule-free optimizer: its average) and the EMA, in the files that other tools load."""
+        """Write the weights in the files that other tools load, under the names that `export` gives them.
+
+        With EMA, the plain names have the average, and `..._live` the live weights. Those of a schedule-free optimizer are its average.
+        """
         with self.engine.averaged():
-            self.method.save(self.trainable, folder)
+            self.method.save(self.trainable, folder, label=self._live)
         if self.average is not None:
-            self.method.save(self.trainable, folder, self.average.shadow, EMA_LABEL)
+            self.method.save(self.trainable, folder, self.average.shadow)
+
+    @property
+    def _live(self) -> str:
+        return LIVE if self.average is not None else ""
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The optimizer's tensors by name, and everything else as JSON values."""
@@ -42,10 +47,10 @@ class Learner:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer and average exactly as they were saved."""
-        self.trainable.put(self.method.read(self.trainable, checkpoint.folder))
+        self.trainable.put(self.method.read(self.trainable, checkpoint.folder, self._live))
         self.engine.restore(checkpoint.optimizer_tensors(), checkpoint.content["numbers"])
         if self.average is not None:
-            self.average.restore(self.method.read(self.trainable, checkpoint.folder, EMA_LABEL))
+            self.average.restore(self.method.read(self.trainable, checkpoint.folder))
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the network uses the average if there is one: the EMA, or that of a schedule-free optimizer."""

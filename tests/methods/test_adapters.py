@@ -19,7 +19,7 @@ from helpers.errors import ConfigError
 from helpers.families.sdxl import SDXL
 from helpers.methods.lora import Lora
 from helpers.methods.lycoris import Lycoris
-from helpers.protocols import Trainable, TrainingMethod
+from helpers.protocols import LIVE, Trainable, TrainingMethod
 from helpers.training.ema import Average
 from helpers.training.optimizers import NamedOptimizer
 from tests.methods.conftest import QUESTION, ask
@@ -203,16 +203,16 @@ def trained_on(family: SDXL, kind: Options, folder: Path, first: int, last: int,
     optimizer = NamedOptimizer(OptimizerOptions(optimizer="adamw"), trainable.parameters, 1e-2)
     average = Average(trainable.parameters, EmaOptions())
     if first:
-        trainable.put(method.read(trainable, folder))
-        average.restore(method.read(trainable, folder, "_ema"))
+        trainable.put(method.read(trainable, folder, LIVE))
+        average.restore(method.read(trainable, folder))
         optimizer.restore(load_file(folder / "optimizer.safetensors"), json.loads((folder / "optimizer.json").read_bytes()))
     for step in range(first, last):
         loss(family, trainable, step).backward()
         optimizer.step(1e-2)
         optimizer.torch_optimizer.zero_grad()
         average.update(step + 1)
-    method.save(trainable, folder)
-    method.save(trainable, folder, average.shadow, "_ema")
+    method.save(trainable, folder, label=LIVE)
+    method.save(trainable, folder, average.shadow)
     tensors, values = optimizer.state()
     save_file(tensors, folder / "optimizer.safetensors")
     (folder / "optimizer.json").write_text(json.dumps(values))

@@ -50,7 +50,7 @@ def test_stopped_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_by
     undisturbed = steered.finish("undisturbed", **{**USUAL, "validation_prompt": "a red circle"})
     kept = bytes_of(undisturbed.folder / "checkpoint-4")
     weights = "diffusion_pytorch_model.safetensors"
-    assert kept.keys() == {f"controlnet/{weights}", f"controlnet_ema/{weights}", "optimizer.safetensors"}
+    assert kept.keys() == {f"controlnet/{weights}", f"controlnet_live/{weights}", "optimizer.safetensors"}
     assert (undisturbed.folder / "controlnet" / weights).is_file() and (undisturbed.folder / "controlnet_live" / weights).is_file()
     names = {path.stem.split("_", 2)[2].rpartition("_")[0] for path in (undisturbed.folder / "validation_images").glob("step_4_*.png")}
     assert names == {"unconditional", "validation", "picture_1", "picture_2", "picture_3", "picture_4"}

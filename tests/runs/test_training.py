@@ -73,13 +73,13 @@ def test_a_full_fine_tune_learns_and_resumes_bit_for_bit(settings: dict[str, obj
     trainer.finish("stopped", **usual | {"max_train_steps": 2})
     resumed = trainer.finish("stopped", **usual)
     assert resumed.losses == undisturbed.losses
-    for role in ("unet", "unet_ema"):
+    for role in ("unet", "unet_live"):
         name = f"checkpoint-4/{role}/diffusion_pytorch_model.safetensors"
         assert (resumed.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
-    weights = load_file(undisturbed.folder / "checkpoint-4" / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = load_file(undisturbed.folder / "checkpoint-4" / "unet_live" / "diffusion_pytorch_model.safetensors")
     in_bf16 = settings.get("mixed_precision") == "bf16" and "optimizer" not in settings
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16 if in_bf16 else torch.float32}
-    average = load_file(undisturbed.folder / "checkpoint-4" / "unet_ema" / "diffusion_pytorch_model.safetensors")
+    average = load_file(undisturbed.folder / "checkpoint-4" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in average.values()} == {torch.float32}
     assert (undisturbed.folder / "pipeline" / "model_index.json").is_file()
 
