@@ -1,4 +1,4 @@
-"""The Config: everything a run was told, settled, with the origin of every value."""
+"""The Config: the effective value of every setting of a run, with its origin."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Config:
 
     @property
     def conditioning(self) -> tuple[DatasetConfig, ...]:
-        """The datasets of conditions that are in use."""
+        """The datasets of conditioning images that are in use."""
         return tuple({of.id: of for dataset in self.datasets if (of := dataset.condition) is not None}.values())
 
     @property
@@ -109,7 +109,7 @@ class Config:
         for name, value in self.values().items():
             if name in self.given and value != options[name].default and not options[name].alias_of:
                 by_origin.setdefault(self.origins[name], []).append(f"{name} {on_one_line(masked(show(value)))}")
-        return " · ".join(f"{', '.join(told)} ({origin})" for origin, told in by_origin.items()) or "all settings are the defaults"
+        return " · ".join(f"{', '.join(settings)} ({origin})" for origin, settings in by_origin.items()) or "all settings are the defaults"
 
     def to_json(self) -> dict[str, Any]:
         """What OUTPUT_DIR/config.json holds: every effective setting with its origin. Declared settings only, and no secret."""

@@ -1,4 +1,4 @@
-"""One dataset of the dataloader JSON: every key declared once, with the option it falls back to."""
+"""One dataset of the dataloader JSON: every key, declared once, with the option that is its default."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Entry:
     )
     dataset_type: str = option(
         "image",
-        "What it holds: images to train on, text embeddings, the images that a ControlNet is to follow, or loss masks.",
+        "What it contains: images to train on, text embeddings, conditioning images for a ControlNet, or loss masks.",
         choices=("image", "text_embeds", "conditioning", "mask"),
     )
     disabled: bool = option(False, "Leave this entry out.", aliases=("disable",))
@@ -40,7 +40,7 @@ class Entry:
     aws_access_key_id: str | None = option(
         None, "Access key. Better left out: AWS's own variables, profiles and roles count.", default_text=_AWS_CHAIN, secret=True
     )
-    aws_secret_access_key: str | None = option(None, "The secret that belongs to it.", default_text=_AWS_CHAIN, secret=True)
+    aws_secret_access_key: str | None = option(None, "Secret access key.", default_text=_AWS_CHAIN, secret=True)
     aws_data_prefix: str | None = option(
         None, "Folder in the bucket: of the images, or of the embeddings, for which it is required.", default_text="the whole bucket"
     )
@@ -48,7 +48,7 @@ class Entry:
         None, "Folder for the index of a cache in a bucket and copies of its shards.", default_text="CACHE_DIR/s3"
     )
     cache_local_limit_gb: float | None = option(None, "Most gigabytes that these copies take, for each cache.", above=0)
-    write_batch_size: int = option(64, "Entries a write.", at_least=1, does_nothing="caches are written in sealed shards")
+    write_batch_size: int = option(64, "Entries per write.", at_least=1, does_nothing="caches are written in sealed shards")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TableConfig:
     path: str = option(
         "", "The table: a path inside the dataset's folder, or from the root of this machine. Required.", default_text="required"
     )
-    filename_column: str = option(None, "The file each row is about.", inherits="parquet_filename_column")
+    filename_column: str = option(None, "Column of file names.", inherits="parquet_filename_column")
     identifier_includes_extension: bool | None = option(
         None, "Whether the names in that column end as the files' do; unset, either is found.", default_text="either"
     )
@@ -121,36 +121,35 @@ class DatasetConfig(Entry):
     )
     resolution: float = option(
         None,
-        "Size that images are trained at. With resolution_type pixel also a list of sizes: each image once an epoch at each size that it"
-        " has.",
+        "Training size of images. With resolution_type pixel also a list of sizes: each image once an epoch at each size that it has.",
         above=0,
         inherits="resolution",
     )
     resolution_type: str = option(None, "Unit of its sizes.", choices=("area", "pixel"), inherits="resolution_type")
     minimum_image_size: float | None = option(None, "Leave out smaller images.", at_least=0, inherits="minimum_image_size")
     maximum_image_size: float | None = option(
-        None, "Shrink larger images to target_downsample_size before the cut.", above=0, inherits="maximum_image_size"
+        None, "Downscale larger images to target_downsample_size before cropping.", above=0, inherits="maximum_image_size"
     )
     target_downsample_size: float | None = option(
-        None, "What images above maximum_image_size are shrunk to.", above=0, inherits="target_downsample_size"
+        None, "Size to which images above maximum_image_size are downscaled.", above=0, inherits="target_downsample_size"
     )
     minimum_aspect: float | None = option(None, "Leave out images whose width / height is smaller, such as 0.5.", above=0)
     maximum_aspect: float | None = option(None, "Leave out images whose width / height is larger, such as 2.", above=0)
-    crop: bool = option(False, "Cut images to the target's shape; off keeps as much of each image as its shape allows.")
+    crop: bool = option(False, "Crop images to the aspect ratio of crop_aspect; off keeps as much of each image as its bucket allows.")
     crop_style: str = option(
         "random",
-        "Where the cut is: drawn, bottom right, in the middle, or around the largest face.",
+        "Position of the crop: random, bottom right, center, or around the largest face.",
         choices=("random", "corner", "center", "face"),
         synonyms={"centre": "center"},
     )
     crop_aspect: str = option(
         "square",
-        "Shape of the cut: square, the image's own, or drawn from crop_aspect_buckets.",
+        "Aspect ratio of the crop: square, the image's own, or random from crop_aspect_buckets.",
         choices=("square", "preserve", "random"),
     )
     crop_aspect_buckets: tuple[AspectBucket, ...] = option(
         (),
-        'Shapes to draw from, as width / height: 1.5, or {"aspect": 1.5, "weight": 2}; weights are relative.',
+        'Aspect ratios to choose from, as width / height: 1.5, or {"aspect": 1.5, "weight": 2}; weights are relative.',
         each=aspect_bucket,
     )
     flip: bool = option(False, "Mirror each sample left to right with probability 0.5; the crop coordinates that the network gets follow.")
@@ -162,8 +161,8 @@ class DatasetConfig(Entry):
         inherits="caption_strategy",
     )
     instance_prompt: str | None = option(None, "The caption, or the beginning of it.", inherits="instance_prompt")
-    prepend_instance_prompt: bool = option(None, "Put the instance prompt before each caption.", inherits="prepend_instance_prompt")
-    only_instance_prompt: bool = option(None, "Use the instance prompt in place of captions.", inherits="only_instance_prompt")
+    prepend_instance_prompt: bool = option(None, "Put the instance prompt in front of each caption.", inherits="prepend_instance_prompt")
+    only_instance_prompt: bool = option(None, "Use the instance prompt instead of captions.", inherits="only_instance_prompt")
     caption_extensions: tuple[str, ...] = option(
         (),
         "Endings of the caption files beside the images, in any letter case. Where an image has several, the first in the list counts.",
@@ -182,7 +181,7 @@ class DatasetConfig(Entry):
     )
     shuffle_tags: bool = option(False, "Put the tags of a caption in another order, one of eight drawn for each caption.")
     keep_tags: int = option(0, "That many tags stay first when tags are shuffled.", at_least=0)
-    tag_separator: str = option(",", "What stands between tags.")
+    tag_separator: str = option(",", "Separator between tags.")
     repeats: int = option(0, "Extra passes: N means N + 1 views of each image in an epoch.", at_least=0)
     probability: float | None = option(
         None,
@@ -203,7 +202,7 @@ class DatasetConfig(Entry):
     jsonl: TableConfig | None = option(None, "The same as JSON lines.")
     csv: TableConfig | None = option(None, "The same as comma-separated values.")
     vae_cache_clear_each_epoch: bool = option(
-        False, "Draw random cuts and mirroring anew for each epoch, and encode them while the epoch before is trained."
+        False, "Choose new random crops and mirroring for each epoch, and encode them during the epoch before."
     )
     conditioning_data: str | None = option(
         None, "With --controlnet: id of the entry of dataset_type conditioning with a conditioning image of the same name for each image."
@@ -213,7 +212,7 @@ class DatasetConfig(Entry):
         "id of the entry of dataset_type mask with a loss mask of the same name for each image; or alpha, for the images' own alpha"
         " channels. White is trained.",
     )
-    mask_outside_weight: float = option(0.0, "Loss weight of what the mask leaves black; white has 1.", at_least=0, at_most=1)
+    mask_outside_weight: float = option(0.0, "Loss weight of black areas of the mask; white has 1.", at_least=0, at_most=1)
     resize_filter: str = option(
         "lanczos",
         "In a conditioning set, how its images are resized: smoothly, or so that no new colors arise (nearest), for maps of labels.",
@@ -240,11 +239,11 @@ class DatasetConfig(Entry):
     disable_validation: bool = option(False, "Start no image-to-image validation from its images.")
     preserve_data_backend_cache: bool = option(
         None,
-        "Once it was listed, take it to be as it was and do not list it again.",
+        "Do not list it again if it was listed before.",
         aliases=("preserve_data_cache_backend",),
         inherits="preserve_data_backend_cache",
     )
-    skip_file_discovery: str = option(None, "The same, whatever it says.", inherits="skip_file_discovery")
+    skip_file_discovery: str = option(None, "Any value has the same effect.", inherits="skip_file_discovery")
     scan_for_errors: bool = option(False, "Compared latents with buckets.", does_nothing="every cached entry is verified when it is read")
     vae_cache_scan_behaviour: str = option("recreate", "What the scan did.", choices=("recreate", "sync"), does_nothing=_IN_PLACE)
     metadata_update_interval: int = option(3600, "Seconds between saves.", at_least=1, does_nothing="progress is saved as it is made")
@@ -271,12 +270,12 @@ class DatasetConfig(Entry):
 
     @property
     def trusts_listing(self) -> bool:
-        """Whether a listing that was made before counts for the present one."""
+        """Whether the listing of an earlier run is used instead of a new one."""
         return self.preserve_data_backend_cache or bool(self.skip_file_discovery)
 
     @property
     def redraws_aspects(self) -> bool:
-        """Whether the shape of a cut is drawn anew for each epoch."""
+        """Whether the aspect ratio of a crop is drawn again for each epoch."""
         return self.vae_cache_clear_each_epoch and self.crop and self.crop_aspect == "random" and not self.aspects_stay
 
     @property
@@ -313,7 +312,7 @@ class DatasetConfig(Entry):
 
     @property
     def folder(self) -> Path | None:
-        """The folder that is all of this dataset, and so is never written to; None where there is none on this machine."""
+        """The folder on this machine that contains the dataset, to which nothing may be written; None if there is none."""
         if self.type == "huggingface":
             return Path(self.path) if self.path and Path(self.path).is_dir() else None
         return self.instance_data_dir
@@ -321,7 +320,7 @@ class DatasetConfig(Entry):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the dataloader JSON says: enabled entries only."""
+    """The enabled entries of the dataloader JSON."""
 
     datasets: tuple[DatasetConfig, ...] = ()
     text_caches: tuple[TextCacheConfig, ...] = ()
@@ -331,19 +330,19 @@ class DataConfig:
 
 
 def alignment(resolution: float, resolution_type: str) -> int:
-    """The pixel grid for a dataset that names none: 64, or 8 where a square image has under a quarter of a megapixel."""
+    """The default aspect_bucket_alignment: 64, or 8 if a square image has less than a quarter of a megapixel."""
     megapixels = resolution if resolution_type == "area" else resolution**2 / 1e6
     return 64 if megapixels >= 0.25 else 8
 
 
 def table_format(path: str) -> str | None:
-    """The format that a table's name tells, whatever key it stands under; None where the key decides."""
+    """The format of a table by its extension; None if the extension does not say."""
     endings = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv"}
     return endings.get(Path(path).suffix.lower())
 
 
 def complete(dataset: DatasetConfig, options: Mapping[str, object]) -> DatasetConfig:
-    """Fill in what follows from other values."""
+    """Set the values that follow from others."""
     asked = options["aspect_bucket_alignment"]
     grid = asked if isinstance(asked, int) else alignment(dataset.resolution, dataset.resolution_type)
     rounding = options["aspect_bucket_rounding"]

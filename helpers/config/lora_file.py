@@ -52,15 +52,15 @@ def read_lora_file(path: Path) -> LoraFile:
     ranks = [int(tensor["shape"][0]) for name, tensor in header.items() if _DOWN.search(name)]
     if not ranks:
         raise ValueError(f"{path} holds no LoRA; name a file in diffusers' or kohya's layout.")
-    told = _settings(metadata)
+    settings = _settings(metadata)
     rank = _most_common(ranks)
-    alphas = stored_alphas or [float(told.get("lora_alpha", rank)), *map(float, (told.get("alpha_pattern") or {}).values())]
+    alphas = stored_alphas or [float(settings.get("lora_alpha", rank)), *map(float, (settings.get("alpha_pattern") or {}).values())]
     alpha = _most_common(alphas) if stored_alphas else alphas[0]
     several = (f"{what} {_numbers(values)}" for what, values in (("ranks", ranks), ("alphas", alphas)) if len(set(values)) > 1)
     differing = " and ".join(several)
     dora = any(name.endswith((".dora_scale", ".lora_magnitude_vector")) for name in header)
     of_text = any(name.startswith(_OF_TEXT) for name in header)
-    return LoraFile(rank, alpha, dora, bool(told.get("use_rslora")) and not stored_alphas, of_text, differing)
+    return LoraFile(rank, alpha, dora, bool(settings.get("use_rslora")) and not stored_alphas, of_text, differing)
 
 
 def _most_common(values: Sequence[T]) -> T:
@@ -88,5 +88,5 @@ def _alphas(file: Any, length: int, header: Mapping[str, Any]) -> Iterator[float
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     """peft's settings of the network's adapter, as diffusers writes them: `unet.r`, `unet.lora_alpha` ..."""
-    told = parse_json(metadata.get("lora_adapter_metadata", "{}"))
-    return {name.rpartition(".")[2]: value for name, value in told.items() if not name.startswith("text_encoder")}
+    settings = parse_json(metadata.get("lora_adapter_metadata", "{}"))
+    return {name.rpartition(".")[2]: value for name, value in settings.items() if not name.startswith("text_encoder")}

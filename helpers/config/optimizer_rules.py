@@ -1,4 +1,4 @@
-"""What follows from the choice of an optimizer, what contradicts it, and what is worth a word."""
+"""Settings that depend on the optimizer: defaults, contradictions, and notes about unusual values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGE_RATE = 0.1  # of an optimizer that does not estimate it
 
 
 def settle_optimizer(chosen: dict[str, Setting]) -> None:
-    """Fill in what depends on the optimizer, where nobody has said it."""
+    """Set the defaults that depend on the optimizer."""
     name = chosen["optimizer"].value
     if name in IS_ADAMW:
         for option, value in ADAMW_DEFAULTS.items():
@@ -40,19 +40,19 @@ def settle_optimizer(chosen: dict[str, Setting]) -> None:
     if name in AVERAGES:
         _prefer(chosen, "lr_scheduler", "constant_with_warmup")
     if name == "dadaptation":
-        told, replaced = chosen["dadaptation_learning_rate"], chosen["learning_rate"]
+        rate, replaced = chosen["dadaptation_learning_rate"], chosen["learning_rate"]
         instead = f", instead of {replaced.origin}" if replaced.rank > Rank.PRESET else ""
-        chosen["learning_rate"] = Setting(told.value, f"dadaptation_learning_rate{instead}", replaced.rank)
+        chosen["learning_rate"] = Setting(rate.value, f"dadaptation_learning_rate{instead}", replaced.rank)
 
 
 def _prefer(chosen: dict[str, Setting], option: str, value: object) -> None:
-    """Set what no user has."""
+    """Set an option that the user did not set."""
     if chosen[option].rank <= Rank.PRESET:
         chosen[option] = Setting(value, f"optimizer {chosen['optimizer'].value}", Rank.FAMILY)
 
 
 def optimizer_problems(chosen: Mapping[str, Setting]) -> Iterator[str]:
-    """One sentence for everything about the optimizer that cannot be used, naming options and remedy."""
+    """One sentence, with options and remedy, for each setting of the optimizer that cannot be used."""
     yield from _arguments(chosen)
     yield from _rate(chosen)
     name = chosen["optimizer"].value
@@ -103,7 +103,7 @@ def _rate(chosen: Mapping[str, Setting]) -> Iterator[str]:
 
 
 def optimizer_notes(chosen: Mapping[str, Setting]) -> Iterator[str]:
-    """What can be meant, and probably is not."""
+    """Notes about settings that are possible but probably not intended."""
     name, rate, shape = chosen["optimizer"].value, chosen["learning_rate"], chosen["lr_scheduler"]
     if name in FINDS_RATE and not 0.1 < rate.value <= 10:
         yield f"{rate.origin}: {name} finds its learning rate by itself, and {rate.value:g} of it is far from the usual 1."
@@ -117,7 +117,7 @@ def optimizer_notes(chosen: Mapping[str, Setting]) -> Iterator[str]:
 
 
 def highest_rate(optimizer: str, optimizer_args: str | None, adafactor_relative_step: bool, rate: float) -> str:
-    """The peak of a learning rate in words: for some optimizers it is a factor to what they find, or means nothing."""
+    """The peak of a learning rate in words. For some optimizers it is a factor of the rate that they estimate, or has no effect."""
     if optimizer in FINDS_RATE:
         return f"up to {rate:g} times the learning rate that {optimizer} finds for them"
     if _takes_relative_steps(optimizer, optimizer_args, adafactor_relative_step):
@@ -126,14 +126,14 @@ def highest_rate(optimizer: str, optimizer_args: str | None, adafactor_relative_
 
 
 def _relative_steps(chosen: Mapping[str, Setting]) -> bool:
-    """Whether adafactor finds its learning rate by the count of its steps."""
+    """Whether Adafactor computes its learning rate from the step number."""
     return _takes_relative_steps(*(chosen[option].value for option in ("optimizer", "optimizer_args", "adafactor_relative_step")))
 
 
 def _takes_relative_steps(optimizer: str, optimizer_args: str | None, asked: bool) -> bool:
     if optimizer != "adafactor":
         return False
-    with contextlib.suppress(ValueError):  # that the arguments cannot be read is told where they are judged
+    with contextlib.suppress(ValueError):  # unreadable arguments are reported by _arguments
         return bool(parse_optimizer_args(optimizer_args).get("relative_step", asked))
     return False
 

@@ -83,8 +83,8 @@ def _sizes(chosen: Chosen, data: DataConfig) -> Iterator[str]:
 
 def _falls_back(name: str, chosen: Chosen, data: DataConfig) -> bool:
     """Whether a dataset takes a size from the options, or might: where none was read, nothing is known of them."""
-    told = (chosen[name].value, chosen["resolution_type"].value)
-    return not data.datasets or any((getattr(dataset, name), dataset.resolution_type) == told for dataset in data.datasets)
+    default = (chosen[name].value, chosen["resolution_type"].value)
+    return not data.datasets or any((getattr(dataset, name), dataset.resolution_type) == default for dataset in data.datasets)
 
 
 def _size(what: str, value: float | None, unit: str, remedy: str) -> Iterator[str]:

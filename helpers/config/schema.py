@@ -114,29 +114,29 @@ def _is_required(item: Option) -> bool:
 
 def _key(item: Option, name: str) -> Schema:
     """One key. Null is accepted everywhere, and means that nothing was said."""
-    told: Schema = {"description": _description(item, name)}
+    described: Schema = {"description": _description(item, name)}
     choices = [choice for choice in (*item.choices, *item.synonyms) if choice not in item.unavailable_choices]
     if choices:
-        told["enum"] = [*choices, None]
+        described["enum"] = [*choices, None]
     elif item.kind in (TableConfig, JsonCaptionConfig):
-        told |= {"anyOf": [_object(item.kind), {"type": "null"}]}
+        described |= {"anyOf": [_object(item.kind), {"type": "null"}]}
     elif item.name == "resolution":
         several = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 1}
-        told |= {"anyOf": [{"type": ["number", "null"]}, several]}
+        described |= {"anyOf": [{"type": ["number", "null"]}, several]}
     elif item.kind is tuple:
         elements = {"type": "array", "items": _ELEMENTS.get(item.name, {"type": "string"})}
         alone = [{"type": "string"}] if item.one_or_many or item.name in _TEXT_OR_TEXTS else []
-        told |= {"anyOf": [*alone, elements, {"type": "null"}]}
+        described |= {"anyOf": [*alone, elements, {"type": "null"}]}
     else:
-        told["type"] = [_TYPES[item.kind], "null"]
+        described["type"] = [_TYPES[item.kind], "null"]
     bounds = {"minimum": item.at_least, "exclusiveMinimum": item.above, "maximum": item.at_most}
-    told |= {word: bound for word, bound in bounds.items() if bound is not None}
+    described |= {word: bound for word, bound in bounds.items() if bound is not None}
     if item.default not in (None, "", ()) and not item.inherits:
-        told["default"] = item.default
+        described["default"] = item.default
     if item.does_nothing:
-        told["deprecated"] = True
-        told["deprecationMessage"] = f"Does nothing: {item.does_nothing}."
-    return told
+        described["deprecated"] = True
+        described["deprecationMessage"] = f"Does nothing: {item.does_nothing}."
+    return described
 
 
 def _description(item: Option, name: str) -> str:

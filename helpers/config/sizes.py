@@ -1,4 +1,4 @@
-"""What the sizes and cuts of a dataset say together: what cannot be meant, and what has no effect."""
+"""Sizes and crops of a dataset: combinations that cannot be used, and settings without effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WITH_CROP = ("crop_style", "crop_aspect", "crop_aspect_buckets", "maximum_image
 
 
 def size_problems(dataset: DatasetConfig) -> Iterator[str]:
-    """One sentence for every combination of a dataset's sizes and cuts that cannot be used."""
+    """One sentence for every combination of a dataset's sizes and crops that cannot be used."""
     name = f"dataset {dataset.id!r}"
     yield from _shrinking(name, dataset)
     if dataset.minimum_aspect and dataset.maximum_aspect and dataset.minimum_aspect > dataset.maximum_aspect:
@@ -54,7 +54,7 @@ def _shrinking(name: str, dataset: DatasetConfig) -> Iterator[str]:
 
 
 def finds_faces() -> bool:
-    """Whether an OpenCV with a face detector is installed; told from its files, because importing it takes a while."""
+    """Whether an OpenCV with a face detector is installed; found out from its files, because importing it takes a while."""
     if nothing_is_installed():
         return True  # checked again after the installation
     library = importlib.util.find_spec("cv2")
