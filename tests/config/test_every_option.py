@@ -10,7 +10,7 @@ import pytest
 
 from helpers.choices import known_axes
 from helpers.config.config import Config
-from helpers.config.datasets import TableConfig
+from helpers.config.datasets import JsonCaptionConfig, TableConfig
 from helpers.config.declare import Option
 from helpers.config.optimizers import OPTIMIZERS
 from helpers.config.options.data import TABLES
@@ -81,7 +81,13 @@ def values_to_try(item: Option) -> Iterator[str]:
         highest = item.at_most if item.at_most is not None else 10.0
         yield repr(min(highest, (item.default or item.above or item.at_least or 0) + 0.05))
     else:
-        texts: dict[type, str] = {str: "some text", Path: "some/folder", tuple: "one,two", TableConfig: "some/table"}
+        texts: dict[type, str] = {
+            str: "some text",
+            Path: "some/folder",
+            tuple: "one,two",
+            TableConfig: "some/table",
+            JsonCaptionConfig: "some key",
+        }
         yield texts[item.kind]
 
 

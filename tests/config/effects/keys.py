@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from helpers.config.datasets import DatasetConfig, TableConfig
+from helpers.config.datasets import DatasetConfig, JsonCaptionConfig, TableConfig
 from helpers.config.declare import options_of
 from helpers.config.options.data import TABLES
 from tests.config.effects.buckets import IMAGE_BUCKET_EFFECTS, TEXT_BUCKET_EFFECTS
@@ -124,6 +124,18 @@ def masked(key: str, value: Any) -> list[dict[str, Any]]:
     return [{**ENTRY, "mask_data": "light", key: value}, *sets]
 
 
+def with_sidecars(key: str, value: Any) -> list[dict[str, Any]]:
+    return [{**ENTRY, "instance_data_dir": "sidecars", "caption_strategy": "textfile", key: value}]
+
+
+def of_json_files(key: str, value: JsonCaptionConfig) -> list[dict[str, Any]]:
+    return [{**ENTRY, "instance_data_dir": "sidecars", "caption_strategy": "json", key: {"caption_key": value.caption_key}}]
+
+
+def named_as_kohya_does(key: str, value: str) -> list[dict[str, Any]]:
+    return [{**ENTRY, "instance_data_dir": "kohya", key: value}]
+
+
 def captions(start: str) -> set[str]:
     return {f"{start} {index}" for index in range(6)}
 
@@ -166,6 +178,15 @@ DATASET_EFFECTS: dict[str, Effect] = {
     "shuffle_tags": Effect(of_samples("caption"), ["false", "true"], (), of_tags),
     "keep_tags": Effect(of_samples("caption"), ["0", "2"], (), of_tags),
     "tag_separator": Effect(of_samples("caption"), [",", ";"], (), of_tags),
+    "caption_extensions": Effect(of_samples("caption"), {".txt": captions("beside"), ".caption": captions("written")}, (), with_sidecars),
+    "caption_folder": Effect(of_samples("caption"), {"apart": captions("apart"), "sidecars": captions("beside")}, (), with_sidecars),
+    "json": Effect(of_samples("caption"), {"caption": captions("first"), "other": captions("second")}, (), of_json_files),
+    "layout": Effect(
+        of_samples("dataset"),
+        {"plain": {"pictures"}, "kohya": {"pictures/1_left", "pictures/2_right"}},
+        ("--max_train_steps=6",),
+        named_as_kohya_does,
+    ),
     "metadata_backend": Effect(images_used, {"json": 6, "parquet": 5}, (), sized_by_a_table),
     **{kind: Effect(of_samples("caption"), {f"{side}.{kind}": captions(side) for side in SIDES}, (), of_a_table) for kind in TABLES},
     "disable_validation": Effect(

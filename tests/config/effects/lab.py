@@ -122,6 +122,7 @@ def build_lab(folder: Path) -> Lab:
     _as_rows(folder / "rows", {name: folder / name for name in ("images", "other_images")})
     for index in range(6):
         picture(folder / "tagged" / f"picture_{index}.png", 200 + index, SIZES[index % 3], f"a{index}, b, c, d\ne, f, g")
+    _write_captions(folder)
     _write_tables(folder / "tables")
     (folder / "data.json").write_text(json.dumps([ENTRY]))
     table = {"caption_strategy": "parquet", "parquet": {"path": "../tables/left.parquet"}}
@@ -163,6 +164,28 @@ def _as_rows(folder: Path, splits: Mapping[str, Path]) -> None:
         tables[name] = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
     datasets.DatasetDict(tables).save_to_disk(folder)
     datasets.DatasetDict(dict(zip(tables, reversed(tables.values()), strict=True))).save_to_disk(folder.with_name("other_rows"))
+
+
+def _write_captions(folder: Path) -> None:
+    """`sidecars`: images with a caption in a .txt, a .caption and a .json each. `apart`: other .txt files of the same names.
+
+    `kohya`: two folders of images, whose names say repeats and a caption.
+    """
+    from tests.data.toys import picture
+
+    (folder / "apart").mkdir()
+    for index in range(6):
+        path = folder / "sidecars" / f"picture_{index}.png"
+        picture(path, 300 + index, SIZES[index % 3], f"beside {index}")
+        path.with_suffix(".caption").write_text(f"written {index}")
+        path.with_suffix(".json").write_text(json.dumps({"caption": f"first {index}", "other": f"second {index}"}))
+        (folder / "apart" / f"picture_{index}.txt").write_text(f"apart {index}")
+        picture(
+            folder / "kohya" / ("1_left" if index < 3 else "2_right") / f"picture_{index}.png",
+            400 + index,
+            SIZES[index % 3],
+            f"both {index}",
+        )
 
 
 def _write_tables(folder: Path) -> None:

@@ -406,7 +406,7 @@ def rates_of_a_run(lab: Lab, flags: Flags) -> object:
 
 def average(lab: Lab, flags: Flags) -> object:
     """The averaged weights in the last checkpoint."""
-    path = lab.run(("--use_ema", *flags)).folder / "checkpoint-3" / LORA.replace(".", "_ema.")
+    path = lab.run(("--use_ema", *flags)).folder / "checkpoint-3" / LORA
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
