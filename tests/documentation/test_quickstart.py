@@ -39,8 +39,8 @@ def test_a_run_speaks_in_the_words_that_the_quick_start_shows(quick_start: Follo
 def test_a_run_leaves_the_files_that_the_readme_lists(quick_start: Followed) -> None:
     [_, *rows] = next(README.section("Output files").tables())
     named = {span.replace("<N>", "2") for row in rows for span in re.findall(r"`([^`]+)`", row[0])}
-    # Of a full fine-tune, with --record_samples, and of a network without kohya's layout.
-    only_otherwise = {"pipeline/", "samples.jsonl", "pytorch_lora_weights.peft/"}
+    # Of a full fine-tune, with --export_single_file or --record_samples, and of a network without kohya's layout.
+    only_otherwise = {"pipeline/", "pipeline.safetensors", "samples.jsonl", "pytorch_lora_weights.peft/"}
     assert len(named) >= 10 and only_otherwise <= named
     assert [name for name in named - only_otherwise if not (quick_start.output / name).exists()] == []
     undocumented = {path.name for path in quick_start.output.iterdir() if not path.name.startswith(".")}

@@ -140,5 +140,5 @@ def test_a_file_of_the_family_describes_itself(hunyuan: Tried) -> None:
 
 
 def test_sides_that_patches_do_not_divide_are_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigError, match="patches of 16 pixels"):
+    with pytest.raises(ConfigError, match="16-pixel patches"):
         read_config(["--hunyuan_dit", "--pretrained_model_name_or_path=someone/model", "--aspect_bucket_alignment=8"], {}, known_axes())

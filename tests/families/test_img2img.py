@@ -72,6 +72,7 @@ def test_what_the_pipelines_cannot_do_is_refused() -> None:
         "pixart_alpha",
         "pixart_sigma",
         "hunyuan_dit",
+        "flux",
     }
     rescaled = {**usual, "validation_guidance_rescale": 0.7}
     assert list(family_problems(families["sdxl"], rescaled)) == []

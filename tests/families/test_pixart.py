@@ -175,8 +175,8 @@ def test_a_file_of_the_family_describes_itself(pixart: Tried) -> None:
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--aspect_bucket_alignment=8", "patches of 16 pixels"),
-        ("--validation_guidance_rescale=0.7", "not known to PixArt's pipeline"),
+        ("--aspect_bucket_alignment=8", "16-pixel patches"),
+        ("--validation_guidance_rescale=0.7", "is not for PixArt"),
     ],
 )
 def test_what_the_network_or_its_pipeline_cannot_do_is_refused_before_anything_is_loaded(flag: str, said: str) -> None:

@@ -81,8 +81,8 @@ def without_index(model: Path) -> str:
 
 
 def of_another_class(model: Path) -> str:
-    (model / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    return f"The base model in {model} has the pipeline FluxPipeline, which cannot be trained. Choose one of SDXL."
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    return f"The base model in {model} has the pipeline KandinskyPipeline, which cannot be trained. Choose one of SDXL."
 
 
 def without_a_component(model: Path) -> str:

@@ -1,6 +1,6 @@
 """A trainer that only lives: it takes signals as the real one does, saves for a while, and leaves as the real one does.
 
-CaptionDraw by the environment: STANDIN_NOTES, a folder for `<what>-<rank>` files; STANDIN_SAVE_S; STANDIN_LATE_S, before it listens to
+Steered by the environment: STANDIN_NOTES, a folder for `<what>-<rank>` files; STANDIN_SAVE_S; STANDIN_LATE_S, before it listens to
 signals; STANDIN_END, `rank=code,...` of ranks that end by themselves ("kill" for being killed).
 """
 
@@ -33,6 +33,8 @@ def main() -> int:
     ranks.announce_rank(os.environ)
     note("listening")
     end = dict(pair.split("=") for pair in os.environ.get("STANDIN_END", "").split(",") if pair).get(RANK)
+    while end is not None and not all((NOTES / f"begun-{rank}").exists() for rank in range(int(os.environ.get("WORLD_SIZE", "1")))):
+        time.sleep(0.02)  # a rank that ends takes the others along, and they are to have begun
     if end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if end is not None:
