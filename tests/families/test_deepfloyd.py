@@ -301,7 +301,7 @@ def test_an_exported_pipeline_samples_with_the_variance_that_is_not_learnt(deepf
         ("--latent_sampling=sample", "has no VAE: use mean"),
         ("--pretrained_vae_model_name_or_path=some/vae", "--pretrained_vae_model_name_or_path is for a VAE"),
         ("--vae_dtype=fp32", "--vae_dtype is for a VAE"),
-        ("--tokenizer_max_length=120", "is for Stable Diffusion 3, PixArt"),
+        ("--tokenizer_max_length=120", "is for Stable Diffusion 3, .*PixArt Sigma"),
         ("--validation_guidance_rescale=0.7", "whose pipelines cannot rescale guidance"),
         ("--validation_noise_scheduler=euler", "Use ddpm, ddim or unipc"),
     ],
