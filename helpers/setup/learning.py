@@ -17,14 +17,14 @@ from helpers.training.live_text import text_stop
 from helpers.training.memory import apply_memory_options, choose_attention
 from helpers.training.schedules import Schedule
 
-LOW_MEAN = 0.25  # a mean learning rate below this share of its peak is reported
-
 if TYPE_CHECKING:
     import torch
 
     from helpers.config.config import Config
     from helpers.protocols import Parts, Trainable
     from helpers.setup.run import Run
+
+LOW_MEAN = 0.25  # a mean learning rate below this share of its peak is reported
 
 
 def make_learner(run: Run, total: int) -> Learner:
