@@ -26,11 +26,12 @@ def missing_login(tracker: str, environ: Environ) -> str | None:
 
 
 def _wandb(environ: Environ) -> str | None:
-    settings = [_home(environ) / ".config" / "wandb" / "settings", Path(environ.get("WANDB_DIR") or ".") / "wandb" / "settings"]
+    own = environ.get("WANDB_CONFIG_DIR") or _home(environ) / ".config" / "wandb"
+    settings = [Path(own) / "settings", Path(environ.get("WANDB_DIR") or ".") / "wandb" / "settings"]
     modes = [environ.get("WANDB_MODE", ""), *(_value(file, "default", "mode") for file in settings)]
     if any(mode.lower() in OFFLINE for mode in modes) or environ.get("WANDB_DISABLED", "").lower() in ("1", "true"):
         return None
-    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE") or environ.get("WANDB_ANONYMOUS") in ("allow", "must"):
         return None
     host = urlsplit(environ.get("WANDB_BASE_URL") or WANDB_SERVER).hostname or ""
     home = _home(environ)

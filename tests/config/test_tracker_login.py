@@ -26,6 +26,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         {"WANDB_API_KEY": "key"},
         {"WANDB_IDENTITY_TOKEN_FILE": "token"},
+        {"WANDB_ANONYMOUS": "allow"},
         {"WANDB_MODE": "offline"},
         {"WANDB_MODE": "disabled"},
         {"WANDB_DISABLED": "true"},
@@ -52,6 +53,9 @@ def test_settings_of_wandb_may_say_offline(home: Path) -> None:
     (home / "wandb").mkdir()
     (home / "wandb" / "settings").write_text("[default]\nmode = offline\n")
     assert missing_login("wandb", {"HOME": str(home)}) is None
+    (home / "wandb").rename(home / "elsewhere")
+    assert missing_login("wandb", {"HOME": str(home)})
+    assert missing_login("wandb", {"HOME": str(home), "WANDB_CONFIG_DIR": str(home / "elsewhere")}) is None
 
 
 def test_comet_needs_a_key(home: Path) -> None:
