@@ -138,10 +138,11 @@ class CacheIndex:
     def set_store(self, name: str) -> None:
         """Note where the shards are stored, for programs that see only the folder; "" if they are in the folder."""
         rows = [(name,)] if name else []
-        with self._database.connection() as connection:  # written only if it changed: opening a cache needs no write lock
-            if connection.execute("SELECT name FROM stores").fetchall() != rows:
-                connection.execute("DELETE FROM stores")
-                connection.executemany("INSERT INTO stores VALUES (?)", rows)
+        if list(self._database.rows("SELECT name FROM stores")) == rows:
+            return  # opening a cache needs no write lock
+        with self._database.transaction() as connection:  # another opening of the same folder may do this at the same time
+            connection.execute("DELETE FROM stores")
+            connection.executemany("INSERT INTO stores VALUES (?)", rows)
 
     # -- origins: what the latest record of an image or caption was made from ---------------------------------------------
 
