@@ -41,13 +41,14 @@ USUAL: Mapping[str, object] = {
     "caption_dropout_probability": 0.3,
     "lora_dropout": 0.2,
     "validation_prompt": "a red circle",
+    "validation_disable_unconditional": True,
     "validation_steps": 4,
     "validation_num_inference_steps": 2,
     "record_samples": True,
     "use_ema": True,
     "report_to": "none",
 }
-NO_VALIDATION: Mapping[str, object] = {"validation_prompt": None, "validation_disable_unconditional": True}
+NO_VALIDATION: Mapping[str, object] = {"validation_prompt": None}
 
 
 def draw_images(folder: Path, count: int = 14) -> Path:

@@ -24,8 +24,8 @@ def write_loss_curve(output_dir: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(9, 4.5), dpi=110)
+    axes = figure.add_axes((0.08, 0.11, 0.9, 0.85))  # fixed margins: a layout engine would draw everything twice
     axes.plot(steps, losses, linewidth=0.8, alpha=0.35, label="each step")
     axes.plot(steps, running_mean(losses, max(1, len(losses) // 20)), linewidth=2, label="running mean")
     axes.set_xlabel("step")

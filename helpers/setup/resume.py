@@ -11,6 +11,7 @@ from helpers.config.rules import VALIDATION_FOLDER
 from helpers.errors import StorageError
 from helpers.setup.run import Run, StartPoint
 from helpers.storage.atomic import remove_leftovers, remove_leftovers_below
+from helpers.storage.memo import Memo, digest_of
 from helpers.training.checkpoints import Checkpointer
 from helpers.training.state import TrainState, resume_accumulation
 
@@ -56,15 +57,29 @@ def check_start(run: Run) -> None:
     """
     checkpoint = run.start.checkpoint
     if checkpoint is None:
-        outline = run.family.load(None)
-        if run.base_lora:
-            run.base_lora.check(outline.denoiser)
-        run.method.check(outline)
+        _check_method(run)
         return
     changes = compare(checkpoint.content["settings"], settings(run), run.config, known_axes(), checkpoint.step)
     changes.refuse(checkpoint.name)
     for sentence in changes.allowed:
         run.report.chapter("", sentence)
+
+
+def _check_method(run: Run) -> None:
+    """ConfigError where the method does not fit the network. What fitted once is remembered: building the network takes seconds.
+
+    If that is wrong, because of an update or a file that changed under its name, the same error comes later, when the method is attached.
+    """
+    config, memo = run.config, Memo(run.config.cache.cache_dir / "memo")
+    lora = run.base_lora.digest if run.base_lora else None
+    inputs = digest_of(config.method_name, vars(config.adapter), vars(config.model), run.family.identity, lora)
+    if memo.load_value(f"the method fits {inputs}", inputs):
+        return
+    outline = run.family.load(None)
+    if run.base_lora:
+        run.base_lora.check(outline.denoiser)
+    run.method.check(outline)
+    memo.save_value(f"the method fits {inputs}", inputs, True)
 
 
 def settings(run: Run) -> dict[str, Any]:

@@ -71,9 +71,9 @@ class Engine:
         denoiser = {name: parameter for name, parameter in trainable.parameters.items() if name not in text}
         self.optimizer = NamedOptimizer(options, denoiser, schedule.rate, trainable.lr_scales)
         self.text_optimizer = NamedOptimizer(options, text, schedule.rate * text_rate, trainable.lr_scales) if text else None
-        self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser)
+        self.denoiser: nn.Module = self.accelerator.prepare_model(trainable.denoiser, device_placement=False)
         self.text_encoders: dict[str, nn.Module] = {
-            role: self.accelerator.prepare_model(module) for role, module in trainable.text_encoders.items()
+            role: self.accelerator.prepare_model(module, device_placement=False) for role, module in trainable.text_encoders.items()
         }
         low_precision = [parameter for parameter in self.parameters.values() if parameter.dtype != torch.float32]
         self._sums = Float32Gradients(self.parameters.values()) if gradient_precision == "fp32" and low_precision else None

@@ -20,6 +20,17 @@ def trainer(images: Path, tmp_path: Path) -> Trainer:
 
 
 @pytest.fixture(scope="session")
+def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def shared_cache(trainer: Trainer, filled_cache: Path) -> None:
+    """Runs of this test find the images encoded by those of earlier ones: for tests of what comes after."""
+    trainer.settings = {**trainer.settings, "cache_dir": filled_cache}
+
+
+@pytest.fixture(scope="session")
 def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """One undisturbed run that many tests look at."""
     return Trainer(images, tmp_path_factory.mktemp("finished")).finish()

@@ -47,7 +47,7 @@ def bytes_of(folder: Path) -> dict[str, str]:
 def test_stopped_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_bytes(
     steered: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    undisturbed = steered.finish("undisturbed", **{**USUAL, "validation_prompt": "a red circle"})
+    undisturbed = steered.finish("undisturbed", **{**USUAL, "validation_prompt": "a red circle", "validation_disable_unconditional": False})
     kept = bytes_of(undisturbed.folder / "checkpoint-4")
     weights = "diffusion_pytorch_model.safetensors"
     assert kept.keys() == {f"controlnet/{weights}", f"controlnet_live/{weights}", "optimizer.safetensors"}

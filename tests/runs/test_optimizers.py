@@ -33,6 +33,7 @@ def usual(name: str) -> dict[str, object]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_cache")
 @pytest.mark.parametrize("name", SETTINGS if LONG else ["schedulefree_adamw", "prodigy"])
 def test_begun_on_two_processes_and_gone_on_with_on_one_it_ends_in_the_same_bytes(name: str, trainer: Trainer) -> None:
     undisturbed = trainer.finish("undisturbed", **usual(name))
