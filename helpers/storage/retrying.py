@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -50,10 +50,14 @@ class Budget:
 
 
 class GaveUp(Exception):
-    """The store kept failing. `last` is the last error; the message says how many tries were made, and for how long."""
+    """The store kept failing. The message says how many tries were made, and for how long.
 
-    def __init__(self, last: Exception, tries: int, seconds: float) -> None:
-        self.last = last
+    `errors` are the latest of each type, oldest first: what a store says once, before it falls silent, is often the cause.
+    """
+
+    def __init__(self, errors: Iterable[Exception], tries: int, seconds: float) -> None:
+        self.errors = tuple(errors)
+        self.last = self.errors[-1]
         super().__init__(f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.0f} s")
 
 
@@ -68,6 +72,7 @@ def patiently(attempt: Callable[[], Result], is_temporary: Callable[[Exception],
     """
     began = time.monotonic()
     tries = 0
+    errors: dict[type[Exception], Exception] = {}
     while True:
         tries += 1
         try:
@@ -75,7 +80,8 @@ def patiently(attempt: Callable[[], Result], is_temporary: Callable[[Exception],
         except Exception as error:
             if not is_temporary(error):
                 raise
-            failure = error
+            errors.pop(type(error), None)
+            errors[type(error)] = failure = error
         else:
             budget.give_back()
             return result
@@ -83,5 +89,5 @@ def patiently(attempt: Callable[[], Result], is_temporary: Callable[[Exception],
         pause = _pauses.uniform(0, min(patience.pause * 2 ** (tries - 1), patience.longest_pause))
         deadline = patience.deadline if budget.has_answered else patience.first_deadline
         if not within_budget or time.monotonic() - began + pause > deadline:
-            raise GaveUp(failure, tries, time.monotonic() - began) from failure
+            raise GaveUp(errors.values(), tries, time.monotonic() - began) from failure
         time.sleep(pause)

@@ -163,7 +163,9 @@ class S3Source:
 
     def _explain(self, error: Exception) -> str:
         if isinstance(error, GaveUp):
-            return f"{explained(error.last, self.address)} ({error})"
+            *earlier, last = (explained(each, self.address) for each in error.errors)
+            others = [said for said in dict.fromkeys(earlier) if said != last]
+            return f"{last} ({error}){'; before that: ' if others else ''}{'; '.join(others)}"
         return explained(error, self.address)
 
     def _full(self, key: str) -> str:

@@ -48,6 +48,7 @@ class Rule:
 class FaultProxy:
     upstream: int  # port of the store
     latency: float = 0.0  # seconds
+    keys_of_a_page: int = 1000  # at most, in a listing
     rules: list[Rule] = field(default_factory=list)
     asked: list[Request] = field(default_factory=list)
     port: int = 0
@@ -111,13 +112,17 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
         def _ask_the_store(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
             store = http.client.HTTPConnection("127.0.0.1", proxy.upstream, timeout=60)
             try:
-                store.request(self.command, self.path, body or None, {k: v for k, v in self.headers.items() if k.lower() != "expect"})
+                headers_sent = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+                store.request(self.command, self._path_for_the_store(), body or None, headers_sent)
                 answer = store.getresponse()
                 data = answer.read()
                 headers = [(k, v) for k, v in answer.getheaders() if k.lower() not in ("connection", "transfer-encoding", "date", "server")]
                 return answer.status, headers, data
             finally:
                 store.close()
+
+        def _path_for_the_store(self) -> str:
+            return f"{self.path}&max-keys={proxy.keys_of_a_page}" if "list-type" in parse_qs(urlsplit(self.path).query) else self.path
 
         def _answer(self, status: int, headers: list[tuple[str, str]], answer: bytes, kind: str) -> None:
             self.send_response(status)
