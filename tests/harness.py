@@ -201,7 +201,7 @@ def run_here(config: Config) -> Ended:
     from tests.data.toys import Story
 
     story = Story()
-    with _alone_in_this_process():
+    with alone_in_this_process():
         try:
             train.train(config, StopRequest(), Reporters(story))
         except BaseException as error:
@@ -211,7 +211,7 @@ def run_here(config: Config) -> Ended:
 
 
 @contextmanager
-def _alone_in_this_process() -> Iterator[None]:
+def alone_in_this_process() -> Iterator[None]:
     """A run sets what belongs to the whole process: accelerate's state, TF32, the garbage collector. It is put back."""
     import torch
     from accelerate.state import AcceleratorState

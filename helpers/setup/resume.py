@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.choices import known_axes
 from helpers.config.resume import compare, run_settings
-from helpers.config.rules import VALIDATION_FOLDER
-from helpers.errors import StorageError
 from helpers.setup.run import Run, StartPoint
-from helpers.storage.atomic import remove_leftovers, remove_leftovers_below
 from helpers.storage.memo import Memo, digest_of
 from helpers.training.checkpoints import Checkpointer
 from helpers.training.state import TrainState, resume_accumulation
@@ -26,9 +23,6 @@ if TYPE_CHECKING:
 def find_start(config: Config, runtime: Runtime, report: Reporters) -> StartPoint:
     """The checkpoint to resume from, or a new run with its seed. CheckpointError if neither is allowed."""
     checkpoints = Checkpointer(config.checkpoints, config.run.output_dir, lambda text: report.chapter("checkpoint", text))
-    if runtime.is_main:
-        _remove_leftovers(config, report)
-    runtime.wait_for_everyone()
     checkpoint = checkpoints.find()
     asked = config.run.gradient_accumulation_steps
     if checkpoint is None:
@@ -37,17 +31,6 @@ def find_start(config: Config, runtime: Runtime, report: Reporters) -> StartPoin
     report.chapter("checkpoint", f"resuming from {checkpoint.name}")
     accumulation = resume_accumulation(checkpoint.content["batch"], asked, runtime.world_size, checkpoint.name)
     return StartPoint(checkpoint, TrainState.from_json(checkpoint.content["state"]), accumulation, checkpoints)
-
-
-def _remove_leftovers(config: Config, report: Reporters) -> None:
-    """Remove what killed runs left half-written in the folders of this one, which it has locked."""
-    output = config.run.output_dir
-    flat = [folder for folder in (output, output / VALIDATION_FOLDER) if folder.is_dir()]
-    for remove, folder in [(remove_leftovers_below, config.cache.cache_dir), *((remove_leftovers, folder) for folder in flat)]:
-        try:
-            remove(folder)
-        except StorageError as error:
-            report.chapter("", str(error))
 
 
 def check_start(run: Run) -> None:

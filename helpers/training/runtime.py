@@ -21,10 +21,12 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
+from helpers.config.rules import VALIDATION_FOLDER
 from helpers.data.base.draws import seed_of
-from helpers.errors import ConfigError, Interrupted, UserError
+from helpers.errors import ConfigError, Interrupted, StorageError, UserError
 from helpers.library_settings import in_effect
 from helpers.ranks import FOLDER_VARIABLE, PROCESSES_VARIABLE, announce_rank
+from helpers.storage.atomic import remove_leftovers, remove_leftovers_below
 from helpers.storage.full_disk import wait_for_space
 from helpers.training.lock import lock_folder
 from helpers.training.meeting import ANSWER_WITHIN, Alone, Meeting
@@ -147,9 +149,9 @@ class Runtime:
 
 
 def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Collection[str], stop: StopRequest) -> Runtime:
-    """Join the other processes, resolve the precision for the device, and lock the run's folders.
+    """Join the other processes, resolve the precision for the device, and lock the run's folders: --output_dir and --cache_dir.
 
-    `folders` are named by their options; `chosen` are the options that the user set. Raises UserError if a folder is in use or not
+    `folders` are named by these options; `chosen` are the options that the user set. Raises UserError if a folder is in use or not
     writable, or if the device does not support the precision.
     """
     configure_logging()
@@ -181,7 +183,10 @@ def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Coll
 
 
 def _take_locks(runtime: Runtime, folders: Mapping[str, Path]) -> str | None:
-    """Lock the folders on the main process. => why that failed, which all processes get, so that none waits for one that has exited"""
+    """Lock the folders on the main process, and remove what killed runs left half-written there, before any process writes to them.
+
+    => why that failed, which all processes get, so that none waits for one that has exited
+    """
     if not runtime.is_main:
         return None
     for option, folder in folders.items():
@@ -192,7 +197,18 @@ def _take_locks(runtime: Runtime, folders: Mapping[str, Path]) -> str | None:
             return str(error)
         except OSError as error:
             return f"{option}={folder} is not writable: {error.strerror}."
+    runtime.notes.extend(_remove_leftovers(folders["--output_dir"], folders["--cache_dir"]))
     return None
+
+
+def _remove_leftovers(output: Path, cache: Path) -> Iterator[str]:
+    """=> sentences about what could not be removed"""
+    flat = [folder for folder in (output, output / VALIDATION_FOLDER) if folder.is_dir()]
+    for remove, folder in [(remove_leftovers_below, cache), *((remove_leftovers, folder) for folder in flat)]:
+        try:
+            remove(folder)
+        except StorageError as error:
+            yield str(error)
 
 
 def resolve_precision(asked: str, chosen: bool, device: torch.device) -> tuple[str, str | None]:

@@ -10,6 +10,7 @@ from helpers.errors import StorageError
 from helpers.storage import atomic
 from helpers.storage.atomic import remove_leftovers
 from tests.faults.conftest import Miniature
+from tests.harness import alone_in_this_process
 
 LEFT = ".x.png.tmp.12345.0123abcd"
 
@@ -47,3 +48,15 @@ def test_one_that_cannot_be_removed_is_named_and_the_others_are_removed(tmp_path
     ):
         remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".a.tmp.1.0123abcd"]
+
+
+def test_they_are_removed_before_any_process_goes_on_to_write_there(tmp_path: Path) -> None:
+    """Later, a file that another process is just writing would be taken for one of them."""
+    from helpers.config.options import RunOptions
+    from helpers.training.runtime import start_runtime
+    from helpers.training.stopping import StopRequest
+
+    folders = {"--output_dir": tmp_path / "out", "--cache_dir": tmp_path / "cache"}
+    left = [leave(folders["--output_dir"]), leave(folders["--cache_dir"] / "memo")]
+    with alone_in_this_process(), start_runtime(RunOptions(), folders, (), StopRequest()):
+        assert [path for path in left if path.exists()] == []

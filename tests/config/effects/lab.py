@@ -45,6 +45,7 @@ USUAL: Flags = (
     "--lr_scheduler=constant",
     "--caption_dropout_probability=0",
     "--validation_disable_unconditional",
+    "--validation_num_inference_steps=2",
     "--record_samples",
     "--report_to=none",
 )
