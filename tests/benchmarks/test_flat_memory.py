@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks.material import write_photographs
 from helpers.families.miniatures.sdxl import SdxlSizes, write_sdxl
 
 STEPS = 240
+long = pytest.mark.skipif(not os.environ.get("SIMPLETUNER_TEST_LONG"), reason="SIMPLETUNER_TEST_LONG=1 runs it")
 # KiB per step. The pools of allocators are still filling. With new crops in each epoch, encoding is ahead by a varying amount, some MB.
 # A run that kept the images of its steps would grow by 96 KiB per step.
 MOST_SLOPE = {"behind": 8.0, "redrawn": 40.0}
@@ -23,7 +25,7 @@ def watch(folder: Path, model: Path, images: Path, way: str) -> flat_memory.Watc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["behind", "redrawn"])
+@pytest.mark.parametrize("way", ["behind", pytest.param("redrawn", marks=long)])
 def test_memory_does_not_grow_with_steps_and_an_epoch_begins_as_any_step(way: str, tmp_path: Path) -> None:
     model = write_sdxl(tmp_path / "model", sizes=SdxlSizes(unet_transformers=(1, 1, 1)))
     images = write_photographs(tmp_path / "images", 24, (120, 80))

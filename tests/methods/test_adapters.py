@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.methods.conftest import QUESTION, ask
 
 Elsewhere = Callable[[str, torch.Tensor], str]
 Options = dict[str, Any]
+long = pytest.mark.skipif(not os.environ.get("SIMPLETUNER_TEST_LONG"), reason="SIMPLETUNER_TEST_LONG=1 runs it; others take the same path")
 CONVOLUTIONS = ("to_q", "conv1", "conv_shortcut")
 
 LORA: dict[str, Options] = {
@@ -219,7 +221,9 @@ def trained_on(family: SDXL, kind: Options, folder: Path, first: int, last: int,
     return trainable, average
 
 
-@pytest.mark.parametrize("kind", ["PiSSA", "OLoRA", "orthogonal", "LoCon", "DoRA", "LoKr", "LoHa"])
+@pytest.mark.parametrize(
+    "kind", ["PiSSA", "DoRA", "LoKr", *(pytest.param(kind, marks=long) for kind in ("OLoRA", "orthogonal", "LoCon", "LoHa"))]
+)
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(kind: str, family: SDXL, tmp_path: Path) -> None:
     for name in ("at once", "twice"):
         (tmp_path / name).mkdir()

@@ -24,6 +24,9 @@ from tests.harness import Ended, Trainer, same_weights, wait_for
 from tests.runs.evidence import damage_records, flip_byte, refusal, unwrapped
 from tests.warm import Program
 
+LONG = bool(os.environ.get("SIMPLETUNER_TEST_LONG"))
+long = pytest.mark.skipif(not LONG, reason="SIMPLETUNER_TEST_LONG=1 runs it")
+
 
 @pytest.fixture
 def resumable(trainer: Trainer, finished: Ended) -> Trainer:
@@ -100,7 +103,8 @@ def test_a_cache_that_cannot_be_made_durable_is_told_and_keeps_nothing_of_it(cal
     assert f"{cut_short.folder / 'cache' / 'latents'}: the cache cannot be written: Input/output error" in unwrapped(cut_short.printed)
     assert "Traceback" not in cut_short.printed
     assert not list((cut_short.folder / "cache" / "latents").glob("*.safetensors*"))
-
+    if call != "fsync" and not LONG:
+        return  # the state is the same, and so is what comes of it
     again = trainer.finish()
     assert "14 needed, 0 cached" in unwrapped(again.printed)
     assert same_weights(finished, again)
@@ -117,14 +121,15 @@ def test_a_checkpoint_that_cannot_be_made_durable_is_told_and_the_one_before_it_
     assert "Traceback" not in cut_short.printed
     assert [path.name for path in cut_short.folder.glob("*checkpoint-*")] == ["checkpoint-2"]
     assert verify_manifest(cut_short.folder / "checkpoint-2") == []
-
+    if call != "fsync" and not LONG:
+        return  # the state is the same, and so is what comes of it
     again = trainer.finish()
     assert again.losses == finished.losses
     assert same_weights(finished, again)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", ["EMFILE", "EIO", "ESTALE"])
+@pytest.mark.parametrize("error", ["EIO", pytest.param("EMFILE", marks=long), pytest.param("ESTALE", marks=long)])
 def test_an_image_that_twice_cannot_be_opened_is_tried_again_and_used(error: str, trainer: Trainer, finished: Ended) -> None:
     blinked = trainer.run(**on_a_failing_disk("open", "a_red_circle_03.png", error, times=2))
     assert blinked.code == 0, blinked.printed
