@@ -86,8 +86,7 @@ def train(config: Config, stop: StopRequest, report: Reporters) -> None:
 
     if config.run.max_train_seconds is not None:
         stop.after(config.run.max_train_seconds)
-    folders = {"--output_dir": config.run.output_dir, "--cache_dir": config.cache.cache_dir}
-    with start_runtime(config.run, folders, config.given, stop) as runtime:  # processes, device, precision, locks on its folders
+    with start_runtime(config.run, config.cache.cache_dir, config.given, stop) as runtime:  # processes, device, precision, locks
         if runtime.is_main:
             open_report(config, runtime, report)
         set_up_and_train(config, runtime, report)

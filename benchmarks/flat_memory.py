@@ -89,7 +89,7 @@ def settings(folder: Path, model: Path, images: Path, preprocess: bool, redrawn:
 
 def watched(config: Config, steps: int) -> Watched:
     """Train for some steps, and measure the process after each."""
-    with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
+    with start_runtime(config.run, config.cache.cache_dir, config.given, StopRequest()) as runtime:
         family = FAMILIES[config.family_name](config.model, config.cache)
         settings = data_settings(new_run(config, runtime))
         data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())

@@ -65,8 +65,7 @@ from diffusers import UNet2DConditionModel
 import peft
 stage("imports")
 
-folders = {"--output_dir": config.run.output_dir, "--cache_dir": config.cache.cache_dir}
-with start_runtime(config.run, folders, config.given, StopRequest()) as runtime:
+with start_runtime(config.run, config.cache.cache_dir, config.given, StopRequest()) as runtime:
     family, method, objective = choose_axes(config)
     gc.freeze()
     gc.enable()

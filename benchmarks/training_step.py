@@ -184,7 +184,7 @@ def loops(folder: Path, model: Path, images: Path, resolution: int, method: str)
     """Both loops with the same model and images, everything cached."""
     changed = {"model_type": method, "train_batch_size": BATCH, "cache_dir": folder / "cache"}
     config = run_settings(folder / method, model, images, resolution, **changed)
-    with start_runtime(config.run, {"--output_dir": config.run.output_dir}, config.given, StopRequest()) as runtime:
+    with start_runtime(config.run, config.cache.cache_dir, config.given, StopRequest()) as runtime:
         family = FAMILIES[config.family_name](config.model, config.cache)
         settings = data_settings(new_run(config, runtime))
         data = prepare_data(config.datasets, settings, family, workers(runtime), Reporter())

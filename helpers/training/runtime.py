@@ -8,7 +8,7 @@ import os
 import random
 import secrets
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -148,11 +148,11 @@ class Runtime:
             self.accelerator.end_training()
 
 
-def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Collection[str], stop: StopRequest) -> Runtime:
-    """Join the other processes, resolve the precision for the device, and lock the run's folders: --output_dir and --cache_dir.
+def start_runtime(options: RunOptions, cache_dir: Path, chosen: Collection[str], stop: StopRequest) -> Runtime:
+    """Join the other processes, resolve the precision for the device, and lock the run's folders, OUTPUT_DIR and that of the caches.
 
-    `folders` are named by these options; `chosen` are the options that the user set. Raises UserError if a folder is in use or not
-    writable, or if the device does not support the precision.
+    `chosen` are the options that the user set. Raises UserError if a folder is in use or not writable, or if the device does not support
+    the precision.
     """
     configure_logging()
     # Without `cpu=True`, accelerate treats each process of a CPU group as a run of one process.
@@ -176,20 +176,20 @@ def start_runtime(options: RunOptions, folders: Mapping[str, Path], chosen: Coll
         notes.append(f"kernels of torch are chosen by the environment: {kernels}")
     runtime = Runtime(accelerator, stop, mixed_precision, notes, [])
     wait_for_space((lambda: stop.asked) if options.disk_full == "wait" else None)
-    refusals = runtime.gather(_take_locks(runtime, folders))
+    refusals = runtime.gather(_take_locks(runtime, options.output_dir, cache_dir))
     if refusal := next(filter(None, refusals), None):
         raise UserError(refusal)
     return runtime
 
 
-def _take_locks(runtime: Runtime, folders: Mapping[str, Path]) -> str | None:
+def _take_locks(runtime: Runtime, output: Path, cache: Path) -> str | None:
     """Lock the folders on the main process, and remove what killed runs left half-written there, before any process writes to them.
 
     => why that failed, which all processes get, so that none waits for one that has exited
     """
     if not runtime.is_main:
         return None
-    for option, folder in folders.items():
+    for option, folder in (("--output_dir", output), ("--cache_dir", cache)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             runtime.locks.append(lock_folder(folder, option))
@@ -197,7 +197,7 @@ def _take_locks(runtime: Runtime, folders: Mapping[str, Path]) -> str | None:
             return str(error)
         except OSError as error:
             return f"{option}={folder} is not writable: {error.strerror}."
-    runtime.notes.extend(_remove_leftovers(folders["--output_dir"], folders["--cache_dir"]))
+    runtime.notes.extend(_remove_leftovers(output, cache))
     return None
 
 

@@ -6,7 +6,8 @@ The best of a few rounds counts, because slow code is slow in every round. The p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -176,9 +177,17 @@ def test_a_warm_start_spends_its_time_importing_libraries(tmp_path: Path) -> Non
     assert {"torch", "diffusers", "transformers", "peft", "accelerate"} <= set(libraries)
 
 
+def processor_seconds(run: Callable[[], object]) -> float:
+    """Of the processes that it starts and waits for: what else the machine does is not counted."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def test_help_and_mistakes_are_answered_at_once() -> None:
     for argument, code in (("--help", 0), ("--learning_rte=1", 2)):
-        assert any(start_up.answer(argument, code=code) < 2 for _ in range(4))
+        assert any(processor_seconds(lambda asked=argument, code=code: start_up.answer(asked, code=code)) < 2 for _ in range(4))  # type: ignore[misc]
 
 
 def test_a_warm_start_looks_nothing_up_and_its_index_stays_small(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_they_are_removed_before_any_process_goes_on_to_write_there(tmp_path: Pa
     from helpers.training.runtime import start_runtime
     from helpers.training.stopping import StopRequest
 
-    folders = {"--output_dir": tmp_path / "out", "--cache_dir": tmp_path / "cache"}
-    left = [leave(folders["--output_dir"]), leave(folders["--cache_dir"] / "memo")]
-    with alone_in_this_process(), start_runtime(RunOptions(), folders, (), StopRequest()):
+    output, cache = tmp_path / "out", tmp_path / "cache"
+    left = [leave(output), leave(cache / "memo")]
+    with alone_in_this_process(), start_runtime(RunOptions(output_dir=output), cache, (), StopRequest()):
         assert [path for path in left if path.exists()] == []
