@@ -267,7 +267,7 @@ class StableDiffusion3:
             return None
         from helpers.families.networks.controlnet import OF_A_TRANSFORMER, find_start
 
-        return find_start(options, "SD3ControlNetModel", self.transformer, OF_A_TRANSFORMER)
+        return find_start(self.base, options, "SD3ControlNetModel", "transformer", OF_A_TRANSFORMER)
 
     def _joined(self, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from helpers.families.text.sd3_text import joined

@@ -217,6 +217,13 @@ def test_a_controlnet_of_another_network_is_refused_with_the_reason(miniature: C
     save_file({**tensors, "of_another": tensors["conv_in.bias"].clone()}, weights)
     with pytest.raises(ModelError, match=r"do not match its config.json: of_another"):
         attached(opened("sd1", miniature, tmp_path, start=tmp_path / "sd1"))
+    for name in ("sd1", "sd3"):
+        [weights] = (tmp_path / name / "controlnet").glob("*.safetensors")
+        tensors = load_file(weights)
+        first = min(tensors)
+        save_file({**tensors, first: torch.full_like(tensors[first], float("nan"))}, weights)
+        with pytest.raises(ModelError, match=f"{name}/controlnet/.* holds numbers that are not finite, in {first}"):
+            opened(name, miniature, tmp_path, start=tmp_path / name)
 
 
 # -- in the pipelines of diffusers --------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from helpers.families.loading.vae import Vae, normalization
 
 if TYPE_CHECKING:
     from helpers.config.options import ModelOptions
+    from helpers.families.loading.base_model import BaseModel
 
 OPTION = "--controlnet_model_name_or_path"
 WIDTHS = (16, 32, 96)  # channels of the layers that downsample the image to the size of latents; each but the first halves width and height
@@ -131,17 +132,19 @@ class LatentsAsPixels:
         return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda: latents))
 
 
-def find_start(options: ModelOptions, kind: str, network: Mapping[str, Any], shared: tuple[str, ...]) -> Path | None:
+def find_start(base: BaseModel, options: ModelOptions, kind: str, component: str, shared: tuple[str, ...]) -> Path | None:
     """The folder of the ControlNet to start from, or None if the user named none. Raises ModelError if it does not fit the base model.
 
-    `kind` is its class in diffusers. Its config must have the same `shared` entries as `network`, the config of the base model's network.
+    `kind` is its class in diffusers. Its config must have the same `shared` entries as that of `component`, the base model's network.
     """
     if not options.controlnet or not options.controlnet_model_name_or_path:
         return None
     found = folder.locate_component(OPTION, options.controlnet_model_name_or_path, "controlnet")
     if problem := components.component_problem(found, None, options.needs_weights):
         raise ModelError(f"{OPTION}: {problem}")
-    config = folder.read_settings(found / "config.json")
+    if options.needs_weights:
+        base.require_finite(found)
+    config, network = folder.read_settings(found / "config.json"), base.config(component)
     if (held := config.get("_class_name")) != kind:
         raise ModelError(f"{OPTION}: {found} contains {held or 'a model of unknown class'}, but this base model needs a {kind}.")
     for name in shared:

@@ -29,7 +29,7 @@ def controlnet_start(base: BaseModel, options: ModelOptions) -> Path | None:
         return None
     from helpers.families.networks.controlnet import OF_A_UNET, find_start
 
-    return find_start(options, "ControlNetModel", base.config("unet"), OF_A_UNET)
+    return find_start(base, options, "ControlNetModel", "unet", OF_A_UNET)
 
 
 def unet_and_controlnet(denoiser: Any) -> dict[str, Any]:
