@@ -195,7 +195,9 @@ class DatasetConfig(Entry):
     )
     loss_weight: float = option(1.0, "Weight of its samples in the loss.", above=0)
     is_regularisation_data: bool = option(
-        False, "It is there to keep what the model can do, and counts by its loss_weight: a run needs another set to learn from."
+        False,
+        "It is there to keep what the model can do, and counts by its loss_weight: a run needs another set to learn from. Where no set has"
+        " a probability or ignore_epochs, such sets are drawn as often as the others, however many images they have.",
     )
     metadata_backend: str = option("json", "Where sizes come from: the images themselves (json), or a table.", choices=("json", *TABLES))
     parquet: TableConfig | None = option(None, "Parquet table of captions or sizes.")

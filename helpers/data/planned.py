@@ -62,7 +62,30 @@ class PlannedData:
 def steps_of(data: PlannedData, context: DataContext) -> Steps:
     """The order of training. It covers the whole plan: images that turn out not to be encodable leave their places empty."""
     settings, workers = context.settings, context.workers
-    shares = [Share(dataset.repeats, dataset.probability, dataset.ignore_epochs) for dataset in data.datasets]
+    shares = shares_of(data.datasets, np.bincount(data.plan.columns["dataset"], minlength=len(data.datasets)))
     shapes = data.shapes_of if any(dataset.redraws_aspects for dataset in data.datasets) else data.plan.columns["shape"]
     order = EpochOrder(shapes, data.plan.columns["dataset"], shares, settings.batch_size, data.seed)
     return Steps(order, settings.accumulation, workers.rank, workers.world_size)
+
+
+def shares_of(datasets: Sequence[DatasetConfig], images: NDArray[np.int64]) -> list[Share]:
+    """How often each dataset is drawn; `images` (datasets,) is their number of images in use.
+
+    Without any `probability`, regularization datasets (`are_balanced`) are together drawn as often as the others, however many images they
+    have, and do not hold the epoch open. Among themselves, the datasets of each kind are drawn by their sizes.
+    """
+    if not are_balanced(datasets):
+        return [Share(dataset.repeats, dataset.probability, dataset.ignore_epochs) for dataset in datasets]
+    marked = np.array([dataset.is_regularisation_data for dataset in datasets])
+    sizes = images * np.array([dataset.repeats + 1 for dataset in datasets], float)
+    of_kind = np.where(marked, sizes[marked].sum(), sizes[~marked].sum())
+    weights = sizes / np.maximum(of_kind, 1.0)
+    return [
+        Share(dataset.repeats, weight, dataset.is_regularisation_data) for dataset, weight in zip(datasets, weights.tolist(), strict=True)
+    ]
+
+
+def are_balanced(datasets: Sequence[DatasetConfig]) -> bool:
+    """Whether regularization images and the others are drawn equally often: where there are both, and the user set no shares."""
+    kinds = {dataset.is_regularisation_data for dataset in datasets}
+    return len(kinds) == 2 and not any(dataset.probability is not None or dataset.ignore_epochs for dataset in datasets)

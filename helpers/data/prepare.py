@@ -16,8 +16,8 @@ from helpers.data.batches import BatchMaker
 from helpers.data.encode.encoder import LatentEncoder
 from helpers.data.encode.texts import TextStore
 from helpers.data.fingerprint import DataFingerprint
-from helpers.data.planned import PlannedData, steps_of
-from helpers.data.report.dataset_report import mix_summary, regularization_note
+from helpers.data.planned import PlannedData, are_balanced, steps_of
+from helpers.data.report.dataset_report import BALANCED, mix_summary
 from helpers.data.scanning import Scanner
 from helpers.data.settings import DataContext, DataSettings
 from helpers.data.surveying import Surveyor
@@ -54,8 +54,8 @@ def prepare_data(
 
     if len(datasets) > 1:
         report.chapter("mix", mix_summary(data.plan.datasets, steps.order.mix))
-        if note := regularization_note(data.datasets, steps.order.mix):
-            report.chapter("", note)
+        if are_balanced(data.datasets):
+            report.chapter("", BALANCED)
     records = CachedRecords(data, family, encoder, texts)
     maker = BatchMaker(records, settings.seed, settings.caption_dropout, settings.encoders_apart)
     fixed = _fixed(data, settings, encoder.codec.fingerprint, texts.fingerprint)
@@ -84,7 +84,7 @@ def _fixed(data: PlannedData, settings: DataSettings, image_codec: str, text_enc
     fixed = {
         "repeats": ", ".join(f"{dataset.id} {dataset.repeats}" for dataset in data.datasets),
         "redrawn": ", ".join(dataset.id for dataset in data.datasets if dataset.vae_cache_clear_each_epoch),
-        "mix": ", ".join(_part_in_the_mix(dataset) for dataset in data.datasets),
+        "mix": ", ".join(_part_in_the_mix(dataset, are_balanced(data.datasets)) for dataset in data.datasets),
         "batch_size": str(settings.batch_size),
         "image_codec": f"{image_codec} {settings.cache_dtype}",
         "text_encoders": f"{text_encoders} {settings.cache_dtype}",
@@ -97,6 +97,6 @@ def _fixed(data: PlannedData, settings: DataSettings, image_codec: str, text_enc
     return fixed
 
 
-def _part_in_the_mix(dataset: DatasetConfig) -> str:
-    probability = "by size" if dataset.probability is None else f"{dataset.probability:g}"
+def _part_in_the_mix(dataset: DatasetConfig, balanced: bool) -> str:
+    probability = "balanced" if balanced else "by size" if dataset.probability is None else f"{dataset.probability:g}"
     return f"{dataset.id} {probability}{' without holding epochs open' if dataset.ignore_epochs else ''}"

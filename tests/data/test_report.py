@@ -6,19 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.config.datasets import DatasetConfig
 from helpers.data.catalogue.captions import CaptionRule
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import DatasetRules, ScanResult, scan
 from helpers.data.catalogue.table_join import JoinedTable
-from helpers.data.order.epoch_order import Mix, Share
 from helpers.data.plan.buckets import DatasetColumns, plan
 from helpers.data.plan.targets import ResolutionRule
-from helpers.data.report.dataset_report import caption_report, dataset_report, regularization_note, summary
+from helpers.data.report.dataset_report import caption_report, dataset_report, summary
 from helpers.storage.memo import Memo
 from tests.data.toys import WordLengths
 from tests.storage.memory import MemoryBackend
@@ -153,15 +150,3 @@ def test_of_very_many_captions_an_even_choice_is_measured(tmp_path: Path, monkey
         told = caption_report("set", catalogue, lengths, Memo(tmp_path / "memo"))
     assert (told["distinct"], told["counted"]) == (25, 7)
     assert lengths.asked == [f"picture {number:02}" for number in range(0, 25, 4)]
-
-
-@pytest.mark.parametrize(
-    ("counts", "probability", "said"),
-    [((15, 85), None, "regularization images are 85 % of the micro-batches"), ((60, 40), None, ""), ((15, 85), 1.0, "")],
-)
-def test_regularization_images_that_outweigh_the_subject_are_mentioned(
-    counts: tuple[int, int], probability: float | None, said: str
-) -> None:
-    datasets = [DatasetConfig(id="sks", probability=probability), DatasetConfig(id="class", is_regularisation_data=True)]
-    mix = Mix(np.array(counts), [Share(probability=probability), Share()])
-    assert regularization_note(datasets, mix).startswith(said) and bool(regularization_note(datasets, mix)) == bool(said)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from helpers.data.ports import CaptionLengths
 
 REPORT = "dataset_report.json"
+BALANCED = (
+    "regularization images are drawn as often as the others, however many there are, and an epoch ends when the others have been trained "
+    '("probability" or "ignore_epochs" in a dataset changes this)'
+)
 MOST_CAPTIONS_COUNTED = 20_000  # tokenized per dataset, which takes seconds; if there are more captions, every n-th is taken
 MOST_SHARED_CAPTIONS = 100  # listed per dataset
 COVERAGE_EDGES = tuple(round(tenth / 10, 1) for tenth in range(11))
@@ -214,22 +218,6 @@ def cut_off_line(count: int) -> str:
     """One line for the console about captions that are cut off."""
     are = "is" if count == 1 else "are"
     return f"{count:,} caption{'s' if count != 1 else ''} {are} longer than the text encoders read, and {are} cut off"
-
-
-def regularization_note(datasets: Sequence[DatasetConfig], mix: Mix) -> str:
-    """A line for the console if regularization images outweigh the others only because there are more of them, else ""."""
-    if any(dataset.probability is not None for dataset in datasets):
-        return ""
-    counts = {regularization: 0 for regularization in (False, True)}
-    for dataset, count in zip(datasets, mix.counts, strict=True):
-        counts[dataset.is_regularisation_data] += int(count)
-    share = counts[True] / sum(counts.values())
-    if not 0.5 < share < 1:
-        return ""
-    return (
-        f"regularization images are {100 * share:.0f} % of the micro-batches, because datasets are mixed by size; "
-        '"probability": 1 in each dataset gives all of them equal shares, as in the June 2024 release'
-    )
 
 
 def mix_summary(datasets: Sequence[str], mix: Mix) -> str:

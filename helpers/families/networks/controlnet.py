@@ -7,7 +7,6 @@ predict exactly what the network alone predicts. The ControlNets are diffusers' 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
