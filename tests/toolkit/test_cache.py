@@ -181,6 +181,21 @@ def lie_in_the_index(run: Run) -> None:
         index.execute("UPDATE records SET offset = offset + 8")
 
 
+def flip_layouts_of_records(run: Run) -> None:
+    with closing(sqlite3.connect(run.latents / INDEX)) as index, index:
+        index.execute("UPDATE records SET layout = layout + 1")
+
+
+def flip_a_layout(run: Run) -> None:
+    with closing(sqlite3.connect(run.latents / INDEX)) as index, index:
+        index.execute("UPDATE layouts SET layout = replace(layout, 'mean', 'lean')")
+
+
+def flip_a_layout_out_of_its_encoding(run: Run) -> None:
+    with closing(sqlite3.connect(run.latents / INDEX)) as index, index:
+        index.execute("UPDATE layouts SET layout = CAST(x'fffe' AS TEXT) WHERE number = (SELECT min(number) FROM layouts)")
+
+
 def lose_the_index(run: Run) -> None:
     (run.latents / INDEX).write_bytes(b"this is no database" * 1000)
     for suffix in ("-wal", "-shm"):
@@ -210,6 +225,9 @@ def flip(run: Run) -> None:
         (remove, "is missing; it held"),
         (break_header, "its header is damaged"),
         (lie_in_the_index, "is not at the position in the index"),
+        (flip_layouts_of_records, "has a damaged entry in the index; the next run encodes it again"),
+        (flip_a_layout, "a layout has changed since it was written"),
+        (flip_a_layout_out_of_its_encoding, "a layout has changed since it was written"),
         (lose_the_index, "the next run rebuilds it from the shards"),
         (forget_a_shard, "is not in the index; the next run adds its"),
         (leave_unfinished, "was never finished; the next run deletes it"),
@@ -222,6 +240,16 @@ def test_damage_is_listed_by_file_and_nothing_is_repaired_in_passing(run: Run, d
     assert code == 1 and words in said and str(run.latents) in said
     assert "text" in said and said.count("no problems") == 1  # the other cache is sound
     assert content(run.latents) == before
+
+
+@pytest.mark.parametrize("damage", [flip_layouts_of_records, flip_a_layout, flip_a_layout_out_of_its_encoding])
+def test_an_index_with_damaged_layouts_is_explained_by_every_command(run: Run, damage: Callable[[Run], None]) -> None:
+    damage(run)
+    code, said = run.tool("why", "a_copy.png")
+    assert code == 1 and ("is damaged: the next start encodes it again" in said or "a layout has changed since it was written" in said)
+    code, said = run.tool("stats")
+    assert "unknown, because the entry in the index is damaged" in said or (code == 2 and "a layout has changed" in said)
+    assert run.tool("export", "a_copy.png", str(run.folder / "out.png"))[0] == 2
 
 
 def test_a_flipped_byte_has_that_entry_alone_made_again(run: Run, original: Trainer) -> None:

@@ -35,6 +35,8 @@ def describe(folder: Path) -> Iterator[str]:
 
 
 def shape_of(layout: str) -> str:
-    """`mean 4x64x64 F16, std 4x64x64 F16`"""
+    """`mean 4x64x64 F16, std 4x64x64 F16` for a layout as `CacheView.records` gives it."""
+    if not layout:
+        return "unknown, because the entry in the index is damaged"
     parts = [part for part in json.loads(layout) if part[0] != "padding"]
     return ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'} {dtype}" for name, dtype, shape in parts)

@@ -55,6 +55,9 @@ def _shard(view: CacheView, shard: Shard) -> Iterator[str]:
             yield f"{path}: {error}"
             written = {}
         for placed in records:
+            if not placed.layout:
+                yield f"{path}: record {placed.key.hex()} has a damaged entry in the index; the next run encodes it again"
+                continue
             if written and written.get(placed.key) != placed:
                 yield f"{path}: record {placed.key.hex()} is not at the position in the index"
                 continue

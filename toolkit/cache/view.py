@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from helpers.data.cache.cache import SHARD_NAME
-from helpers.data.cache.index import INDEX, Shard
+from helpers.data.cache.index import INDEX, Shard, verified_layouts
 from helpers.data.cache.shards import RecordEntry
 from helpers.data.sources import CachePlace
 from helpers.errors import DataError, StorageError
@@ -37,7 +37,7 @@ class CacheView:
             self._index = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
             self._index.execute("BEGIN")  # a snapshot: what runs write meanwhile is not seen
             damage = self._index.execute("PRAGMA quick_check(1)").fetchone()[0]
-            self._layouts = dict(self._index.execute("SELECT number, layout FROM layouts"))
+            self._layouts = verified_layouts(self._index)
             self.stored_in = self._name_of_store()
         except sqlite3.Error as error:
             raise DataError(f"{path} cannot be read ({error}); the next run rebuilds it from the shards.") from error
@@ -65,9 +65,12 @@ class CacheView:
         return next((name for (name,) in self._index.execute("SELECT name FROM stores")), "")
 
     def records(self, shard: Shard) -> list[RecordEntry]:
-        """The records of a shard according to the index, in the order of their bytes."""
+        """The records of a shard according to the index, in the order of their bytes.
+
+        The layout of a record is "" if the index has none with its number: then the record's row is damaged.
+        """
         rows = self._index.execute("SELECT key, layout, offset, size, crc FROM records WHERE shard = ? ORDER BY offset", (shard.number,))
-        return [RecordEntry(key, self._layouts[layout], offset, size, crc) for key, layout, offset, size, crc in rows]
+        return [RecordEntry(key, self._layouts.get(layout, ""), offset, size, crc) for key, layout, offset, size, crc in rows]
 
     def place_of(self, shard: Shard) -> str:
         """The location of a shard, for messages."""
@@ -106,7 +109,7 @@ class CacheView:
             raise StorageError(f"{store.name}: {shard.name} could not be read: {error.strerror or error}.") from error
 
     def find(self, key: bytes) -> tuple[Shard, RecordEntry] | None:
-        """The shard of a record and its position there; None if there is no such record."""
+        """The shard of a record and its position there, with a layout as in `records`; None if there is no such record."""
         row = self._index.execute(
             "SELECT number, name, shards.size, layout, offset, records.size, crc FROM records JOIN shards ON shards.number = shard"
             " WHERE key = ?",
@@ -114,7 +117,7 @@ class CacheView:
         ).fetchone()
         if row is None:
             return None
-        return Shard(*row[:3]), RecordEntry(key, self._layouts[row[3]], *row[4:])
+        return Shard(*row[:3]), RecordEntry(key, self._layouts.get(row[3], ""), *row[4:])
 
     def origin(self, subject: str) -> dict[str, str] | None:
         """What the latest record of a subject was made from; None if it has none."""

@@ -43,8 +43,8 @@ def explain(entry: ImageEntry) -> tuple[bool, list[str]]:
 
 
 def is_whole(view: CacheView, shard: Shard, placed: RecordEntry) -> bool:
-    """Whether a record's bytes match its checksum."""
-    return zlib.crc32(view.payload(shard, placed)) == placed.crc
+    """Whether a record can be read: its layout is known, and its bytes match its checksum."""
+    return bool(placed.layout) and zlib.crc32(view.payload(shard, placed)) == placed.crc
 
 
 def _facts(entry: ImageEntry) -> Iterator[str]:

@@ -161,13 +161,19 @@ def _open(path: Path) -> Database:
     try:
         with database.connection() as connection:
             connection.executescript(_SCHEMA)
-            for number, layout in connection.execute("SELECT number, CAST(layout AS BLOB) FROM layouts"):
-                if number != _layout_number(layout):
-                    raise sqlite3.DatabaseError("a layout has changed since it was written")
+            verified_layouts(connection)
     except BaseException:
         database.close()
         raise
     return database
+
+
+def verified_layouts(connection: sqlite3.Connection) -> dict[int, str]:
+    """The layouts of an index by their numbers. sqlite3.DatabaseError if one has changed since it was written."""
+    layouts = dict(connection.execute("SELECT number, CAST(layout AS BLOB) FROM layouts"))
+    if any(number != _layout_number(layout) for number, layout in layouts.items()):
+        raise sqlite3.DatabaseError("a layout has changed since it was written")
+    return {number: layout.decode() for number, layout in layouts.items()}
 
 
 def _insert(connection: sqlite3.Connection, name: str, size: int, records: Sequence[RecordEntry]) -> None:
