@@ -1,4 +1,4 @@
-"""Where effects are looked at: miniature models, folders of images, and complete runs in this process, a quarter of a second each.
+"""Where effects are looked at: miniature models, folders of images, and complete runs in this process, half a second each.
 
 Libraries are imported where they are used: the tables of effects are read while tests are collected.
 """
@@ -45,7 +45,7 @@ USUAL: Flags = (
     "--lr_scheduler=constant",
     "--caption_dropout_probability=0",
     "--validation_disable_unconditional",
-    "--validation_num_inference_steps=2",
+    "--validation_num_inference_steps=1",  # ControlNets and refiners sample pictures of the data without being asked
     "--record_samples",
     "--report_to=none",
 )
@@ -57,7 +57,7 @@ class Lab:
 
     folder: Path
     facts: Any = field(default_factory=known_axes)
-    ran: dict[Flags, Ended] = field(default_factory=dict)
+    ran: dict[str, Ended] = field(default_factory=dict)  # by what the settings of a run come to
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def config(self, flags: Flags = (), usual: Flags = USUAL) -> Config:
@@ -67,10 +67,19 @@ class Lab:
         return read_config([word for word in said if word.startswith("--")], variables, self.facts)
 
     def run(self, flags: Flags = ()) -> Ended:
-        """The run with these flags; the same flags are run once."""
-        if flags not in self.ran:
-            self.ran[flags] = self.run_again(flags, self.new_folder())
-        return self.ran[flags]
+        """The run with these flags, or an earlier one whose settings came to the same: a default that is named changes nothing.
+
+        What watches a run while it goes on needs one of its own, by `run_again`.
+        """
+        comes_to = self._comes_to(flags)
+        if comes_to not in self.ran:
+            self.ran[comes_to] = self.run_again(flags, self.new_folder())
+        return self.ran[comes_to]
+
+    def _comes_to(self, flags: Flags) -> str:
+        config = self.config(("--output_dir=runs", *flags))
+        values = {name: value for name, value in config.values().items() if name != "data_backend_config"}  # its entries count
+        return repr((config.family_name, config.method_name, config.objective_name, values, config.datasets, config.text_caches))
 
     def run_again(self, flags: Flags, output: Path) -> Ended:
         """A run, or another life of one where `output` is that of an earlier run."""
@@ -82,6 +91,8 @@ class Lab:
 
     def data(self, entries: Sequence[Mapping[str, Any]]) -> str:
         """The flag for a dataloader file with these entries."""
+        if not (self.folder / "rows").exists() and any(entry.get("type") == "huggingface" for entry in entries):
+            _as_rows(self.folder / "rows", {name: self.folder / name for name in ("images", "other_images")})
         path = self.folder / f"data-{next(self.numbers)}.json"
         path.write_text(json.dumps(entries, default=str), encoding="utf-8")
         return f"--data_backend_config={path.name}"
@@ -93,20 +104,20 @@ def build_lab(folder: Path) -> Lab:
 
     The images are in `images`, `other_images` and `tagged`, the tables in `tables`.
     `mapped` is a folder for a run whose user wants 1152x768 in place of what has the aspect 1.5.
-    The same images are in the tars `images.tar` and `other_images.tar`, and as splits of a Hugging Face dataset in `rows`.
+    The same images are in the tars `images.tar` and `other_images.tar`, and as splits of a Hugging Face dataset in `rows` once an
+    entry asks for one: the library takes seconds to import.
     """
     from helpers.families.miniatures import flux as tiny_flux
     from helpers.families.miniatures import pixart as tiny_pixart
     from helpers.families.miniatures import sd as tiny_sd
     from helpers.families.miniatures import sd3 as tiny_sd3
-    from helpers.families.miniatures import sdxl as tiny_sdxl
     from tests.data.toys import picture
     from tests.families.original_layout import write_single_file
 
     for name in ("cache", "runs"):
         (folder / name).mkdir(parents=True)  # made by the first run otherwise, and seen as its effect
     for seed, name in enumerate(("model", "other")):
-        tiny_sdxl.write_sdxl(folder / name, seed=seed, sizes=tiny_sdxl.SdxlSizes(unet_transformers=(1, 1, 1)))
+        _write_model(folder / name, seed)
     tiny_sd.write_sdxl_refiner(folder / "refiner")
     tiny_sd3.write_sd3(folder / "sd3")
     tiny_flux.write_dev(folder / "flux")
@@ -120,7 +131,6 @@ def build_lab(folder: Path) -> Lab:
         for index in range(6):
             picture(folder / name / f"picture_{index}.png", first + index, SIZES[index % 3], f"caption number {index}")
         _in_a_tar(folder / name)
-    _as_rows(folder / "rows", {name: folder / name for name in ("images", "other_images")})
     for index in range(6):
         picture(folder / "tagged" / f"picture_{index}.png", 200 + index, SIZES[index % 3], f"a{index}, b, c, d\ne, f, g")
     _write_captions(folder)
@@ -144,6 +154,27 @@ def build_lab(folder: Path) -> Lab:
     (folder / "layers.json").write_text(json.dumps({"attn2": {"rank": 5}}))
     (folder / "prompts.json").write_text(json.dumps({"cat": "a cat", "dog": "a dog"}))
     return Lab(folder)
+
+
+def _write_model(folder: Path, seed: int) -> None:
+    """An SDXL of two levels instead of three, which halves the time of a run."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from helpers.families.miniatures import sdxl as tiny_sdxl
+
+    pipeline = tiny_sdxl.build_sdxl(seed=seed)
+    two_levels = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (1, 2),
+        "transformer_layers_per_block": 1,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline.register_modules(unet=UNet2DConditionModel.from_config({**pipeline.unet.config, **two_levels}))
+    tiny_sdxl.save_sdxl(pipeline, folder)
 
 
 def _in_a_tar(images: Path) -> None:
@@ -277,7 +308,7 @@ def cropped(key: str, value: Any) -> list[dict[str, Any]]:
 def refusal(lab: Lab, flags: Flags) -> str:
     """What a run is refused with, by its settings or on its way; "" when it went well."""
     try:
-        lab.run(flags)
+        lab.run_again(("--max_train_steps=1", *flags), lab.new_folder())
     except ConfigError as error:
         return "\n".join(error.problems)
     except UserError as error:

@@ -120,7 +120,7 @@ def calls(kind: str, of: Callable[[tuple[Any, ...]], Any]) -> Probe:
 
         handle = register_module_forward_pre_hook(count)
         try:
-            lab.run((f"--cache_dir=own/{next(lab.numbers)}", *flags))
+            lab.run_again((f"--cache_dir=own/{next(lab.numbers)}", *flags), lab.new_folder())
         finally:
             handle.remove()
         return dict(seen)
@@ -141,7 +141,7 @@ def of_samples(field: str) -> Probe:
 
 
 def encodes_behind_training(lab: Lab, flags: Flags) -> object:
-    printed = lab.run((f"--cache_dir=own/{next(lab.numbers)}", *flags)).printed
+    printed = lab.run_again((f"--cache_dir=own/{next(lab.numbers)}", *flags), lab.new_folder()).printed
     return "the rest is encoded while training runs" in printed
 
 
@@ -227,7 +227,8 @@ def shown_and_trained(lab: Lab, flags: Flags) -> object:
 def goes_on_with_other_data(lab: Lab, flags: Flags) -> object:
     """Whether a run of one step can be resumed on other pictures."""
     output = lab.run_again(("--max_train_steps=1",), lab.new_folder()).folder
-    return "accept_changed_data" not in refusal(lab, (f"--output_dir={output}", "--data_backend_config=other.json", *flags))
+    other = (f"--output_dir={output}", "--data_backend_config=other.json", "--max_train_steps=2")
+    return "accept_changed_data" not in refusal(lab, (*other, *flags))
 
 
 def demo_pictures(lab: Lab, flags: Flags) -> object:
@@ -236,7 +237,7 @@ def demo_pictures(lab: Lab, flags: Flags) -> object:
 
 def cached_dtypes(lab: Lab, flags: Flags) -> object:
     folder = lab.folder / "own" / str(next(lab.numbers))
-    lab.run((f"--cache_dir={folder}", *flags))
+    lab.run_again((f"--cache_dir={folder}", *flags), lab.new_folder())
     return {str(tensor.dtype) for shard in folder.rglob("*.safetensors") for tensor in _tensors(shard).values()}
 
 
@@ -244,7 +245,7 @@ def new_folders(lab: Lab, flags: Flags) -> object:
     """Folders beside the data that a run made and put files into."""
     lab.run()  # whose caches all runs share
     before = set(lab.folder.iterdir())
-    lab.run(flags)
+    lab.run_again(flags, lab.new_folder())
     made = [path for path in lab.folder.iterdir() if path not in before and any(file.is_file() for file in path.rglob("*"))]
     return {path.name for path in made}
 
@@ -259,7 +260,7 @@ def allows_tf32(lab: Lab, flags: Flags) -> object:
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("helpers.training.steps.time.perf_counter", lambda: seen.append(torch.backends.cuda.matmul.allow_tf32) or 0.0)
-        lab.run(flags)
+        lab.run_again(flags, lab.new_folder())
     return set(seen)
 
 
@@ -274,7 +275,7 @@ def cache_clearings(lab: Lab, flags: Flags) -> object:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "clear_cache", clear)  # a CPU has no cache to look into
-        lab.run(flags)
+        lab.run_again(flags, lab.new_folder())
     return count
 
 
@@ -366,7 +367,7 @@ def prodigys(setting: str) -> Probe:
 def ends(lab: Lab, flags: Flags) -> object:
     """How a run does."""
     try:
-        lab.run(flags)
+        lab.run_again(flags, lab.new_folder())
     except Interrupted:
         return "stopped"
     return "finished"
@@ -493,7 +494,7 @@ def project_of_wandb(lab: Lab, flags: Flags) -> object:
     vars(wandb).update(init=lambda **given: told.update(given) or run, config={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", wandb)
-        lab.run(("--report_to=wandb", "WANDB_MODE=offline", *flags))
+        lab.run_again(("--report_to=wandb", "WANDB_MODE=offline", *flags), lab.new_folder())
     return told["project"]
 
 
