@@ -20,7 +20,7 @@ from helpers.data.report.dataset_report import (
     mask_report,
     summary,
 )
-from helpers.data.report.overlaps import all_entries, overlap_lines
+from helpers.data.report.overlaps import all_entries, kohya_line, overlap_lines
 from helpers.data.report.survey import Survey
 from helpers.data.report.thumbnails import thumbnails
 from helpers.data.scanning import Scanner
@@ -108,6 +108,9 @@ class Surveyor:
             if faceless := len(self._scanner.faceless.get(result.dataset, ())):
                 text = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
                 self._report.chapter("faces", f"{result.dataset}: {text}")
+        for dataset in self._data.datasets:
+            if line := kohya_line(dataset, self._data.catalogue):
+                self._report.chapter("folders", f"{dataset.id}: {line}")
         for line in self._overlaps():
             self._report.chapter("overlap", line)
         for role, result in self._scanner.companions:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.config.dataloader import read_dataloader
 from helpers.config.datasets import TextCacheConfig
+from helpers.config.options import OPTIONS
 from helpers.data.base import prefetch as reading_ahead
 from helpers.data.base.prefetch import made_in_threads, read_ahead
 from helpers.data.base.workers import Workers
@@ -89,6 +94,41 @@ def test_a_bucket_gives_the_batches_of_a_folder_also_to_another_machine_with_lit
     assert family.codec.batches == [] and family.encoders.encoded == []
     assert not list((tmp_path / "other").rglob("*-*-*-*.safetensors"))
     assert bucket.s3.contents(bucket.name, "data/") == before
+
+
+def test_a_prefix_inside_another_and_folders_of_kohya_are_told(bucket: Bucket, tmp_path: Path) -> None:
+    data = (tmp_path / "pictures" / "picture_00.png").read_bytes()
+    bucket.s3.put(bucket.name, {"kohya/10_sks dog/a.png": data, "kohyas/a.png": data})  # the second begins alike, and is not inside
+    story = Story()
+    entries = [
+        dataset(Path(), tmp_path, id=prefix, type="aws", aws_data_prefix=prefix, caption_strategy="filename", **bucket.keys)
+        for prefix in ("kohya", "kohya/10_sks dog", "kohyas")
+    ]
+    prepare_data(entries, settings(tmp_path / "out"), ToyFamily(), Workers(), story)  # type: ignore[arg-type]
+    [told] = [line for line in story.lines if " are also in " in line]
+    assert "1 of 1 images of kohya are also in kohya/10_sks dog" in told
+    assert f"s3://{bucket.name}/kohya/10_sks dog is inside s3://{bucket.name}/kohya" in told
+    [line] = [line for line in story.lines if "kohya's scripts" in line]
+    assert 'write an entry for each, such as "aws_data_prefix": "kohya/10_sks dog" with "repeats": 9' in line
+
+
+def test_the_resolutions_of_an_entry_share_a_cache_in_a_bucket(bucket: Bucket, tmp_path: Path) -> None:
+    """Their ids have an @. Another machine finds the latents of both."""
+    keys = {**bucket.keys, "type": "aws", "aws_data_prefix": "few", "caption_strategy": "filename", "cache_dir_vae": "caches/vae"}
+    bucket.s3.put(
+        bucket.name, {f"few/{name}": (tmp_path / "pictures" / name).read_bytes() for name in ("picture_00.png", "picture_01.png")}
+    )
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{**keys, "id": "toys", "resolution": [64, 32], "resolution_type": "pixel", "minimum_image_size": 0}]))
+    found = read_dataloader(file, {name: item.default for name, item in OPTIONS.items()})
+    assert found.problems == () and [each.id for each in found.datasets] == ["toys@64", "toys@32"]
+    for machine, wanted in ("one", "4 encoded"), ("other", "4 cached"):
+        story = Story()
+        entries = [dataclasses.replace(each, text_cache_dir=tmp_path / machine / "text") for each in found.datasets]
+        (tmp_path / machine).mkdir()
+        prepare_data(entries, settings(tmp_path / machine), ToyFamily(), Workers(), story)  # type: ignore[arg-type]
+        assert any(line.startswith("latents: 4 needed") and wanted in line for line in story.lines), story.lines
+    assert all(re.fullmatch(r"[a-zA-Z0-9!_.*'()/-]+", key) for key in bucket.s3.contents(bucket.name, "caches/"))  # safe in every store
 
 
 def test_conditions_in_a_bucket_are_those_of_a_folder(bucket: Bucket, tmp_path: Path) -> None:

@@ -355,6 +355,11 @@ class Catalogue:
         )
         return int(_value(self._database.row(query, dataset, other), 0))
 
+    def first_folders(self, dataset: str) -> list[str]:
+        """The first folder in the path of every image in use, sorted; "" for images that are in none."""
+        query = "SELECT DISTINCT substr(key, 1, max(instr(key, '/') - 1, 0)) folder FROM used WHERE dataset = ? ORDER BY folder"
+        return [folder for (folder,) in self._database.rows(query, dataset)]
+
     def caption_files(self, dataset: str) -> int:
         """The number of caption files that have an image of the same name, whether or not the settings read them."""
         query = "SELECT count(*) FROM files WHERE dataset = ? AND kind = 'caption' AND left_out IS NULL"

@@ -1,4 +1,4 @@
-"""Images that are in two datasets, such as a folder of regularization images inside the folder of the subject."""
+"""Images that the layout of folders uses otherwise than was meant: in two datasets, or in folders whose names say repeats."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from helpers.config.datasets import DatasetConfig
+from helpers.config.expansion import KOHYA_FOLDER
 from helpers.data.catalogue.catalogue import Catalogue
 
 # Datasets of one place that differ in one of these are meant to share their images.
@@ -27,6 +28,23 @@ def overlap_lines(datasets: Sequence[DatasetConfig], catalogue: Catalogue) -> li
             lines.append(_twice(first, dataset, catalogue))
     lines += [line for one, other in itertools.combinations(firsts.values(), 2) if (line := _line(one, other, catalogue))]
     return lines
+
+
+def kohya_line(dataset: DatasetConfig, catalogue: Catalogue) -> str:
+    """What to write if all folders of a dataset in a bucket have names as in kohya's scripts; else "".
+
+    The settings expand `"layout": "kohya"` before any request is sent, so in buckets each folder needs an entry.
+    """
+    if dataset.type != "aws":
+        return ""
+    folders = catalogue.first_folders(dataset.id)
+    names = [found for folder in folders if (found := KOHYA_FOLDER.fullmatch(folder)) and int(found[1])]
+    if not names or len(names) < len(folders):
+        return ""
+    prefix = (dataset.aws_data_prefix or "").strip("/")
+    place = f"{prefix}/{names[0][0]}" if prefix else names[0][0]
+    said = f"the folders in {_shown(dataset)} have names as in kohya's scripts, which count for nothing in buckets"
+    return f'{said}; write an entry for each, such as "aws_data_prefix": "{place}" with "repeats": {int(names[0][1]) - 1}'
 
 
 def all_entries(datasets: Sequence[DatasetConfig]) -> Iterator[DatasetConfig]:
@@ -72,6 +90,8 @@ def _line(one: DatasetConfig, other: DatasetConfig, catalogue: Catalogue) -> str
     if "image" not in (one.dataset_type, other.dataset_type) or not (shared := catalogue.shared_files(one.id, other.id)):
         return ""
     inner, outer = (one, other) if _is_inside(one, other) else (other, one)
+    if "aws" in (one.type, other.type) and not _is_inside(inner, outer):
+        return ""  # equal objects, uploaded in the same second: a bucket has no links
     counts = f"{shared:,} of {catalogue.totals(outer.id)[0]:,} images of {outer.id} are also in {inner.id}"
     where = f"{_shown(inner)} is inside {_shown(outer)}" if _is_inside(inner, outer) else "links lead to the same files"
     remedy = f"move {_shown(inner)} out of {_shown(outer)}" if _is_inside(inner, outer) else "remove the links"
