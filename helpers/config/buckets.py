@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from helpers.config.datasets import DataConfig, Entry
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{3,255}")
+# Hosts of stores, below which a bucket may be the first label: BUCKET.s3.amazonaws.com. The rest is the address without it.
+_STORES = re.compile(
+    r"s3[.-].+|storage\.googleapis\.com|oss-.+\.aliyuncs\.com|cos\..+\.myqcloud\.com|.+\.digitaloceanspaces\.com|.+\.r2\.cloudflarestorage\.com"
+)
+_WITHOUT_PATH = (".amazonaws.com", ".r2.cloudflarestorage.com", ".wasabisys.com", ".backblazeb2.com", ".digitaloceanspaces.com")
+_FOR_BROWSERS = re.compile(r".+\.r2\.dev|dash\.cloudflare\.com|f\d+\.backblazeb2\.com|.*console\.aws\.amazon\.com")
 
 
 def bucket_problems(entry: Entry, said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -44,7 +50,7 @@ def without_bucket(url: str, bucket: str) -> str:
     if path.rpartition("/")[2] == bucket:
         path = path.rpartition("/")[0]
     rest = host.removeprefix(f"{bucket}.")
-    if rest != host and (rest.startswith(("s3.", "s3-")) or rest.endswith(".digitaloceanspaces.com")):
+    if rest != host and _STORES.fullmatch(rest):
         host = rest
     return parts._replace(netloc=host, path=path).geturl()
 
@@ -54,13 +60,23 @@ def _endpoint_problems(url: str | None) -> Iterator[tuple[str, str]]:
         return
     try:
         parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname)
+        host = parts.hostname or ""
+        sound = parts.scheme in ("http", "https") and bool(host) and not re.search(r"\s", url)
+        sound = sound and parts.port != 0  # the port is read here: ValueError above 65535
     except ValueError:
         sound = False
     if not sound:
         yield "aws_endpoint_url", "is not an address; write it with https:// in front, as https://s3.example.com"
     elif parts.username or parts.password:
         yield "aws_endpoint_url", "holds a user or password; leave them out, keys are given in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    elif _FOR_BROWSERS.fullmatch(host):
+        yield (
+            "aws_endpoint_url",
+            f"{host} is for browsers and lists no files; use the address of the S3 API, which the store's settings show",
+        )
+    elif parts.query or parts.fragment or (parts.path.strip("/") and host.endswith(_WITHOUT_PATH)):
+        rest = repr(parts.path.strip("/")) if parts.path.strip("/") else "a query"  # whose text may be a signature
+        yield "aws_endpoint_url", f"has {rest} behind the host, where only the bucket may be; leave it out, a folder is for aws_data_prefix"
 
 
 def keys_without_a_bucket(entry: Entry, said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

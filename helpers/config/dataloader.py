@@ -147,7 +147,7 @@ class _Entries:
                 values[item.name] = self._value(index, key, item, raw)
         inherited = {item.name: self.options[item.inherits] for item in declared if item.inherits and values.get(item.name) is None}
         if (url := values.get("aws_endpoint_url")) and (bucket := values.get("aws_bucket_name")):
-            values["aws_endpoint_url"] = without_bucket(url, bucket)
+            values["aws_endpoint_url"] = without_bucket(url.strip(), bucket)
         return kind(**{key: value for key, value in values.items() if value is not None} | inherited)
 
     def _value(self, index: int, key: str, item: Option, raw: Any) -> Any:

@@ -179,12 +179,35 @@ def test_a_value_that_cannot_be_read_is_told_once(mistake: dict[str, Any], write
         ("https://ref.supabase.co/storage/v1/s3", "https://ref.supabase.co/storage/v1/s3"),
         ("https://ref.supabase.co/storage/v1/s3/pictures", "https://ref.supabase.co/storage/v1/s3"),
         ("http://pictures.example.com:9000", "http://pictures.example.com:9000"),  # a host of this name, not a bucket's address
-        ("https://acc.r2.cloudflarestorage.com/pictures2", "https://acc.r2.cloudflarestorage.com/pictures2"),
+        ("https://pictures.acc.r2.cloudflarestorage.com", "https://acc.r2.cloudflarestorage.com"),
+        ("https://pictures.s3.us-west-004.backblazeb2.com/", "https://s3.us-west-004.backblazeb2.com"),
+        ("https://pictures.storage.googleapis.com", "https://storage.googleapis.com"),
+        ("https://pictures.oss-cn-hangzhou.aliyuncs.com", "https://oss-cn-hangzhou.aliyuncs.com"),
+        (" http://localhost:9000/pictures ", "http://localhost:9000"),
     ],
 )
 def test_an_endpoint_may_include_the_bucket(url: str, expected: str, write_data: Write, read: Read) -> None:
     write_data([{**BUCKET, "aws_endpoint_url": url}])
     assert read().datasets[0].aws_endpoint_url == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("https://acc.r2.cloudflarestorage.com/pictures2", "has 'pictures2' behind the host"),
+        ("https://acc.r2.cloudflarestorage.com/pictures/train", "has 'pictures/train' behind the host"),
+        ("https://s3.us-west-004.backblazeb2.com?X-Amz-Signature=0", "has a query behind the host"),
+        ("https://pub-0123.r2.dev", "pub-0123.r2.dev is for browsers"),
+        ("https://f004.backblazeb2.com/file/pictures", "f004.backblazeb2.com is for browsers"),
+        ("https://dash.cloudflare.com/acc/r2/default/buckets/pictures", "dash.cloudflare.com is for browsers"),
+        ("https://minio.example.com:99999", "is not an address"),
+        ("https://minio.example .com", "is not an address"),
+        ("s3://pictures/train", "is not an address"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_one_is_refused(url: str, why: str, write_data: Write, refuse: Refuse) -> None:
+    write_data([{**BUCKET, "aws_endpoint_url": url}])
+    assert why in refuse()
 
 
 def test_empty_texts_count_as_not_set(write_data: Write, read: Read) -> None:
