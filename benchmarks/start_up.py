@@ -124,13 +124,18 @@ def answer(*arguments: str, code: int) -> float:
     return seconds
 
 
-def cached_run(folder: Path, images: int) -> list[str]:
-    """Cache everything in a process of its own => the flags of the run."""
+def run_of_thumbnails(folder: Path, images: int) -> list[str]:
+    """Write a model and images => the flags of a run on them."""
     from helpers.families.miniatures.sdxl import write_sdxl
 
     model = write_sdxl(folder / "model")
     run_settings(folder, model, write_thumbnails(folder / "images", images), 64)
-    flags = run_flags(folder, model, max_train_steps=1)
+    return run_flags(folder, model, max_train_steps=1)
+
+
+def cached_run(folder: Path, images: int) -> list[str]:
+    """The same after a first start, in a process of its own, which caches everything."""
+    flags = run_of_thumbnails(folder, images)
     start(flags)
     return flags
 

@@ -52,7 +52,7 @@ class Sandbox:
     def run(self, *arguments: str, **how: str) -> subprocess.CompletedProcess[str]:
         """Start it (see `start`) and wait for the end."""
         process = self.start(*arguments, **how)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def told(self, *arguments: str, **variables: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Sandbox:
         assert done.returncode == 0, done.stderr
         return dict(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("told "))[5:]))
 
-    def noted(self, what: str, rank: int = 0, within_s: float = 60) -> int:
+    def noted(self, what: str, rank: int = 0, within_s: float = 300) -> int:
         """The process id of a rank, once it has noted this."""
         note = self.notes / f"{what}-{rank}"
         process = self.started[-1]

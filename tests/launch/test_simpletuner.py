@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.commands import COMMANDS
+from toolkit.commands import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +37,23 @@ def simpletuner(clone: Path, *arguments: str, folder: Path | None = None, **vari
     return subprocess.run([str(clone / "simpletuner"), *arguments], cwd=folder or clone, env=environ, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
-def test_it_lists_its_commands_with_a_line_each(clone: Path, arguments: tuple[str, ...]) -> None:
-    done = simpletuner(clone, *arguments)
+def test_it_lists_its_commands_with_a_line_each(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = simpletuner(clone)
     assert (done.returncode, done.stderr) == (0, "")
+    for flag in ("--help", "-h"):
+        assert main([flag]) == 0 and capsys.readouterr().out == done.stdout
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  "))
     assert lines == {name: command.summary for name, command in COMMANDS.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_explains_itself_by_an_example(clone: Path, name: str) -> None:
-    done = simpletuner(clone, name, "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    usage, *rest = done.stdout.splitlines()
+def test_a_command_explains_itself_by_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main([name, "--help"])
+    assert leaving.value.code == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    usage, *rest = said.out.splitlines()
     assert usage.startswith(f"usage: ./simpletuner {name} ")
     assert any(line.startswith(f"    ./simpletuner {name}") for line in rest), "no example"
 
@@ -62,15 +66,22 @@ def test_a_misspelt_command_is_answered_with_the_nearest(clone: Path) -> None:
 
 def test_arguments_and_exit_code_are_the_commands_own_and_paths_are_of_the_callers_folder(clone: Path, tmp_path: Path) -> None:
     """Through a link, too, and where a folder of the caller's is named like a library."""
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('the caller folder was searched')")
+    for name in ("argparse", "helpers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the caller folder was searched')")
+    (tmp_path / "a run" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "link").symlink_to(clone / "simpletuner")
     environ = {**os.environ, "SIMPLETUNER_PYTHON": sys.executable}
-    words = ["./link", "miniature", "sd1", "a model", "--seed=3"]
-    done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "a model\n"), done.stderr
+    done = subprocess.run(["./link", "checkpoints", "list", "a run"], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and "checkpoints in a run: 1\n" in done.stdout, done.stderr
+    assert simpletuner(clone, "checkpoints", "verify", "a run", folder=tmp_path).returncode == 1
+    assert simpletuner(clone, "checkpoints", "list", "no run", folder=tmp_path).returncode == 2
+
+
+def test_the_miniature_command_writes_a_model_of_the_family_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["miniature", "sd1", str(tmp_path / "a model"), "--seed=3"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a model'}\n"
     assert (tmp_path / "a model" / "model_index.json").is_file()
-    assert simpletuner(clone, "miniature", "sd1", "--sede=3", folder=tmp_path).returncode == 2
 
 
 def test_it_sets_up_first(clone: Path, tmp_path: Path) -> None:

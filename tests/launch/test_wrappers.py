@@ -12,17 +12,19 @@ import pytest
 
 NEEDED = "MODEL_NAME='some/model'\nDATALOADER_CONFIG='data.json'\n"
 PROMPTS = {
+    "everything": "  two  blanks "
+    """it's a "quoted" \\"word\\" """
+    "a $100 bill, $HOME and ${PATH}"
+    "`date` and $(date)"
+    "* ? [a-z] ~ {a,b} !"
+    "a; touch hacked & b | c > d # e"
+    "first line\nsecond line\r\nthird\ttabbed"
+    "a teddy bear 🧸 on Zürich's 山" + "very " * 2000,
     "blanks": "  two  blanks ",
-    "quotes": """it's a "quoted" \\"word\\" """,
-    "dollar": "a $100 bill, $HOME and ${PATH}",
-    "backticks": "`date` and $(date)",
-    "globs": "* ? [a-z] ~ {a,b} !",
-    "semicolons": "a; touch hacked & b | c > d # e",
-    "newline": "first line\nsecond line\r\nthird\ttabbed",
-    "emoji": "a teddy bear 🧸 on Zürich's 山",
+    "comment": "# a",
+    "glob": "*",
     "dashes": "--max_train_steps=7",
     "equals": "=a=b=",
-    "long": "very " * 2000,
 }
 
 
@@ -30,8 +32,8 @@ PROMPTS = {
 def test_a_prompt_arrives_byte_for_byte(sandbox: Any, prompt: str) -> None:
     env_file = f"{NEEDED}VALIDATION_PROMPT={shlex.quote(prompt)}\n"
     (sandbox.folder / "sdxl-env.sh").write_bytes(env_file.encode())
-    if "\r" not in prompt:  # an env file's carriage returns are taken for Windows' line endings
-        assert sandbox.told()["values"]["validation_prompt"] == prompt
+    # An env file's carriage returns are taken for Windows' line endings.
+    assert sandbox.told()["values"]["validation_prompt"] == prompt.replace("\r", "")
     assert sandbox.told(f"--validation_prompt={prompt}")["values"]["validation_prompt"] == prompt
     extra = shlex.quote(f"--validation_prompt={prompt}")
     (sandbox.folder / "sdxl-env.sh").write_bytes(f"{NEEDED}TRAINER_EXTRA_ARGS={shlex.quote(extra)}\n".encode().replace(b"\r", b""))
@@ -47,11 +49,10 @@ def test_flags_win_over_extra_arguments_and_those_over_variables(sandbox: Any) -
     assert (values["seed"], values["learning_rate"], values["train_batch_size"]) == (5, 1e-2, 3)
 
 
-@pytest.mark.parametrize("ending", ["\r\n", "\n"], ids=["windows", "unix"])
 @pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""], ids=["byte-order mark", "plain"])
-def test_line_endings_and_byte_order_mark_of_the_env_file_do_not_matter(sandbox: Any, mark: bytes, ending: str) -> None:
+def test_windows_line_endings_and_byte_order_mark_of_the_env_file_do_not_matter(sandbox: Any, mark: bytes) -> None:
     text = NEEDED + "BASE=x\nOUTPUT_DIR=\"$BASE/out\"\nVALIDATION_PROMPT='a\nb'"
-    (sandbox.folder / "sdxl-env.sh").write_bytes(mark + text.replace("\n", ending).encode())
+    (sandbox.folder / "sdxl-env.sh").write_bytes(mark + text.replace("\n", "\r\n").encode())
     values = sandbox.told()["values"]
     assert (values["output_dir"], values["validation_prompt"]) == ("x/out", "a\nb")
 
@@ -133,7 +134,7 @@ def test_all_mistakes_are_told_before_accelerate_or_torch(sandbox: Any) -> None:
     assert "the trainer was started" not in done.stderr
 
 
-@pytest.mark.parametrize("code", ["0", "1", "2", "75", "130"])
+@pytest.mark.parametrize("code", ["1", "75"])
 def test_the_exit_code_is_the_trainers(sandbox: Any, code: str) -> None:
     (sandbox.folder / "sdxl-env.sh").write_text(NEEDED)
     assert sandbox.run(STANDIN_CODE=code).returncode == int(code)
@@ -142,7 +143,7 @@ def test_the_exit_code_is_the_trainers(sandbox: Any, code: str) -> None:
 def test_with_one_process_the_wrapper_becomes_the_trainer(sandbox: Any) -> None:
     (sandbox.folder / "sdxl-env.sh").write_text(NEEDED)
     process = sandbox.start()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert f'"pid": {process.pid}' in out
 
 
@@ -158,7 +159,7 @@ def test_the_demo_reads_no_env_file(sandbox: Any, flag: str) -> None:
     looks = sandbox.folder / "looks instead of starting python"
     looks.write_text('#!/bin/bash\necho "${SIMPLETUNER_ENV_FILE-no file} ${TRAINING_SEED-no seed} $2"\n')
     looks.chmod(0o755)
-    out, err = sandbox.start(flag, python=str(looks), SIMPLETUNER_ENV_FILE="of another run").communicate(timeout=60)
+    out, err = sandbox.start(flag, python=str(looks), SIMPLETUNER_ENV_FILE="of another run").communicate(timeout=300)
     assert out == f"no file no seed {flag}\n", err
 
 
