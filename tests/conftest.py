@@ -32,6 +32,22 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On several workers each begins with its share of the slow tests: no long test is then left to one of them at the end.
+
+    pytest-xdist gives every worker a part of the list, and one that is done takes from the end of another's part.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    items[:] = [item for number in range(workers) for kind in (slow, quick) for item in part(kind, number, workers)]
+
+
+def part(items: list[pytest.Item], number: int, count: int) -> list[pytest.Item]:
+    """The part with this number when a list is cut into so many: in order, because tests of one module share what they make."""
+    return items[len(items) * number // count : len(items) * (number + 1) // count]
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The repository's root."""

@@ -21,7 +21,7 @@ sys.exit(7)
 
 def call(*words: str, folder: Path, said: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [warm_python(), *words], cwd=folder, env={"ASKED": "ä"}, input=said, capture_output=True, text=True, encoding="utf-8", timeout=60
+        [warm_python(), *words], cwd=folder, env={"ASKED": "ä"}, input=said, capture_output=True, text=True, encoding="utf-8", timeout=300
     )
 
 
