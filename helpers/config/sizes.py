@@ -49,7 +49,7 @@ def _shrinking(name: str, dataset: DatasetConfig) -> Iterator[str]:
     elif dataset.crop and shrunk < dataset.resolution:
         yield (
             f"{name}: target_downsample_size {shrunk:g} is below the resolution {dataset.resolution:g},"
-            " which a cut could not be made from; raise it."
+            " so a crop of the training size would not fit in the smaller image; raise it."
         )
 
 

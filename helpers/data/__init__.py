@@ -3,9 +3,9 @@
     before training, called in turn by `prepare.prepare_data`
 
     DataSettings, DataContext   settings.py            what the run gives: settings, model encoders, processes, reporter
-    Scanner                     scanning.py            lists files, reads sizes and captions into the Catalogue, plans the cuts
+    Scanner                     scanning.py            lists files, reads sizes and captions into the Catalogue, plans the crops
       Catalogue                 catalogue/             every file of every dataset, in SQLite
-      ResolutionRule, BucketPlan  plan/                target sizes, cuts, and the plan of all images
+      ResolutionRule, BucketPlan  plan/                target sizes, crops, and the plan of all images
     PlannedData                 planned.py             the result: datasets, sources, catalogue, plan
     Surveyor                    surveying.py           writes dataset_report.json and the lines on the console (report/)
     EpochOrder, Steps           order/                 which images are in which micro-batch of which step
@@ -22,7 +22,7 @@
 
     TrainingData                training_data.py       the batches of each step, made ahead in a thread
     BatchMaker, Batch           batches.py             rows of the plan to tensors; captions are drawn here
-    CachedRecords               training_data.py       what BatchMaker reads: images, cuts, latents, text tensors
+    CachedRecords               training_data.py       what BatchMaker reads: images, crops, latents, text tensors
 
 `base/` has what all of them use, and `ports.py` the types that data asks of a model family and of a reporter.
 """

@@ -23,7 +23,7 @@ from helpers.storage.backend import SourceBackend
 
 @dataclass(frozen=True)
 class PlannedData:
-    """The data of a run after its scan: which images there are, where their files are read from, and how they are cut."""
+    """The data of a run after its scan: which images there are, where their files are read from, and how they are cropped."""
 
     datasets: Sequence[DatasetConfig]  # of images, in the order of the plan
     sources: Mapping[str, SourceBackend]  # of these datasets and of their companions' datasets, by id
@@ -33,7 +33,7 @@ class PlannedData:
     seed: int
 
     def plan_of(self, epoch: int) -> BucketPlan:
-        """The plan of an epoch. Its rows are the images of `plan` in the same order; redrawn datasets are cut in another way."""
+        """The plan of an epoch. Its rows are the images of `plan` in the same order; redrawn datasets are cropped in another way."""
         if epoch == 0:
             return self.plan
         return plan([columns_of(dataset, self.catalogue, self.seed, epoch) for dataset in self.datasets])

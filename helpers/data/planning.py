@@ -1,4 +1,4 @@
-"""What configured datasets say of scanning and cutting, and the plan on disk that all processes share."""
+"""The settings of datasets for scanning and cropping, and the plan on disk that all processes share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TABLES = "plan.json"
 
 
 def rules_of(dataset: DatasetConfig, seed: int = 0) -> DatasetRules:
-    """The rules of a configured dataset for sizes, cuts and captions. Shuffled captions are drawn from `seed`."""
+    """The rules of a configured dataset for sizes, crops and captions. Shuffled captions are drawn from `seed`."""
     resolution = ResolutionRule(
         resolution=dataset.resolution,
         resolution_type=cast(Literal["area", "pixel"], dataset.resolution_type),
@@ -110,9 +110,9 @@ def _table_path(dataset: DatasetConfig, table: TableConfig) -> str:
 
 
 def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int, epoch: int = 0) -> DatasetColumns:
-    """The images of a dataset that are in use, with the draws for their cuts, and the faces that were found.
+    """The images of a dataset that are in use, with the draws for their crops, and the faces that were found.
 
-    The address of a draw is (seed, dataset, key); where cuts are redrawn each epoch, (seed, epoch, dataset, key).
+    The address of a draw is (seed, dataset, key); where crops are redrawn each epoch, (seed, epoch, dataset, key).
     """
     rule = rules_of(dataset).resolution
     columns = catalogue.columns(dataset.id)
@@ -140,7 +140,7 @@ def columns_of(dataset: DatasetConfig, catalogue: Catalogue, seed: int, epoch: i
 
 
 def without_a_face(columns: Sequence[DatasetColumns]) -> dict[str, NDArray[np.int64]]:
-    """For every dataset that is cut around faces, the catalogue rows of the images in which none was found."""
+    """For every dataset that is cropped around faces, the catalogue rows of the images in which none was found."""
     return {of.dataset: of.rows[np.isnan(of.face_x)] for of in columns if of.rule.style == "face" and of.face_x is not None}
 
 

@@ -1,4 +1,4 @@
-"""From configured datasets to planned data: list the files, read sizes and captions, find faces, plan the cuts.
+"""From configured datasets to planned data: list the files, read sizes and captions, find faces, plan the crops.
 
 The first process does the work and writes catalogue and plan into CACHE_DIR; the others read them there.
 """

@@ -106,7 +106,7 @@ class Surveyor:
             if line := long_sides_line(self._data.datasets[index], [data_shapes[shape] for shape in np.flatnonzero(shapes).tolist()]):
                 self._report.chapter("", f"{result.dataset}: {line}")
             if faceless := len(self._scanner.faceless.get(result.dataset, ())):
-                text = f"none found in {faceless:,} of {result.used:,} images, which are cut in the middle"
+                text = f"none found in {faceless:,} of {result.used:,} images, which are cropped at the center"
                 self._report.chapter("faces", f"{result.dataset}: {text}")
         for dataset in self._data.datasets:
             if line := kohya_line(dataset, self._data.catalogue):

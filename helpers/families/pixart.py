@@ -112,7 +112,7 @@ class PixArt:
             "prompt_embeds_mask": batch.text["prompt_embeds_mask"].to(device),
         }
         if self.size_conditioning:
-            targets = [cut.target for cut in batch.geometry]
+            targets = [crop.target for crop in batch.geometry]
             conditioning["resolution"] = torch.tensor([[target.height, target.width] for target in targets], dtype=torch.float32).to(device)
             conditioning["aspect_ratio"] = torch.tensor([[target.height / target.width] for target in targets]).to(device)
         return conditioning

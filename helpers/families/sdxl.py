@@ -111,7 +111,7 @@ class SDXL:
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Text, and (original height, width, top, left, target height, width)."""
-        numbers = [[*sdxl_inputs.size_and_crop(cut, self.original_size), cut.target.height, cut.target.width] for cut in batch.geometry]
+        numbers = [[*sdxl_inputs.size_and_crop(crop, self.original_size), crop.target.height, crop.target.width] for crop in batch.geometry]
         return {**sdxl_inputs.text_and_numbers(batch, numbers, device), **condition.of_batch(batch, device)}
 
     predict = staticmethod(sdxl_inputs.predict)

@@ -104,7 +104,7 @@ class SDXLRefiner:
 
     def conditioning(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Text, and (original height, width, top, left, aesthetic score)."""
-        numbers = [[*sdxl_inputs.size_and_crop(cut, self.original_size), self.aesthetic_score] for cut in batch.geometry]
+        numbers = [[*sdxl_inputs.size_and_crop(crop, self.original_size), self.aesthetic_score] for crop in batch.geometry]
         return sdxl_inputs.text_and_numbers(batch, numbers, device)
 
     predict = staticmethod(sdxl_inputs.predict)

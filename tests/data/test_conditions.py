@@ -161,7 +161,7 @@ def test_the_network_that_reads_latents_gets_the_condition_as_the_codec_encodes_
     family = LatentFamily()
     for batch in epochs(paired.prepare(family, nearest=True)):
         for sample, cut, condition in zip(batch.samples, batch.geometry, batch.condition, strict=True):  # type: ignore[arg-type]
-            pixels = images.cut(images.decode((paired.images / sample.key).read_bytes()), cut)
+            pixels = images.crop(images.decode((paired.images / sample.key).read_bytes()), cut)
             assert torch.allclose(condition, family.codec.net(pixels.unsqueeze(0))[0], atol=2e-2)
 
 

@@ -148,7 +148,7 @@ def test_training_pictures_are_cut_around_faces_and_those_without_are_counted(tm
 
     plan, report, lines = prepared()
     assert report["without_a_face"] == 1
-    assert "faces: toys: none found in 1 of 3 images, which are cut in the middle" in lines
+    assert "faces: toys: none found in 1 of 3 images, which are cropped at the center" in lines
     assert [plan.geometry(index).left for index in range(3)] == [0, 32, 64]
     monkeypatch.setattr("helpers.data.catalogue.faces.decode", None)  # a second start looks at nothing
     again, *_ = prepared()

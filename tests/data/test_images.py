@@ -15,7 +15,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 
 from helpers.data.base import images
-from helpers.data.base.images import ImageError, cut, decode, read_size
+from helpers.data.base.images import ImageError, crop, decode, read_size
 from helpers.data.base.sample import Geometry, Size
 from helpers.data.plan.buckets import geometry
 from helpers.data.plan.targets import ResolutionRule
@@ -311,7 +311,7 @@ def test_an_error_of_the_disk_is_not_an_error_of_the_image() -> None:
 
 def test_a_cut_is_float_pixels_between_minus_one_and_one() -> None:
     image = Image.new("RGB", (20, 10), (0, 127, 255))
-    pixels = cut(image, Geometry(Size(20, 10), Size(20, 10), 1, 2, Size(16, 8)))
+    pixels = crop(image, Geometry(Size(20, 10), Size(20, 10), 1, 2, Size(16, 8)))
     assert pixels.shape == (3, 8, 16) and pixels.dtype == torch.float32 and pixels.is_contiguous()
     assert pixels[:, 0, 0].tolist() == pytest.approx([-1, 127 / 127.5 - 1, 1])
 
@@ -320,7 +320,7 @@ def test_a_cut_shows_the_part_that_its_geometry_names() -> None:
     x, y = np.meshgrid(np.arange(200), np.arange(100))
     image = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))  # every pixel holds its own coordinates
     for flip in (False, True):
-        pixels = cut(image, Geometry(Size(200, 100), Size(200, 100), 7, 30, Size(64, 64), flip))
+        pixels = crop(image, Geometry(Size(200, 100), Size(200, 100), 7, 30, Size(64, 64), flip))
         back = ((pixels + 1) * 127.5).round().int()
         assert back[1, 0, 0] == 7 and back[1, -1, 0] == 70
         assert back[0, 0].tolist() == [199 - (30 + i) if flip else 30 + i for i in range(64)]
@@ -329,21 +329,21 @@ def test_a_cut_shows_the_part_that_its_geometry_names() -> None:
 def test_flipping_the_cut_is_cutting_the_flipped_picture() -> None:
     plain = Geometry(Size(90, 60), Size(96, 64), 0, 20, Size(64, 64))
     mirrored = Geometry(Size(90, 60), Size(96, 64), 0, 96 - 64 - 20, Size(64, 64), flip=True)
-    assert torch.equal(cut(chart(), mirrored), cut(chart(), plain).flip(-1))
+    assert torch.equal(crop(chart(), mirrored), crop(chart(), plain).flip(-1))
 
 
 def test_shrinking_averages_what_it_drops() -> None:
     """Stripes of a pixel become an even grey, in sRGB as they are stored: a spread of 0.006 of the range, bare bilinear leaves 0.5."""
     stripes = np.zeros((768, 768, 3), np.uint8)
     stripes[:, ::2] = 255
-    pixels = (cut(Image.fromarray(stripes), Geometry(Size(768, 768), Size(256, 256), 0, 0, Size(256, 256))) + 1) / 2
+    pixels = (crop(Image.fromarray(stripes), Geometry(Size(768, 768), Size(256, 256), 0, 0, Size(256, 256))) + 1) / 2
     assert pixels.std().item() == pytest.approx(0.006, abs=0.001)
     assert pixels.mean().item() == pytest.approx(0.5, abs=0.004)  # in linear light it would be 0.735
 
 
 def test_an_image_that_was_replaced_since_the_scan_is_refused() -> None:
     with pytest.raises(ImageError, match="wrong size: the image is 90x60 and not 91x60"):
-        cut(chart(), Geometry(Size(91, 60), Size(96, 64), 0, 0, Size(64, 64)))
+        crop(chart(), Geometry(Size(91, 60), Size(96, 64), 0, 0, Size(64, 64)))
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -356,7 +356,7 @@ def test_a_large_jpeg_is_decoded_small_within_tolerance(orientation: int) -> Non
     plan = geometry(Size(1600, 1200), ResolutionRule(0.1, alignment=8))
     small, whole = decode(data, plan.resized), decode(data)
     assert small.size == (800, 600) and whole.size == (1600, 1200)
-    off = (cut(small, plan) - cut(whole, plan)).abs() * 127.5
+    off = (crop(small, plan) - crop(whole, plan)).abs() * 127.5
     assert off.mean() < 1 and off.max() < 12
 
 
@@ -424,13 +424,13 @@ def test_a_jpeg_of_up_to_256_megapixels_is_decoded_at_a_fraction(size: tuple[int
     assert read_size(io.BytesIO(data)) == Size(*size)
     height = round(2048 * size[1] / size[0])
     geometry = Geometry(Size(*size), Size(2048, height), 0, 0, Size(2048, 1024))
-    pixels = cut(decode(data, geometry.resized), geometry)
+    pixels = crop(decode(data, geometry.resized), geometry)
     assert pixels.shape == (3, 1024, 2048)
     assert pixels[:, :, :1000].min() > 0.98 and pixels[:, :, 1048:].max() < -0.98
     with pytest.raises(ImageError, match=f"too large: {Size(*size)}, more than 128 megapixels"):
         decode(data)
     with pytest.raises(ImageError, match=r"wrong size"):
-        cut(decode(data, geometry.resized), replace(geometry, original=Size(size[0] - 8, size[1])))
+        crop(decode(data, geometry.resized), replace(geometry, original=Size(size[0] - 8, size[1])))
 
 
 def test_a_jpeg_above_256_megapixels_is_refused() -> None:

@@ -99,7 +99,7 @@ def test_an_epoch_holds_every_picture_with_its_latents_text_and_cut(place: Place
             assert batch.captions[index] == f"caption number {int(sample.key[8:10])}"
             expected = family.encoders.encode([batch.captions[index]])
             assert all(torch.equal(batch.text[name][index], expected[name][0]) for name in expected)
-            pixels = images.cut(images.decode((place.data / sample.key).read_bytes()), geometry)
+            pixels = images.crop(images.decode((place.data / sample.key).read_bytes()), geometry)
             assert torch.allclose(batch.latents[index], family.codec.net(pixels.unsqueeze(0))[0], atol=2e-2)
 
 
@@ -160,7 +160,7 @@ CHANGES: list[tuple[str, Callable[[Place], dict[str, Any]], str, str]] = [
     ("added", added_image, "latents: 11 needed, 10 cached; 1 encoded", "1 new"),
     ("vae", lambda place: {"family": ToyFamily(ConvCodec(seed=1))}, "latents: 10 needed, 0 cached; 10 encoded", "10 other encoder"),
     ("text encoders", lambda place: {"family": ToyFamily(encoders=HashEncoders(1))}, "text: 11 needed, 0 cached; 11", "11 other encoder"),
-    ("resolution", lambda place: {"resolution": 32}, "latents: 10 needed, 0 cached; 10 encoded", "10 other size or cut"),
+    ("resolution", lambda place: {"resolution": 32}, "latents: 10 needed, 0 cached; 10 encoded", "10 other size or crop"),
     ("precision", lambda place: {"cache_dtype": "fp16"}, "latents: 10 needed, 0 cached; 10 encoded", "10 other cache precision"),
     ("prompt", lambda place: {"extra_captions": ("a prompt",)}, "text: 12 needed, 11 cached; 1 encoded", "1 new"),
 ]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from helpers.config.options import CacheOptions, ModelOptions
 from helpers.data.base.draws import StepDraws
-from helpers.data.base.images import cut
+from helpers.data.base.images import crop
 from helpers.data.base.sample import Geometry, Size
 from helpers.data.batches import Batch
 from helpers.data.plan.buckets import geometry
@@ -99,7 +99,7 @@ def test_a_wide_picture_is_told_in_whole_numbers_of_the_resized_picture(style: s
     assert found.resized == Size(1365, 768) and found.target == Size(1344, 768)
     batch = batch_of(found)
     assert make(model, tmp_path).conditioning(batch, CPU)["time_ids"].tolist() == [[1080, 1920, 0, left, 768, 1344]]
-    assert cut(Image.new("RGB", (1920, 1080)), found).shape == (3, 768, 1344)
+    assert crop(Image.new("RGB", (1920, 1080)), found).shape == (3, 768, 1344)
 
 
 def test_size_numbers_reach_the_sinusoid_in_float32_whatever_the_precision_of_the_weights(model: Path, tmp_path: Path) -> None:

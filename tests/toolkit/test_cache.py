@@ -283,7 +283,7 @@ def test_what_changed_is_named(run: Run) -> None:
     code, said = run.tool("why", "a_copy.png")
     assert code == 1 and "with other settings or files (other cache precision)" in said and "earlier   precision auto" in said
     run.change_settings(cache_dtype="auto", resolution=72)
-    assert "with other settings or files (other size or cut)" in run.tool("why", "a_copy.png")[1]
+    assert "with other settings or files (other size or crop)" in run.tool("why", "a_copy.png")[1]
     run.change_settings(resolution=64)
     assert run.tool("why", "a_copy.png")[0] == 0
 

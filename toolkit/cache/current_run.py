@@ -21,7 +21,7 @@ from helpers.data.base.sample import ROLES, Sample
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.catalogue.scan import ScanOptions, refresh, scan
 from helpers.data.encode.companions import companions_of
-from helpers.data.encode.keys import cuts, latents_facts, latents_key, latents_subject, text_key, text_subject
+from helpers.data.encode.keys import crops, latents_facts, latents_key, latents_subject, text_key, text_subject
 from helpers.data.plan.buckets import BucketPlan, plan
 from helpers.data.planning import columns_of, companions_of_all, rules_of, rules_of_companions
 from helpers.data.sources import CachePlace, epoch_prefix, extra_texts_place, latents_place, open_source, texts_place
@@ -97,10 +97,10 @@ class CurrentRun:
     def _needed_latents(self, index: int, dataset: DatasetConfig) -> Iterator[tuple[bytes, str]]:
         rows = (self.plan.columns["dataset"] == index).nonzero()[0]
         images = self.plan.columns["row"][rows].tolist()
-        named = zip(images, self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), cuts(self.plan, rows), strict=True)
+        named = zip(images, self.catalogue.keys(dataset.id), self.catalogue.contents(dataset.id), crops(self.plan, rows), strict=True)
         precision, companions = self.config.cache.cache_dtype, companions_of(dataset, self.family)
-        for image, key, known, cut in named:
-            facts = latents_facts(known or self._content(image), cut, self.image_fingerprint, precision, companions)
+        for image, key, known, crop in named:
+            facts = latents_facts(known or self._content(image), crop, self.image_fingerprint, precision, companions)
             yield latents_key(facts), f"{dataset.id}/{key}"
 
     def images(self, name: str) -> list[ImageEntry]:
@@ -139,13 +139,13 @@ class CurrentRun:
         sample, cache = self.catalogue.sample(row), latents_place(dataset, self.config.cache.cache_dir)
         if reason:
             return ImageEntry(sample, reason, cache, {})
-        epoch, cut_by = None, self.plan
+        epoch, cropped_by = None, self.plan
         if dataset.vae_cache_clear_each_epoch:
             epoch, cache = self._current_epoch(cache)
-            cut_by = plan([columns_of(of, self.catalogue, self.config.run.seed, epoch) for of in self.config.datasets])
-        planned = ((cut_by.columns["dataset"] == index) & (cut_by.columns["row"] == row)).nonzero()[0]
+            cropped_by = plan([columns_of(of, self.catalogue, self.config.run.seed, epoch) for of in self.config.datasets])
+        planned = ((cropped_by.columns["dataset"] == index) & (cropped_by.columns["row"] == row)).nonzero()[0]
         precision, companions = self.config.cache.cache_dtype, companions_of(dataset, self.family)
-        facts = latents_facts(self._content(row), cuts(cut_by, planned)[0], self.image_fingerprint, precision, companions)
+        facts = latents_facts(self._content(row), crops(cropped_by, planned)[0], self.image_fingerprint, precision, companions)
         return ImageEntry(sample, "", cache, facts, epoch)
 
     def _current_epoch(self, cache: CachePlace) -> tuple[int, CachePlace]:

@@ -1,7 +1,7 @@
 """From the bytes of an image file to training pixels: size, decoding to sRGB, resizing, cropping.
 
     size = read_size(stream)  # Size(4000, 3000), from the header alone
-    pixels = cut(decode(data, geometry.resized), geometry)  # float32 (3, H, W) in [-1, 1]
+    pixels = crop(decode(data, geometry.resized), geometry)  # float32 (3, H, W) in [-1, 1]
 
 Image files are not trusted. Only the formats listed here are opened, recognized by content and not by name, and no image with more than
 `MAX_PIXELS` is decoded.
@@ -33,7 +33,7 @@ EXTENSIONS = frozenset(
         *(".heic", ".heif", ".hif", ".jxl"),  # with libraries of their own: see `_LIBRARIES`
     }
 )
-PIXELS_VERSION = 1  # part of the key of cached latents: raise it when `decode` or `cut` give other pixels
+PIXELS_VERSION = 1  # part of the key of cached latents: raise it when `decode` or `crop` give other pixels
 MAX_PIXELS = 128_000_000  # 384 MB as RGB: more than the 102 megapixels of the largest cameras, less than a forged header may claim
 
 MAX_JPEG_PIXELS = 256_000_000  # for JPEG files, which can be decoded at a fraction of their size; cameras have up to 200 megapixels
@@ -143,17 +143,17 @@ def _converted(image: Image.Image, data: bytes, convert: Callable[[Image.Image],
         raise ImageError(f"unreadable: {_reason(error)}") from error
 
 
-def cut(image: Image.Image, geometry: Geometry) -> Tensor:
+def crop(image: Image.Image, geometry: Geometry) -> Tensor:
     """Resize, mirror and crop what `decode` returned: float32 (3, H, W) in [-1, 1], of the geometry's training size.
 
     Lanczos with antialiasing, on sRGB values, as trainers of this field do. ImageError if the image does not have the size that the
     geometry was planned for.
     """
-    return pixels_of(cut_out(image, geometry.original, geometry))
+    return pixels_of(cropped(image, geometry.original, geometry))
 
 
-def cut_out(image: Image.Image, original: Size, geometry: Geometry, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """As `cut`, but an image. `original` is the size the image must have; a conditioning image may have another one than its image."""
+def cropped(image: Image.Image, original: Size, geometry: Geometry, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """As `crop`, but an image. `original` is the size the image must have; a conditioning image may have another one than its image."""
     if not _is_size_of(image.size, original):
         raise _wrong_size(Size(*image.size), original)
     if image.size != geometry.resized:

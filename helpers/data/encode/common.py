@@ -31,7 +31,7 @@ REASONS = {
     "lost": "lost from the cache",
     "image": "changed image",
     "encoder": "other encoder",
-    "geometry": "other size or cut",
+    "geometry": "other size or crop",
     "precision": "other cache precision",
     "condition": "other conditions",
     "mask": "other masks",

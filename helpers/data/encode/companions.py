@@ -1,7 +1,7 @@
 """Companions of an image: other images of the same name, from another dataset, that belong to it.
 
 There are two roles. A "condition" is what a ControlNet is given beside each image. A "mask" weights the pixels of the image in the loss;
-it may also be the image's own alpha channel. A companion is cut exactly as its image is: resized to the size that the whole image is
+it may also be the image's own alpha channel. A companion is cropped exactly as its image is: resized to the size that the whole image is
 resized to, then flipped and cropped with it. So it may have another scale than its image but not another shape, and both show the same
 place at the same position.
 
@@ -26,7 +26,7 @@ from helpers.data.base.sample import CONDITION, MASK, Geometry
 from helpers.data.ports import ModelEncoders, reads_conditions
 
 IMAGE = "image"  # the role of the image itself
-VERSION = 1  # raise this whenever another tensor is made of the same companion and cut
+VERSION = 1  # raise this whenever another tensor is made of the same companion and crop
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Kind:
 
     @property
     def fact(self) -> str:
-        """All that a companion's tensor depends on besides the file, the cut and the codec."""
+        """All that a companion's tensor depends on besides the file, the crop and the codec."""
         if self.role == MASK:
             return f"{'alpha' if self.is_alpha else 'brightness'} 1/{self.downsampling} v{VERSION}"
         return f"{'latents' if self.as_latents else 'pixels'} {self.filter} v{VERSION}"
@@ -66,7 +66,7 @@ def companions_of(dataset: DatasetConfig, family: ModelEncoders) -> tuple[Kind, 
 
 
 def mask_of(image: Image.Image, downsampling: int) -> Tensor:
-    """A cut mask in mode L, (H, W) => weights of latent pixels, float32 (1, H / downsampling, W / downsampling) in [0, 1].
+    """A cropped mask in mode L, (H, W) => weights of latent pixels, float32 (1, H / downsampling, W / downsampling) in [0, 1].
 
     Each is the mean over the square of pixels that the latent pixel stands for.
     """

@@ -1,4 +1,4 @@
-"""The images of a unit on their way from files to records: read, hashed, decoded and cut."""
+"""The images of a unit on their way from files to records: read, hashed, decoded and cropped."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor
 
-from helpers.data.base.images import ImageError, cut_out, decode, decode_alpha, decode_mask, pixels_of, require_size
+from helpers.data.base.images import ImageError, cropped, decode, decode_alpha, decode_mask, pixels_of, require_size
 from helpers.data.base.sample import MASK, Geometry, Sample
 from helpers.data.encode.companions import IMAGE, Kind, mask_of, packed
-from helpers.data.encode.keys import cuts, latents_key
+from helpers.data.encode.keys import crops, latents_key
 from helpers.data.encode.store import Unit
 from helpers.errors import StorageError
 from helpers.storage.backend import SourceBackend
@@ -51,7 +51,7 @@ class ItemFile:
         return ""
 
     def decode(self, geometry: Geometry) -> str:
-        """Decode and cut what was read. Returns why that is not possible, or ""."""
+        """Decode and crop what was read. Returns why that is not possible, or ""."""
         size, resized = self.sample.size, None if self.kind.filter == "nearest" else geometry.resized
         try:
             # Before decoding: a JPEG may be decoded at half its size, which then looks like that of an image half as large.
@@ -59,7 +59,7 @@ class ItemFile:
             if self.kind.role == MASK:
                 self.tensor = self._mask(geometry)
             else:
-                image = cut_out(decode(self.data, resized), size, geometry, FILTERS[self.kind.filter])
+                image = cropped(decode(self.data, resized), size, geometry, FILTERS[self.kind.filter])
                 self.tensor = pixels_of(image) if self.kind.as_latents else packed(image)
         except ImageError as error:
             return f"{self._name}{error}"
@@ -71,7 +71,7 @@ class ItemFile:
         mask = decode_alpha(self.data) if self.kind.is_alpha else decode_mask(self.data)
         if mask is None:  # an image without an alpha channel is opaque
             mask = Image.new("L", self.sample.size, 255)
-        return mask_of(cut_out(mask, self.sample.size, geometry, Resampling.BOX), self.kind.downsampling)
+        return mask_of(cropped(mask, self.sample.size, geometry, Resampling.BOX), self.kind.downsampling)
 
     @property
     def _name(self) -> str:
@@ -84,7 +84,7 @@ class EncodeItem:
 
     planned: int  # row in the plan
     geometry: Geometry
-    cut: str  # what of the geometry is part of the key
+    crop: str  # what of the geometry is part of the key
     files: list[ItemFile]  # the image itself, then its companions
     facts: dict[str, str] = field(default_factory=dict)
     key: bytes = b""
@@ -123,13 +123,13 @@ class EncodeItem:
 
 
 def load(unit: Unit, sources: Sources) -> list[EncodeItem]:
-    """The images of a unit, read, and where one of them is not cached, decoded and cut."""
-    items = [_item(unit, int(row), cut) for row, cut in zip(unit.rows, cuts(unit.latents.plan, unit.rows), strict=True)]
+    """The images of a unit, read, and where one of them is not cached, decoded and cropped."""
+    items = [_item(unit, int(row), crop) for row, crop in zip(unit.rows, crops(unit.latents.plan, unit.rows), strict=True)]
     for item in items:
         item.read(sources)
         if not item.problem:
             contents = " ".join(content for _, content in item.contents)
-            item.facts = unit.latents.facts(unit.dataset, contents, item.cut)
+            item.facts = unit.latents.facts(unit.dataset, contents, item.crop)
             item.key = latents_key(item.facts)
     readable = [item for item in items if not item.problem]
     for item, location in zip(readable, unit.cache.find(item.key for item in readable), strict=True):
@@ -143,7 +143,7 @@ def load(unit: Unit, sources: Sources) -> list[EncodeItem]:
     return items
 
 
-def _item(unit: Unit, planned: int, cut: str) -> EncodeItem:
+def _item(unit: Unit, planned: int, crop: str) -> EncodeItem:
     latents, data = unit.latents, unit.latents.data
     row = int(latents.plan.columns["row"][planned])
     image = ItemFile(Kind(IMAGE, data.datasets[unit.dataset].id), row, data.catalogue.sample(row))
@@ -155,4 +155,4 @@ def _item(unit: Unit, planned: int, cut: str) -> EncodeItem:
         companion = data.catalogue.companion_row(row, kind.role)
         assert companion is not None, "the scan leaves out images without a companion"
         files.append(ItemFile(kind, companion, data.catalogue.sample(companion)))
-    return EncodeItem(planned, latents.plan.geometry(planned), cut, files)
+    return EncodeItem(planned, latents.plan.geometry(planned), crop, files)

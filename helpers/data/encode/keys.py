@@ -21,8 +21,8 @@ from helpers.data.plan.buckets import BucketPlan
 Rows = NDArray[np.int64]
 
 
-def cuts(plan: BucketPlan, rows: Rows | Sequence[int]) -> list[str]:
-    """For each row of a plan, everything about its cut that its pixels depend on. Reads columns: a plan may have millions of rows."""
+def crops(plan: BucketPlan, rows: Rows | Sequence[int]) -> list[str]:
+    """For each row of a plan, everything about its crop that its pixels depend on. Reads columns: a plan may have millions of rows."""
     columns = plan.columns[rows]
     names = ("resized_width", "resized_height", "top", "left", "shape", "flip")
     return [
@@ -36,13 +36,13 @@ def latents_subject(sample: Sample) -> str:
     return f"{sample.dataset}/{sample.key}"
 
 
-def latents_facts(content: str, cut: str, encoder: str, cache_dtype: str, companions: Sequence[Kind] = ()) -> dict[str, str]:
+def latents_facts(content: str, crop: str, encoder: str, cache_dtype: str, companions: Sequence[Kind] = ()) -> dict[str, str]:
     """All that a record of latents depends on.
 
-    `content` is what `Catalogue.content` returns, `cut` an element of `cuts`, `encoder` the fingerprint of the codec, `companions` those
+    `content` is what `Catalogue.content` returns, `crop` an element of `crops`, `encoder` the fingerprint of the codec, `companions` those
     of the dataset's images.
     """
-    facts = {"image": content, "encoder": encoder, "geometry": cut, "precision": cache_dtype}
+    facts = {"image": content, "encoder": encoder, "geometry": crop, "precision": cache_dtype}
     return facts | {companion.role: companion.fact for companion in companions}
 
 

@@ -1,6 +1,6 @@
 """Where the latents of a run are: which are cached, and at which place of which cache.
 
-The cuts of most datasets never change, so their latents serve every epoch. Datasets whose cuts are redrawn have other latents in each
+The crops of most datasets never change, so their latents serve every epoch. Datasets whose crops are redrawn have other latents in each
 epoch, in a cache folder of its own that is removed when the epoch is over.
 """
 
@@ -21,7 +21,7 @@ from helpers.data.cache.cache import Cache, DamagedRecordError
 from helpers.data.cache.index import LOCATION, Locations
 from helpers.data.encode.codec import SharedCodec
 from helpers.data.encode.common import is_finite
-from helpers.data.encode.keys import Rows, cuts, latents_facts, latents_key
+from helpers.data.encode.keys import Rows, crops, latents_facts, latents_key
 from helpers.data.plan.buckets import BucketPlan
 from helpers.data.planned import PlannedData
 from helpers.data.settings import DataContext, DataSettings
@@ -65,16 +65,16 @@ class EpochLatents:
 
     # -- what is cached ---------------------------------------------------------------------------------------------------
 
-    def facts(self, dataset: int, content: str, cut: str) -> dict[str, str]:
+    def facts(self, dataset: int, content: str, crop: str) -> dict[str, str]:
         """All that the record of an image depends on; see `latents_facts`."""
-        return latents_facts(content, cut, self._codec.fingerprint, self._settings.cache_dtype, self.data.companions[dataset])
+        return latents_facts(content, crop, self._codec.fingerprint, self._settings.cache_dtype, self.data.companions[dataset])
 
     def locate(self) -> None:
         """Look up all rows."""
         failed = list(self.data.catalogue.failed(self.number))
         for dataset, rows in self.rows.items():
             contents = self.data.catalogue.contents(self.data.datasets[dataset].id)
-            keys = (self._key(dataset, content, cut) for content, cut in zip(contents, cuts(self.plan, rows), strict=True))
+            keys = (self._key(dataset, content, crop) for content, crop in zip(contents, crops(self.plan, rows), strict=True))
             self.locations[rows] = self.caches[dataset].find(keys)
             self.failed[rows] = np.isin(self.plan.columns["row"][rows], failed) & ~self.are_cached(rows)
 
@@ -89,10 +89,10 @@ class EpochLatents:
     def key(self, row: int) -> bytes:
         """The key of a row's record; b"", which no record has, where nobody has read the image yet."""
         content = self.data.catalogue.content(int(self.plan.columns["row"][row]))
-        return self._key(self.data.dataset_of(row), content, cuts(self.plan, [row])[0])
+        return self._key(self.data.dataset_of(row), content, crops(self.plan, [row])[0])
 
-    def _key(self, dataset: int, content: str | None, cut: str) -> bytes:
-        return b"" if content is None else latents_key(self.facts(dataset, content, cut))
+    def _key(self, dataset: int, content: str | None, crop: str) -> bytes:
+        return b"" if content is None else latents_key(self.facts(dataset, content, crop))
 
     def read(self, row: int) -> dict[str, Tensor]:
         """The record of a row that is located. Raises DamagedRecordError where it is not what was written."""
@@ -124,12 +124,12 @@ class EpochLatents:
         return any(self.lacks(rows) for rows in self.rows.values())
 
     def twins(self, row: int) -> list[int]:
-        """The rows that share a row's record: the same image under other names, with the same cut. Includes the row itself."""
+        """The rows that share a row's record: the same image under other names, with the same crop. Includes the row itself."""
         images = list(self.data.catalogue.with_content_of(int(self.plan.columns["row"][row])))
         rows = self.rows[self.data.dataset_of(row)]
         rows = rows[np.isin(self.plan.columns["row"][rows], images)]
-        (cut,) = cuts(self.plan, [row])
-        return [int(other) for other, other_cut in zip(rows, cuts(self.plan, rows), strict=True) if other_cut == cut]
+        (crop,) = crops(self.plan, [row])
+        return [int(other) for other, other_crop in zip(rows, crops(self.plan, rows), strict=True) if other_crop == crop]
 
     # -- units: made when the first is asked for, since nobody asks where everything is cached, and there may be many ------------
 

@@ -3,7 +3,7 @@
     planned = plan([DatasetColumns("photos", ResolutionRule(1.0), rows, width, height)])
     planned.geometry(0)  # Geometry(original=1920x1080, resized=1365x768, top=0, left=10, target=1344x768, flip=False)
 
-`targets` computes the training size, `cuts` the resized size and the crop.
+`targets` computes the training size, `crops` the resized size and the crop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helpers.data.base.sample import Geometry, Size
-from helpers.data.plan.cuts import Places, cuts
+from helpers.data.plan.crops import Places, crops
 from helpers.data.plan.targets import Fractions, Integers, ResolutionRule, targets
 
 ROW = np.dtype(
@@ -145,13 +145,13 @@ def _part(index: int, dataset: DatasetColumns) -> tuple[NDArray[Any], Integers]:
     if face_x is not None and dataset.flip is not None:
         face_x = np.where(dataset.flip, 1 - face_x, face_x)  # the crop is made in the mirrored image
     places = Places(dataset.crop_u, dataset.crop_v, face_x, dataset.face_y)
-    cut = cuts(width, height, target_width, target_height, rule, places)
+    crop = crops(width, height, target_width, target_height, rule, places)
     columns = np.zeros(len(width), ROW)
     columns["row"], columns["dataset"] = dataset.rows, index
     columns["width"], columns["height"] = width, height
-    columns["resized_width"], columns["resized_height"] = cut.resized_width, cut.resized_height
-    columns["top"], columns["left"] = cut.top, cut.left
-    columns["upscaled"] = cut.resized_width * cut.resized_height > width * height
+    columns["resized_width"], columns["resized_height"] = crop.resized_width, crop.resized_height
+    columns["top"], columns["left"] = crop.top, crop.left
+    columns["upscaled"] = crop.resized_width * crop.resized_height > width * height
     if dataset.flip is not None:
         columns["flip"] = dataset.flip
     return columns, (target_width << 32) | target_height

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from helpers.data.base.images import PIXELS_VERSION, ImageError, cut, cut_out, decode, decode_alpha, decode_mask
+from helpers.data.base.images import PIXELS_VERSION, ImageError, crop, cropped, decode, decode_alpha, decode_mask
 from helpers.data.base.sample import MASK, Geometry, Size
 from helpers.data.catalogue.catalogue import Catalogue
 from helpers.data.plan.buckets import BucketPlan
@@ -97,11 +97,11 @@ def _thumbnail(
 
 def _jpeg(data: bytes, geometry: Geometry, mask: Image.Image | None) -> bytes:
     """The training pixels of an image file as a JPEG, downscaled to `LONGER_SIDE` if they are larger; dark where the mask is black."""
-    pixels = cut(decode(data, geometry.resized), geometry)
+    pixels = crop(decode(data, geometry.resized), geometry)
     levels = pixels.add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     image = Image.fromarray(levels)
     if mask is not None:
-        white = cut_out(mask, Size(*mask.size), geometry, Image.Resampling.BOX)
+        white = cropped(mask, Size(*mask.size), geometry, Image.Resampling.BOX)
         image = Image.composite(image, image.point(lambda level: level // MASKED_DARKENING), white)
     image.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

@@ -27,7 +27,7 @@ class Places(NamedTuple):
     face_y: Fractions | None = None
 
 
-class Cuts(NamedTuple):
+class Crops(NamedTuple):
     """Sizes of the resized images, and the top left corners of the crops in them. Arrays (N,)."""
 
     resized_width: Integers
@@ -36,7 +36,9 @@ class Cuts(NamedTuple):
     left: Integers
 
 
-def cuts(width: Integers, height: Integers, target_width: Integers, target_height: Integers, rule: ResolutionRule, places: Places) -> Cuts:
+def crops(
+    width: Integers, height: Integers, target_width: Integers, target_height: Integers, rule: ResolutionRule, places: Places
+) -> Crops:
     """The crops of N images with these training sizes."""
     resized_width, resized_height = _covering(width, height, target_width, target_height)
     if rule.crop and rule.maximum_image_size:
@@ -46,7 +48,7 @@ def cuts(width: Integers, height: Integers, target_width: Integers, target_heigh
         resized_height = np.where(downsampled, shrunk_height, resized_height)
     left = _start(resized_width, target_width, rule, places.crop_u, places.face_x)
     top = _start(resized_height, target_height, rule, places.crop_v, places.face_y)
-    return Cuts(resized_width, resized_height, top, left)
+    return Crops(resized_width, resized_height, top, left)
 
 
 def _covering(width: Integers, height: Integers, target_width: Integers, target_height: Integers) -> tuple[Integers, Integers]:
