@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,4 +53,5 @@ def test_a_resumed_run_takes_back_what_it_said_of_the_steps_that_are_made_again(
         for step, loss in enumerate(losses, start=resumed_at + 1):
             reporter.stepped(result(step, loss))
         reporter.close()
+        time.sleep(1.0)  # the files are read in the order of their names, which begin with the second
     assert [(event.step, event.value) for event in told(tmp_path).Scalars("train/loss")] == [(1, 1.0), (2, 4.0), (3, 5.0)]
